@@ -1,0 +1,334 @@
+"""The only file that knows torch.library, the native modules and the choice of an implementation.
+
+An operation is defined once (`Operation`), with one reference and any number of implementations. The choice among
+them is made at each call from the device and dtype of its first tensor, never at import, so that one process can
+use several devices and `backend(...)` can force a choice for a while.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+
+NAMESPACE = "sparsekern"
+BACKENDS = ("auto", "reference", "native", "triton")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_definitions = torch.library.Library(NAMESPACE, "DEF")
+_operations: dict[str, Operation] = {}
+# One choice for the whole process: autograd runs backward passes on threads of its own, which a thread-local would miss.
+_forced: list[str] = []
+# Stand-ins for the compiled modules by device type, used by the tests that run the CUDA sources on a CPU.
+_stand_ins: dict[str, ModuleType] = {}
+
+
+class BackendUnavailableError(RuntimeError):
+    """A forced backend cannot serve a call; the message says what is missing."""
+
+
+# -- which implementations exist here --------------------------------------------------------------------------
+
+
+def debug_checks() -> bool:
+    """True when SPARSEKERN_DEBUG asks for checks that make the host wait for the device."""
+    return os.environ.get("SPARSEKERN_DEBUG", "0") not in ("", "0")
+
+
+@functools.cache
+def _load_module(name: str) -> tuple[ModuleType | None, str]:
+    """A compiled module and an empty reason, or None and why it is not there."""
+    try:
+        return importlib.import_module(f"{NAMESPACE}.{name}"), ""
+    except ImportError as error:
+        report = pathlib.Path(__file__).with_name("_build_report.json")
+        if report.exists():
+            built = json.loads(report.read_text()).get(name, "")
+            if built and not built.startswith("built"):
+                return None, built
+        elif isinstance(error, ModuleNotFoundError):
+            here = pathlib.Path(__file__).parent
+            return None, f"{here} was never built (run 'pip install .', or leave the source folder)"
+        return None, f"{NAMESPACE}.{name} cannot be loaded: {error}"
+
+
+def native_module(device_type: str) -> tuple[ModuleType | None, str]:
+    """The compiled module for a device type, or None and the reason."""
+    if device_type in _stand_ins:
+        return _stand_ins[device_type], ""
+    if device_type == "cpu":
+        return _load_module("_native")
+    if device_type == "cuda":
+        if torch.version.hip:
+            return None, "the CUDA C++ kernels do not run on ROCm"
+        return _load_module("_cuda")
+    return None, f"there is no native code for {device_type}"
+
+
+@contextlib.contextmanager
+def stand_in(device_type: str, module: ModuleType) -> Iterator[None]:
+    """Use another compiled module, of the same functions, for a device type (the tests' host emulation of CUDA)."""
+    previous = _stand_ins.get(device_type)
+    _stand_ins[device_type] = module
+    _clear_choices()
+    try:
+        yield
+    finally:
+        _stand_ins.pop(device_type)
+        if previous is not None:
+            _stand_ins[device_type] = previous
+        _clear_choices()
+
+
+@functools.cache
+def kernels(backend_name: str, stem: str) -> ModuleType:
+    """The module that serves a stem for a backend: `native/<stem>.py` or, with triton, `kernels/<stem>.py`."""
+    folder = {"native": "native", "triton": "kernels"}[backend_name]
+    return importlib.import_module(f"{NAMESPACE}.{folder}.{stem}")
+
+
+def triton_interpreted() -> bool:
+    """True when Triton was asked to interpret its kernels on the host."""
+    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "True")
+
+
+def _missing_triton(device_type: str) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'sparsekern[triton]')"
+    if device_type == "cpu" and not triton_interpreted():
+        return "triton runs on a CPU only in its interpreter (TRITON_INTERPRET=1)"
+    if device_type not in ("cpu", "cuda"):
+        return f"the Triton kernels do not run on {device_type}"
+    return ""
+
+
+# -- operations ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Operation:
+    """One torch operation: its schema, its reference, and how else it can be computed.
+
+    `implementations` maps a backend name to a function of the operation's arguments; `preferred` names, per device
+    type, the order in which the automatic choice tries them (the reference always comes last).
+    """
+
+    name: str
+    schema: str
+    reference: Callable[..., Any]
+    implementations: dict[str, Callable[..., Any]]
+    preferred: dict[str, tuple[str, ...]] = field(
+        default_factory=lambda: {"cpu": ("native",), "cuda": ("native", "triton")}
+    )
+    choices: dict[tuple[str, torch.dtype], Callable[..., Any]] = field(default_factory=dict)
+
+    def missing(self, name: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
+        """Why backend `name` cannot serve tensors of this device and dtype; empty when it can."""
+        if name == "reference":
+            return ""
+        if name not in self.implementations:
+            return f"{self.name} has no {name} implementation"
+        if name == "triton":
+            reason = _missing_triton(device_type)
+        else:
+            reason = native_module(device_type)[1]
+        if reason:
+            return reason
+        on_cpu = name == "native" and device_type == "cpu" and device_type not in _stand_ins
+        if dtype == torch.float64 and not on_cpu:
+            return "float64 is served by the reference and the CPU kernels only"
+        return ""
+
+    def choose(self, device_type: str, dtype: torch.dtype) -> tuple[str, str]:
+        """The backend that serves a call, and the reason."""
+        if forced := forced_backend():
+            if reason := self.missing(forced, device_type, dtype):
+                raise BackendUnavailableError(
+                    f"{self.name}: backend '{forced}' was asked for but cannot run on {device_type}: {reason}"
+                )
+            return forced, "forced"
+        reasons = []
+        for name in self.preferred.get(device_type, ()):
+            if not (reason := self.missing(name, device_type, dtype)):
+                return name, "; ".join(reasons) or "first choice"
+            reasons.append(f"no {name}: {reason}")
+        return "reference", "; ".join(reasons) or f"no kernels for {device_type}"
+
+    def __call__(self, *args: Any) -> Any:
+        first = args[0]
+        key = (first.device.type, first.dtype)
+        function = self.choices.get(key)
+        if function is None:
+            name, _ = self.choose(first.device.type, _ranked_dtype(first.dtype))
+            function = self.reference if name == "reference" else self.implementations[name]
+            self.choices[key] = function
+        return function(*args)
+
+
+def _ranked_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that decides the choice: integer tensors (indices) are served wherever float32 is."""
+    return dtype if dtype.is_floating_point else torch.float32
+
+
+def _clear_choices() -> None:
+    for operation in _operations.values():
+        operation.choices.clear()
+
+
+def define(
+    name: str,
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    implementations: dict[str, Callable[..., Any]],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+    vmap: Callable[..., Any] | None = None,
+    autocast: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Register one operation with torch and return it.
+
+    name: operation name inside the namespace. schema: torch schema without the name. reference, implementations:
+    functions of the schema's positional arguments. fake: shapes and dtypes only. backward, setup_context: the one
+    gradient that every backend shares. vmap: as in torch.library.register_vmap. autocast: maps (arguments, dtype)
+    to the arguments to use inside an autocast region.
+    """
+    operation = Operation(name, schema, reference, implementations)
+    _operations[name] = operation
+    qualified = f"{NAMESPACE}::{name}"
+    _definitions.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    _definitions.impl(name, operation, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake, lib=_definitions)
+    if backward is not None:
+        torch.library.register_autograd(
+            qualified, backward, setup_context=setup_context, lib=_definitions
+        )
+    if vmap is not None:
+        torch.library.register_vmap(qualified, vmap, lib=_definitions)
+    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    if autocast is not None:
+        for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+            _definitions.impl(name, _autocast_rule(overload, autocast, device_type), key)
+    return overload
+
+
+def _autocast_rule(
+    overload: Callable[..., Any], cast: Callable[..., Any], device_type: str
+) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        cast_args = cast(args, torch.get_autocast_dtype(device_type))
+        with torch.autocast(device_type, enabled=False):
+            return overload(*cast_args)
+
+    return run
+
+
+# -- forcing a backend -----------------------------------------------------------------------------------------
+
+
+def forced_backend() -> str | None:
+    """The backend forced by `backend(...)` or SPARSEKERN_BACKEND, or None for the automatic choice."""
+    name = _forced[-1] if _forced else os.environ.get("SPARSEKERN_BACKEND", "auto")
+    _check_backend(name, "backend" if _forced else "SPARSEKERN_BACKEND")
+    return None if name == "auto" else name
+
+
+def _check_backend(name: str, argument: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"{argument}: name must be one of {', '.join(BACKENDS)}, got {name!r}")
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force one implementation for every operation inside the `with` block.
+
+    The choice holds for the whole process, not for the calling thread only, because autograd runs backward passes
+    on threads of its own. A call that the chosen backend cannot serve raises and says what is missing.
+
+    Args:
+        name: "auto" (choose per device, dtype and operation), "reference", "native" or "triton".
+
+    Raises:
+        ValueError: name is none of these.
+
+    Example:
+        >>> import torch, sparsekern
+        >>> with sparsekern.backend("reference"):
+        ...     values, indices = sparsekern.topk(torch.tensor([3.0, 1.0, 2.0]), 2)
+        >>> indices.tolist()
+        [0, 2]
+    """
+    _check_backend(name, "backend")
+    _forced.append(name)
+    _clear_choices()
+    try:
+        yield
+    finally:
+        _forced.pop()
+        _clear_choices()
+
+
+# -- what `sparsekern info` tells ------------------------------------------------------------------------------
+
+
+def implementation_table() -> list[dict[str, str]]:
+    """One row per operation and device type: operation, device, chosen backend, reason, and why not the others."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    rows = []
+    for operation in _operations.values():
+        for device in devices:
+            name, reason = operation.choose(device, torch.float32)
+            others = {
+                other: operation.missing(other, device) or "available"
+                for other in BACKENDS[1:]
+                if other != name
+            }
+            rows.append(
+                {
+                    "operation": operation.name,
+                    "device": device,
+                    "backend": name,
+                    "reason": reason,
+                    "others": "; ".join(f"{other}: {why}" for other, why in others.items()),
+                }
+            )
+    return rows
+
+
+def describe() -> dict[str, Any]:
+    """Versions, instruction sets, threads, GPU and the implementation table, as plain data."""
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    modules = {}
+    for device, name in (("cpu", "_native"), ("cuda", "_cuda")):
+        module, reason = native_module(device)
+        modules[name] = dict(module.build_info()) if module else {"missing": reason}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    packages = ("sparsekern", "torch", "triton", "numpy", "h5py")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {package: version(package) for package in packages},
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "modules": modules,
+        "forced_backend": forced_backend() or "none",
+        "implementations": implementation_table(),
+    }

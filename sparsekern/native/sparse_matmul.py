@@ -1,0 +1,102 @@
+"""Calls of the native sparse products, for the CPU and for CUDA."""
+
+from __future__ import annotations
+
+import torch
+
+from ..ops.checks import bad_index
+from ..ops.sparse_matmul import empty_like_dictionary
+from . import DTYPE_TAGS, INDEX_TAGS, context_for, module_for, on_device_of, pointer
+
+
+def sparse_matmul(
+    values: torch.Tensor, indices: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """values, indices [rows, k], weight [n, d] row- or column-major, bias [d] or None -> out [rows, d]."""
+    rows, k = values.shape
+    n, d = weight.shape
+    out = values.new_empty(rows, d)
+    with on_device_of(values):
+        wrong = module_for(values).sparse_matmul(
+            values.data_ptr(),
+            DTYPE_TAGS[values.dtype],
+            indices.data_ptr(),
+            INDEX_TAGS[indices.dtype],
+            rows,
+            k,
+            weight.data_ptr(),
+            DTYPE_TAGS[weight.dtype],
+            n,
+            d,
+            *weight.stride(),
+            pointer(bias),
+            out.data_ptr(),
+            context_for(values),
+        )
+    if wrong >= 0:
+        raise bad_index("sparse_matmul", indices, wrong, n)
+    return out
+
+
+def transpose_codes(indices: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """indices [...] -> offsets int64 [n + 1] and positions int32 [codes]: the codes grouped by latent, in order."""
+    module, count = module_for(indices), indices.numel()
+    if count >= 2**31:
+        raise ValueError(
+            f"sparse_matmul: one call takes fewer than 2^31 codes in its backward pass, got {count}; "
+            "split the batch"
+        )
+    offsets = indices.new_empty(n + 1, dtype=torch.int64)
+    positions = indices.new_empty(count, dtype=torch.int32)
+    scratch_bytes = module.transpose_workspace(count, n)
+    scratch = indices.new_empty(scratch_bytes, dtype=torch.uint8) if scratch_bytes else None
+    with on_device_of(indices):
+        wrong = module.transpose_codes(
+            indices.data_ptr(),
+            INDEX_TAGS[indices.dtype],
+            count,
+            n,
+            offsets.data_ptr(),
+            positions.data_ptr(),
+            pointer(scratch),
+            context_for(indices),
+        )
+    if wrong >= 0:
+        raise bad_index("sparse_matmul", indices, wrong, n)
+    return offsets, positions
+
+
+def sparse_matmul_backward(
+    grad: torch.Tensor,
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    need_values: bool,
+    need_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """grad [rows, d] -> gradients of values [rows, k] and of weight [n, d] in weight's layout; [0] where not needed."""
+    rows, k = values.shape
+    n, d = weight.shape
+    offsets, positions = transpose_codes(indices, n)
+    grad_values = torch.empty_like(values) if need_values else values.new_empty(0)
+    grad_weight = empty_like_dictionary(weight) if need_weight else weight.new_empty(0)
+    with on_device_of(grad):
+        module_for(grad).sparse_matmul_backward(
+            grad.data_ptr(),
+            DTYPE_TAGS[grad.dtype],
+            values.data_ptr(),
+            rows,
+            k,
+            weight.data_ptr(),
+            DTYPE_TAGS[weight.dtype],
+            n,
+            d,
+            *weight.stride(),
+            offsets.data_ptr(),
+            positions.data_ptr(),
+            grad_values.data_ptr() if need_values else 0,
+            grad_weight.data_ptr() if need_weight else 0,
+            *(grad_weight.stride() if need_weight else (0, 0)),
+            context_for(grad),
+        )
+    return grad_values, grad_weight

@@ -1,0 +1,72 @@
+"""Calls of the native top-k kernels, for the CPU and for CUDA."""
+
+from __future__ import annotations
+
+import torch
+
+from . import DTYPE_TAGS, context_for, module_for, on_device_of, pointer
+
+SORTED, RELU, ABS = 1, 2, 4
+
+
+def topk(
+    x: torch.Tensor, k: int, sorted: bool, relu: bool, abs: bool, count: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [rows, n], any strides -> values [rows, k], indices int64 [rows, k], counts int64 [n] or [0]."""
+    return _select(x, k, sorted * SORTED + relu * RELU + abs * ABS, None, count)
+
+
+def topk_mask(
+    x: torch.Tensor, k: int, relu: bool, abs: bool, count: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [rows, n], any strides -> masked [rows, n] and the codes behind it, in ascending index order."""
+    masked = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return masked, *_select(x, k, relu * RELU + abs * ABS, masked, count)
+
+
+def _select(
+    x: torch.Tensor, k: int, flags: int, masked: torch.Tensor | None, count: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows, n = x.shape
+    module, tag = module_for(x), DTYPE_TAGS[x.dtype]
+    values = x.new_empty(rows, k)
+    indices = x.new_empty(rows, k, dtype=torch.int64)
+    counts = x.new_zeros(n if count else 0, dtype=torch.int64)
+    scratch_bytes = module.topk_workspace(rows, n, k, tag)
+    scratch = x.new_empty(scratch_bytes, dtype=torch.uint8) if scratch_bytes else None
+    with on_device_of(x):
+        module.topk(
+            x.data_ptr(),
+            tag,
+            rows,
+            n,
+            x.stride(0),
+            x.stride(1),
+            k,
+            flags,
+            values.data_ptr(),
+            indices.data_ptr(),
+            pointer(masked),
+            counts.data_ptr() if count else 0,
+            pointer(scratch),
+            context_for(x),
+        )
+    return values, indices, counts
+
+
+def codes_to_dense(values: torch.Tensor, indices: torch.Tensor, n: int) -> torch.Tensor:
+    """values [rows, k], indices int64 [rows, k], unique within a row -> dense [rows, n]."""
+    rows, k = values.shape
+    dense = values.new_empty(rows, n)
+    with on_device_of(values):
+        module_for(values).codes_to_dense(
+            values.data_ptr(),
+            DTYPE_TAGS[values.dtype],
+            indices.data_ptr(),
+            rows,
+            k,
+            n,
+            dense.data_ptr(),
+            context_for(values),
+        )
+    return dense

@@ -1,0 +1,89 @@
+"""Checks of arguments, done once, in the public functions: each error names function, argument, rule and value."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+
+from .._library import debug_checks
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INDICES = (torch.int64, torch.int32)
+
+
+def check_floating(op: str, name: str, tensor: torch.Tensor) -> None:
+    """A tensor of float32, bfloat16, float16 or float64 with at least one dimension."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATING:
+        raise TypeError(
+            f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}"
+        )
+    if tensor.dim() == 0:
+        raise ValueError(f"{op}: {name} must have at least one dimension, got a 0-d tensor")
+
+
+def check_count(op: str, name: str, value: int, upper: int, what: str) -> int:
+    """An integer in 1..upper."""
+    if isinstance(value, torch.SymInt):
+        return value
+    try:
+        if isinstance(value, (bool, torch.Tensor)):
+            raise TypeError
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{op}: {name} must be an integer, got {value!r} of type {type(value).__name__}"
+        ) from None
+    if not 1 <= value <= upper:
+        raise ValueError(f"{op}: {name} must lie in 1..{upper} ({what}), got {value}")
+    return value
+
+
+def check_codes(op: str, values: torch.Tensor | None, indices: torch.Tensor) -> None:
+    """Integer indices and, where given, floating values of the same shape on the same device."""
+    if not isinstance(indices, torch.Tensor):
+        raise TypeError(f"{op}: indices must be a tensor, got {type(indices).__name__}")
+    if indices.dtype not in INDICES:
+        raise TypeError(f"{op}: indices must be int64 or int32, got {indices.dtype}")
+    if indices.dim() == 0:
+        raise ValueError(f"{op}: indices must have at least one dimension, got a 0-d tensor")
+    if values is None:
+        return
+    check_floating(op, "values", values)
+    if values.shape != indices.shape:
+        raise ValueError(
+            f"{op}: values and indices must have the same shape, got {list(values.shape)} "
+            f"and {list(indices.shape)}"
+        )
+    check_same_device(op, values=values, indices=indices)
+
+
+def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
+    """All given tensors on one device."""
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(devices.values())) > 1:
+        listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"{op}: all tensors must be on one device, got {listed}")
+
+
+def bad_index(op: str, indices: torch.Tensor, position: int, n: int) -> IndexError:
+    """The error for an index outside 0..n-1 at a flat position."""
+    value = indices.reshape(-1)[position].item()
+    return IndexError(
+        f"{op}: indices must lie in 0..{n - 1} (the latents of the dictionary), "
+        f"got {value} at flat position {position}"
+    )
+
+
+def check_range(op: str, indices: torch.Tensor, n: int) -> None:
+    """Every index in 0..n-1: always on the CPU; on other devices, where it synchronises, only in debug mode."""
+    if indices.device.type != "cpu" and not debug_checks():
+        return
+    if indices.numel() == 0:
+        return
+    low, high = torch.aminmax(indices)
+    if low < 0 or high >= n:
+        wrong = (indices < 0) | (indices >= n)
+        raise bad_index(op, indices, int(wrong.reshape(-1).to(torch.uint8).argmax()), n)

@@ -1,0 +1,349 @@
+"""Sparse codes times a dense dictionary, and its gradients.
+
+Definition, with S the codes written as a dense [B, N] matrix (duplicate indices add up):
+
+    out = S @ weight + bias            out[b] = bias + sum_j values[b, j] * weight[indices[b, j]]
+
+Gradients, with g = d loss / d out:
+
+    d values[b, j] = g[b] . weight[indices[b, j]]
+    d weight[i]    = sum over codes (b, j) with index i of values[b, j] * g[b]
+    d bias         = sum_b g[b]
+
+Both are bilinear in (values, weight, g), so their own gradients are the same two operations again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import _library
+from .checks import check_codes, check_floating, check_range, check_same_device
+
+
+def sparse_matmul(
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return (codes as a dense [..., N] matrix) @ weight + bias, touching only the active rows of weight.
+
+    Equivalent PyTorch::
+
+        out = (values.unsqueeze(-1) * weight[indices]).sum(-2) + bias
+
+    Args:
+        values: [..., K] float32, bfloat16, float16 or float64.
+        indices: [..., K] int64 or int32, in 0..N-1; duplicates in a row add up.
+        weight: [N, D], of values' dtype, or float32 with bfloat16 or float16 values. The transposed view of an
+            ``nn.Linear(N, D).weight`` is read in place, and its gradient comes back in the same layout.
+        bias: [D] of weight's dtype, or None.
+
+    Returns:
+        [..., D] of values' dtype, differentiable (twice and more) with respect to values, weight and bias.
+
+    Raises:
+        TypeError: a dtype that does not fit.
+        ValueError: shapes or devices that do not fit.
+        IndexError: an index outside 0..N-1 (on the CPU; on other devices only with SPARSEKERN_DEBUG=1, where such
+            codes contribute nothing otherwise).
+
+    Note:
+        Sums run in float32 (float64 for float64). The weight gradient and the value gradient come from one
+        latent-major pass over a counting-sort transposition of the codes, without float atomics: the same bits for
+        every thread count and run. Memory: O(B K) integers, never [B, K, D] or [B, N]. Under autocast the values
+        are cast and the weight is read as it is.
+
+    Example:
+        >>> import torch, sparsekern
+        >>> values, indices = torch.tensor([[2.0, 1.0]]), torch.tensor([[0, 2]])
+        >>> sparsekern.sparse_matmul(values, indices, torch.eye(3)).tolist()
+        [[2.0, 0.0, 1.0]]
+    """
+    check_codes("sparse_matmul", values, indices)
+    _check_dictionary(values, weight, bias)
+    return _sparse_matmul(values, indices, weight, bias)
+
+
+def _check_dictionary(
+    values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    op = "sparse_matmul"
+    check_floating(op, "weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"{op}: weight must be [latents, features], got shape {list(weight.shape)}")
+    check_same_device(op, values=values, weight=weight, bias=bias)
+    if not torch.is_autocast_enabled(values.device.type):
+        mixed = weight.dtype == torch.float32 and values.dtype in (torch.bfloat16, torch.float16)
+        if weight.dtype != values.dtype and not mixed:
+            raise TypeError(
+                f"{op}: weight must have values' dtype {values.dtype} or be float32 with 16-bit values, "
+                f"got {weight.dtype}"
+            )
+    if bias is not None:
+        check_floating(op, "bias", bias)
+        if bias.shape != weight.shape[1:] or bias.dtype != weight.dtype:
+            raise ValueError(
+                f"{op}: bias must be [{weight.shape[1]}] of weight's dtype {weight.dtype}, "
+                f"got {list(bias.shape)} of {bias.dtype}"
+            )
+
+
+# -- reference -------------------------------------------------------------------------------------------------
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def sparse_matmul_reference(
+    values: torch.Tensor, indices: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    check_range("sparse_matmul", indices, weight.shape[0])
+    wide = _wide(values.dtype)
+    out = torch.einsum("...k,...kd->...d", values.to(wide), weight[indices.long()].to(wide))
+    if bias is not None:
+        out = out + bias.to(wide)
+    return out.to(values.dtype).contiguous()
+
+
+def sparse_matmul_backward_reference(
+    grad: torch.Tensor,
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    need_values: bool,
+    need_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = _wide(values.dtype)
+    n, d = weight.shape
+    grad_values, grad_weight = values.new_empty(0), weight.new_empty(0)
+    if need_values:
+        gathered = weight[indices.long()].to(wide)
+        grad_values = torch.einsum("...d,...kd->...k", grad.to(wide), gathered)
+        grad_values = grad_values.to(values.dtype).contiguous()
+    if need_weight:
+        terms = torch.einsum("...k,...d->...kd", values.to(wide), grad.to(wide)).reshape(-1, d)
+        grad_weight = empty_like_dictionary(weight)
+        grad_weight.copy_(terms.new_zeros(n, d).index_add(0, indices.reshape(-1).long(), terms))
+    return grad_values, grad_weight
+
+
+def empty_like_dictionary(weight: torch.Tensor) -> torch.Tensor:
+    """An empty tensor in weight's layout: column-major for a transposed view, else row-major."""
+    n, d = weight.shape
+    if column_major(weight):
+        return weight.new_empty(d, n).t()
+    return weight.new_empty(n, d)
+
+
+def column_major(weight: torch.Tensor) -> bool:
+    """True for the transposed view of a row-major [D, N] matrix, as of an nn.Linear(N, D).weight."""
+    return weight.stride(0) == 1 and weight.stride(1) >= weight.shape[0] and weight.shape[1] > 1
+
+
+# -- shapes without data ---------------------------------------------------------------------------------------
+
+
+def _fake(values: Any, indices: Any, weight: Any, bias: Any) -> torch.Tensor:
+    return values.new_empty(*values.shape[:-1], weight.shape[1])
+
+
+def _backward_fake(
+    grad: Any, values: Any, indices: Any, weight: Any, need_values: bool, need_weight: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    grad_values = values.new_empty(values.shape if need_values else 0)
+    return grad_values, empty_like_dictionary(weight) if need_weight else weight.new_empty(0)
+
+
+# -- kernels take matrices -------------------------------------------------------------------------------------
+
+
+def _addressable(weight: torch.Tensor) -> torch.Tensor:
+    """weight itself when one of its strides is 1, else a contiguous copy."""
+    return weight if weight.stride(1) == 1 or column_major(weight) else weight.contiguous()
+
+
+def _matrices(backend: str) -> Any:
+    def run(values: Any, indices: Any, weight: torch.Tensor, bias: Any) -> torch.Tensor:
+        if backend != "native" or values.device.type != "cpu":
+            check_range("sparse_matmul", indices, weight.shape[0])
+        if values.numel() == 0 or weight.numel() == 0:
+            return sparse_matmul_reference(values, indices, weight, bias)
+        k = values.shape[-1]
+        out = _library.kernels(backend, "sparse_matmul").sparse_matmul(
+            values.reshape(-1, k).contiguous(),
+            indices.reshape(-1, k).contiguous(),
+            _addressable(weight),
+            None if bias is None else bias.contiguous(),
+        )
+        return out.view(*values.shape[:-1], weight.shape[1])
+
+    return run
+
+
+def _backward_matrices(backend: str) -> Any:
+    def run(
+        grad: torch.Tensor,
+        values: torch.Tensor,
+        indices: torch.Tensor,
+        weight: torch.Tensor,
+        need_values: bool,
+        need_weight: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if values.numel() == 0 or weight.numel() == 0:
+            return sparse_matmul_backward_reference(
+                grad, values, indices, weight, need_values, need_weight
+            )
+        n, d = weight.shape
+        k = values.shape[-1]
+        grad_values, grad_weight = _library.kernels(
+            backend, "sparse_matmul"
+        ).sparse_matmul_backward(
+            grad.reshape(-1, d).contiguous(),
+            values.reshape(-1, k).contiguous(),
+            indices.reshape(-1, k).contiguous(),
+            _addressable(weight),
+            need_values,
+            need_weight,
+        )
+        return grad_values.view(values.shape) if need_values else grad_values, grad_weight
+
+    return run
+
+
+# -- gradients, shared by every backend ------------------------------------------------------------------------
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    values, indices, weight, bias = inputs
+    ctx.save_for_backward(values, indices, weight)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> Any:
+    values, indices, weight = ctx.saved_tensors
+    need_values, _, need_weight, need_bias = ctx.needs_input_grad
+    grad_values = grad_weight = grad_bias = None
+    if need_values or need_weight:
+        both = _sparse_matmul_backward(grad, values, indices, weight, need_values, need_weight)
+        grad_values = both[0] if need_values else None
+        grad_weight = both[1] if need_weight else None
+    if need_bias:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=_wide(grad.dtype))
+        grad_bias = grad_bias.to(ctx.bias_dtype)
+    return grad_values, None, grad_weight, grad_bias
+
+
+def _setup_backward(ctx: Any, inputs: Any, output: Any) -> None:
+    grad, values, indices, weight, ctx.need_values, ctx.need_weight = inputs
+    ctx.save_for_backward(grad, values, indices, weight)
+
+
+def _double_backward(ctx: Any, grad_gv: torch.Tensor, grad_gw: torch.Tensor) -> Any:
+    """With a, C the gradients of (d values, d weight): both are bilinear in (grad, values, weight)."""
+    grad, values, indices, weight = ctx.saved_tensors
+    need_grad, need_values, _, need_weight, *_ = ctx.needs_input_grad
+    to_grad = to_values = to_weight = None
+    if ctx.need_values:  # d values = grad . weight[i], seen with upstream a
+        if need_grad:
+            to_grad = _sparse_matmul(grad_gv, indices, weight, None)
+        if need_weight:
+            to_weight = _sparse_matmul_backward(grad, grad_gv, indices, weight, False, True)[1]
+    if ctx.need_weight:  # d weight = sum values * grad, seen with upstream C
+        upstream = grad_gw.to(weight.dtype)
+        if need_grad:
+            term = _sparse_matmul(values, indices, upstream, None)
+            to_grad = term if to_grad is None else to_grad + term
+        if need_values:
+            to_values = _sparse_matmul_backward(grad, values, indices, upstream, True, False)[0]
+    return to_grad, to_values, None, to_weight, None, None
+
+
+# -- vmap ------------------------------------------------------------------------------------------------------
+
+
+def _stacked(info: Any, in_dims: Any, args: Any, weight_at: int) -> tuple[list[Any], bool]:
+    """Batch dimensions moved to the front; a batch of dictionaries becomes one tall one, indices shifted by b*N."""
+    moved = [
+        arg
+        if arg is None or not isinstance(arg, torch.Tensor)
+        else arg.movedim(dim, 0)
+        if dim is not None
+        else arg.expand(info.batch_size, *arg.shape)
+        if at != weight_at
+        else arg
+        for at, (arg, dim) in enumerate(zip(args, in_dims, strict=True))
+    ]
+    tall = in_dims[weight_at] is not None
+    if tall:
+        indices, weight = moved[weight_at - 1], moved[weight_at]
+        n = weight.shape[1]
+        steps = torch.arange(info.batch_size, device=indices.device) * n
+        moved[weight_at - 1] = indices + steps.view(-1, *[1] * (indices.dim() - 1))
+        moved[weight_at] = weight.reshape(-1, weight.shape[2])
+    return moved, tall
+
+
+def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    (values, indices, weight, bias), _ = _stacked(info, in_dims, args, 2)
+    out = _sparse_matmul(values, indices, weight, None)
+    if bias is not None:
+        out = out + bias.view(bias.shape[0], *[1] * (out.dim() - 2), -1).to(out.dtype)
+    return out, 0
+
+
+def _backward_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    (grad, values, indices, weight, need_values, need_weight), tall = _stacked(
+        info, in_dims, args, 3
+    )
+    if need_weight and not tall:  # one gradient per batch entry: a dictionary each
+        n = weight.shape[0]
+        steps = torch.arange(info.batch_size, device=indices.device) * n
+        indices = indices + steps.view(-1, *[1] * (indices.dim() - 1))
+        weight = weight.repeat(info.batch_size, 1)
+    grad_values, grad_weight = _sparse_matmul_backward(
+        grad, values, indices, weight, need_values, need_weight
+    )
+    batch = info.batch_size
+    if need_weight:
+        grad_weight = grad_weight.reshape(batch, -1, weight.shape[1])
+    else:
+        grad_weight = grad_weight.expand(batch, 0)
+    return (grad_values if need_values else grad_values.expand(batch, 0), grad_weight), (0, 0)
+
+
+def _autocast(args: Any, dtype: torch.dtype) -> Any:
+    values, indices, weight, bias = args
+    if torch.float64 in (values.dtype, weight.dtype):  # as torch.matmul: autocast leaves float64 alone
+        return args
+    if weight.dtype not in (torch.float32, dtype):
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    return values.to(dtype), indices, weight, bias
+
+
+_sparse_matmul = _library.define(
+    "sparse_matmul",
+    "(Tensor values, Tensor indices, Tensor weight, Tensor? bias) -> Tensor",
+    reference=sparse_matmul_reference,
+    implementations={"native": _matrices("native"), "triton": _matrices("triton")},
+    fake=_fake,
+    setup_context=_setup,
+    backward=_backward,
+    vmap=_vmap,
+    autocast=_autocast,
+)
+_sparse_matmul_backward = _library.define(
+    "sparse_matmul_backward",
+    "(Tensor grad, Tensor values, Tensor indices, Tensor weight, bool need_values, bool need_weight)"
+    " -> (Tensor grad_values, Tensor grad_weight)",
+    reference=sparse_matmul_backward_reference,
+    implementations={"native": _backward_matrices("native"), "triton": _backward_matrices("triton")},
+    fake=_backward_fake,
+    setup_context=_setup_backward,
+    backward=_double_backward,
+    vmap=_backward_vmap,
+)
