@@ -1,0 +1,1 @@
+"""Runs that reproduce published systems: presets, wiring, evaluation, figures and tables."""

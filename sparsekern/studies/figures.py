@@ -1,0 +1,72 @@
+"""Figures of a run, drawn without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+DOTS_PER_INCH = 120
+
+
+def _new_figure(width: float, height: float) -> Any:
+    # The object interface: pyplot would pick a window system and keep global state.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout="constrained")
+
+
+def save_history(path: Path, epochs: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Writes a PNG of loss, k and dead share over the epochs, one panel above the other.
+
+    Args:
+        path: the PNG.
+        epochs: logged epoch records with reconstruction, eval_reconstruction, k, eval_l0, eval_dead
+            and train_dead.
+        title: above the panels.
+    """
+    figure = _new_figure(7, 8)
+    figure.suptitle(title, fontsize=11)
+    panels = figure.subplots(3, 1, sharex=True)
+    number = [record["epoch"] + 1 for record in epochs]
+
+    def line(panel: Any, key: str, label: str, scale: float = 1.0, **style: Any) -> None:
+        panel.plot(number, [scale * record[key] for record in epochs], label=label, **style)
+
+    line(panels[0], "reconstruction", "training images, z sampled")
+    line(panels[0], "eval_reconstruction", "held-out images, z = mean")
+    panels[0].set(ylabel="reconstruction loss\n(nats per image)", yscale="log")
+    line(panels[1], "k", "k (units kept)")
+    line(panels[1], "eval_l0", "L0 (units not zero)", linestyle="--")
+    panels[1].set(ylabel="active units", ylim=(0, None))
+    line(panels[2], "eval_dead", "never active on the held-out images, z = mean", scale=100)
+    line(panels[2], "train_dead", "not active for an epoch of training, z sampled", scale=100)
+    panels[2].set(ylabel="dead units (%)", xlabel="epoch", ylim=(-2, 102))
+    for panel in panels:
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    figure.savefig(path)
+
+
+def save_reconstructions(
+    path: Path, images: np.ndarray, reconstructions: np.ndarray, title: str
+) -> None:
+    """Writes a PNG of inputs in one row and their reconstructions in the row below.
+
+    Args:
+        path: the PNG.
+        images, reconstructions: [n, height, width] in 0..1.
+        title: above the rows.
+    """
+    count = len(images)
+    figure = _new_figure(1.0 * count, 2.6)
+    figure.suptitle(title, fontsize=11)
+    axes = figure.subplots(2, count, squeeze=False)
+    for row, (label, pictures) in enumerate((("input", images), ("output", reconstructions))):
+        for axis, picture in zip(axes[row], pictures, strict=True):
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+        axes[row, 0].set_ylabel(label)
+    figure.savefig(path)

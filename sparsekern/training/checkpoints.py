@@ -1,0 +1,134 @@
+"""Checkpoints that survive a kill at any moment: tensors in safetensors, the rest in JSON.
+
+A checkpoint is a tensor file ``checkpoint-<step>.safetensors`` and ``checkpoint.json``, which names
+it. The tensor file is written and made durable first; replacing the JSON file is the one atomic act
+that makes the checkpoint count; only then the tensor file before it is removed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sparsekern.training.runs import write_atomically
+
+FACTS = "checkpoint.json"
+TENSORS = "checkpoint-{step}.safetensors"
+FORMAT = 1
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is damaged, or belongs to another model or config."""
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint in memory."""
+
+    tensors: dict[str, Tensor]
+    """By name; on the CPU."""
+    facts: dict[str, Any]
+    """JSON types only."""
+
+
+def write_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> None:
+    """Writes a checkpoint and removes the one before it.
+
+    Args:
+        folder: the run folder.
+        step: names the tensor file; optimizer steps done.
+        tensors: any dtype, shape and device.
+        facts: JSON types only.
+    """
+    from safetensors.torch import save
+
+    # A copy each: safetensors refuses tensors that share memory, such as tied weights.
+    plain = {n: tensor.detach().to("cpu", copy=True).contiguous() for n, tensor in tensors.items()}
+    name = TENSORS.format(step=step)
+    write_atomically(folder / name, save(plain))
+    content = {"format": FORMAT, "tensors": name, **facts}
+    write_atomically(folder / FACTS, (json.dumps(content, indent=2) + "\n").encode())
+    for old in folder.glob(TENSORS.format(step="*")):
+        if old.name != name:
+            old.unlink()
+
+
+def read_checkpoint(folder: Path) -> Checkpoint | None:
+    """The checkpoint in a run folder, or None when there is none yet.
+
+    Raises:
+        CheckpointError: it is damaged or of a format this version does not know.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    if not (folder / FACTS).exists():
+        return None
+    try:
+        facts = json.loads((folder / FACTS).read_text())
+        if facts["format"] != FORMAT:
+            raise CheckpointError(
+                f"checkpoint in {folder} has format {facts['format']}, this version reads {FORMAT}"
+            )
+        tensors = load((folder / facts["tensors"]).read_bytes())
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint in {folder} is damaged: {error}") from error
+    return Checkpoint(tensors, facts)
+
+
+def check_same(folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Raises :class:`CheckpointError` naming the first field in which two configs differ."""
+    for field in [*current, *(name for name in saved if name not in current)]:
+        there, here = saved.get(field, "absent"), current.get(field, "absent")
+        if there != here:
+            raise CheckpointError(
+                f"checkpoint in {folder} is of another config: {field} is {there!r} there "
+                f"and {here!r} here"
+            )
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A model's state under names that start with ``model.``."""
+    return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+
+
+def load_model(folder: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Puts saved tensors into a model, after checking all of them.
+
+    Raises:
+        CheckpointError: a name or a shape differs.
+    """
+    prefix = "model."
+    saved = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
+    shapes = {name: list(tensor.shape) for name, tensor in saved.items()}
+    check_same(folder, shapes, {name: list(t.shape) for name, t in model.state_dict().items()})
+    model.load_state_dict(saved)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as tensors, named ``optimizer.<parameter>.<key>``, and JSON types."""
+    state = optimizer.state_dict()
+    tensors, numbers = {}, {}
+    for parameter, entries in state["state"].items():
+        for key, value in entries.items():
+            place = tensors if isinstance(value, Tensor) else numbers
+            place[f"optimizer.{parameter}.{key}"] = value
+    return tensors, {"numbers": numbers, "groups": state["param_groups"]}
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> None:
+    """The inverse of :func:`optimizer_state`."""
+    state: dict[int, dict[str, Any]] = {}
+    for name, value in {**tensors, **facts["numbers"]}.items():
+        if name.startswith("optimizer."):
+            _, parameter, key = name.split(".", 2)
+            state.setdefault(int(parameter), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": facts["groups"]})

@@ -1,0 +1,299 @@
+"""The training loop: epochs over a fixed set of examples, logged, interruptible and resumable.
+
+It knows no model: everything particular is behind :class:`Task`. The order of the examples follows
+from (seed, epoch) alone, the random state is part of the checkpoint, and metrics logged after the
+checkpoint are dropped on resuming. So a run that was interrupted any number of times, by a signal
+or a kill, ends with the same bits as one that was not (on one machine, with one thread count).
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sparsekern.training import checkpoints
+from sparsekern.training.runs import RunFolder
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on, for example because the loss is not a number."""
+
+
+class Task(Protocol):
+    """What the loop needs to know about a model and its data."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    examples: int
+    """Number of training examples."""
+
+    def begin_epoch(self, epoch: int) -> Mapping[str, float]:
+        """Applies schedules, which may depend on the epoch only; returns facts to log with it."""
+
+    def loss(self, rows: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The scalar loss over examples ``rows`` (int64 [B], on the CPU), and scalars to log."""
+
+    def evaluate(self, epoch: int) -> Mapping[str, float]:
+        """Measures after an epoch. May not change the model nor use torch's default generator."""
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How to train. Every field changes the numbers, except the last three."""
+
+    epochs: int
+    """Passes over the examples, >= 1."""
+    batch_size: int
+    """Examples a step, >= 1; the last step of an epoch takes what is left."""
+    seed: int = 0
+    """Of the order of the examples and of torch's generators."""
+    log_every: int = 10
+    """Steps between two logged steps, >= 1."""
+    checkpoint_every: int = 500
+    """Steps between two checkpoints inside an epoch, >= 1; there is one after each epoch anyway."""
+    progress: bool = True
+    """Show a progress bar on stderr."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"LoopConfig: {name} must be at least 1, got {getattr(self, name)}"
+                )
+        if self.seed < 0:
+            raise ValueError(f"LoopConfig: seed must be at least 0, got {self.seed}")
+
+
+class Outcome(NamedTuple):
+    """How training ended."""
+
+    step: int
+    """Optimizer steps done, over all sessions of the run."""
+    examples_per_second: float
+    """Of training alone, without evaluation and checkpoints, over all sessions of the run."""
+    signal: int | None
+    """The signal that interrupted training, or None when it is complete."""
+
+
+@dataclass
+class _Position:
+    """Where the loop stands; what a checkpoint holds besides model, optimizer and random state."""
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    seconds: float = 0.0
+    seen: int = 0
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    """Sums over this epoch's examples, float64 scalars."""
+
+
+def train(
+    task: Task, config: LoopConfig, run: RunFolder, *, identity: Mapping[str, Any] | None = None
+) -> Outcome:
+    """Trains from the run folder's checkpoint, or from the start if it has none.
+
+    Logs records of two kinds: "step" with the scalars of one step, and "epoch" with their means
+    over the epoch, what ``begin_epoch`` and ``evaluate`` return, and the speed. SIGINT and SIGTERM
+    let the current step finish, write a checkpoint and end training; a second one acts as if there
+    were no loop.
+
+    Args:
+        task: model, optimizer and data.
+        config: how to train.
+        run: an open run folder.
+        identity: what must be equal for a checkpoint to fit (JSON types); saved with it.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or belongs to another model or identity.
+        TrainingError: the loss is not finite.
+    """
+    device = next(task.model.parameters()).device
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), _stop_signals() as stop:
+        # Not the seed itself, which callers use for the initial weights.
+        torch.manual_seed(int(np.random.SeedSequence(config.seed).generate_state(1)[0]))
+        loop = _Loop(task, config, run, device, dict(identity or {}))
+        loop.restore()
+        with loop.bar() as bar:
+            while loop.at.epoch < config.epochs and not stop:
+                loop.epoch(stop, bar)
+    at = loop.at
+    rate = at.seen / at.seconds if at.seconds else 0.0
+    complete = at.epoch >= config.epochs
+    return Outcome(at.step, rate, None if complete else stop[0])
+
+
+class _Loop:
+    def __init__(
+        self,
+        task: Task,
+        config: LoopConfig,
+        run: RunFolder,
+        device: torch.device,
+        identity: dict[str, Any],
+    ) -> None:
+        self.task, self.config, self.run, self.device = task, config, run, device
+        self.identity = identity
+        self.batches = math.ceil(task.examples / config.batch_size)
+        self.at = _Position()
+        self.clock = 0.0
+
+    def bar(self) -> Any:
+        from tqdm import tqdm
+
+        return tqdm(
+            total=self.batches * self.config.epochs,
+            initial=self.at.step,
+            unit="step",
+            disable=not self.config.progress,
+            # A log file gets a line now and then, a terminal a moving bar.
+            mininterval=0.2 if sys.stderr.isatty() else 10.0,
+            dynamic_ncols=True,
+        )
+
+    def epoch(self, stop: list[int], bar: Any) -> None:
+        """Runs what is left of the current epoch, or less when asked to stop."""
+        at, config = self.at, self.config
+        facts = dict(self.task.begin_epoch(at.epoch))
+        bar.set_description(f"epoch {at.epoch + 1}/{config.epochs}", refresh=False)
+        order = np.random.default_rng((config.seed, at.epoch)).permutation(self.task.examples)
+        rows = torch.from_numpy(order).split(config.batch_size)
+        self.task.model.train()
+        self.clock = time.perf_counter()
+        while at.batch < self.batches:
+            self._step(rows[at.batch], bar)
+            bar.update()
+            if at.batch < self.batches and (stop or at.batch % config.checkpoint_every == 0):
+                at.seconds += time.perf_counter() - self.clock
+                self.save()
+                if stop:
+                    return
+                self.clock = time.perf_counter()
+        self._end_epoch(facts)
+
+    def _step(self, rows: Tensor, bar: Any) -> None:
+        at = self.at
+        loss, scalars = self.task.loss(rows)
+        self.task.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.task.optimizer.step()
+        record = {name: value.detach() for name, value in {"loss": loss, **scalars}.items()}
+        for name, value in record.items():
+            share = value.double() * len(rows)
+            at.totals[name] = at.totals[name] + share if name in at.totals else share
+        at.seen += len(rows)
+        at.batch += 1
+        at.step += 1
+        if at.step % self.config.log_every == 0 or at.step == 1:
+            numbers = {name: self._finite(name, float(value)) for name, value in record.items()}
+            self.run.log({"kind": "step", "step": at.step, "epoch": at.epoch, **numbers})
+            bar.set_postfix(loss=f"{numbers['loss']:.4g}", refresh=False)
+
+    def _finite(self, name: str, value: float) -> float:
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"{name} is {value} at step {self.at.step}; a smaller learning rate may help"
+            )
+        return value
+
+    def _end_epoch(self, facts: dict[str, float]) -> None:
+        at = self.at
+        means = {
+            name: self._finite(name, float(total) / self.task.examples)
+            for name, total in at.totals.items()
+        }
+        at.seconds += time.perf_counter() - self.clock
+        self.task.model.eval()
+        measured = self.task.evaluate(at.epoch)
+        self.run.log(
+            {
+                "kind": "epoch",
+                "epoch": at.epoch,
+                "step": at.step,
+                **facts,
+                **means,
+                **measured,
+                "examples_per_second": at.seen / at.seconds,
+            }
+        )
+        at.epoch, at.batch, at.totals = at.epoch + 1, 0, {}
+        self.save()
+
+    def save(self) -> None:
+        at = self.at
+        tensors, optimizer = checkpoints.optimizer_state(self.task.optimizer)
+        tensors |= checkpoints.model_tensors(self.task.model)
+        tensors |= {f"total.{name}": total for name, total in at.totals.items()}
+        tensors["rng.cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
+        facts = {
+            "identity": self.identity,
+            "step": at.step,
+            "epoch": at.epoch,
+            "batch": at.batch,
+            "seconds": at.seconds,
+            "seen": at.seen,
+            "metrics_bytes": self.run.sync_metrics(),
+            "optimizer": optimizer,
+        }
+        checkpoints.write_checkpoint(self.run.path, at.step, tensors, facts)
+
+    def restore(self) -> None:
+        saved = checkpoints.read_checkpoint(self.run.path)
+        if saved is None:
+            self.run.rewind_metrics(0)
+            return
+        tensors, facts = saved
+        checkpoints.check_same(self.run.path, facts["identity"], self.identity)
+        checkpoints.load_model(self.run.path, self.task.model, tensors)
+        checkpoints.load_optimizer(self.task.optimizer, tensors, facts["optimizer"])
+        totals = {
+            name.removeprefix("total."): tensor.to(self.device)
+            for name, tensor in tensors.items()
+            if name.startswith("total.")
+        }
+        position = ("step", "epoch", "batch", "seconds", "seen")
+        self.at = _Position(**{name: facts[name] for name in position}, totals=totals)
+        torch.set_rng_state(tensors["rng.cpu"])
+        if self.device.type == "cuda" and "rng.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
+        self.run.rewind_metrics(facts["metrics_bytes"])
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that receives the first SIGINT or SIGTERM; only the main thread can listen."""
+    stop: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def handle(number: int, frame: Any) -> None:
+        stop.append(number)
+        restore()
+
+    for number in numbers:
+        signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        restore()
