@@ -1,0 +1,131 @@
+// Forward: sparse codes times a row-major dictionary. Column-major: sparse_matmul_columns.cpp.
+#include "sparse_matmul.h"
+
+#include <type_traits>
+
+#include "indices.h"
+#include "memory.h"
+#include "sparse_matmul_columns.h"
+#include "sparse_matmul_lanes.h"
+
+namespace sparsekern::cpu::SPARSEKERN_ISA {
+
+namespace {
+
+// Features whose sums stay in the L1 cache (4 KiB of float32) while the dictionary streams past.
+constexpr int64_t kTile = 1024;
+// Dictionary rows read at once. Eight independent streams keep enough cache misses in flight that
+// software prefetching gained nothing on top; sixteen were slower.
+constexpr int kRowsAtOnce = 8;
+// Multiply-adds that pay for waking another thread.
+constexpr int64_t kWorkPerThread = 1 << 16;
+
+// sums[0..width) += the next `Count` entries of the row, in their order.
+template <int Count, class Values, class Weight, class Index, class Scalar>
+inline void add_entries(const Product<Values, Weight, Index>& p, int64_t entry, int64_t feature,
+                        int64_t width, Scalar* sums) {
+  constexpr int kLanes = Sum<Values>::kLanes;
+  typename Sum<Values>::Lanes scale[Count];
+  const Weight* row[Count];
+  for (int j = 0; j < Count; ++j) {
+    scale[j] = broadcast(to_sum(p.values[entry + j]));
+    row[j] = p.weight + static_cast<int64_t>(p.indices[entry + j]) * p.stride_n + feature;
+  }
+  int64_t f = 0;
+  for (; f + kLanes <= width; f += kLanes) {
+    auto sum = load(sums + f);
+    for (int j = 0; j < Count; ++j) sum = multiply_add(scale[j], load(row[j] + f), sum);
+    store(sums + f, sum);
+  }
+  if (f == width) return;
+  auto sum = load(sums + f);
+  for (int j = 0; j < Count; ++j) {
+    sum = multiply_add(scale[j], load_partial(row[j] + f, width - f), sum);
+  }
+  store(sums + f, sum);
+}
+
+// out[b, feature : feature + width] for one row b. A thread owns whole rows; it walks the row's
+// entries eight at a time, streaming eight dictionary rows into sums held in the L1 cache. Bound by
+// the latency and bandwidth of gathering k * d weights from the last cache level and memory.
+template <class Values, class Weight, class Index>
+void multiply_row(const Product<Values, Weight, Index>& p, int64_t b, int64_t feature,
+                  int64_t width) {
+  constexpr int kLanes = Sum<Values>::kLanes;
+  alignas(kCacheLineBytes) typename Sum<Values>::Scalar sums[kTile];
+  for (int64_t f = 0; f < width; f += kLanes) {
+    const int64_t left = width - f;
+    if (p.bias == nullptr) {
+      store(sums + f, typename Sum<Values>::Lanes{});
+    } else if (left >= kLanes) {
+      store(sums + f, load(p.bias + feature + f));
+    } else {
+      store(sums + f, load_partial(p.bias + feature + f, left));
+    }
+  }
+  int64_t entry = b * p.k;
+  const int64_t end = entry + p.k;
+  for (; entry + kRowsAtOnce <= end; entry += kRowsAtOnce) {
+    add_entries<kRowsAtOnce>(p, entry, feature, width, sums);
+  }
+  if ((end - entry) & 4) add_entries<4>(p, entry, feature, width, sums), entry += 4;
+  if ((end - entry) & 2) add_entries<2>(p, entry, feature, width, sums), entry += 2;
+  if ((end - entry) & 1) add_entries<1>(p, entry, feature, width, sums);
+  Values* out = p.out + b * p.d + feature;
+  for (int64_t f = 0; f < width; f += kLanes) {
+    if (width - f >= kLanes) {
+      store(out + f, load(sums + f));
+    } else {
+      store_partial(out + f, load(sums + f), width - f);
+    }
+  }
+}
+
+template <class Values, class Weight, class Index>
+void multiply_rows(const Product<Values, Weight, Index>& p, int threads) {
+  const int team = useful_threads(threads, p.rows * (p.k + 1) * p.d, kWorkPerThread);
+#pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
+  for (int64_t b = 0; b < p.rows; ++b) {
+    for (int64_t feature = 0; feature < p.d; feature += kTile) {
+      const int64_t left = p.d - feature;
+      multiply_row(p, b, feature, left < kTile ? left : kTile);
+    }
+  }
+}
+
+}  // namespace
+
+int64_t sparse_matmul(const void* values, int dtype, const void* indices, int index_tag,
+                      int64_t rows, int64_t k, const void* weight, int weight_dtype, int64_t n,
+                      int64_t d, int64_t weight_stride_n, int64_t weight_stride_d, const void* bias,
+                      void* out, int threads) {
+  return visit_indices(indices, index_tag, [&](auto* typed_indices) {
+    using Index = std::remove_const_t<std::remove_pointer_t<decltype(typed_indices)>>;
+    const int64_t bad = first_bad_index(typed_indices, rows * k, n, threads);
+    if (bad >= 0 || rows == 0 || d == 0) return bad;
+    visit_types(dtype, weight_dtype, [&](auto value, auto weight_value) {
+      using Values = decltype(value);
+      using Weight = decltype(weight_value);
+      advise_huge_pages(out, static_cast<size_t>(rows * d) * sizeof(Values));
+      const Product<Values, Weight, Index> product{static_cast<const Values*>(values),
+                                                   typed_indices,
+                                                   rows,
+                                                   k,
+                                                   static_cast<const Weight*>(weight),
+                                                   n,
+                                                   d,
+                                                   weight_stride_n,
+                                                   weight_stride_d,
+                                                   static_cast<const Weight*>(bias),
+                                                   static_cast<Values*>(out)};
+      if (weight_stride_d == 1 || d == 1) {
+        multiply_rows(product, threads);
+      } else {
+        multiply_columns(product, threads);
+      }
+    });
+    return bad;
+  });
+}
+
+}  // namespace sparsekern::cpu::SPARSEKERN_ISA

@@ -1,0 +1,207 @@
+// Backward with a row-major dictionary: both gradients in one pass over the latents.
+// Column-major: sparse_matmul_columns_backward.h.
+#include "memory.h"
+#include "sparse_matmul.h"
+#include "sparse_matmul_columns_backward.h"
+#include "sparse_matmul_gradients.h"
+#include "sparse_matmul_lanes.h"
+
+namespace sparsekern::cpu::SPARSEKERN_ISA {
+
+namespace {
+
+// Reading a dictionary row and writing its gradient row cost about as much as this many entries,
+// whose rows of the upstream gradient mostly come from the cache.
+constexpr int64_t kLatentCost = 3;
+// Tasks per thread: enough to even out a slow core, few enough to keep each a long stream.
+constexpr int64_t kTasksPerThread = 16;
+// Multiply-adds that pay for waking another thread.
+constexpr int64_t kWorkPerThread = 1 << 16;
+// Features in the narrowest slice of a heavy latent: four cache lines of float32.
+constexpr int64_t kSliceFeatures = 64;
+// Gradients above this bypass the caches: they would be evicted before anyone reads them.
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
+
+// A piece of the pass. Either whole latents, or one part of a latent too heavy for one thread:
+// some features of its gradient row, or the gradients of some of its values.
+struct Task {
+  enum Kind { kLatents, kFeatures, kEntries } kind;
+  int64_t latent;  // the heavy latent, or the first of the range
+  int64_t begin, end;
+};
+
+// The tasks of a pass, cut by the cost of the entries and rows in them. How they are cut changes no
+// result: every output element is computed by one task, in an order that is the same in all cuts.
+class Schedule {
+ public:
+  Schedule(const int64_t* offsets, int64_t n, int64_t d, int team)
+      : tasks_(8 * kTasksPerThread * team + 8) {
+    if (team == 1) {
+      add({Task::kLatents, 0, 0, n});
+      return;
+    }
+    const int64_t total = offsets[n] + kLatentCost * n;
+    const int64_t target = total / (kTasksPerThread * team) + 1;
+    int64_t begin = 0;
+    int64_t cost = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t entries = offsets[i + 1] - offsets[i];
+      if (entries > 2 * target) {
+        if (begin < i) add({Task::kLatents, begin, begin, i});
+        split(i, offsets[i], offsets[i + 1], d, target);
+        begin = i + 1;
+        cost = 0;
+        continue;
+      }
+      cost += entries + kLatentCost;
+      if (cost < target && i + 1 < n) continue;
+      add({Task::kLatents, begin, begin, i + 1});
+      begin = i + 1;
+      cost = 0;
+    }
+    if (begin < n) add({Task::kLatents, begin, begin, n});
+  }
+  int64_t size() const { return size_; }
+  const Task& operator[](int64_t task) const { return tasks_.get()[task]; }
+
+ private:
+  void add(const Task& task) { tasks_.get()[size_++] = task; }
+
+  void split(int64_t latent, int64_t first, int64_t last, int64_t d, int64_t target) {
+    const int64_t parts = (last - first) / target;
+    for (int64_t part = 0; part < parts; ++part) {
+      add({Task::kEntries, latent, first + (last - first) * part / parts,
+           first + (last - first) * (part + 1) / parts});
+    }
+    const int64_t slices = (d + kSliceFeatures - 1) / kSliceFeatures;
+    const int64_t wide = slices < parts ? slices : parts;
+    for (int64_t slice = 0; slice < wide; ++slice) {
+      const int64_t end = slices * (slice + 1) / wide * kSliceFeatures;
+      add({Task::kFeatures, latent, slices * slice / wide * kSliceFeatures, end < d ? end : d});
+    }
+  }
+
+  // At most 1 + tasks of whole latents per target, one more per heavy latent (of which there are at
+  // most half as many), and two parts per target of a heavy latent.
+  Buffer<Task> tasks_;
+  int64_t size_ = 0;
+};
+
+// out[0..width) = sums[0..width).
+template <class Weight, class Scalar>
+void write_sums(const Scalar* sums, int64_t width, Weight* out, bool bypass) {
+  constexpr int kLanes = Sum<Weight>::kLanes;
+  int64_t f = 0;
+  if (bypass && reinterpret_cast<uintptr_t>(out) % (kLanes * sizeof(Weight)) == 0) {
+    for (; f + kLanes <= width; f += kLanes) stream(out + f, load(sums + f));
+  }
+  for (; f + kLanes <= width; f += kLanes) store(out + f, load(sums + f));
+  if (f < width) store_partial(out + f, load(sums + f), width - f);
+}
+
+// grad_values and grad_weight of the entries [begin, end) and the features [feature, feature +
+// width) of one latent. A thread owns whole latents (or parts of a heavy one); it reads the
+// latent's dictionary row once, gathers the upstream gradient's row of each entry, sums in the L1
+// or L2 cache and writes the gradient row once, past the caches. Bound by memory: one dictionary
+// row in, one gradient row out, and the gathered rows from the last cache level.
+template <bool kDots, bool kSums, class Values, class Weight, class Scalar>
+void differentiate_latent(const Gradients<Values, Weight>& p, int64_t latent, int64_t begin,
+                          int64_t end, int64_t feature, int64_t width, Scalar* sums, bool bypass) {
+  constexpr int kLanes = Sum<Values>::kLanes;
+  const Weight* row = p.weight + latent * p.stride_n + feature;
+  if (kSums) {
+    for (int64_t f = 0; f < width; f += kLanes) store(sums + f, typename Sum<Values>::Lanes{});
+  }
+  differentiate_entries<kDots, kSums>(
+      p, begin, end, feature, width, row, sums,
+      [&](int64_t place, Scalar dot) { from_sum(dot, p.grad_values + p.positions[place]); });
+  if (kSums) write_sums(sums, width, p.grad_weight + latent * p.grad_stride_n + feature, bypass);
+}
+
+template <bool kDots, bool kSums, class Values, class Weight, class Scalar>
+void run_task(const Gradients<Values, Weight>& p, const Task& task, Scalar* sums, bool bypass) {
+  if (task.kind == Task::kLatents) {
+    for (int64_t i = task.begin; i < task.end; ++i) {
+      differentiate_latent<kDots, kSums>(p, i, p.offsets[i], p.offsets[i + 1], 0, p.d, sums,
+                                         bypass);
+    }
+  } else if (task.kind == Task::kFeatures) {
+    if (!kSums) return;
+    differentiate_latent<false, kSums>(p, task.latent, p.offsets[task.latent],
+                                       p.offsets[task.latent + 1], task.begin,
+                                       task.end - task.begin, sums, bypass);
+  } else if (kDots) {
+    differentiate_latent<kDots, false>(p, task.latent, task.begin, task.end, 0, p.d, sums, bypass);
+  }
+}
+
+template <bool kDots, bool kSums, class Values, class Weight>
+void differentiate_rows(const Gradients<Values, Weight>& p, int threads) {
+  using Scalar = typename Sum<Values>::Scalar;
+  const int64_t work = (p.offsets[p.n] + kLatentCost * p.n) * p.d;
+  const int team = useful_threads(threads, work, kWorkPerThread);
+  const Schedule schedule(p.offsets, p.n, p.d, team);
+  // A cache line apart, and whole vectors.
+  const int64_t padded = (p.d / kSliceFeatures + 2) * kSliceFeatures;
+  const Buffer<Scalar> sums(team * padded);
+  const bool bypass = p.n * p.d * static_cast<int64_t>(sizeof(Weight)) > kStreamBytes;
+#pragma omp parallel for num_threads(team) schedule(dynamic) if (team > 1)
+  for (int64_t task = 0; task < schedule.size(); ++task) {
+    Scalar* own_sums = sums.get() + thread_number() * padded;
+    run_task<kDots, kSums>(p, schedule[task], own_sums, bypass);
+    finish_streams();
+  }
+}
+
+template <bool kDots, bool kSums, class Values, class Weight>
+void differentiate(const Gradients<Values, Weight>& p, int threads) {
+  const bool rows = p.d == 1 || (p.stride_d == 1 && (!kSums || p.grad_stride_d == 1));
+  if (rows) {
+    differentiate_rows<kDots, kSums>(p, threads);
+  } else {
+    differentiate_columns<kDots, kSums>(p, threads);
+  }
+}
+
+}  // namespace
+
+void sparse_matmul_backward(const void* grad, int dtype, const void* values, int64_t rows,
+                            int64_t k, const void* weight, int weight_dtype, int64_t n, int64_t d,
+                            int64_t weight_stride_n, int64_t weight_stride_d,
+                            const int64_t* offsets, const int32_t* positions, void* grad_values,
+                            void* grad_weight, int64_t grad_weight_stride_n,
+                            int64_t grad_weight_stride_d, int threads) {
+  visit_types(dtype, weight_dtype, [&](auto value, auto weight_value) {
+    using Values = decltype(value);
+    using Weight = decltype(weight_value);
+    const Gradients<Values, Weight> p{
+        static_cast<const Values*>(grad),
+        static_cast<const Values*>(values),
+        k,
+        static_cast<const Weight*>(weight),
+        n,
+        d,
+        weight_stride_n,
+        weight_stride_d,
+        offsets,
+        positions,
+        static_cast<Values*>(grad_values),
+        static_cast<Weight*>(grad_weight),
+        grad_weight_stride_n,
+        grad_weight_stride_d,
+    };
+    if (grad_weight != nullptr) {
+      advise_huge_pages(grad_weight, static_cast<size_t>(n * d) * sizeof(Weight));
+    }
+    if (grad_values != nullptr && grad_weight != nullptr) {
+      differentiate<true, true>(p, threads);
+    } else if (grad_values != nullptr) {
+      differentiate<true, false>(p, threads);
+    } else if (grad_weight != nullptr) {
+      differentiate<false, true>(p, threads);
+    }
+  });
+  (void)rows;
+}
+
+}  // namespace sparsekern::cpu::SPARSEKERN_ISA

@@ -1,0 +1,71 @@
+// Backward with a column-major dictionary: both gradients, tile by tile. Nothing of size [n, d]
+// is allocated; the gradient of the dictionary is column-major too.
+#pragma once
+
+#include "sparse_matmul_blocks.h"
+#include "sparse_matmul_gradients.h"
+#include "sparse_matmul_lanes.h"
+
+namespace sparsekern::cpu::SPARSEKERN_ISA {
+
+// Features in a tile: a block of 16 x 128 float32 of the dictionary and one of its gradient take
+// half of a 32 KiB L1 cache.
+constexpr int64_t kGradientTile = 128;
+// Latents a thread owns at a time: long enough to use a good part of each page of each feature.
+constexpr int64_t kChunkLatents = 512;
+
+// Both gradients of one block of 16 latents and one tile of features.
+template <bool kDots, bool kSums, class Values, class Weight, class Scalar>
+void differentiate_block(const Gradients<Values, Weight>& p, int64_t first, int64_t feature,
+                         Scalar* dots) {
+  alignas(kCacheLineBytes) Scalar block[kDots ? kBlockLatents * kGradientTile : 1];
+  alignas(kCacheLineBytes) Scalar sums[kSums ? kBlockLatents * kGradientTile : 1];
+  const int64_t latents = p.n - first < kBlockLatents ? p.n - first : kBlockLatents;
+  const int64_t features = p.d - feature < kGradientTile ? p.d - feature : kGradientTile;
+  const bool silent = p.offsets[first] == p.offsets[first + latents];
+  if (kDots && !silent) {
+    const Weight* columns = p.weight + feature * p.stride_d + first;
+    prefetch_block(columns + kBlockLatents, p.stride_d, features);
+    load_block(columns, p.stride_d, latents, features, block, kGradientTile);
+  }
+  if (kSums) std::memset(sums, 0, sizeof(sums));
+  for (int64_t i = 0; i < latents && !silent; ++i) {
+    const int64_t offset = i * kGradientTile;
+    differentiate_entries<kDots, kSums>(p, p.offsets[first + i], p.offsets[first + i + 1], feature,
+                                        features, kDots ? block + offset : block,
+                                        kSums ? sums + offset : sums,
+                                        [dots](int64_t place, Scalar dot) { dots[place] += dot; });
+  }
+  if (!kSums) return;
+  Weight* out = p.grad_weight + feature * p.grad_stride_d + first;
+  store_block(sums, kGradientTile, out, p.grad_stride_d, latents, features);
+}
+
+// A thread owns chunks of latents; for each it walks the tiles of features, and in each tile the
+// blocks of 16 latents, transposed in the L1 cache. The dot products of a chunk's entries collect
+// one partial sum per tile, in ascending order. Bound by streaming the dictionary in and its
+// gradient out, one cache line of each of 128 features at a time.
+template <bool kDots, bool kSums, class Values, class Weight>
+void differentiate_columns(const Gradients<Values, Weight>& p, int threads) {
+  using Scalar = typename Sum<Values>::Scalar;
+  const int64_t entries = p.offsets[p.n];
+  const Buffer<Scalar> dots(kDots ? entries : 0);
+  const int64_t chunks = (p.n + kChunkLatents - 1) / kChunkLatents;
+  const int team = useful_threads(threads, chunks - 1, 1);
+#pragma omp parallel for num_threads(team) schedule(dynamic) if (team > 1)
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t begin = chunk * kChunkLatents;
+    const int64_t end = begin + kChunkLatents < p.n ? begin + kChunkLatents : p.n;
+    for (int64_t e = p.offsets[begin]; e < p.offsets[end] && kDots; ++e) dots.get()[e] = 0;
+    for (int64_t feature = 0; feature < p.d; feature += kGradientTile) {
+      for (int64_t first = begin; first < end; first += kBlockLatents) {
+        differentiate_block<kDots, kSums>(p, first, feature, dots.get());
+      }
+    }
+    for (int64_t e = p.offsets[begin]; e < p.offsets[end] && kDots; ++e) {
+      from_sum(dots.get()[e], p.grad_values + p.positions[e]);
+    }
+  }
+}
+
+}  // namespace sparsekern::cpu::SPARSEKERN_ISA
