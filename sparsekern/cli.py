@@ -33,7 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from sparsekern import BackendUnavailableError
     from sparsekern.training import CheckpointError, RunError, TrainingError
 
-    options = _parser().parse_args(arguments)
+    options, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        sys.stderr.write(_error_line(options.command, f"unknown arguments: {' '.join(unknown)}"))
+        return 2
     # ValueError: bad values and data files. OSError: a full disk, for one.
     expected = (
         BackendUnavailableError, CheckpointError, ModuleNotFoundError, OSError, RunError,
@@ -81,6 +84,7 @@ def _add_train_vae_sae(studies: Any) -> None:
         "arguments it renders a dSprites-compatible subset and takes a few minutes on two cores.",
         # An absent flag is absent, so that --resume can tell it from one given with its default.
         argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
     place = parser.add_mutually_exclusive_group()
     place.add_argument(

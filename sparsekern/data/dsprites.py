@@ -6,7 +6,7 @@ Two sources with one result, a :class:`DSprites`:
   https://github.com/google-deepmind/dsprites-dataset;
 * :func:`rendered` draws a *dSprites-compatible, calibrated* set without any file. A pixel is on
   when its centre lies inside the sprite. The outlines are fitted to frames of the published
-  animation: 80 % of the 320 frames come out bit for bit, and 99.8 % of the pixels that are on agree.
+  animation: 80 % of its 320 frames come out bit for bit, the rest differ by 2 pixels on average.
   It is not the published data set, and results on it should say so.
 
 The order of the images is that of the published file: ``index = sum(class * BASES)``, so the last

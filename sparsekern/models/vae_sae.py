@@ -23,8 +23,11 @@ from torch import Tensor, nn
 
 from sparsekern.nn import DeadNeuronCounter, TopK
 from sparsekern.ops.sparse_matmul import sparse_matmul
+from sparsekern.ops.topk import codes_to_dense
 
 SIDE = 64
+# Above this share of active units a dense product costs less than picking rows of the dictionary.
+DENSE_SHARE = 0.25
 
 
 class VAESAEOutput(NamedTuple):
@@ -126,7 +129,12 @@ class VAESAE(nn.Module):
 
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:
         """Pixel logits [B, C, 64, 64] of codes [B, k]."""
-        return self.decoder(sparse_matmul(values, indices, self.dictionary, self.dictionary_bias))
+        units = len(self.dictionary)
+        if values.shape[-1] > DENSE_SHARE * units:
+            hidden = codes_to_dense(values, indices, units) @ self.dictionary + self.dictionary_bias
+        else:
+            hidden = sparse_matmul(values, indices, self.dictionary, self.dictionary_bias)
+        return self.decoder(hidden)
 
     def forward(self, images: Tensor, *, sample: bool | None = None) -> VAESAEOutput:
         """Encodes, sparsifies and decodes.

@@ -86,6 +86,10 @@ class VAESAEConfig:
             "test_images", "log_every", "checkpoint_every",
         ):  # fmt: skip
             self._check(name, getattr(self, name) >= 1, "must be at least 1")
+        for item in fields(self):
+            choices = item.metadata.get("choices")
+            fits = choices is None or getattr(self, item.name) in choices
+            self._check(item.name, fits, f"must be one of {', '.join(choices or ())}")
         self._check("seed", self.seed >= 0, "must be at least 0")
         self._check("learning_rate", self.learning_rate > 0, "must be above 0")
         self._check("beta", self.beta >= 0, "must be at least 0")

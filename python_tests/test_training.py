@@ -1,0 +1,392 @@
+"""The training loop: resuming gives the same bits, whatever interrupted it, and folders stay sane.
+
+Run as a script, this file trains the task of its tests in the folder named on the command line.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sparsekern.training import (
+    CheckpointError,
+    LoopConfig,
+    RunError,
+    RunFolder,
+    TrainingError,
+    checkpoints,
+    runs,
+    train,
+)
+
+CONFIG = LoopConfig(epochs=3, batch_size=8, seed=5, log_every=2, checkpoint_every=2, progress=False)
+EXAMPLES = 30  # four steps an epoch, the last one smaller
+STEPS = 12
+
+
+class Noisy:
+    """A small regression with dropout, so that the random state matters."""
+
+    def __init__(self, width=16, pause=0.0, before_step=None):
+        generator = torch.Generator().manual_seed(0)
+        self.inputs = torch.randn(EXAMPLES, 8, generator=generator)
+        self.targets = self.inputs.square().sum(1, keepdim=True)
+        self.examples, self.pause, self.before_step = EXAMPLES, pause, before_step
+        with torch.random.fork_rng([]):
+            torch.manual_seed(1)
+            self.model = nn.Sequential(nn.Linear(8, width), nn.Dropout(0.3), nn.Linear(width, 1))
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-2)
+        self.steps = 0
+
+    def begin_epoch(self, epoch):
+        return {"k": 10 - epoch}
+
+    def loss(self, rows):
+        time.sleep(self.pause)
+        if self.before_step is not None:
+            self.before_step(self.steps)
+        self.steps += 1
+        error = (self.model(self.inputs[rows]) - self.targets[rows]).square().mean()
+        return error, {"error": error.sqrt()}
+
+    def evaluate(self, epoch):
+        with torch.no_grad():
+            return {"eval": float((self.model(self.inputs) - self.targets).square().mean())}
+
+
+def start(folder, task=None, config=CONFIG, identity=None):
+    with RunFolder.create(folder, {"note": "test"}) as run:
+        return train(task or Noisy(), config, run, identity=identity)
+
+
+def resume(folder, task=None, config=CONFIG, identity=None):
+    with RunFolder.open(folder) as run:
+        return train(task or Noisy(), config, run, identity=identity)
+
+
+def metrics(folder):
+    """Every logged line, without the speed."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return [{k: v for k, v in r.items() if k != "examples_per_second"} for r in records]
+
+
+def final_tensors(folder):
+    return checkpoints.read_checkpoint(folder).tensors
+
+
+def assert_same_run(folder, complete):
+    assert metrics(folder) == metrics(complete)
+    ours, theirs = final_tensors(folder), final_tensors(complete)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "complete"
+    outcome = start(folder)
+    assert outcome.step == STEPS and outcome.signal is None and outcome.examples_per_second > 0
+    return folder
+
+
+def test_a_run_logs_steps_and_epochs(complete):
+    records = metrics(complete)
+    steps = [r["step"] for r in records if r["kind"] == "step"]
+    assert steps == [1, 2, 4, 6, 8, 10, 12]
+    epochs = [r for r in records if r["kind"] == "epoch"]
+    assert [r["k"] for r in epochs] == [10, 9, 8]
+    assert epochs[-1]["loss"] < epochs[0]["loss"] and epochs[-1]["eval"] < epochs[0]["eval"]
+    tensors = f"checkpoint-{STEPS}.safetensors"
+    files = {tensors, "checkpoint.json", "config.json", "lock", "metrics.jsonl"}
+    assert {path.name for path in complete.iterdir()} == files
+
+
+def test_epoch_means_weigh_examples_equally(tmp_path):
+    task = Noisy()
+    losses = []
+    plain = task.loss
+    task.loss = lambda rows: losses.append((plain(rows), len(rows))) or losses[-1][0]
+    start(tmp_path / "run", task)
+    for epoch, record in enumerate(r for r in metrics(tmp_path / "run") if r["kind"] == "epoch"):
+        part = losses[4 * epoch : 4 * epoch + 4]
+        mean = sum(float(loss[0].detach().double()) * n for loss, n in part) / EXAMPLES
+        assert record["loss"] == pytest.approx(mean, rel=1e-12)
+
+
+def test_every_example_once_an_epoch_in_an_order_from_seed_and_epoch(tmp_path):
+    seen = []
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        task = Noisy()
+        rows, plain = [], task.loss
+        task.loss = lambda part, rows=rows, plain=plain: rows.append(part) or plain(part)
+        config = LoopConfig(epochs=2, batch_size=8, seed=seed, progress=False)
+        start(tmp_path / name, task, config)
+        seen.append(torch.cat(rows))
+    first, second = seen[0].split(EXAMPLES)
+    assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(EXAMPLES))
+    assert not torch.equal(first, second)
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
+
+
+def test_training_leaves_the_callers_random_state_and_signal_handlers(tmp_path):
+    state, handler = torch.get_rng_state(), signal.getsignal(signal.SIGINT)
+    start(tmp_path / "run")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at", range(STEPS))
+def test_interrupted_by_a_signal_in_any_step(number, at, complete, tmp_path):
+    def interrupt(step):
+        if step == at:
+            signal.raise_signal(number)
+
+    folder = tmp_path / "run"
+    outcome = start(folder, Noisy(before_step=interrupt))
+    assert outcome.step == at + 1, "the current step is finished"
+    # A signal in the very last step finds nothing left to interrupt.
+    assert outcome.signal == (number if at + 1 < STEPS else None)
+    assert resume(folder).step == STEPS
+    assert_same_run(folder, complete)
+
+
+class CrashError(Exception):
+    """Stands for a process that is gone: nothing after it runs."""
+
+
+@pytest.mark.parametrize("at", range(STEPS))
+def test_crashed_in_any_step(at, complete, tmp_path):
+    def crash(step):
+        if step == at:
+            raise CrashError
+
+    with pytest.raises(CrashError):
+        start(tmp_path / "run", Noisy(before_step=crash))
+    assert resume(tmp_path / "run").step == STEPS
+    assert_same_run(tmp_path / "run", complete)
+
+
+# Five checkpoints of two files each follow config.json.
+@pytest.mark.parametrize("at", range(1, 12))
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_crashed_around_any_rename(at, when, complete, tmp_path, monkeypatch):
+    calls = []
+    replace = os.replace
+
+    def crash(source, target):
+        calls.append(target)
+        if len(calls) - 1 == at and when == "before":
+            raise CrashError
+        replace(source, target)
+        if len(calls) - 1 == at:
+            raise CrashError
+
+    monkeypatch.setattr(runs.os, "replace", crash)
+    with pytest.raises(CrashError):
+        start(tmp_path / "run")
+    monkeypatch.undo()
+    resume(tmp_path / "run")
+    assert_same_run(tmp_path / "run", complete)
+
+
+def test_crashed_before_there_was_a_config(complete, tmp_path, monkeypatch):
+    def crash(source, target):
+        raise CrashError
+
+    monkeypatch.setattr(runs.os, "replace", crash)
+    with pytest.raises(CrashError):
+        start(tmp_path / "run")
+    monkeypatch.undo()
+    start(tmp_path / "run")
+    assert_same_run(tmp_path / "run", complete)
+
+
+def test_resuming_a_complete_run_changes_nothing(complete):
+    before = {path.name: path.read_bytes() for path in complete.iterdir()}
+    outcome = resume(complete)
+    assert outcome.step == STEPS and outcome.examples_per_second > 0
+    assert {path.name: path.read_bytes() for path in complete.iterdir()} == before
+
+
+def launch(folder):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    return subprocess.Popen(
+        [sys.executable, __file__, str(folder)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_step(process, folder, step):
+    """Waits until the process's folder holds a checkpoint of at least this step."""
+    facts = folder / "checkpoint.json"
+    for _ in range(18000):
+        if facts.exists() and json.loads(facts.read_text())["step"] >= step:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    raise AssertionError(f"no checkpoint of step {step} within three minutes")
+
+
+def test_a_process_killed_twice_and_interrupted_once(complete, tmp_path):
+    folder = tmp_path / "run"
+    for step, number in ((2, signal.SIGKILL), (6, signal.SIGINT), (8, signal.SIGKILL)):
+        process = launch(folder)
+        wait_for_step(process, folder, step)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=180)
+        if number == signal.SIGINT:
+            assert process.returncode == 0, err
+            assert int(out) >= step
+        else:
+            assert process.returncode == -signal.SIGKILL
+    assert resume(folder).step == STEPS
+    assert_same_run(folder, complete)
+
+
+def test_a_second_process_is_turned_away(tmp_path):
+    folder = tmp_path / "run"
+    with RunFolder.create(folder, {}):
+        # The lock belongs to the open file, so a second one in this process is like another's.
+        with pytest.raises(RunError, match=f"another process is training in {folder}"):
+            RunFolder.open(folder)
+    RunFolder.open(folder).close()
+
+
+def test_training_works_in_a_thread(complete, tmp_path):
+    thread = threading.Thread(target=start, args=(tmp_path / "run",))
+    thread.start()
+    thread.join()
+    assert_same_run(tmp_path / "run", complete)
+
+
+def test_a_folder_with_a_run_is_not_used_again(complete):
+    before = {path.name: path.read_bytes() for path in complete.iterdir()}
+    with pytest.raises(RunError, match="folder already holds a run"):
+        start(complete)
+    assert {path.name: path.read_bytes() for path in complete.iterdir()} == before
+
+
+def test_resuming_needs_a_run(tmp_path):
+    with pytest.raises(RunError, match=f"no run to resume in {tmp_path}: config.json not found"):
+        resume(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(RunError, match="cannot read"):
+        resume(tmp_path)
+
+
+def test_an_unwritable_folder_leaves_nothing(tmp_path):
+    # Root may write anywhere, so the obstacle is a file where a folder has to be.
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"cannot write to the run folder .*file is not a folder"):
+        start(tmp_path / "file" / "deep" / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_that_fails_on_writing_leaves_nothing(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(runs, "_lock", refuse)
+    with pytest.raises(RunError, match=r"cannot write to the run folder .*: Permission denied"):
+        start(tmp_path / "deep" / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_of_another_identity(tmp_path):
+    folder = tmp_path / "run"
+    start(folder, identity={"lr": 1, "beta": 2.0})
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for other, message in (
+        ({"lr": 1, "beta": 3.0}, "beta is 2.0 there and 3.0 here"),
+        ({"lr": 1, "beta": 2.0, "new": 1}, "new is 'absent' there and 1 here"),
+        ({"lr": 1}, "beta is 2.0 there and 'absent' here"),
+    ):
+        with pytest.raises(CheckpointError, match=f"of another config: {message}"):
+            resume(folder, identity=other)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_checkpoint_of_another_model(tmp_path):
+    start(tmp_path / "run")
+    task = Noisy(width=17)
+    weight = task.model[0].weight.clone()
+    with pytest.raises(CheckpointError, match=r"0.weight is \[16, 8\] there and \[17, 8\] here"):
+        resume(tmp_path / "run", task)
+    assert torch.equal(task.model[0].weight, weight)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        (f"checkpoint-{STEPS}.safetensors", b""),
+        (f"checkpoint-{STEPS}.safetensors", None),
+        ("checkpoint.json", b'{"format": 1'),
+        ("checkpoint.json", b'{"format": 1}'),
+    ],
+)
+def test_a_damaged_checkpoint(name, content, tmp_path):
+    folder = tmp_path / "run"
+    start(folder)
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"checkpoint in {folder} is damaged"):
+        resume(folder)
+
+
+def test_a_checkpoint_from_the_future(tmp_path):
+    start(tmp_path / "run")
+    facts = tmp_path / "run" / "checkpoint.json"
+    facts.write_text(facts.read_text().replace('"format": 1', '"format": 99'))
+    with pytest.raises(CheckpointError, match="has format 99, this version reads 1"):
+        resume(tmp_path / "run")
+
+
+def test_metrics_shorter_than_the_checkpoint_says(tmp_path):
+    start(tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").write_text("")
+    with pytest.raises(RunError, match=r"is shorter than the .* bytes its checkpoint counts on"):
+        resume(tmp_path / "run")
+
+
+def test_tied_and_strided_tensors_survive_a_checkpoint(tmp_path):
+    weight = torch.arange(6.0).view(2, 3)
+    tensors = {"a": weight, "b": weight, "c": weight.t(), "d": torch.tensor(2, dtype=torch.int64)}
+    checkpoints.write_checkpoint(tmp_path, 3, tensors, {"x": [1, 2.5]})
+    read, facts = checkpoints.read_checkpoint(tmp_path)
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+    assert facts["x"] == [1, 2.5]
+
+
+def test_a_loss_that_is_not_a_number_stops_training(tmp_path):
+    task = Noisy()
+    task.targets[3] = float("nan")
+    with pytest.raises(TrainingError, match=r"loss is nan at step .*smaller learning rate"):
+        start(tmp_path / "run", task)
+
+
+@pytest.mark.parametrize("name", ["epochs", "batch_size", "log_every", "checkpoint_every"])
+def test_config_rejects_zero(name):
+    with pytest.raises(ValueError, match=f"LoopConfig: {name} must be at least 1, got 0"):
+        LoopConfig(**{"epochs": 1, "batch_size": 1, name: 0})
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1])
+    function = resume if (place / "config.json").exists() else start
+    print(function(place, Noisy(pause=0.05)).step)
