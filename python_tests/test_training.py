@@ -306,6 +306,37 @@ def test_a_folder_that_fails_on_writing_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("call", range(5))
+def test_a_full_disk_keeps_the_checkpoint_before(call, complete, tmp_path, monkeypatch):
+    calls = []
+    sync = os.fsync
+
+    def fail(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 1 + call:  # the first one is for config.json
+            raise OSError(28, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr(runs, "sync_folder", lambda path: None)
+    monkeypatch.setattr(runs.os, "fsync", fail)
+    with pytest.raises(OSError, match="No space left"):
+        start(tmp_path / "run")
+    assert not (tmp_path / "run" / ".new").exists()
+    monkeypatch.undo()
+    resume(tmp_path / "run")
+    assert_same_run(tmp_path / "run", complete)
+
+
+def test_a_full_disk_at_the_start_leaves_nothing(tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs.os, "fsync", fail)
+    with pytest.raises(RunError, match=r"cannot write to the run folder .*: No space left"):
+        start(tmp_path / "deep" / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_checkpoint_of_another_identity(tmp_path):
     folder = tmp_path / "run"
     start(folder, identity={"lr": 1, "beta": 2.0})

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(_error_line(options.command, str(error)))
         return 2
     except KeyboardInterrupt:
-        sys.stderr.write(f"sparsekern: {options.command}: interrupted before the first step\n")
+        sys.stderr.write(f"sparsekern: {options.command}: interrupted\n")
         return 130
 
 

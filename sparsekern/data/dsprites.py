@@ -210,7 +210,7 @@ def rendered(count: int | None = None, *, seed: int = 0) -> DSprites:
     """
     indices = _subset("rendered", COUNT, count, seed)
     classes = classes_of(np.arange(COUNT) if indices is None else indices)
-    return DSprites(render(classes), classes, "rendered (dSprites-compatible, calibrated)")
+    return DSprites(render(classes), classes, "rendered dSprites-compatible images (calibrated)")
 
 
 def _subset(function: str, available: int, count: int | None, seed: int) -> np.ndarray | None:

@@ -44,6 +44,7 @@ def save_history(path: Path, epochs: Sequence[Mapping[str, Any]], title: str) ->
     line(panels[2], "eval_dead", "never active on the held-out images, z = mean", scale=100)
     line(panels[2], "train_dead", "not active for an epoch of training, z sampled", scale=100)
     panels[2].set(ylabel="dead units (%)", xlabel="epoch", ylim=(-2, 102))
+    panels[2].xaxis.get_major_locator().set_params(integer=True)
     for panel in panels:
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)

@@ -58,19 +58,20 @@ class RunFolder:
         path = Path(path)
         cls.check_new(path)
         made = [folder for folder in (path, *path.parents) if not folder.exists()]
+        run = None
         try:
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path, _lock(path))
-        except OSError as error:
-            for folder in made:
-                if folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
-            raise RunError(f"cannot write to the run folder {path}: {error.strerror}") from error
-        try:
+            # Again, now that no other process can create a run here.
             cls.check_new(path)
             write_atomically(path / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-        except BaseException:
-            run.close()
+        except BaseException as error:
+            if run is not None:
+                run.close()
+            if isinstance(error, OSError):
+                _remove_made(made, path)
+                reason = error.strerror
+                raise RunError(f"cannot write to the run folder {path}: {reason}") from error
             raise
         return run
 
@@ -166,14 +167,28 @@ def _lock(path: Path) -> FileLock:
     return lock
 
 
+def _remove_made(made: list[Path], path: Path) -> None:
+    """Takes back the folders that a failed creation made, innermost first."""
+    if path in made:
+        (path / LOCK).unlink(missing_ok=True)
+    for folder in made:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Replaces a file; a crash at any moment leaves the old content or the new, never a mix."""
-    temporary = path.with_name(f".{path.name}.new")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    # One name for all: what a killed process left is overwritten by the next one's first write.
+    temporary = path.with_name(".new")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 
