@@ -9,11 +9,14 @@ nor losses, only the width that follows from "500 to 50 active neurons" and "90 
 this model is declared by us: the body follows Burgess et al. (arXiv 1804.03599: four convolutions
 of kernel 4, stride 2, and a mirrored decoder) and disentanglement_lib (twice the channels in the
 deeper half; hidden width 256, 10 latents, Bernoulli loss, beta = 1). The base width is 16 instead
-of their 32, so that fifty epochs take minutes on a laptop's processor.
+of their 32, so that fifty epochs take minutes on a laptop's processor. Weights start after He et
+al. (arXiv 1502.01852) and the output at the data's mean brightness: with torch's defaults the
+posterior collapses in the first steps and the loss stays at that of the mean image.
 """
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -66,6 +69,10 @@ class VAESAE(nn.Module):
         k: active units per image, 1..N; change it during training through :attr:`k`.
         hidden: width of the dense layers.
         width: channels of the outer convolutions; the inner ones have twice as many.
+        mean_pixel: mean of the training images' pixels, inside 0..1.
+
+    Raises:
+        ValueError: k or mean_pixel is out of its range.
 
     In training mode each forward pass tells :attr:`activity` which units fired; so do direct calls
     of :meth:`codes`.
@@ -79,8 +86,11 @@ class VAESAE(nn.Module):
         k: int = 500,
         hidden: int = 256,
         width: int = 16,
+        mean_pixel: float = 0.5,
     ) -> None:
         super().__init__()
+        if not 0 < mean_pixel < 1:
+            raise ValueError(f"VAESAE: mean_pixel must lie inside 0..1, got {mean_pixel}")
         sizes = (channels, width, width, 2 * width, 2 * width)
         flat = sizes[-1] * (SIDE // 16) ** 2
         self.encoder = nn.Sequential(
@@ -93,9 +103,8 @@ class VAESAE(nn.Module):
         )
         self.to_units = nn.Linear(latents, units)
         self.sparsity = TopK(k, counter=DeadNeuronCounter(units))
-        from_units = nn.Linear(units, hidden)
-        self.dictionary = nn.Parameter(from_units.weight.detach().t().contiguous())  # [N, hidden]
-        self.dictionary_bias = nn.Parameter(from_units.bias.detach())
+        self.dictionary = nn.Parameter(torch.empty(units, hidden))
+        self.dictionary_bias = nn.Parameter(torch.zeros(hidden))
         self.decoder = nn.Sequential(
             nn.ReLU(),
             nn.Linear(hidden, flat),
@@ -103,6 +112,24 @@ class VAESAE(nn.Module):
             nn.Unflatten(1, (sizes[-1], SIDE // 16, SIDE // 16)),
             *_convolutions(nn.ConvTranspose2d, sizes[::-1]),
         )
+        self._initialize(mean_pixel)
+
+    @torch.no_grad()
+    def _initialize(self, mean_pixel: float) -> None:
+        """Keeps the variance of the signal from layer to layer: std^2 = gain / fan-in."""
+        linear_outputs = (self.encoder[-1], self.decoder[-1])
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+                fan_in = layer.weight[0].numel()
+                if isinstance(layer, nn.ConvTranspose2d):
+                    # A pixel of the output sees 2 x 2 of the 4 x 4 taps of each input channel.
+                    fan_in = 4 * layer.in_channels
+                # A ReLU after the layer halves the second moment.
+                gain = 1 if layer in linear_outputs else 2
+                nn.init.normal_(layer.weight, std=math.sqrt(gain / fan_in))
+                nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.dictionary, std=math.sqrt(2 / len(self.dictionary)))
+        self.decoder[-1].bias.fill_(math.log(mean_pixel / (1 - mean_pixel)))
 
     @property
     def k(self) -> int:

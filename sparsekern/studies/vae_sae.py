@@ -130,7 +130,11 @@ class _Task:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(config.seed)
             self.model = VAESAE(
-                latents=config.latents, units=config.units, k=config.k_start, width=config.width
+                latents=config.latents,
+                units=config.units,
+                k=config.k_start,
+                width=config.width,
+                mean_pixel=float(training.double().mean()),
             ).to(device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate)
 
