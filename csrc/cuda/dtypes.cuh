@@ -94,7 +94,8 @@ void visit_types(int dtype, int weight_dtype, Visit&& visit) {
   if (dtype == 1 && weight_dtype == 0) return visit(__nv_bfloat16(), float());
   if (dtype == 2 && weight_dtype == 0) return visit(__half(), float());
   throw std::runtime_error(
-      "the dtype tags must be 0 (float32), 1 (bfloat16) or 2 (float16), and the same for the weight "
+      "the dtype tags must be 0 (float32), 1 (bfloat16) or 2 (float16), and the same for the "
+      "weight "
       "or 0");
 }
 
