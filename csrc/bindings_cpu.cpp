@@ -1,0 +1,109 @@
+// sparsekern._native: the CPU kernels as functions of addresses and sizes.
+//
+// Pointers travel as integers (0 is null); `context` is the number of threads. sparsekern._cuda has
+// the same functions with the same arguments.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <string>
+#include <vector>
+
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+using sparsekern::cpu::kernels;
+using Address = uintptr_t;
+
+namespace {
+
+template <class T = void>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+int64_t no_workspace(int64_t, int64_t) { return 0; }
+
+void topk(Address x, int dtype, int64_t rows, int64_t n, int64_t row_stride, int64_t col_stride,
+          int64_t k, int flags, Address values, Address indices, Address masked, Address counts,
+          Address, int64_t threads) {
+  kernels().topk(at(x), dtype, rows, n, row_stride, col_stride, k, flags, at(values),
+                 at<int64_t>(indices), at(masked), at<int64_t>(counts), static_cast<int>(threads));
+}
+
+void codes_to_dense(Address values, int dtype, Address indices, int64_t rows, int64_t k, int64_t n,
+                    Address dense, int64_t threads) {
+  kernels().codes_to_dense(at(values), dtype, at<int64_t>(indices), rows, k, n, at(dense),
+                           static_cast<int>(threads));
+}
+
+int64_t sparse_matmul(Address values, int dtype, Address indices, int index_tag, int64_t rows,
+                      int64_t k, Address weight, int weight_dtype, int64_t n, int64_t d,
+                      int64_t stride_n, int64_t stride_d, Address bias, Address out,
+                      int64_t threads) {
+  return kernels().sparse_matmul(at(values), dtype, at(indices), index_tag, rows, k, at(weight),
+                                 weight_dtype, n, d, stride_n, stride_d, at(bias), at(out),
+                                 static_cast<int>(threads));
+}
+
+int64_t transpose_codes(Address indices, int index_tag, int64_t count, int64_t n, Address offsets,
+                        Address positions, Address, int64_t threads) {
+  return kernels().transpose_codes(at(indices), index_tag, count, n, at<int64_t>(offsets),
+                                   at<int32_t>(positions), static_cast<int>(threads));
+}
+
+void sparse_matmul_backward(Address grad, int dtype, Address values, int64_t rows, int64_t k,
+                            Address weight, int weight_dtype, int64_t n, int64_t d,
+                            int64_t stride_n, int64_t stride_d, Address offsets, Address positions,
+                            Address grad_values, Address grad_weight, int64_t grad_stride_n,
+                            int64_t grad_stride_d, int64_t threads) {
+  kernels().sparse_matmul_backward(at(grad), dtype, at(values), rows, k, at(weight), weight_dtype,
+                                   n, d, stride_n, stride_d, at<int64_t>(offsets),
+                                   at<int32_t>(positions), at(grad_values), at(grad_weight),
+                                   grad_stride_n, grad_stride_d, static_cast<int>(threads));
+}
+
+int64_t count_active(Address indices, int index_tag, int64_t count, Address values, int dtype,
+                     int64_t n, Address counts, int64_t threads) {
+  return kernels().count_active(at(indices), index_tag, count, at(values), dtype, n,
+                                at<int64_t>(counts), static_cast<int>(threads));
+}
+
+std::vector<std::string> instruction_sets() {
+  int count = 0;
+  const auto* sets = sparsekern::cpu::runnable_kernels(&count);
+  std::vector<std::string> names;
+  for (int i = 0; i < count; ++i) names.emplace_back(sets[i].instruction_set);
+  return names;
+}
+
+std::map<std::string, std::string> build_info() {
+  std::string runnable;
+  for (const auto& name : instruction_sets()) runnable += (runnable.empty() ? "" : ", ") + name;
+  return {{"compiler", __VERSION__},
+          {"instruction set", kernels().instruction_set},
+          {"runnable here", runnable},
+#if defined(_OPENMP)
+          {"threads", "OpenMP"}};
+#else
+          {"threads", "none: built without OpenMP"}};
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "CPU kernels of sparsekern; called through sparsekern.native.";
+  const auto release = py::call_guard<py::gil_scoped_release>();
+  m.def("topk_workspace", [](int64_t, int64_t, int64_t, int) { return 0; });
+  m.def("transpose_workspace", &no_workspace);
+  m.def("topk", &topk, release);
+  m.def("codes_to_dense", &codes_to_dense, release);
+  m.def("sparse_matmul", &sparse_matmul, release);
+  m.def("transpose_codes", &transpose_codes, release);
+  m.def("sparse_matmul_backward", &sparse_matmul_backward, release);
+  m.def("count_active", &count_active, release);
+  m.def("instruction_sets", &instruction_sets);
+  m.def("use_instruction_set", &sparsekern::cpu::use_instruction_set);
+  m.def("build_info", &build_info);
+}

@@ -1,0 +1,31 @@
+// The kernels of the best instruction set that this CPU has, chosen when first asked for.
+#pragma once
+
+#define SPARSEKERN_ISA baseline
+#include "activity.h"
+#include "sparse_matmul.h"
+#include "topk.h"
+#undef SPARSEKERN_ISA
+
+namespace sparsekern::cpu {
+
+struct Kernels {
+  const char* instruction_set;
+  decltype(&baseline::topk) topk;
+  decltype(&baseline::codes_to_dense) codes_to_dense;
+  decltype(&baseline::sparse_matmul) sparse_matmul;
+  decltype(&baseline::transpose_codes) transpose_codes;
+  decltype(&baseline::sparse_matmul_backward) sparse_matmul_backward;
+  decltype(&baseline::count_active) count_active;
+};
+
+// All sets that this build has and this CPU can run, best first; ends with baseline.
+const Kernels* runnable_kernels(int* count);
+
+// The set in use.
+const Kernels& kernels();
+
+// Uses another runnable set from now on (tests and benchmarks); throws when it is not there.
+void use_instruction_set(const char* name);
+
+}  // namespace sparsekern::cpu

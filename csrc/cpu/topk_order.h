@@ -1,0 +1,150 @@
+// The total order on values as integer keys, and comparisons of whole vectors as bit masks.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#include "sparse_matmul_lanes.h"
+
+namespace sparsekern::cpu::SPARSEKERN_ISA {
+
+using IntLanes = int32_t __attribute__((vector_size(kLaneBytes)));
+
+// ---- keys: a > b in the order of values exactly when key(a) > key(b) ----
+
+// float -> int32 with -0 as +0 and every NaN above +inf.
+inline int32_t key_of(float x) {
+  const int32_t bits = bit_cast<int32_t>(x + 0.0f);  // -0 + 0 is +0
+  return x != x ? std::numeric_limits<int32_t>::max() : bits ^ ((bits >> 31) & 0x7fffffff);
+}
+inline int64_t key_of(double x) {
+  const int64_t bits = bit_cast<int64_t>(x + 0.0);
+  return x != x ? std::numeric_limits<int64_t>::max() : bits ^ ((bits >> 63) & INT64_MAX);
+}
+inline IntLanes keys_of(FloatLanes x) {
+  const IntLanes bits = (IntLanes)(x + FloatLanes{});
+  const IntLanes unordered = (IntLanes)(x != x);
+  const IntLanes ordered = bits ^ ((bits >> 31) & 0x7fffffff);
+  return (unordered & 0x7fffffff) | (~unordered & ordered);
+}
+// The float whose key it is; key lies between those of -inf and +inf.
+inline float float_of(int32_t key) { return bit_cast<float>(key ^ ((key >> 31) & 0x7fffffff)); }
+
+template <bool kAbsolute, class T>
+inline T ranked(T x) {  // the value that is compared
+  return kAbsolute && x < 0 ? -x : x;
+}
+template <bool kAbsolute>
+inline FloatLanes ranked_lanes(FloatLanes x) {
+  if constexpr (kAbsolute) return (FloatLanes)((IntLanes)x & 0x7fffffff);
+  return x;
+}
+
+// ---- one bit per lane ----
+
+inline uint32_t bits_of(IntLanes comparison) {  // lanes are 0 or -1
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)comparison);
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)comparison));
+#elif defined(__SSE2__)
+  return static_cast<uint32_t>(_mm_movemask_ps((__m128)comparison));
+#else
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kFloatLanes; ++lane) bits |= (comparison[lane] & 1u) << lane;
+  return bits;
+#endif
+}
+#if defined(__AVX512F__)
+inline uint32_t greater(FloatLanes a, FloatLanes b) {
+  return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
+}
+inline uint32_t greater_equal(FloatLanes a, FloatLanes b) {
+  return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ);
+}
+inline uint32_t equal(FloatLanes a, FloatLanes b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+inline uint32_t either_nan(FloatLanes a, FloatLanes b) {
+  return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q);
+}
+inline uint32_t greater(IntLanes a, IntLanes b) {
+  return _mm512_cmpgt_epi32_mask((__m512i)a, (__m512i)b);
+}
+inline uint32_t equal(IntLanes a, IntLanes b) {
+  return _mm512_cmpeq_epi32_mask((__m512i)a, (__m512i)b);
+}
+#else
+inline uint32_t greater(FloatLanes a, FloatLanes b) { return bits_of((IntLanes)(a > b)); }
+inline uint32_t greater_equal(FloatLanes a, FloatLanes b) { return bits_of((IntLanes)(a >= b)); }
+inline uint32_t equal(FloatLanes a, FloatLanes b) { return bits_of((IntLanes)(a == b)); }
+inline uint32_t either_nan(FloatLanes a, FloatLanes b) {
+  return bits_of((IntLanes)(a != a) | (IntLanes)(b != b));
+}
+inline uint32_t greater(IntLanes a, IntLanes b) { return bits_of(a > b); }
+inline uint32_t equal(IntLanes a, IntLanes b) { return bits_of(a == b); }
+#endif
+
+// The larger of each lane; no lane is NaN.
+inline FloatLanes larger(FloatLanes a, FloatLanes b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#elif defined(__SSE2__)
+  return _mm_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+inline FloatLanes all_lanes(float x) { return x - FloatLanes{}; }
+inline IntLanes all_lanes(int32_t x) { return x - IntLanes{}; }
+inline IntLanes load_keys(const int32_t* p) {
+  IntLanes x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+constexpr uint32_t kAllBits = kFloatLanes == 32 ? ~0u : (1u << kFloatLanes) - 1;
+
+// How many of keys[0..count) are >= bound. The array is padded to whole vectors with INT32_MIN.
+inline int64_t count_at_least(const int32_t* keys, int64_t count, int32_t bound) {
+  IntLanes total = {};
+  const IntLanes limit = all_lanes(bound);
+  for (int64_t i = 0; i < count; i += kFloatLanes) total -= (IntLanes)(load_keys(keys + i) >= limit);
+  int32_t lanes[kFloatLanes];
+  std::memcpy(lanes, &total, sizeof(total));
+  int64_t sum = 0;
+  for (int lane = 0; lane < kFloatLanes; ++lane) sum += lanes[lane];
+  return sum;
+}
+
+// A lower bound of the wanted-th largest key, found by bisection.
+struct Bound {
+  int32_t key;      // at least `wanted` keys are >= key
+  int64_t at_least;  // how many
+  bool exact;       // key is the wanted-th largest key itself
+};
+
+// Stops early as soon as no more than wanted + slack keys are >= the bound.
+inline Bound bisect(const int32_t* keys, int64_t count, int64_t wanted, int64_t slack, int32_t low,
+                    int32_t high) {
+  int64_t at_low = count_at_least(keys, count, low);
+  while (low < high && at_low > wanted + slack) {
+    // rounded up, so that the interval shrinks; in 64 bits, since high - low may overflow
+    const int32_t middle =
+        static_cast<int32_t>(low + ((static_cast<int64_t>(high) - low + 1) >> 1));
+    const int64_t at_middle = count_at_least(keys, count, middle);
+    if (at_middle >= wanted) {
+      low = middle;
+      at_low = at_middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return {low, at_low, low == high};
+}
+
+}  // namespace sparsekern::cpu::SPARSEKERN_ISA
