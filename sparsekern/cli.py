@@ -30,8 +30,8 @@ def _error_line(command: str, message: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code; ``arguments`` defaults to the process's."""
-    from sparsekern import BackendUnavailableError
-    from sparsekern.training import CheckpointError, RunError, TrainingError
+    from . import BackendUnavailableError
+    from .training import CheckpointError, RunError, TrainingError
 
     options, unknown = _parser().parse_known_args(arguments)
     if unknown:
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from sparsekern import __version__
+    from . import __version__
 
     parser = _Parser(
         prog="sparsekern",
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_train_vae_sae(studies: Any) -> None:
-    from sparsekern.studies import vae_sae
+    from .studies import vae_sae
 
     parser = studies.add_parser(
         "vae-sae",
@@ -117,7 +117,7 @@ def _add_flag(parser: argparse.ArgumentParser, item: Field, kind: Any) -> None:
 
 
 def _train_vae_sae(options: argparse.Namespace) -> int:
-    from sparsekern.studies import vae_sae
+    from .studies import vae_sae
 
     given = {
         item.name: getattr(options, item.name)
@@ -156,9 +156,9 @@ def _resumed_config(saved: Any, given: dict[str, Any], folder: str) -> Any:
 
 
 def _info(options: argparse.Namespace) -> int:
-    import sparsekern
+    from . import describe
 
-    facts = sparsekern.describe()
+    facts = describe()
     lines = [f"python {facts['python']} on {facts['platform']}"]
     lines += [f"{name} {version}" for name, version in facts["versions"].items()]
     lines += [f"threads: {facts['threads']}", f"GPU: {facts['gpu']}"]

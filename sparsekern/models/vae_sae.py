@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsekern.nn import DeadNeuronCounter, TopK
-from sparsekern.ops.sparse_matmul import sparse_matmul
-from sparsekern.ops.topk import codes_to_dense
+from ..nn import DeadNeuronCounter, TopK
+from ..ops.sparse_matmul import sparse_matmul
+from ..ops.topk import codes_to_dense
 
 SIDE = 64
 # Above this share of active units a dense product costs less than picking rows of the dictionary.

@@ -18,12 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import sparsekern
-from sparsekern.data import DSprites, load, rendered
-from sparsekern.metrics import UnitActivity
-from sparsekern.models.vae_sae import VAESAE, vae_sae_loss
-from sparsekern.studies import figures
-from sparsekern.training import (
+from .. import backend, describe
+from ..data import DSprites, load, rendered
+from ..metrics import UnitActivity
+from ..models.vae_sae import VAESAE, vae_sae_loss
+from ..training import (
     SCHEDULES,
     LoopConfig,
     Outcome,
@@ -32,7 +31,8 @@ from sparsekern.training import (
     scheduled_k,
     train,
 )
-from sparsekern.training.runs import write_atomically
+from ..training.runs import write_atomically
+from . import figures
 
 NAME = "vae-sae"
 EVALUATION_BATCH = 256
@@ -223,7 +223,7 @@ def run(config: VAESAEConfig, folder: str | Path, *, resume: bool = False) -> Re
             f"{', '.join(missing)} not installed (pip install 'sparsekern[data]')"
         )
     device = _device(config.device)
-    with sparsekern.backend(config.backend):
+    with backend(config.backend):
         _probe(device)
         if not resume:
             RunFolder.check_new(folder)
@@ -277,7 +277,7 @@ def _results(
     mean = evaluate(model, test)
     sampled = evaluate(model, test, sample_seed=config.seed)
     device = test.device.type
-    rows = sparsekern.describe()["implementations"]
+    rows = describe()["implementations"]
     return {
         "data": source,
         "test_images": len(test),

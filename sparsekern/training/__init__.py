@@ -1,9 +1,9 @@
 """Training that knows no model by name: the loop, schedules, checkpoints and run folders."""
 
-from sparsekern.training.checkpoints import CheckpointError
-from sparsekern.training.loop import LoopConfig, Outcome, Task, TrainingError, train
-from sparsekern.training.runs import RunError, RunFolder
-from sparsekern.training.schedules import SCHEDULES, scheduled_k
+from .checkpoints import CheckpointError
+from .loop import LoopConfig, Outcome, Task, TrainingError, train
+from .runs import RunError, RunFolder
+from .schedules import SCHEDULES, scheduled_k
 
 __all__ = [
     "SCHEDULES",

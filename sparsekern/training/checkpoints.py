@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sparsekern.training.runs import write_atomically
+from .runs import write_atomically
 
 FACTS = "checkpoint.json"
 TENSORS = "checkpoint-{step}.safetensors"

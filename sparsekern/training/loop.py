@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sparsekern.training import checkpoints
-from sparsekern.training.runs import RunFolder
+from . import checkpoints
+from .runs import RunFolder
 
 
 class TrainingError(RuntimeError):
