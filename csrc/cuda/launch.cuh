@@ -2,8 +2,8 @@
 //
 //   launch(some_kernel<float>, grid, block, shared_bytes, stream, arguments...);
 //
-// The arguments are converted to the kernel's parameter types as in a plain call. A kernel finds its
-// dynamic shared memory with SPARSEKERN_DYNAMIC_SHARED(Type, name).
+// The arguments are converted to the kernel's parameter types as in a plain call. A kernel finds
+// its dynamic shared memory with SPARSEKERN_DYNAMIC_SHARED(Type, name).
 #pragma once
 
 #include <cuda_bf16.h>
