@@ -1,11 +1,13 @@
 """Build the two native modules with ninja. Needs a C++ compiler; torch is not needed to build.
 
 sparsekern._native  C++ for the CPU: each file of csrc/cpu is compiled once per instruction set.
-sparsekern._cuda    CUDA C++: built when nvcc is found; no GPU and no CUDA build of torch are needed.
+sparsekern._cuda    CUDA C++: built when nvcc is found; no GPU and no CUDA build of torch are
+needed.
 
 SPARSEKERN_BUILD names what to build: "auto" (default), "cpu", "cpu,cuda" or "none".
-SPARSEKERN_CUDA_ARCHS lists GPU architectures, such as "80;90"; the default is those of 80, 90, 100 that nvcc knows.
-Without a compiler the install goes on, and sparsekern/_build_report.json says what is missing.
+SPARSEKERN_CUDA_ARCHS lists GPU architectures, such as "80;90"; the default is those of 80, 90, 100
+that nvcc knows. Without a compiler the install goes on, and sparsekern/_build_report.json says what
+is missing.
 """
 
 import json
@@ -143,7 +145,9 @@ def build_native(folder: pathlib.Path, target: str) -> str:
 def build_cuda(folder: pathlib.Path, target: str) -> str:
     path, cxx = nvcc(), compiler()
     if path is None or not runs([path, "--version"]):
-        return "nvcc was not found when sparsekern was installed (install the CUDA toolkit, reinstall)"
+        return (
+            "nvcc was not found when sparsekern was installed (install the CUDA toolkit, reinstall)"
+        )
     if cxx is None:
         return "no C++ compiler was found when sparsekern was installed (install g++ and reinstall)"
     archs = cuda_archs(path)
@@ -171,13 +175,17 @@ class NinjaBuild(build_ext):
 
     def run(self) -> None:
         wanted = os.environ.get("SPARSEKERN_BUILD", "auto")
-        package = ROOT / "sparsekern" if self.inplace else pathlib.Path(self.build_lib, "sparsekern")
+        package = (
+            ROOT / "sparsekern" if self.inplace else pathlib.Path(self.build_lib, "sparsekern")
+        )
         package.mkdir(parents=True, exist_ok=True)
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         report = {}
         for name, (kind, build) in BUILDERS.items():
             if wanted != "auto" and kind not in wanted.split(","):
-                report[name] = f"left out by SPARSEKERN_BUILD={wanted} when sparsekern was installed"
+                report[name] = (
+                    f"left out by SPARSEKERN_BUILD={wanted} when sparsekern was installed"
+                )
                 continue
             folder = ROOT / "build" / f"{name}{suffix}".removesuffix(".so")
             report[name] = build(folder, f"{name}{suffix}")

@@ -1,8 +1,9 @@
 """The only file that knows torch.library, the native modules and the choice of an implementation.
 
-An operation is defined once (`Operation`), with one reference and any number of implementations. The choice among
-them is made at each call from the device and dtype of its first tensor, never at import, so that one process can
-use several devices and `backend(...)` can force a choice for a while.
+An operation is defined once (`Operation`), with one reference and any number of implementations.
+The choice among them is made at each call from the device and dtype of its first tensor, never at
+import, so that one process can use several devices and `backend(...)` can force a choice for a
+while.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _definitions = torch.library.Library(NAMESPACE, "DEF")
 _operations: dict[str, Operation] = {}
-# One choice for the whole process: autograd runs backward passes on threads of its own, which a thread-local would miss.
+# One choice for the whole process: autograd runs backward passes on threads of its own, which a
+# thread-local would miss.
 _forced: list[str] = []
-# Stand-ins for the compiled modules by device type, used by the tests that run the CUDA sources on a CPU.
+# Stand-ins for the compiled modules by device type, used by the tests that run the CUDA sources on
+# a CPU.
 _stand_ins: dict[str, ModuleType] = {}
 
 
@@ -39,7 +42,7 @@ class BackendUnavailableError(RuntimeError):
     """A forced backend cannot serve a call; the message says what is missing."""
 
 
-# -- which implementations exist here --------------------------------------------------------------------------
+# -- which implementations exist here --------------------------------------------------------------
 
 
 def debug_checks() -> bool:
@@ -79,7 +82,8 @@ def native_module(device_type: str) -> tuple[ModuleType | None, str]:
 
 @contextlib.contextmanager
 def stand_in(device_type: str, module: ModuleType) -> Iterator[None]:
-    """Use another compiled module, of the same functions, for a device type (the tests' host emulation of CUDA)."""
+    """Use another compiled module, of the same functions, for a device type (the tests' host
+    emulation of CUDA)."""
     previous = _stand_ins.get(device_type)
     _stand_ins[device_type] = module
     _clear_choices()
@@ -94,7 +98,8 @@ def stand_in(device_type: str, module: ModuleType) -> Iterator[None]:
 
 @functools.cache
 def kernels(backend_name: str, stem: str) -> ModuleType:
-    """The module that serves a stem for a backend: `native/<stem>.py` or, with triton, `kernels/<stem>.py`."""
+    """The module that serves a stem for a backend: `native/<stem>.py` or, with triton,
+    `kernels/<stem>.py`."""
     folder = {"native": "native", "triton": "kernels"}[backend_name]
     return importlib.import_module(f"{NAMESPACE}.{folder}.{stem}")
 
@@ -114,15 +119,16 @@ def _missing_triton(device_type: str) -> str:
     return ""
 
 
-# -- operations ------------------------------------------------------------------------------------------------
+# -- operations ------------------------------------------------------------------------------------
 
 
 @dataclass
 class Operation:
     """One torch operation: its schema, its reference, and how else it can be computed.
 
-    `implementations` maps a backend name to a function of the operation's arguments; `preferred` names, per device
-    type, the order in which the automatic choice tries them (the reference always comes last).
+    `implementations` maps a backend name to a function of the operation's arguments; `preferred`
+    names, per device type, the order in which the automatic choice tries them (the reference always
+    comes last).
     """
 
     name: str
@@ -156,7 +162,8 @@ class Operation:
         if forced := forced_backend():
             if reason := self.missing(forced, device_type, dtype):
                 raise BackendUnavailableError(
-                    f"{self.name}: backend '{forced}' was asked for but cannot run on {device_type}: {reason}"
+                    f"{self.name}: backend '{forced}' was asked for but cannot run on "
+                    f"{device_type}: {reason}"
                 )
             return forced, "forced"
         reasons = []
@@ -178,7 +185,8 @@ class Operation:
 
 
 def _ranked_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that decides the choice: integer tensors (indices) are served wherever float32 is."""
+    """The dtype that decides the choice: integer tensors (indices) are served wherever float32
+    is."""
     return dtype if dtype.is_floating_point else torch.float32
 
 
@@ -201,9 +209,11 @@ def define(
 ) -> Callable[..., Any]:
     """Register one operation with torch and return it.
 
-    name: operation name inside the namespace. schema: torch schema without the name. reference, implementations:
-    functions of the schema's positional arguments. fake: shapes and dtypes only. backward, setup_context: the one
-    gradient that every backend shares. vmap: as in torch.library.register_vmap. autocast: maps (arguments, dtype)
+    name: operation name inside the namespace. schema: torch schema without the name. reference,
+        implementations:
+    functions of the schema's positional arguments. fake: shapes and dtypes only. backward,
+    setup_context: the one gradient that every backend shares. vmap: as in
+        torch.library.register_vmap. autocast: maps (arguments, dtype)
     to the arguments to use inside an autocast region.
     """
     operation = Operation(name, schema, reference, implementations)
@@ -236,11 +246,12 @@ def _autocast_rule(
     return run
 
 
-# -- forcing a backend -----------------------------------------------------------------------------------------
+# -- forcing a backend -----------------------------------------------------------------------------
 
 
 def forced_backend() -> str | None:
-    """The backend forced by `backend(...)` or SPARSEKERN_BACKEND, or None for the automatic choice."""
+    """The backend forced by `backend(...)` or SPARSEKERN_BACKEND, or None for the automatic
+    choice."""
     name = _forced[-1] if _forced else os.environ.get("SPARSEKERN_BACKEND", "auto")
     _check_backend(name, "backend" if _forced else "SPARSEKERN_BACKEND")
     return None if name == "auto" else name
@@ -255,8 +266,9 @@ def _check_backend(name: str, argument: str) -> None:
 def backend(name: str) -> Iterator[None]:
     """Force one implementation for every operation inside the `with` block.
 
-    The choice holds for the whole process, not for the calling thread only, because autograd runs backward passes
-    on threads of its own. A call that the chosen backend cannot serve raises and says what is missing.
+    The choice holds for the whole process, not for the calling thread only, because autograd runs
+    backward passes on threads of its own. A call that the chosen backend cannot serve raises and
+    says what is missing.
 
     Args:
         name: "auto" (choose per device, dtype and operation), "reference", "native" or "triton".
@@ -281,11 +293,12 @@ def backend(name: str) -> Iterator[None]:
         _clear_choices()
 
 
-# -- what `sparsekern info` tells ------------------------------------------------------------------------------
+# -- what `sparsekern info` tells ------------------------------------------------------------------
 
 
 def implementation_table() -> list[dict[str, str]]:
-    """One row per operation and device type: operation, device, chosen backend, reason, and why not the others."""
+    """One row per operation and device type: operation, device, chosen backend, reason, and why not
+    the others."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     rows = []
     for operation in _operations.values():
@@ -310,6 +323,7 @@ def implementation_table() -> list[dict[str, str]]:
 
 def describe() -> dict[str, Any]:
     """Versions, instruction sets, threads, GPU and the implementation table, as plain data."""
+
     def version(package: str) -> str:
         try:
             return importlib.metadata.version(package)

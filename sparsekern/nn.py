@@ -28,22 +28,25 @@ class TopK(nn.Module):
 
     Args:
         k: how many to keep, at least 1. The attribute may be changed at any time during training.
-        post: function of the selected values, applied after the selection; None keeps them as they are. The
-            default is ReLU, or None with abs=True. A bool here is taken as `use_sparse_activations`.
+        post: function of the selected values, applied after the selection; None keeps them as they
+            are. The default is ReLU, or None with abs=True. A bool here is taken as
+            `use_sparse_activations`.
         abs: select by magnitude; values keep their sign.
-        counter: a `DeadNeuronCounter` that is updated by each forward pass in training mode, from counts that the
-            top-k kernel makes on its way.
+        counter: a `DeadNeuronCounter` that is updated by each forward pass in training mode, from
+            counts that the top-k kernel makes on its way.
         use_sparse_activations: return a sparse COO tensor (SAELens' form of the constructor).
         postact_fn: another name of `post` (OpenAI's form of the constructor).
 
     Shape: x [..., n] floating point -> [..., n] of the same dtype.
 
     Raises:
-        TypeError, ValueError: k is not an integer or not in 1..n; post is neither callable nor None.
+        TypeError, ValueError: k is not an integer or not in 1..n; post is neither callable nor
+        None.
 
     Note:
-        A selected value that ReLU sets to zero keeps its slot, gets no gradient and does not count as firing. The
-        layer adds nothing to a state_dict; `k` and `postact_fn` entries of an OpenAI state_dict are accepted.
+        A selected value that ReLU sets to zero keeps its slot, gets no gradient and does not count
+        as firing. The layer adds nothing to a state_dict; `k` and `postact_fn` entries of an OpenAI
+        state_dict are accepted.
 
     Example:
         >>> import torch, sparsekern
@@ -111,7 +114,8 @@ class TopK(nn.Module):
         return masked
 
     def codes(self, x: torch.Tensor, *, sorted: bool = False) -> Codes:
-        """x [..., n] -> values [..., k] after `post` and indices int64 [..., k], ascending unless sorted."""
+        """x [..., n] -> values [..., k] after `post` and indices int64 [..., k], ascending unless
+        sorted."""
         values, indices = topk(x, self.k, sorted=sorted, relu=self._fused_relu, abs=self.abs)
         if self.post is not None and not self._fused_relu:
             values = self.post(values)
@@ -121,12 +125,11 @@ class TopK(nn.Module):
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Any], strict: bool = True) -> TopK:
-        """Build the layer from OpenAI's state_dict: {"k": int, "postact_fn": name of a class, ...}."""
+        """Build the layer from OpenAI's state_dict: {"k": int, "postact_fn": name of a class,
+        ...}."""
         name = state_dict.get("postact_fn", "ReLU")
         if name not in _POSTS:
-            raise ValueError(
-                f"TopK: postact_fn must be one of {', '.join(_POSTS)}, got {name!r}"
-            )
+            raise ValueError(f"TopK: postact_fn must be one of {', '.join(_POSTS)}, got {name!r}")
         layer = cls(int(state_dict["k"]), _POSTS[name]())
         unknown = set(state_dict) - {"k", "postact_fn"}
         if strict and unknown:
@@ -166,8 +169,9 @@ def _coalesced(codes: Codes, shape: torch.Size) -> torch.Tensor:
 class DeadNeuronCounter(nn.Module):
     """Count, for each of n latents, the rows (tokens) since it last fired.
 
-    A latent fires in a row when its activation there is not zero. An update with B rows sets the count of every
-    latent that fired in one of them to 0 and adds B to all others. Nothing waits for the device.
+    A latent fires in a row when its activation there is not zero. An update with B rows sets the
+    count of every latent that fired in one of them to 0 and adds B to all others. Nothing waits for
+    the device.
 
     Args:
         n: number of latents, at least 1.
@@ -203,7 +207,8 @@ class DeadNeuronCounter(nn.Module):
         counts: torch.Tensor | None = None,
         rows: int | None = None,
     ) -> None:
-        """Take in a batch: dense activations [..., n], or codes, or counts [n] with their number of rows.
+        """Take in a batch: dense activations [..., n], or codes, or counts [n] with their number of
+        rows.
 
         Args:
             activations: [..., n] floating point; a row is everything but the last dimension.
@@ -227,7 +232,7 @@ class DeadNeuronCounter(nn.Module):
             rows = indices.numel() // max(indices.shape[-1], 1)
         else:
             if rows is None:
-                raise TypeError(f"{op}: counts need rows, the number of rows they were counted over")
+                raise TypeError(f"{op}: counts need rows, the number of rows counted over")
             self._check_width(counts, "counts")
             fired = counts > 0
         self.rows_since_fired += rows

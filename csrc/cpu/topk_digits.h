@@ -1,7 +1,8 @@
-// Any row, any k, NaN included: the exact k-th key by counting digits, then one pass in index order.
+// Any row, any k, NaN included: the exact k-th key by counting digits, then one pass in index
+// order.
 //
-// Most significant digit first, 11 bits a pass: 3 passes over a row of 32-bit keys, 6 of 64-bit keys. Used where the
-// streaming pass does not apply: k > kStreamedK, float64, rows with NaN.
+// Most significant digit first, 11 bits a pass: 3 passes over a row of 32-bit keys, 6 of 64-bit
+// keys. Used where the streaming pass does not apply: k > kStreamedK, float64, rows with NaN.
 #pragma once
 
 #include "topk_order.h"

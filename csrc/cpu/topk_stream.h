@@ -1,12 +1,13 @@
 // Long rows: one pass over a row in segments, with a proved threshold that only rises.
 //
-// A segment is dealt to groups, lane by lane; each group's maximum is kept. The k-th largest maximum t is a lower
-// bound of the k-th largest element, since k different groups hold an element >= t. Elements >= t are the
-// candidates (about 1.15 k of them on random data with 4 k groups). Groups are interleaved, not contiguous, so that
-// sorted rows spread over all of them.
+// A segment is dealt to groups, lane by lane; each group's maximum is kept. The k-th largest
+// maximum t is a lower bound of the k-th largest element, since k different groups hold an element
+// >= t. Elements >= t are the candidates (about 1.15 k of them on random data with 4 k groups).
+// Groups are interleaved, not contiguous, so that sorted rows spread over all of them.
 //
-// Invariant after each segment: the candidates, in ascending index order, contain the k first elements, in the total
-// order, of all that was read; k of them are >= threshold, so a later element matters only if it is > threshold.
+// Invariant after each segment: the candidates, in ascending index order, contain the k first
+// elements, in the total order, of all that was read; k of them are >= threshold, so a later
+// element matters only if it is > threshold.
 #pragma once
 
 #include "topk_order.h"
@@ -125,7 +126,8 @@ class Candidates {
     return nan == 0;
   }
 
-  // Appends the segment's candidates, raising the threshold first where the maxima prove a higher one.
+  // Appends the segment's candidates, raising the threshold first where the maxima prove a higher
+  // one.
   template <bool kAbsolute, class Stored>
   void admit(const Stored* x, int64_t base, int64_t count) {
     alignas(kCacheLineBytes) int32_t keys[kMaximumGroups];
@@ -185,8 +187,9 @@ class Candidates {
     }
   }
 
-  // The usual segment once there is a threshold: one pass, a branch per 8 vectors, few elements above it. False,
-  // with nothing appended, when there are many (rising rows) or a NaN: the maxima then deal with the segment.
+  // The usual segment once there is a threshold: one pass, a branch per 8 vectors, few elements
+  // above it. False, with nothing appended, when there are many (rising rows) or a NaN: the maxima
+  // then deal with the segment.
   template <bool kAbsolute, class Stored>
   bool append_few(const Stored* x, int64_t base, int64_t count) {
     constexpr int64_t kBlock = kAccumulators * kFloatLanes;
@@ -222,7 +225,8 @@ class Candidates {
     return true;
   }
 
-  // Appends what is > threshold (>= when kInclusive), in index order; four vectors share one branch.
+  // Appends what is > threshold (>= when kInclusive), in index order; four vectors share one
+  // branch.
   template <bool kAbsolute, bool kInclusive, class Stored>
   void scan(const Stored* x, int64_t base, int64_t count) {
     const FloatLanes bound = all_lanes(threshold_);

@@ -1,7 +1,8 @@
 """How the compiled modules are called: outputs are allocated here, pointers and sizes go down.
 
-The CPU module and the CUDA module export the same functions with the same arguments, so one file per stem serves
-both. The last argument is the context: the number of threads on a CPU, the stream on a GPU.
+The CPU module and the CUDA module export the same functions with the same arguments, so one file
+per stem serves both. The last argument is the context: the number of threads on a CPU, the stream
+on a GPU.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from . import DTYPE_TAGS, INDEX_TAGS, context_for, module_for, on_device_of, poi
 def sparse_matmul(
     values: torch.Tensor, indices: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """values, indices [rows, k], weight [n, d] row- or column-major, bias [d] or None -> out [rows, d]."""
+    """values, indices [rows, k], weight [n, d] row- or column-major, bias [d] or None -> out [rows,
+    d]."""
     rows, k = values.shape
     n, d = weight.shape
     out = values.new_empty(rows, d)
@@ -39,12 +40,13 @@ def sparse_matmul(
 
 
 def transpose_codes(indices: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """indices [...] -> offsets int64 [n + 1] and positions int32 [codes]: the codes grouped by latent, in order."""
+    """indices [...] -> offsets int64 [n + 1] and positions int32 [codes]: the codes grouped by
+    latent, in order."""
     module, count = module_for(indices), indices.numel()
     if count >= 2**31:
         raise ValueError(
-            f"sparse_matmul: one call takes fewer than 2^31 codes in its backward pass, got {count}; "
-            "split the batch"
+            "sparse_matmul: one call takes fewer than 2^31 codes in its backward pass, "
+            f"got {count}; split the batch"
         )
     offsets = indices.new_empty(n + 1, dtype=torch.int64)
     positions = indices.new_empty(count, dtype=torch.int32)
@@ -74,7 +76,8 @@ def sparse_matmul_backward(
     need_values: bool,
     need_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """grad [rows, d] -> gradients of values [rows, k] and of weight [n, d] in weight's layout; [0] where not needed."""
+    """grad [rows, d] -> gradients of values [rows, k] and of weight [n, d] in weight's layout; [0]
+    where not needed."""
     rows, k = values.shape
     n, d = weight.shape
     offsets, positions = transpose_codes(indices, n)

@@ -12,14 +12,16 @@ SORTED, RELU, ABS = 1, 2, 4
 def topk(
     x: torch.Tensor, k: int, sorted: bool, relu: bool, abs: bool, count: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x [rows, n], any strides -> values [rows, k], indices int64 [rows, k], counts int64 [n] or [0]."""
+    """x [rows, n], any strides -> values [rows, k], indices int64 [rows, k], counts int64 [n] or
+    [0]."""
     return _select(x, k, sorted * SORTED + relu * RELU + abs * ABS, None, count)
 
 
 def topk_mask(
     x: torch.Tensor, k: int, relu: bool, abs: bool, count: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x [rows, n], any strides -> masked [rows, n] and the codes behind it, in ascending index order."""
+    """x [rows, n], any strides -> masked [rows, n] and the codes behind it, in ascending index
+    order."""
     masked = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return masked, *_select(x, k, relu * RELU + abs * ABS, masked, count)
 

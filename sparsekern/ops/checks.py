@@ -1,4 +1,5 @@
-"""Checks of arguments, done once, in the public functions: each error names function, argument, rule and value."""
+"""Checks of arguments, done once, in the public functions: each error names function, argument,
+rule and value."""
 
 from __future__ import annotations
 
@@ -78,7 +79,8 @@ def bad_index(op: str, indices: torch.Tensor, position: int, n: int) -> IndexErr
 
 
 def check_range(op: str, indices: torch.Tensor, n: int) -> None:
-    """Every index in 0..n-1: always on the CPU; on other devices, where it synchronises, only in debug mode."""
+    """Every index in 0..n-1: always on the CPU; on other devices, where it synchronises, only in
+    debug mode."""
     if indices.device.type != "cpu" and not debug_checks():
         return
     if indices.numel() == 0:

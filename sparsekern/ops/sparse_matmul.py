@@ -29,7 +29,8 @@ def sparse_matmul(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return (codes as a dense [..., N] matrix) @ weight + bias, touching only the active rows of weight.
+    """Return (codes as a dense [..., N] matrix) @ weight + bias, touching only the active rows of
+    weight.
 
     Equivalent PyTorch::
 
@@ -38,23 +39,26 @@ def sparse_matmul(
     Args:
         values: [..., K] float32, bfloat16, float16 or float64.
         indices: [..., K] int64 or int32, in 0..N-1; duplicates in a row add up.
-        weight: [N, D], of values' dtype, or float32 with bfloat16 or float16 values. The transposed view of an
-            ``nn.Linear(N, D).weight`` is read in place, and its gradient comes back in the same layout.
+        weight: [N, D], of values' dtype, or float32 with bfloat16 or float16 values. The transposed
+            view of an ``nn.Linear(N, D).weight`` is read in place, and its gradient comes back in
+            the same layout.
         bias: [D] of weight's dtype, or None.
 
     Returns:
-        [..., D] of values' dtype, differentiable (twice and more) with respect to values, weight and bias.
+        [..., D] of values' dtype, differentiable (twice and more) with respect to values, weight
+        and bias.
 
     Raises:
         TypeError: a dtype that does not fit.
         ValueError: shapes or devices that do not fit.
-        IndexError: an index outside 0..N-1 (on the CPU; on other devices only with SPARSEKERN_DEBUG=1, where such
-            codes contribute nothing otherwise).
+        IndexError: an index outside 0..N-1 (on the CPU; on other devices only with
+            SPARSEKERN_DEBUG=1, where such codes contribute nothing otherwise).
 
     Note:
-        Sums run in float32 (float64 for float64). The weight gradient and the value gradient come from one
-        latent-major pass over a counting-sort transposition of the codes, without float atomics: the same bits for
-        every thread count and run. Memory: O(B K) integers, never [B, K, D] or [B, N]. Under autocast the values
+        Sums run in float32 (float64 for float64). The weight gradient and the value gradient come
+        from one latent-major pass over a counting-sort transposition of the codes, without float
+        atomics: the same bits for every thread count and run. Memory: O(B K) integers, never [B, K,
+            D] or [B, N]. Under autocast the values
         are cast and the weight is read as it is.
 
     Example:
@@ -74,14 +78,16 @@ def _check_dictionary(
     op = "sparse_matmul"
     check_floating(op, "weight", weight)
     if weight.dim() != 2:
-        raise ValueError(f"{op}: weight must be [latents, features], got shape {list(weight.shape)}")
+        raise ValueError(
+            f"{op}: weight must be [latents, features], got shape {list(weight.shape)}"
+        )
     check_same_device(op, values=values, weight=weight, bias=bias)
     if not torch.is_autocast_enabled(values.device.type):
         mixed = weight.dtype == torch.float32 and values.dtype in (torch.bfloat16, torch.float16)
         if weight.dtype != values.dtype and not mixed:
             raise TypeError(
-                f"{op}: weight must have values' dtype {values.dtype} or be float32 with 16-bit values, "
-                f"got {weight.dtype}"
+                f"{op}: weight must have values' dtype {values.dtype} or be float32 with 16-bit "
+                f"values, got {weight.dtype}"
             )
     if bias is not None:
         check_floating(op, "bias", bias)
@@ -92,7 +98,7 @@ def _check_dictionary(
             )
 
 
-# -- reference -------------------------------------------------------------------------------------------------
+# -- reference -------------------------------------------------------------------------------------
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -141,11 +147,12 @@ def empty_like_dictionary(weight: torch.Tensor) -> torch.Tensor:
 
 
 def column_major(weight: torch.Tensor) -> bool:
-    """True for the transposed view of a row-major [D, N] matrix, as of an nn.Linear(N, D).weight."""
+    """True for the transposed view of a row-major [D, N] matrix, as of an nn.Linear(N,
+    D).weight."""
     return weight.stride(0) == 1 and weight.stride(1) >= weight.shape[0] and weight.shape[1] > 1
 
 
-# -- shapes without data ---------------------------------------------------------------------------------------
+# -- shapes without data ---------------------------------------------------------------------------
 
 
 def _fake(values: Any, indices: Any, weight: Any, bias: Any) -> torch.Tensor:
@@ -159,7 +166,7 @@ def _backward_fake(
     return grad_values, empty_like_dictionary(weight) if need_weight else weight.new_empty(0)
 
 
-# -- kernels take matrices -------------------------------------------------------------------------------------
+# -- kernels take matrices -------------------------------------------------------------------------
 
 
 def _addressable(weight: torch.Tensor) -> torch.Tensor:
@@ -198,8 +205,7 @@ def _backward_matrices(backend: str) -> Any:
             return sparse_matmul_backward_reference(
                 grad, values, indices, weight, need_values, need_weight
             )
-        n, d = weight.shape
-        k = values.shape[-1]
+        d, k = weight.shape[1], values.shape[-1]
         grad_values, grad_weight = _library.kernels(
             backend, "sparse_matmul"
         ).sparse_matmul_backward(
@@ -215,7 +221,7 @@ def _backward_matrices(backend: str) -> Any:
     return run
 
 
-# -- gradients, shared by every backend ------------------------------------------------------------------------
+# -- gradients, shared by every backend ------------------------------------------------------------
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -244,7 +250,8 @@ def _setup_backward(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _double_backward(ctx: Any, grad_gv: torch.Tensor, grad_gw: torch.Tensor) -> Any:
-    """With a, C the gradients of (d values, d weight): both are bilinear in (grad, values, weight)."""
+    """With a, C the gradients of (d values, d weight): both are bilinear in (grad, values,
+    weight)."""
     grad, values, indices, weight = ctx.saved_tensors
     need_grad, need_values, _, need_weight, *_ = ctx.needs_input_grad
     to_grad = to_values = to_weight = None
@@ -263,11 +270,12 @@ def _double_backward(ctx: Any, grad_gv: torch.Tensor, grad_gw: torch.Tensor) -> 
     return to_grad, to_values, None, to_weight, None, None
 
 
-# -- vmap ------------------------------------------------------------------------------------------------------
+# -- vmap ------------------------------------------------------------------------------------------
 
 
 def _stacked(info: Any, in_dims: Any, args: Any, weight_at: int) -> tuple[list[Any], bool]:
-    """Batch dimensions moved to the front; a batch of dictionaries becomes one tall one, indices shifted by b*N."""
+    """Batch dimensions moved to the front; a batch of dictionaries becomes one tall one, indices
+    shifted by b*N."""
     moved = [
         arg
         if arg is None or not isinstance(arg, torch.Tensor)
@@ -318,7 +326,10 @@ def _backward_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
 
 def _autocast(args: Any, dtype: torch.dtype) -> Any:
     values, indices, weight, bias = args
-    if torch.float64 in (values.dtype, weight.dtype):  # as torch.matmul: autocast leaves float64 alone
+    if torch.float64 in (
+        values.dtype,
+        weight.dtype,
+    ):  # as torch.matmul: autocast leaves float64 alone
         return args
     if weight.dtype not in (torch.float32, dtype):
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -338,10 +349,13 @@ _sparse_matmul = _library.define(
 )
 _sparse_matmul_backward = _library.define(
     "sparse_matmul_backward",
-    "(Tensor grad, Tensor values, Tensor indices, Tensor weight, bool need_values, bool need_weight)"
-    " -> (Tensor grad_values, Tensor grad_weight)",
+    "(Tensor grad, Tensor values, Tensor indices, Tensor weight, bool need_values,"
+    " bool need_weight) -> (Tensor grad_values, Tensor grad_weight)",
     reference=sparse_matmul_backward_reference,
-    implementations={"native": _backward_matrices("native"), "triton": _backward_matrices("triton")},
+    implementations={
+        "native": _backward_matrices("native"),
+        "triton": _backward_matrices("triton"),
+    },
     fake=_backward_fake,
     setup_context=_setup_backward,
     backward=_double_backward,

@@ -1,14 +1,14 @@
 """The k largest of each row, as codes or as a masked dense tensor.
 
-Definition, for a row x of n values, ordered by value (largest first, NaN before +inf, -0 equal to +0) and then by
-index (smallest first):
+Definition, for a row x of n values, ordered by value (largest first, NaN before +inf, -0 equal to
++0) and then by index (smallest first):
 
     topk(x, k)      = the first k pairs (x_i, i) of that order
     topk_mask(x, k) = y with y_i = x_i for the indices of topk(x, k), else 0
 
-Gradient: selection is locally constant, so dx = scatter(dvalues, indices) and dx = dy masked to the indices; a
-selected value that ReLU set to zero gets none. Both are written with public operations, so that every backend
-shares them and a second derivative exists.
+Gradient: selection is locally constant, so dx = scatter(dvalues, indices) and dx = dy masked to the
+indices; a selected value that ReLU set to zero gets none. Both are written with public operations,
+so that every backend shares them and a second derivative exists.
 """
 
 from __future__ import annotations
@@ -54,26 +54,27 @@ def topk(
         values, indices = order.values[..., :k], order.indices[..., :k]
 
     Args:
-        x: [..., n] float32, bfloat16, float16 or float64; any strides, any number of leading dimensions.
+        x: [..., n] float32, bfloat16, float16 or float64; any strides, any number of leading
+            dimensions.
         k: how many to keep, 1..n; may differ from call to call.
         sorted: True gives the largest first; False gives ascending indices, which is cheaper.
         relu: set selected values <= 0 to zero after the selection; their slots and indices stay.
         abs: select by magnitude; the values returned keep their sign.
-        return_counts: also count, in the same kernel, in how many rows each latent fired (was selected with a
-            value other than zero).
+        return_counts: also count, in the same kernel, in how many rows each latent fired (was
+            selected with a value other than zero).
 
     Returns:
-        Codes(values, indices): values [..., k] of x's dtype, differentiable with respect to x; indices [..., k]
-        int64. With return_counts, CountedCodes adds counts [n] int64.
+        Codes(values, indices): values [..., k] of x's dtype, differentiable with respect to x;
+        indices [..., k] int64. With return_counts, CountedCodes adds counts [n] int64.
 
     Raises:
         TypeError: x is not floating point, or k is not an integer.
         ValueError: x has no dimension, or k is outside 1..n.
 
     Note:
-        Equal values are ordered by index, smallest first, so the result is the same on every backend, device and
-        thread count. NaN ranks above +inf; -0.0 equals +0.0. Memory: the outputs, plus at most 64 KiB a thread on
-        the CPU.
+        Equal values are ordered by index, smallest first, so the result is the same on every
+        backend, device and thread count. NaN ranks above +inf; -0.0 equals +0.0. Memory: the
+        outputs, plus at most 64 KiB a thread on the CPU.
 
     Example:
         >>> import torch, sparsekern
@@ -87,9 +88,7 @@ def topk(
     return CountedCodes(values, indices, counts) if return_counts else Codes(values, indices)
 
 
-def topk_mask(
-    x: torch.Tensor, k: int, *, relu: bool = False, abs: bool = False
-) -> torch.Tensor:
+def topk_mask(x: torch.Tensor, k: int, *, relu: bool = False, abs: bool = False) -> torch.Tensor:
     """Return x with everything but the k largest of each row set to zero.
 
     Equivalent PyTorch::
@@ -111,8 +110,8 @@ def topk_mask(
         ValueError: x has no dimension, or k is outside 1..n.
 
     Note:
-        One kernel selects and writes the masked row. Ties, NaN and signed zeros as in `topk`. The backward pass
-        keeps only the k indices of a row, not a mask.
+        One kernel selects and writes the masked row. Ties, NaN and signed zeros as in `topk`. The
+        backward pass keeps only the k indices of a row, not a mask.
 
     Example:
         >>> import torch, sparsekern
@@ -125,9 +124,11 @@ def topk_mask(
 def mask_with_codes(
     x: torch.Tensor, k: int, *, relu: bool = False, abs: bool = False, return_counts: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`topk_mask` with what its kernel knows besides: (masked [..., n], values [..., k], indices [..., k], counts).
+    """`topk_mask` with what its kernel knows besides: (masked [..., n], values [..., k], indices
+    [..., k], counts).
 
-    values and indices are in ascending index order; counts is int64 [n], or [0] unless return_counts.
+    values and indices are in ascending index order; counts is int64 [n], or [0] unless
+    return_counts.
     """
     check_floating("topk_mask", "x", x)
     k = check_count("topk_mask", "k", k, x.shape[-1], "the size of the last dimension")
@@ -140,7 +141,8 @@ def codes_to_dense(values: torch.Tensor, indices: torch.Tensor, n: int) -> torch
     Equivalent PyTorch: ``values.new_zeros(*values.shape[:-1], n).scatter(-1, indices, values)``
 
     Args:
-        values: [..., k] floating point. indices: [..., k] int64, unique within a row, in 0..n-1 (as from `topk`).
+        values: [..., k] floating point. indices: [..., k] int64, unique within a row, in 0..n-1 (as
+            from `topk`).
         n: width of the result.
 
     Returns:
@@ -149,7 +151,7 @@ def codes_to_dense(values: torch.Tensor, indices: torch.Tensor, n: int) -> torch
     return _codes_to_dense(values, indices, n)
 
 
-# -- reference -------------------------------------------------------------------------------------------------
+# -- reference -------------------------------------------------------------------------------------
 
 
 def topk_reference(
@@ -178,7 +180,7 @@ def codes_to_dense_reference(values: torch.Tensor, indices: torch.Tensor, n: int
     return values.new_zeros(*values.shape[:-1], n).scatter(-1, indices, values)
 
 
-# -- shapes without data ---------------------------------------------------------------------------------------
+# -- shapes without data ---------------------------------------------------------------------------
 
 
 def _topk_fake(x: torch.Tensor, k: int, sorted: bool, relu: bool, abs: bool, count: bool) -> Any:
@@ -195,11 +197,12 @@ def _codes_to_dense_fake(values: torch.Tensor, indices: torch.Tensor, n: int) ->
     return values.new_empty(*values.shape[:-1], n)
 
 
-# -- kernels take matrices -------------------------------------------------------------------------------------
+# -- kernels take matrices -------------------------------------------------------------------------
 
 
 def _rows(backend: str, name: str, reference: Any) -> Any:
-    """An implementation for any leading dimensions from a backend's function of non-empty matrices."""
+    """An implementation for any leading dimensions from a backend's function of non-empty
+    matrices."""
 
     def run(x: torch.Tensor, k: int, *options: Any) -> Any:
         if x.numel() == 0:
@@ -228,7 +231,7 @@ def _rows_to_dense(backend: str) -> Any:
     return run
 
 
-# -- gradients, shared by every backend ------------------------------------------------------------------------
+# -- gradients, shared by every backend ------------------------------------------------------------
 
 
 def _setup_topk(ctx: Any, inputs: Any, output: Any) -> None:
@@ -275,11 +278,12 @@ def _codes_to_dense_backward(ctx: Any, grad: torch.Tensor) -> Any:
     return grad.gather(-1, indices), None, None
 
 
-# -- vmap: a batch dimension is one more leading dimension -----------------------------------------------------
+# -- vmap: a batch dimension is one more leading dimension -----------------------------------------
 
 
 def _leading_vmap(op: Any, tensors: int) -> Any:
-    """A vmap rule for an operation that treats all dimensions but the last alike in its first `tensors` arguments."""
+    """A vmap rule for an operation that treats all dimensions but the last alike in its first
+    `tensors` arguments."""
 
     def rule(info: Any, in_dims: Any, *args: Any) -> Any:
         moved = [
@@ -294,7 +298,8 @@ def _leading_vmap(op: Any, tensors: int) -> Any:
 
 
 def _counted_vmap(op: Any) -> Any:
-    """The same for operations whose last output counts over all leading dimensions: counted once per batch entry."""
+    """The same for operations whose last output counts over all leading dimensions: counted once
+    per batch entry."""
     leading = _leading_vmap(op, 1)
 
     def rule(info: Any, in_dims: Any, x: torch.Tensor, k: int, *options: Any) -> Any:

@@ -1,0 +1,160 @@
+"""Targets: every backend on every device that it can run on here, and the count of what each went
+through.
+
+A target is a backend with a device. On a machine without a GPU the CUDA sources run in the host
+emulation and the Triton kernels in Triton's interpreter; with a GPU both run on it as well.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
+
+import pytest
+
+import sparsekern
+from sparsekern import _library
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_cases: collections.Counter[str] = collections.Counter()
+
+
+@dataclass(frozen=True)
+class Target:
+    """A backend on a device; `thorough` where a case takes microseconds and the full sweep is
+    affordable."""
+
+    name: str
+    backend: str
+    device: str = "cpu"
+    thorough: bool = False
+    emulated: bool = False
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Everything inside runs on this backend."""
+        with contextlib.ExitStack() as stack:
+            if self.emulated:
+                stack.enter_context(_library.stand_in("cpu", _emulation()))
+            stack.enter_context(sparsekern.backend(self.backend))
+            yield
+
+    def missing(self) -> str:
+        """What keeps this target from running here, with the remedy; empty when it runs."""
+        if self.emulated:
+            return _emulation_missing()
+        return _library._operations["topk"].missing(self.backend, self.device)
+
+    @property
+    def float64(self) -> bool:
+        """Whether it computes in float64, which numerical gradient checks need."""
+        return self.backend == "reference" or (self.device == "cpu" and self.thorough)
+
+
+TARGETS = [
+    Target("reference", "reference", thorough=True),
+    Target("native-cpu", "native", thorough=True),
+    Target("cuda-emulation", "native", emulated=True),
+]
+if torch.cuda.is_available():
+    TARGETS += [
+        Target("reference-cuda", "reference", "cuda"),
+        Target("native-cuda", "native", "cuda"),
+        Target("triton-cuda", "triton", "cuda"),
+    ]
+else:
+    TARGETS.append(Target("triton-interpreter", "triton"))
+
+
+_built: list[object] = []
+
+
+def _emulation() -> object:
+    if not _built:
+        import emulation_build
+
+        _built.append(emulation_build.build_module())
+    return _built[0]
+
+
+def _emulation_missing() -> str:
+    try:
+        _emulation()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(params=TARGETS, ids=lambda target: target.name)
+def target(request: pytest.FixtureRequest) -> Iterator[Target]:
+    """Runs the test once on every target; the target is active during the test."""
+    chosen: Target = request.param
+    if reason := chosen.missing():
+        pytest.skip(f"{chosen.name}: {reason}")
+    with chosen.active():
+        yield chosen
+
+
+@pytest.fixture
+def counted(target: Target) -> Callable[[], None]:
+    """Call it once per case checked: the totals are printed at the end of the run."""
+
+    def count() -> None:
+        _cases[target.name] += 1
+
+    return count
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what the library allocates uninitialised with NaN or a large number: a forgotten write
+    then shows."""
+
+    def fill(tensor: torch.Tensor) -> torch.Tensor:
+        if type(tensor) is torch.Tensor and tensor.device.type in ("cpu", "cuda"):
+            if tensor.dtype == torch.uint8:
+                return tensor
+            tensor.fill_(torch.nan if tensor.is_floating_point() else 2**30 + 7)
+        return tensor
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        original = getattr(owner, name)
+
+        def poison(*args: object, _original: Callable = original, **kwargs: object) -> torch.Tensor:
+            made = _original(*args, **kwargs)
+            return made if torch.compiler.is_compiling() else fill(made)
+
+        monkeypatch.setattr(owner, name, poison)
+
+
+def pytest_report_header() -> list[str]:
+    source = pathlib.Path(sparsekern.__file__).parent
+    lines = [
+        f"sparsekern from {source}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    ]
+    for name in ("cpu", "cuda"):
+        module, reason = _library.native_module(name)
+        lines.append(f"native {name}: {module.build_info() if module else reason}")
+    return lines
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    tests: collections.Counter[str] = collections.Counter()
+    for report in terminalreporter.stats.get("passed", []):
+        for chosen in TARGETS:
+            if f"[{chosen.name}" in report.nodeid or f"-{chosen.name}" in report.nodeid:
+                tests[chosen.name] += 1
+    terminalreporter.section("backends exercised")
+    for chosen in TARGETS:
+        passed, cases = tests[chosen.name], _cases[chosen.name]
+        verdict = "" if passed else "   NOT EXERCISED"
+        terminalreporter.line(f"{chosen.name:20} {passed:5} tests {cases:7} cases{verdict}")
