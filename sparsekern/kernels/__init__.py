@@ -1,7 +1,9 @@
-"""How Triton does it: one file per stem, launchers that take checked matrices and allocate their outputs.
+"""How Triton does it: one file per stem, launchers that take checked matrices and allocate their
+outputs.
 
-The kernels of `topk` and `topk_stream` see floating point numbers only as integers of the same width, so they are exact by
-construction and run alike compiled and interpreted. Those that do arithmetic widen every load to float32 at once.
+The kernels of `topk` and `topk_stream` see floating point numbers only as integers of the same
+width, so they are exact by construction and run alike compiled and interpreted. Those that do
+arithmetic widen every load to float32 at once.
 """
 
 from __future__ import annotations
@@ -12,5 +14,5 @@ import torch
 
 
 def device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    """Make the tensor's GPU the current one, as Triton launches on the current device; nothing on a CPU."""
+    """Make the tensor's GPU current, as Triton launches on the current device; nothing on a CPU."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -1,8 +1,8 @@
 """How often each latent fired.
 
-One program owns BLOCK consecutive codes: it reads their indices (and values) once, coalesced, and adds one to the
-counter of each code that fired. Bound by the atomic additions in the L2 cache; they are integers, so their order does
-not show in the result.
+One program owns BLOCK consecutive codes: it reads their indices (and values) once, coalesced, and
+adds one to the counter of each code that fired. Bound by the atomic additions in the L2 cache;
+they are integers, so their order does not show in the result.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import triton.language as tl
 
 from . import device_of
 
-# Codes a program owns: 8 a thread with 4 warps, enough loads in flight to hide the latency of the atomics.
+# Codes a program owns: 8 a thread with 4 warps, enough loads in flight to hide the latency of the
+# atomics.
 BLOCK = 1024
 
 
@@ -38,7 +39,7 @@ def count_active_kernel(
 def count_active(indices: torch.Tensor, n: int, values: torch.Tensor | None) -> torch.Tensor:
     """counts int64 [n] of contiguous indices [count], int64 or int32, and values [count] or None.
 
-    Indices outside 0..n-1 are left out. float16 and bfloat16 values are compared in float32, which is exact.
+    Indices outside 0..n-1 are left out. 16-bit values are compared in float32, which is exact.
     """
     counts = torch.zeros(n, dtype=torch.int64, device=indices.device)
     total = indices.numel()

@@ -1,8 +1,8 @@
 """Floating point numbers as integers that compare in the order of `topk`.
 
-A float's bits are a sign and a magnitude, so the key is the magnitude with the sign applied: -0 and +0 meet at zero, and every
-NaN is moved to the one place above +inf. Kernels load elements as sign-extended integers of the same width; what
-they store is bit for bit what they read.
+A float's bits are a sign and a magnitude, so the key is the magnitude with the sign applied: -0
+and +0 meet at zero, and every NaN is moved to the one place above +inf. Kernels load elements as
+sign-extended integers of the same width; what they store is bit for bit what they read.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def bits_of(dtype: torch.dtype) -> Bits:
 
 @triton.jit
 def ordered_key(bits, MAGNITUDE: tl.constexpr, INFINITY: tl.constexpr, ABS: tl.constexpr):
-    """int32 keys with key(a) > key(b) iff a ranks above b: -inf is -INFINITY, NaN is INFINITY + 1."""
+    """int32 with key(a) > key(b) iff a ranks above b: -inf is -INFINITY, NaN is INFINITY + 1."""
     magnitude = bits & MAGNITUDE
     key = magnitude
     if not ABS:

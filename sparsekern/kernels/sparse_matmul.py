@@ -1,16 +1,19 @@
 """Sparse codes times a dense dictionary, and its gradients.
 
-Forward: one program owns one row of codes and BLOCK columns of the output. It walks over the k codes in order, UNROLL
-dictionary rows in flight, 16 bytes a thread where the dictionary is row-major. Programs of one block of columns run next to
-each other, so that the dictionary's columns in use stay in the L2 cache. Bound by these gathers.
+Forward: one program owns one row of codes and BLOCK columns of the output. It walks over the k
+codes in order, UNROLL dictionary rows in flight, 16 bytes a thread where the dictionary is
+row-major. Programs of one block of columns run next to each other, so that the dictionary's
+columns in use stay in the L2 cache. Bound by these gathers.
 
-Backward: the codes are transposed by a stable sort of their indices, so that each latent has the list of its entries,
-ascending. One program owns one latent and BLOCK columns: it reads that part of the dictionary row once, walks over the
-entries, gathers their upstream gradients, and writes its part of the latent's gradient (zeros for a silent latent) and of
-the entries' dot products. Where BLOCK covers only part of the columns, the parts of a dot product are added in a fixed order
+Backward: the codes are transposed by a stable sort of their indices, so that each latent has the
+list of its entries, ascending. One program owns one latent and BLOCK columns: it reads that part
+of the dictionary row once, walks over the entries, gathers their upstream gradients, and writes
+its part of the latent's gradient (zeros for a silent latent) and of the entries' dot products.
+Where BLOCK covers only part of the columns, the parts of a dot product are added in a fixed order
 by a second step. Bound by the gathers of the upstream gradient, whose columns in use stay in L2.
 
-No atomics: every sum has one definite order. Indices outside 0..n-1 contribute nothing and are never followed.
+No atomics: every sum has one definite order. Indices outside 0..n-1 contribute nothing and are
+never followed.
 """
 
 from __future__ import annotations
@@ -23,15 +26,17 @@ from . import device_of
 
 # Bytes one thread reads at once, the widest load there is.
 LOAD_BYTES = 16
-# Columns of a forward program: of a dictionary of 65536 rows in bfloat16, 512 columns are 64 MB, about an L2 cache.
+# Columns of a forward program: of a dictionary of 65536 rows in bfloat16, 512 columns are 64 MB,
+# about an L2 cache.
 FORWARD_COLUMNS = 512
-# Columns of a backward program, all held by one warp, so that a dot product needs no barrier: 16 a thread.
+# Columns of a backward program, all held by one warp, so that a dot product needs no barrier: 16 a
+# thread.
 BACKWARD_COLUMNS = 512
 # Independent gathers in flight per thread.
 UNROLL = 4
 
 
-# -- kernels ---------------------------------------------------------------------------------------------------
+# -- kernels ---------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -144,7 +149,7 @@ def backward_kernel(
         tl.store(address, summed.to(grad_weight.dtype.element_ty), mask=inside)
 
 
-# -- shapes of blocks ------------------------------------------------------------------------------------------
+# -- shapes of blocks ------------------------------------------------------------------------------
 
 
 def forward_block(d: int, element_bytes: int) -> tuple[int, int]:
@@ -158,13 +163,13 @@ def backward_block(d: int) -> int:
     return min(BACKWARD_COLUMNS, max(32, triton.next_power_of_2(d)))
 
 
-# -- launchers -------------------------------------------------------------------------------------------------
+# -- launchers -------------------------------------------------------------------------------------
 
 
 def sparse_matmul(
     values: torch.Tensor, indices: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """out [rows, d] of values, indices [rows, k], weight [n, d] (row- or column-major) and bias [d] or None."""
+    """out [rows, d] of codes [rows, k], weight [n, d] (row- or column-major), bias [d] or None."""
     rows, k = values.shape
     n, d = weight.shape
     out = torch.empty(rows, d, dtype=values.dtype, device=values.device)
@@ -193,10 +198,12 @@ def sparse_matmul(
 
 
 def transpose_codes(indices: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(offsets int64 [n + 1], entries int64 [rows * k]): entries[offsets[i] : offsets[i + 1]] are the flat
-    positions with index i, ascending. Indices outside 0..n-1 lie before offsets[0] or behind offsets[n].
+    """(offsets int64 [n + 1], entries int64 [rows * k]), the codes grouped by latent.
+
+    entries[offsets[i] : offsets[i + 1]] are the flat positions with index i, ascending. Indices
+    outside 0..n-1 lie before offsets[0] or behind offsets[n].
     """
-    # 32-bit keys halve the passes of the radix sort; clamped first, so that no index wraps around to a valid one.
+    # 32-bit keys halve the passes of the radix sort; clamped first, so that none wraps around.
     latents, entries = indices.reshape(-1).clamp(-1, n).to(torch.int32).sort(stable=True)
     bounds = torch.arange(n + 1, dtype=torch.int32, device=indices.device)
     return torch.searchsorted(latents, bounds), entries
@@ -210,7 +217,7 @@ def sparse_matmul_backward(
     need_values: bool,
     need_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(grad_values [rows, k], grad_weight [n, d] in weight's layout) for grad [rows, d]; [0] where not needed."""
+    """(grad_values [rows, k], grad_weight [n, d] in weight's layout), [0] where not needed."""
     rows, k = values.shape
     n, d = weight.shape
     grad_values, grad_weight = values.new_empty(0), weight.new_empty(0)

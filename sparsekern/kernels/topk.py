@@ -1,14 +1,16 @@
 """The k largest of each row, as codes or as a masked dense row.
 
-`select_kernel` is the whole selection: one program owns one row of up to REGISTER_ROW elements (several rows, when they
-are short), reads it once, coalesced where its columns are, and keeps it in registers as ordered integer keys. It
-bisects on the key for the k-th largest (each step counts in registers), takes equal keys by lowest index with one
-prefix sum, and writes its k codes in index order. Bound by the one read as long as its 16 to 32 counts stay below it.
+`select_kernel` is the whole selection: one program owns one row of up to REGISTER_ROW elements
+(several rows, when they are short), reads it once, coalesced where its columns are, and keeps it
+in registers as ordered integer keys. It bisects on the key for the k-th largest (each step counts
+in registers), takes equal keys by lowest index with one prefix sum, and writes its k codes in
+index order. Bound by the one read as long as its 16 to 32 counts stay below it.
 
-Longer rows are cut into slices, whose k largest in index order are the candidates of a further level: still one read of
-the data, and as many programs as there are slices. Where k is so large that a level need not halve the row,
-`topk_stream` reads the row several times instead. `order_kernel` puts codes in order of value by counting, for each,
-how many come before it: k * k comparisons a row, in registers.
+Longer rows are cut into slices, whose k largest in index order are the candidates of a further
+level: still one read of the data, and as many programs as there are slices. Where k is so large
+that a level need not halve the row, `topk_stream` reads the row several times instead.
+`order_kernel` puts codes in order of value by counting, for each, how many come before it: k * k
+comparisons a row, in registers.
 """
 
 from __future__ import annotations
@@ -19,56 +21,71 @@ import triton.language as tl
 
 from . import device_of
 from .keys import bits_of, fires, ordered_key, rectified
+from .topk_order import order_codes
 from .topk_stream import stream_codes
 
-# Longest row one program keeps in registers: 64 keys a thread with 8 warps. It also keeps the two 16-bit counters that
-# share one prefix sum from overflowing.
+# Longest row one program keeps in registers, with 16 warps. It also keeps the two 16-bit counters
+# that share one prefix sum from overflowing.
 REGISTER_ROW = 16384
-# Keys a warp holds: 64 a thread, so that keys, prefix sums and addresses fit into 255 registers.
-KEYS_PER_WARP = 2048
-# Elements that short rows are gathered up to: 32 a thread of one warp.
+# Slices this long are preferred where k allows: two such programs fit on a multiprocessor, so that
+# one loads while the other searches.
+SLICE = 8192
+# Keys a warp holds: 32 a thread, which with their prefix sums fit into 128 registers.
+KEYS_PER_WARP = 1024
+# Codes a warp writes at once: 4 a thread.
+CODES_PER_WARP = 128
+# Elements that short rows are gathered up to, for one warp, and the most rows of such a program:
+# each costs addresses and counters.
 SHORT_ROWS = 1024
-# Programs that fill a large GPU twice; fewer rows than this are cut into slices of at least MIN_SLICE elements.
+MOST_ROWS = 16
+# Programs that fill a large GPU twice; fewer rows than this are cut into slices of at least
+# MIN_SLICE elements.
 MANY_PROGRAMS = 264
 MIN_SLICE = 4096
-# Comparisons in one tile of the ordering (32 a thread of 4 warps) and the longest side of a tile.
-ORDER_TILE = 4096
-ORDER_SIDE = 64
+# Slices begin at multiples of this: Triton then knows that wide loads are aligned.
+ALIGNMENT = 16
+# Steps of the search between two tests whether it has ended; further steps change nothing.
+STEPS_PER_TEST = tl.constexpr(2)
 # Codes one program of the dense scatter owns: 8 a thread.
 SCATTER_BLOCK = 1024
 
 
-# -- kernels ---------------------------------------------------------------------------------------------------
+# -- kernels ---------------------------------------------------------------------------------------
 
 
 @triton.jit
 def kth_key(key, k, INFINITY: tl.constexpr, ROWS: tl.constexpr):
     """For each row of key [ROWS, N], a t with #{key > t} < k <= #{key >= t}, by bisection.
 
-    Invariant: #{key >= low} >= k > #{key >= high}. A step that counts exactly k ends the search of its row.
+    Invariant: #{key >= low} >= k > #{key >= high}. A step that counts exactly k ends the search of
+    its row.
     """
     low = tl.full([ROWS], -INFINITY, tl.int32)
     high = tl.full([ROWS], INFINITY + 2, tl.int32)
     while tl.max((low + 1 < high).to(tl.int32), axis=0) > 0:
-        middle = (low & high) + ((low ^ high) >> 1)  # their mean, rounded down, without overflow
-        count = tl.sum((key >= middle[:, None]).to(tl.int32), axis=1)
-        high = tl.where(count > k, high, tl.where(count == k, middle + 1, middle))
-        low = tl.where(count >= k, middle, low)
+        for _ in tl.static_range(STEPS_PER_TEST):
+            # Their mean, rounded down, without overflow.
+            middle = (low & high) + ((low ^ high) >> 1)
+            count = tl.sum((key >= middle[:, None]).to(tl.int32), axis=1)
+            high = tl.where(count > k, high, tl.where(count == k, middle + 1, middle))
+            low = tl.where(count >= k, middle, low)
     return low
 
 
 @triton.jit
 def select_kernel(
     x,  # [rows, n] bits, any strides
-    origin,  # [rows, n] int32: index of each element in the caller's row, when HAS_ORIGIN
+    origin,  # [rows, n] int32, strides of x, when HAS_ORIGIN: indices in the caller's row
     values,  # [rows, slices, k] bits
     indices,  # [rows, slices, k]
+    taken,  # [rows, slices, k] int32, working space: columns taken of each slice
     masked,  # [rows, n] bits, when MASKED
     counts,  # [n] int64, when COUNT
     rows,
     n,
     k,
     slices,
+    length,
     row_stride,
     col_stride,
     MAGNITUDE: tl.constexpr,
@@ -81,108 +98,65 @@ def select_kernel(
     UNIT_STRIDE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    CODES: tl.constexpr,
 ):
-    """values, indices = the k largest of x[row, s * n / slices : (s + 1) * n / slices], by ascending index.
+    """values, indices = the k largest of x[row, s * length : (s + 1) * length], by ascending index.
 
-    Taken are the elements with key > t, and of those with key = t the first k - #{key > t}.
+    Taken are the elements with key > t, and of those with key = t the first k - #{key > t}. Their
+    columns go through memory, so that what follows costs k threads and not n, and the registers
+    hold one row of keys only.
     """
     part = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     row = part // slices
-    begin = (part % slices) * n // slices
-    length = ((part % slices + 1) * n // slices - begin).to(tl.int32)
+    begin = part % slices * length
+    k_here = tl.minimum(k, n - begin).to(tl.int32)  # the last slice may be shorter than k
     columns = tl.arange(0, BLOCK)
-    inside = (row < rows)[:, None] & (columns[None, :] < length[:, None])  # [ROWS, BLOCK]
+    inside = (row < rows)[:, None] & (columns < length)[None, :]  # [ROWS, BLOCK]
+    inside = inside & (begin[:, None] + columns[None, :] < n)
     if UNIT_STRIDE:
         elements = x + (row * row_stride + begin)[:, None] + columns[None, :]
     else:
         elements = x + (row * row_stride + begin * col_stride)[:, None]
         elements = elements + (columns.to(tl.int64) * col_stride)[None, :]
 
-    bits = tl.load(elements, mask=inside, other=0).to(tl.int32)
-    key = ordered_key(bits, MAGNITUDE, INFINITY, ABS)
-    key = tl.where(inside, key, -INFINITY - 1)
+    key = tl.load(elements, mask=inside, other=0).to(tl.int32)
+    key = tl.where(inside, ordered_key(key, MAGNITUDE, INFINITY, ABS), -INFINITY - 1)
 
-    threshold = kth_key(key, k, INFINITY, ROWS)[:, None]
-    above = (key > threshold).to(tl.int32)
-    tied = (key == threshold).to(tl.int32)
-    wanted = k - tl.sum(above, axis=1)[:, None]
-    before = tl.cumsum(above + (tied << 16), axis=1)  # two counters, themselves included
-    tied_before = before >> 16
-    take = inside & ((above > 0) | ((tied > 0) & (tied_before <= wanted)))
-    place = (before & 0xFFFF) + tl.minimum(tied_before, wanted) - 1
-
-    # Read again, from the cache, only what is taken: cheaper than to hold the bits all along.
-    bits = tl.load(elements, mask=take, other=0).to(tl.int32)
-    if RELU:
-        bits = rectified(bits, MAGNITUDE, INFINITY)
-    if HAS_ORIGIN:
-        latents = tl.load(
-            origin + (row * n + begin)[:, None] + columns[None, :], mask=take, other=0
-        )
-    else:
-        latents = begin.to(tl.int32)[:, None] + columns[None, :]
-    codes = (part * k)[:, None] + place
-    tl.store(values + codes, bits, mask=take)
-    tl.store(indices + codes, latents, mask=take)
+    threshold = kth_key(key, k_here, INFINITY, ROWS)[:, None]
+    wanted = (k_here - tl.sum((key > threshold).to(tl.int32), axis=1))[:, None]
+    ranks = (key > threshold).to(tl.int32) + ((key == threshold).to(tl.int32) << 16)
+    ranks = tl.cumsum(ranks, axis=1)  # two counters, each with the element itself
+    take = (key > threshold) | ((key == threshold) & ((ranks >> 16) <= wanted))
+    place = (ranks & 0xFFFF) + tl.minimum(ranks >> 16, wanted) - 1
+    codes = (part * k)[:, None]
+    tl.store(taken + codes + place, tl.broadcast_to(columns[None, :], [ROWS, BLOCK]), mask=take)
     if MASKED:
-        tl.store(masked + (row * n)[:, None] + columns[None, :], bits, mask=inside)
-    if COUNT:
-        ones = tl.full([ROWS, BLOCK], 1, tl.int64)
-        fired = take & fires(bits, MAGNITUDE)
-        tl.atomic_add(counts + latents, ones, mask=fired, sem="relaxed")
+        dense = masked + (row * n)[:, None]
+        tl.store(dense + columns[None, :], tl.zeros([ROWS, BLOCK], tl.int32), mask=inside)
+    tl.debug_barrier()  # other threads read what was taken, and write where zeros were stored
 
-
-@triton.jit
-def order_kernel(
-    codes_values,  # [rows, k] bits, by ascending index
-    codes_indices,  # [rows, k]
-    values,  # [rows, k] bits
-    indices,  # [rows, k]
-    counts,  # [n] int64, when COUNT
-    rows,
-    k,
-    MAGNITUDE: tl.constexpr,
-    INFINITY: tl.constexpr,
-    ABS: tl.constexpr,
-    RELU: tl.constexpr,
-    COUNT: tl.constexpr,
-    ROWS: tl.constexpr,
-    SIDE: tl.constexpr,
-):
-    """values[r, rank(i)] = codes_values[r, i] with rank(i) = #{j : key_j > key_i, or key_j = key_i and j < i}.
-
-    One program owns SIDE codes of ROWS rows and walks over all k codes of those rows, SIDE at a time.
-    """
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    first = row * k
-    own = tl.program_id(1) * SIDE + tl.arange(0, SIDE)
-    inside = (row < rows)[:, None] & (own < k)[None, :]  # [ROWS, SIDE]
-    bits = tl.load(codes_values + first[:, None] + own[None, :], mask=inside, other=0).to(tl.int32)
-    latents = tl.load(codes_indices + first[:, None] + own[None, :], mask=inside, other=0)
-    key = ordered_key(bits, MAGNITUDE, INFINITY, ABS)[:, :, None]
-
-    rank = tl.zeros([ROWS, SIDE], tl.int32)
-    begin = 0
-    while begin < k:
-        other = begin + tl.arange(0, SIDE)
-        there = (row < rows)[:, None] & (other < k)[None, :]
-        address = codes_values + first[:, None] + other[None, :]
-        other_key = ordered_key(
-            tl.load(address, mask=there, other=0).to(tl.int32), MAGNITUDE, INFINITY, ABS
-        )
-        other_key = tl.where(there, other_key, -INFINITY - 1)[:, None, :]
-        earlier = (other[None, :] < own[:, None])[None, :, :]
-        precedes = (other_key > key) | ((other_key == key) & earlier)
-        rank += tl.sum(precedes.to(tl.int32), axis=2)
-        begin += SIDE
-
-    if RELU:
-        bits = rectified(bits, MAGNITUDE, INFINITY)
-    tl.store(values + first[:, None] + rank, bits, mask=inside)
-    tl.store(indices + first[:, None] + rank, latents, mask=inside)
-    if COUNT:
-        ones = tl.full([ROWS, SIDE], 1, tl.int64)
-        tl.atomic_add(counts + latents, ones, mask=inside & fires(bits, MAGNITUDE), sem="relaxed")
+    start = tl.full([], 0, tl.int32)
+    while start < k:
+        code = start + tl.arange(0, CODES)[None, :]
+        there = (row < rows)[:, None] & (code < k_here[:, None])  # [ROWS, CODES]
+        element = begin[:, None] + tl.load(taken + codes + code, mask=there, other=0)
+        address = x + (row * row_stride)[:, None] + element * col_stride
+        bits = tl.load(address, mask=there, other=0).to(tl.int32)
+        latents = element
+        if HAS_ORIGIN:
+            address = origin + (row * row_stride)[:, None] + element
+            latents = tl.load(address, mask=there, other=0).to(tl.int64)
+        if RELU:
+            bits = rectified(bits, MAGNITUDE, INFINITY)
+        tl.store(values + codes + code, bits, mask=there)
+        tl.store(indices + codes + code, latents, mask=there)
+        if MASKED:
+            tl.store(dense + latents, bits, mask=there)
+        if COUNT:
+            ones = tl.full([ROWS, CODES], 1, tl.int64)
+            fired = there & fires(bits, MAGNITUDE)
+            tl.atomic_add(counts + latents, ones, mask=fired, sem="relaxed")
+        start += CODES
 
 
 @triton.jit
@@ -196,42 +170,39 @@ def scatter_kernel(values, indices, dense, total, k, n, BLOCK: tl.constexpr):
     tl.store(dense + entries // k * n + latents, bits, mask=valid)
 
 
-# -- shapes of blocks ------------------------------------------------------------------------------------------
+# -- shapes of blocks ------------------------------------------------------------------------------
 
 
-def row_block(n: int) -> tuple[int, int, int]:
-    """(rows, columns, warps) of one program for rows of n elements, at most REGISTER_ROW."""
+def row_block(n: int) -> tuple[int, int, int, int]:
+    """(rows, columns, codes, warps) of one program for rows of n elements, at most REGISTER_ROW."""
     columns = max(16, triton.next_power_of_2(n))
-    return max(1, SHORT_ROWS // columns), columns, max(1, columns // KEYS_PER_WARP)
+    rows = max(1, min(MOST_ROWS, SHORT_ROWS // columns))
+    warps = max(1, columns // KEYS_PER_WARP)
+    return rows, columns, max(4, CODES_PER_WARP * warps // rows), warps
 
 
-def slice_count(rows: int, n: int, k: int) -> int:
-    """Into how many slices, each of at least k and at most REGISTER_ROW elements, a row is cut."""
-    needed = triton.cdiv(n, REGISTER_ROW)
-    sensible = min(MANY_PROGRAMS // rows, n // max(MIN_SLICE, 4 * k))
-    return max(1, needed, sensible)
+def slice_length(rows: int, n: int, k: int) -> int:
+    """Length of the slices that a row is cut into, n where one program takes it whole."""
+    longest = SLICE if 4 * k <= SLICE else REGISTER_ROW
+    even = triton.cdiv(n, max(1, MANY_PROGRAMS // rows))
+    length = min(longest, max(even, MIN_SLICE, 4 * k))
+    return triton.cdiv(length, ALIGNMENT) * ALIGNMENT if length < n else n
 
 
-def order_block(k: int) -> tuple[int, int]:
-    """(rows, side) of one program of the ordering."""
-    side = min(ORDER_SIDE, max(16, triton.next_power_of_2(k)))
-    return (ORDER_TILE // (side * side) if k <= side else 1), side
-
-
-# -- launchers -------------------------------------------------------------------------------------------------
+# -- launchers -------------------------------------------------------------------------------------
 
 
 def topk(
     x: torch.Tensor, k: int, sorted: bool, relu: bool, abs: bool, count: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(values [rows, k], indices int64 [rows, k], counts int64 [n] or [0]) of x [rows, n] with any strides."""
+    """(values [rows, k], indices int64 [rows, k], counts int64 [n] or [0]); x has any strides."""
     counts = _counts(x, count)
     with device_of(x):
         if not sorted:
             values, indices = _select(x, k, relu, abs, counts, torch.int64)
         else:
             codes = _select(x, k, False, abs, None, torch.int32)
-            values, indices = _order(*codes, relu, abs, counts)
+            values, indices = order_codes(*codes, relu, abs, counts)
     return values, indices, _or_empty(counts, x)
 
 
@@ -242,7 +213,7 @@ def topk_mask(
     rows, n = x.shape
     counts = _counts(x, count)
     with device_of(x):
-        if slice_count(rows, n, k) > 1:
+        if slice_length(rows, n, k) < n:
             values, indices = _select(x, k, relu, abs, counts, torch.int64)
             masked = codes_to_dense(values, indices, n)
         else:
@@ -252,7 +223,7 @@ def topk_mask(
 
 
 def codes_to_dense(values: torch.Tensor, indices: torch.Tensor, n: int) -> torch.Tensor:
-    """Dense [rows, n] of contiguous values and indices [rows, k]; indices outside 0..n-1 are left out."""
+    """Dense [rows, n] of contiguous codes [rows, k]; indices outside 0..n-1 are left out."""
     rows, k = values.shape
     dense = torch.zeros(rows, n, dtype=values.dtype, device=values.device)
     integer = bits_of(values.dtype).integer
@@ -281,21 +252,24 @@ def _select(
     index_dtype: torch.dtype,
     masked: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [rows, k] of x by ascending index, after as many levels of slices as its length asks for."""
+    """Codes [rows, k] of x by ascending index, after as many levels as its length asks for."""
     rows, n = x.shape
     if n > REGISTER_ROW and 2 * k > REGISTER_ROW:
         return stream_codes(x, k, relu, abs, counts, index_dtype)
     origin = None
-    while (slices := slice_count(rows, x.shape[1], k)) > 1:
-        x, origin = _launch_select(x, origin, k, slices, False, abs, None, torch.int32, None)
-    return _launch_select(x, origin, k, 1, relu, abs, counts, index_dtype, masked)
+    while (length := slice_length(rows, n, k)) < n:
+        slices = triton.cdiv(n, length)
+        x, origin = _launch_select(x, origin, k, length, False, abs, None, torch.int32, None)
+        n = (slices - 1) * k + min(k, n - (slices - 1) * length)
+        x, origin = x[:, :n], origin[:, :n]  # only a last slice shorter than k leaves a rest
+    return _launch_select(x, origin, k, n, relu, abs, counts, index_dtype, masked)
 
 
 def _launch_select(
     x: torch.Tensor,
     origin: torch.Tensor | None,
     k: int,
-    slices: int,
+    length: int,
     relu: bool,
     abs: bool,
     counts: torch.Tensor | None,
@@ -304,21 +278,25 @@ def _launch_select(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One level: the k largest of each slice, [rows, slices * k]."""
     rows, n = x.shape
+    slices = triton.cdiv(n, length)
     bits = bits_of(x.dtype)
     values = torch.empty(rows, slices * k, dtype=x.dtype, device=x.device)
     indices = torch.empty(rows, slices * k, dtype=index_dtype, device=x.device)
-    block_rows, columns, warps = row_block(triton.cdiv(n, slices))
+    taken = torch.empty(rows, slices * k, dtype=torch.int32, device=x.device)
+    block_rows, columns, codes, warps = row_block(length)
     select_kernel[(triton.cdiv(rows * slices, block_rows),)](
         x.view(bits.integer),
         indices if origin is None else origin,
         values.view(bits.integer),
         indices,
+        taken,
         values.view(bits.integer) if masked is None else masked.view(bits.integer),
         indices if counts is None else counts,
         rows,
         n,
         k,
         slices,
+        length,
         *x.stride(),
         MAGNITUDE=bits.magnitude,
         INFINITY=bits.infinity,
@@ -330,40 +308,8 @@ def _launch_select(
         UNIT_STRIDE=x.stride(1) == 1,
         ROWS=block_rows,
         BLOCK=columns,
+        CODES=codes,
         num_warps=warps,
-    )
-    return values, indices
-
-
-def _order(
-    codes_values: torch.Tensor,
-    codes_indices: torch.Tensor,
-    relu: bool,
-    abs: bool,
-    counts: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [rows, k] by ascending index put in order of value, largest first."""
-    rows, k = codes_values.shape
-    bits = bits_of(codes_values.dtype)
-    values = torch.empty_like(codes_values)
-    indices = torch.empty(rows, k, dtype=torch.int64, device=values.device)
-    block_rows, side = order_block(k)
-    order_kernel[(triton.cdiv(rows, block_rows), triton.cdiv(k, side))](
-        codes_values.view(bits.integer),
-        codes_indices,
-        values.view(bits.integer),
-        indices,
-        indices if counts is None else counts,
-        rows,
-        k,
-        MAGNITUDE=bits.magnitude,
-        INFINITY=bits.infinity,
-        ABS=abs,
-        RELU=relu,
-        COUNT=counts is not None,
-        ROWS=block_rows,
-        SIDE=side,
-        num_warps=4,
     )
     return values, indices
 

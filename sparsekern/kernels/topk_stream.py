@@ -1,9 +1,10 @@
 """The k largest of rows too long for registers when k is too large for slices.
 
-One program owns one row and reads it in blocks of BLOCK columns, several times: each search pass counts the keys at or
-above WAYS thresholds at once and so divides the range of the k-th key by WAYS (11 passes for float32, 6 for the 16-bit
-dtypes), and one last pass writes the codes in index order, carrying two running counts. Bound by these reads; this is
-the path for any k up to n, not the fast one.
+One program owns one row and reads it in blocks of BLOCK columns, several times: each search pass
+counts the keys at or above WAYS thresholds at once and so divides the range of the k-th key by
+WAYS (11 passes for float32, 6 for the 16-bit dtypes), and one last pass writes the codes in index
+order, carrying two running counts. Bound by these reads; this is the path for any k up to n, not
+the fast one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import triton.language as tl
 
 from .keys import bits_of, fires, ordered_key, rectified
 
-# Thresholds a pass counts: 3 bits of the key. BLOCK * WAYS running counts are 64 a thread with 4 warps.
+# Thresholds a pass counts: 3 bits of the key. BLOCK * WAYS running counts are 64 a thread with 4
+# warps.
 WAYS = 8
 BLOCK = 1024
 
@@ -48,8 +50,8 @@ def stream_kernel(
 ):
     """values, indices = the k largest of x[row, :], by ascending index.
 
-    Invariant of the search: #{key >= low} >= k > #{key >= high} = above. It ends at low + 1 = high, so that low is the
-    k-th key and k - above of its equals are wanted.
+    Invariant of the search: #{key >= low} >= k > #{key >= high} = above. It ends at low + 1 = high,
+    so that low is the k-th key and k - above of its equals are wanted.
     """
     program = tl.program_id(0).to(tl.int64)
     row = x + program * row_stride

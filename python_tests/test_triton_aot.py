@@ -1,0 +1,309 @@
+"""Every Triton kernel compiles ahead of time, without a GPU, for every architecture we name, and
+fits the machine.
+
+The compiler refuses to run in a process that interprets kernels, so this file is also a script:
+each target is compiled by `python test_triton_aot.py TARGET RESULT`, two at a time, and the tests
+read the results.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import time
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="the Triton kernels need triton: pip install triton")
+
+from sparsekern.kernels import (  # noqa: E402
+    activity,
+    keys,
+    sparse_matmul,
+    topk,
+    topk_order,
+    topk_stream,
+)
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+# What a block may allocate: 163 KiB on sm_80, 227 KiB on sm_90 and sm_100, 64 KiB of LDS on
+# gfx942.
+SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+# Sizes and strides that a typical call passes as multiples of 16, which Triton then knows.
+ALIGNED = ("n", "d", "length", "row_stride", "weight_stride_n", "grad_weight_stride_n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One kernel as one kind of call specialises it."""
+
+    kernel: Any
+    pointers: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+    registers: int = 128  # two programs of 8 warps, or one of 16, on one multiprocessor
+
+
+# -- cases -----------------------------------------------------------------------------------------
+
+
+def float_constants(name: str) -> dict[str, Any]:
+    import torch
+
+    bits = keys.bits_of(getattr(torch, name))
+    return {"MAGNITUDE": bits.magnitude, "INFINITY": bits.infinity, "ABS": False, "RELU": True}
+
+
+def bits_pointer(name: str) -> str:
+    return "*i32" if name == "float32" else "*i16"
+
+
+def select_case(n: int, dtype: str, **constants: Any) -> Case:
+    rows, columns, codes, warps = topk.row_block(n)
+    pointer = bits_pointer(dtype)
+    pointers = {
+        "x": pointer, "origin": "*i32", "values": pointer, "indices": "*i64", "taken": "*i32",
+        "masked": pointer, "counts": "*i64",
+    }  # fmt: skip
+    defaults = {
+        **float_constants(dtype), "COUNT": True, "MASKED": False, "HAS_ORIGIN": False,
+        "UNIT_STRIDE": True, "ROWS": rows, "BLOCK": columns, "CODES": codes,
+        "slices": 1, "col_stride": 1,
+    }  # fmt: skip
+    merged = {**defaults, **constants}
+    return Case(
+        topk.select_kernel,
+        pointers,
+        {name: value for name, value in merged.items() if value is not None},
+        warps,
+    )
+
+
+def order_case(k: int, dtype: str) -> Case:
+    rows, side = topk_order.order_block(k)
+    pointer = bits_pointer(dtype)
+    pointers = {
+        "codes_values": pointer, "codes_indices": "*i32", "values": pointer, "indices": "*i64",
+        "counts": "*i64",
+    }  # fmt: skip
+    constants = {**float_constants(dtype), "COUNT": True, "ROWS": rows, "SIDE": side}
+    return Case(topk_order.order_kernel, pointers, constants, 4)
+
+
+def stream_case(dtype: str) -> Case:
+    pointer = bits_pointer(dtype)
+    constants = {
+        **float_constants(dtype), "COUNT": True, "WAYS": topk_stream.WAYS,
+        "BLOCK": topk_stream.BLOCK, "col_stride": 1,
+    }  # fmt: skip
+    pointers = {"x": pointer, "values": pointer, "indices": "*i64", "counts": "*i64"}
+    return Case(topk_stream.stream_kernel, pointers, constants, 4, registers=168)
+
+
+def forward_case(d: int, values: str, weight: str, row_major: bool = True) -> Case:
+    columns, warps = sparse_matmul.forward_block(d, 4 if weight == "fp32" else 2)
+    pointers = {
+        "values": f"*{values}", "indices": "*i64", "weight": f"*{weight}", "bias": f"*{weight}",
+        "out": f"*{values}",
+    }  # fmt: skip
+    constants = {
+        "HAS_BIAS": True, "UNIT_STRIDE": row_major, "BLOCK": columns,
+        "UNROLL": sparse_matmul.UNROLL,
+        "weight_stride_d" if row_major else "weight_stride_n": 1,
+    }  # fmt: skip
+    return Case(sparse_matmul.forward_kernel, pointers, constants, warps)
+
+
+def backward_case(d: int, values: str, weight: str, row_major: bool = True) -> Case:
+    pointers = {
+        "grad": f"*{values}", "values": f"*{values}", "weight": f"*{weight}", "offsets": "*i64",
+        "entries": "*i64", "dots": "*fp32", "grad_weight": f"*{weight}",
+    }  # fmt: skip
+    constants = {
+        "NEED_VALUES": True, "NEED_WEIGHT": True, "UNIT_STRIDE": row_major,
+        "BLOCK": sparse_matmul.backward_block(d), "UNROLL": sparse_matmul.UNROLL,
+    }  # fmt: skip
+    for matrix in ("weight", "grad_weight"):
+        constants[f"{matrix}_stride_{'d' if row_major else 'n'}"] = 1
+    return Case(sparse_matmul.backward_kernel, pointers, constants, 1)
+
+
+CASES = {
+    "select 16 x 16 bfloat16": select_case(16, "bfloat16"),
+    "select 512 float16": select_case(512, "float16"),
+    "select 2048 float32, masked": select_case(2048, "float32", MASKED=True),
+    "select 8192 float32": select_case(8192, "float32"),
+    "select 8192 bfloat16, sliced": select_case(8192, "bfloat16", slices=None, COUNT=False),
+    "select 4096 float32, strided": select_case(
+        4096, "float32", UNIT_STRIDE=False, col_stride=None
+    ),
+    "select 16384 float32, candidates": select_case(16384, "float32", HAS_ORIGIN=True),
+    "order 32 bfloat16": order_case(32, "bfloat16"),
+    "order 512 float32": order_case(512, "float32"),
+    "stream float32": stream_case("float32"),
+    "scatter 16-bit": Case(
+        topk.scatter_kernel,
+        {"values": "*i16", "indices": "*i64", "dense": "*i16"},
+        {"BLOCK": topk.SCATTER_BLOCK},
+        4,
+    ),
+    "forward bfloat16": forward_case(4096, "bf16", "bf16"),
+    "forward float16, float32 weight": forward_case(768, "fp16", "fp32"),
+    "forward float32, column-major": forward_case(4096, "fp32", "fp32", row_major=False),
+    "backward bfloat16": backward_case(4096, "bf16", "bf16"),
+    "backward float32, column-major": backward_case(4096, "fp32", "fp32", row_major=False),
+    "count_active bfloat16": Case(
+        activity.count_active_kernel,
+        {"indices": "*i64", "values": "*bf16", "counts": "*i64"},
+        {"HAS_VALUES": True, "BLOCK": activity.BLOCK},
+        4,
+    ),
+}
+
+
+# -- compiling, in a process of its own ------------------------------------------------------------
+
+
+def cuobjdump() -> str | None:
+    """The tool that reads registers and stack from a cubin: triton's own, or the one on the path."""
+    bundled = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return str(bundled) if bundled.exists() else shutil.which("cuobjdump")
+
+
+def compile_case(case: Case, target: tuple[str, Any, int]) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = case.kernel.arg_names
+    signature = {
+        name: "constexpr" if name in case.constants else case.pointers.get(name, "i32")
+        for name in names
+    }
+    aligned = [name for name in names if name in case.pointers or name in ALIGNED]
+    source = ASTSource(
+        case.kernel,
+        signature,
+        {(names.index(name),): value for name, value in case.constants.items()},
+        {
+            (names.index(name),): [["tt.divisibility", 16]]
+            for name in aligned
+            if signature[name] != "constexpr"
+        },
+    )
+    options = {"num_warps": case.warps, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget(*target), options=options)
+
+
+def resources(compiled: Any, folder: pathlib.Path) -> dict[str, Any]:
+    """Registers, spills, shared bytes and size of a compiled kernel; None where no tool tells."""
+    found = {"registers": None, "spills": None, "shared": compiled.metadata.shared}
+    if "hsaco" in compiled.asm:
+        listing = compiled.asm["amdgcn"]
+        found["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", listing)[1])
+        found["spills"] = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", listing)[1])
+        found["bytes"] = len(compiled.asm["hsaco"])
+        return found
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    found["bytes"] = len(compiled.asm["cubin"])
+    if tool := cuobjdump():
+        usage = subprocess.run(
+            [tool, "-res-usage", str(cubin)], capture_output=True, text=True, check=True
+        ).stdout
+        numbers = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", usage)}
+        found["registers"] = numbers["REG"]
+        found["spills"] = numbers["STACK"] + numbers["LOCAL"]
+    return found
+
+
+def compile_all(target: str, result: pathlib.Path) -> None:
+    rows = {}
+    for name, case in CASES.items():
+        begin = time.perf_counter()
+        try:
+            rows[name] = resources(compile_case(case, TARGETS[target]), result.parent)
+        except Exception as error:  # reported by the test of this kernel and target
+            rows[name] = {"error": f"{type(error).__name__}: {error}"}
+        rows[name]["seconds"] = time.perf_counter() - begin
+    result.write_text(json.dumps(rows))
+
+
+def compile_apart(target: str, folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """The results of `compile_all` run by another interpreter that does not interpret kernels."""
+    own = folder / target
+    own.mkdir()
+    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(own / "cache")
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    finished = subprocess.run(
+        [sys.executable, __file__, target, str(own / "result.json")],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return json.loads((own / "result.json").read_text())
+
+
+# -- tests -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("aot")
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda target: compile_apart(target, folder), TARGETS)
+        return dict(zip(TARGETS, results, strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles(compiled: dict, target: str, name: str) -> None:
+    row = compiled[target][name]
+    assert "error" not in row, row.get("error")
+    assert row["bytes"] > 0
+    assert row["shared"] <= SHARED_BYTES[target]
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_spills(compiled: dict, target: str, name: str) -> None:
+    row = compiled[target][name]
+    assert "error" not in row, row.get("error")
+    if row["registers"] is None:
+        pytest.skip("cuobjdump is neither in triton's wheel nor on the path: put CUDA's bin there")
+    assert row["spills"] == 0
+    if target != "gfx942":  # there, a wave of 64 lanes may hold 512 registers each
+        assert row["registers"] <= CASES[name].registers
+
+
+def test_table(compiled: dict, capsys: pytest.CaptureFixture[str]) -> None:
+    """Print what was compiled: registers / spilled bytes / shared bytes for each target."""
+    lines = [f"{'kernel':34s}" + "".join(f"{target:>20s}" for target in TARGETS)]
+    for name in CASES:
+        cells = []
+        for target in TARGETS:
+            row = compiled[target][name]
+            fields = (row.get(field, "-") for field in ("registers", "spills", "shared"))
+            cells.append("failed" if "error" in row else "/".join(map(str, fields)))
+        lines.append(f"{name:34s}" + "".join(f"{cell:>20s}" for cell in cells))
+    with capsys.disabled():
+        print("\n" + "\n".join(lines))
+    assert len(lines) == len(CASES) + 1
+
+
+if __name__ == "__main__":
+    compile_all(sys.argv[1], pathlib.Path(sys.argv[2]))
