@@ -41,6 +41,13 @@ struct Pack {
       __builtin_memcpy(reinterpret_cast<char*>(item) + i * sizeof(Word), &word, sizeof(Word));
     }
   }
+  __device__ void load_shared(const T* p) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const Word word = reinterpret_cast<const Word*>(p)[i];
+      __builtin_memcpy(reinterpret_cast<char*>(item) + i * sizeof(Word), &word, sizeof(Word));
+    }
+  }
   __device__ void store(T* p) const {
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {

@@ -2,33 +2,29 @@
 // the work of each. Either layout of the dictionary.
 #pragma once
 
-#include "cuda/sparse_matmul_operands.cuh"
+#include "cuda/sparse_matmul_gradients.cuh"
 
 namespace sparsekern::cuda {
 
-// A latent with more entries is left to this file. A block of the other kernels takes about 0.1
-// microseconds per entry of 4096 features, so it is done with the rest in some 50 microseconds.
-constexpr int kHotEntries = 512;
+// A latent is hot above this many entries, and above this part of all of them: a block takes about
+// 0.1 microseconds per entry of 4096 features, so no block runs much longer than the whole pass;
+// and there are never so many hot latents that taking them one after the other costs more.
+constexpr int64_t kHotEntries = 512;
+constexpr int64_t kHotPart = 256;
 constexpr int kHotThreads = 256;
 constexpr int kHotWarps = kHotThreads / kWarp;
 constexpr int64_t kHotBlocks = 256;  // about two per SM of the largest GPUs
 // Features of the dictionary row in shared memory at a time: 16 KiB of float.
 constexpr int kHotStage = 4096;
 constexpr int kHotEntriesPerWarp = 4;  // entries whose rows a warp reads at once
-// Features a block sums at a time: 64 bytes of a 16-bit gradient row, and for d = 4096 there are 128
-// slices for the blocks to share.
+// Features a block sums at a time: 64 bytes of a 16-bit gradient row, and for d = 4096 there are
+// 128 slices for the blocks to share.
 constexpr int kHotSlice = 32;
-
-// The sum of x over the warp, in every lane; the same tree every time.
-__device__ inline float warp_sum(float x) {
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(kFullMask, x, step);
-  return x;
-}
 
 // kCount features of a row: side by side at lane * kCount, or one every `lanes`.
 template <bool kVector, int kCount, class Values>
-__device__ Pack<Values, kCount> load_features(const Values* row, int lane, int lanes, int64_t left) {
+__device__ Pack<Values, kCount> load_features(const Values* row, int lane, int lanes,
+                                              int64_t left) {
   Pack<Values, kCount> x;
   x.clear();
   if (kVector) {
@@ -44,9 +40,9 @@ __device__ Pack<Values, kCount> load_features(const Values* row, int lane, int l
 
 // dot[u] += grad[row of entry u, feature ..] . stage for up to four entries of the warp.
 template <bool kVector, class Values, class Weight>
-__device__ void add_hot_dots(const Gradients<Values, Weight>& p, const int (&position)[kHotEntriesPerWarp],
-                             int64_t feature, const float* stage,
-                             float (&dot)[kHotEntriesPerWarp]) {
+__device__ void add_hot_dots(const Gradients<Values, Weight>& p,
+                             const int (&position)[kHotEntriesPerWarp], int64_t feature,
+                             const float* stage, float (&dot)[kHotEntriesPerWarp]) {
   constexpr int kCount = kVectorBytes / static_cast<int>(sizeof(Values));
   const int lane = threadIdx.x % kWarp;
   const int64_t left = p.d - feature < kHotStage ? p.d - feature : kHotStage;
@@ -95,7 +91,8 @@ __device__ void differentiate_hot_values(const Gradients<Values, Weight>& p, int
 #pragma unroll
     for (int u = 0; u < kHotEntriesPerWarp; ++u) {
       const float sum = warp_sum(dot[u]);
-      if (threadIdx.x % kWarp == 0 && position[u] >= 0) from_float(sum, p.grad_values + position[u]);
+      if (threadIdx.x % kWarp == 0 && position[u] >= 0)
+        from_float(sum, p.grad_values + position[u]);
     }
   }
 }
@@ -106,8 +103,8 @@ template <bool kVector, class Values, class Weight>
 __device__ void differentiate_hot_weight(const Gradients<Values, Weight>& p, int64_t latent,
                                          int64_t begin, int64_t count, float* stage) {
   constexpr int kCount = kVectorBytes / static_cast<int>(sizeof(Values));
-  constexpr int kLanes = kHotSlice / kCount;       // lanes of a group
-  constexpr int kGroups = kHotThreads / kLanes;    // groups in the block
+  constexpr int kLanes = kHotSlice / kCount;     // lanes of a group
+  constexpr int kGroups = kHotThreads / kLanes;  // groups in the block
   const int lane = threadIdx.x % kLanes;
   const int group = threadIdx.x / kLanes;
   for (int64_t feature = static_cast<int64_t>(blockIdx.x) * kHotSlice; feature < p.d;
@@ -154,28 +151,28 @@ __device__ inline int64_t find_latent(const int64_t* offsets, int64_t n, int64_t
   return low;
 }
 
-// Both gradients of all latents with more than kHotEntries entries, one after the other, each shared
-// by all blocks: the entries for the dot products, the features for the sums. Each block finds these
-// latents for itself: such a list covers a multiple of kHotEntries, so it looks which latents own
-// those places (about 10 microseconds when there is nothing to do). Then bound by the L2 cache's
-// bandwidth, 2 * entries * d numbers.
+// Both gradients of all latents with more than hot_entries entries, one after the other, each
+// shared by all blocks: the entries for the dot products, the features for the sums. Each block
+// finds these latents for itself: such a list covers a multiple of hot_entries, so it looks which
+// latents own those places (about 10 microseconds when there is nothing to do). Then bound by the
+// L2 cache's bandwidth, 2 * entries * d numbers.
 template <bool kVector, class Values, class Weight>
-__global__ void __launch_bounds__(kHotThreads)
+__global__ void __launch_bounds__(kHotThreads, 2)
     sparse_matmul_backward_hot_kernel(Gradients<Values, Weight> p) {
   constexpr int kCount = kVectorBytes / static_cast<int>(sizeof(Values));
   static_assert(kHotStage >= kHotThreads / (kHotSlice / kCount) * kHotSlice, "room for the sums");
   __shared__ float stage[kHotStage];
   __shared__ int found[kHotThreads];
   const int64_t listed = p.offsets[p.n];
-  for (int64_t first = 0; first < listed; first += kHotThreads * kHotEntries) {
-    const int64_t place = first + threadIdx.x * kHotEntries;
+  for (int64_t first = 0; first < listed; first += kHotThreads * p.hot_entries) {
+    const int64_t place = first + threadIdx.x * p.hot_entries;
     int latent = -1;
     if (place < listed) {
       const int64_t owner = find_latent(p.offsets, p.n, place);
       const int64_t begin = p.offsets[owner];
-      const bool hot = p.offsets[owner + 1] - begin > kHotEntries;
+      const bool hot = p.offsets[owner + 1] - begin > p.hot_entries;
       // Only the first multiple in a list reports it.
-      if (hot && place - begin < kHotEntries) latent = static_cast<int>(owner);
+      if (hot && place - begin < p.hot_entries) latent = static_cast<int>(owner);
     }
     found[threadIdx.x] = latent;
     if (__syncthreads_or(latent >= 0)) {
@@ -202,7 +199,8 @@ void differentiate_hot(const Gradients<Values, Weight>& p, int64_t count, cudaSt
   const int64_t wanted = count / kHotEntries;
   const dim3 grid(static_cast<unsigned>(wanted < kHotBlocks ? wanted : kHotBlocks));
   if (packs_fit<kCount>(p.grad, p.d, p.d)) {
-    launch(sparse_matmul_backward_hot_kernel<true, Values, Weight>, grid, kHotThreads, 0, stream, p);
+    launch(sparse_matmul_backward_hot_kernel<true, Values, Weight>, grid, kHotThreads, 0, stream,
+           p);
   } else {
     launch(sparse_matmul_backward_hot_kernel<false, Values, Weight>, grid, kHotThreads, 0, stream,
            p);

@@ -41,6 +41,7 @@ struct Gradients {
   Values* grad_values;       // null or [rows, k]
   Weight* grad_weight;       // null or [n, d]
   int64_t grad_stride_n, grad_stride_d;
+  int64_t hot_entries;  // latents with more are left to sparse_matmul_backward_hot.cuh
 };
 
 }  // namespace sparsekern::cuda
