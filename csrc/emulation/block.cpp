@@ -284,7 +284,8 @@ std::vector<std::unique_ptr<Thread>>& pool() {
 void provide_threads(unsigned count) {
   while (pool().size() < count) {
     pool().push_back(std::make_unique<Thread>());
-    pool().back()->context.allocate_stack();
+    const std::string name = "thread " + std::to_string(pool().size() - 1) + " of the block";
+    pool().back()->context.allocate_stack(name.c_str());
     threads[pool().size() - 1] = pool().back().get();
   }
 }
@@ -329,7 +330,9 @@ void run_block(dim3 grid, dim3 block, uint3 index, size_t shared_bytes, bool bac
   if (failure == Failure::none) return;
   const std::string text = describe_failure();
   failure = Failure::none;
-  pool().clear();  // its stacks are in the middle of something
+  // The stacks are in the middle of something: the next launch gets new ones.
+  for (const auto& thread : pool()) abandon_context(host, thread->context);
+  pool().clear();
   throw std::runtime_error(text);
 }
 

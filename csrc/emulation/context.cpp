@@ -7,6 +7,7 @@
 #include <new>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 #if defined(__SANITIZE_THREAD__)
@@ -72,7 +73,7 @@ Context::~Context() {
   if (stack != nullptr) munmap(stack, stack_size);
 }
 
-void Context::allocate_stack() {
+void Context::allocate_stack([[maybe_unused]] const char* name) {
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   void* mapping = mmap(nullptr, stack_size, PROT_READ | PROT_WRITE,
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -80,9 +81,17 @@ void Context::allocate_stack() {
   stack = mapping;
   mprotect(stack, page, PROT_NONE);  // an overflow ends the program instead of another stack
   stack_bottom = static_cast<char*>(stack) + page;
-  stack_bytes = stack_size - page;
+  // Tops at different offsets in their pages: at the same offset all stacks of a block would
+  // compete for the same few lines of the cache.
+  static size_t stacks = 0;
+  stack_bytes = stack_size - page - stacks++ % 31 * 5 * 64;
+#if defined(__SANITIZE_ADDRESS__)
+  // What an abandoned stack at the same addresses has left in the shadow memory.
+  __asan_unpoison_memory_region(stack_bottom, stack_bytes);
+#endif
 #if defined(__SANITIZE_THREAD__)
   fiber = __tsan_create_fiber(0);
+  __tsan_set_fiber_name(fiber, name);
 #endif
 }
 
@@ -125,6 +134,14 @@ SPARSEKERN_NO_TSAN void switch_context(Context& from, [[maybe_unused]] Context& 
   sparsekern_switch_stack(&from.stack_pointer, to.stack_pointer);
 #endif
   after_switch(from);
+}
+
+SPARSEKERN_NO_TSAN void abandon_context([[maybe_unused]] Context& host,
+                                        [[maybe_unused]] Context& abandoned) {
+#if defined(__SANITIZE_THREAD__)
+  __tsan_switch_to_fiber(abandoned.fiber, __tsan_switch_to_fiber_no_sync);
+  __tsan_switch_to_fiber(host.fiber, 0);
+#endif
 }
 
 void begin_context(Context& self) { after_switch(self); }

@@ -27,8 +27,8 @@ struct Context {
   Context& operator=(const Context&) = delete;
   ~Context();
 
-  // Gives this context a stack of its own.
-  void allocate_stack();
+  // Gives this context a stack of its own; the name appears in reports of ThreadSanitizer.
+  void allocate_stack(const char* name);
 
   // Makes the next switch to this context call entry(), which must never return.
   void prepare(void (*entry)());
@@ -54,5 +54,8 @@ void switch_context(Context& from, Context& to);
 
 // To be called first in the entry function of a context.
 void begin_context(Context& self);
+
+// Orders everything that `abandoned` did before what the running context `host` does next.
+void abandon_context(Context& host, Context& abandoned);
 
 }  // namespace sparsekern::emulation
