@@ -2,7 +2,7 @@
 
 One program owns one row and reads it in blocks of BLOCK columns, several times: each search pass
 counts the keys at or above WAYS thresholds at once and so divides the range of the k-th key by
-WAYS (11 passes for float32, 6 for the 16-bit dtypes), and one last pass writes the codes in index
+WAYS (11 passes for float32, 6 for the 16-bit dtypes), and one last pass writes the columns in
 order, carrying two running counts. Bound by these reads; this is the path for any k up to n, not
 the fast one.
 """
@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .keys import bits_of, fires, ordered_key, rectified
+from .keys import bits_of, ordered_key
 
 # Thresholds a pass counts: 3 bits of the key. BLOCK * WAYS running counts are 64 a thread with 4
 # warps.
@@ -33,9 +33,7 @@ def load_bits(row, begin, n, col_stride, BLOCK: tl.constexpr):
 @triton.jit
 def stream_kernel(
     x,  # [rows, n] bits, any strides
-    values,  # [rows, k] bits
-    indices,  # [rows, k]
-    counts,  # [n] int64, when COUNT
+    taken,  # [rows, k] int32
     n,
     k,
     row_stride,
@@ -43,12 +41,10 @@ def stream_kernel(
     MAGNITUDE: tl.constexpr,
     INFINITY: tl.constexpr,
     ABS: tl.constexpr,
-    RELU: tl.constexpr,
-    COUNT: tl.constexpr,
     WAYS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """values, indices = the k largest of x[row, :], by ascending index.
+    """taken[row, :] = columns of the k largest of x[row, :], ascending.
 
     Invariant of the search: #{key >= low} >= k > #{key >= high} = above. It ends at low + 1 = high,
     so that low is the k-th key and k - above of its equals are wanted.
@@ -88,48 +84,29 @@ def stream_kernel(
         tied_rank = tied_before + (ranks >> 16)
         take = (is_above > 0) | ((is_tied > 0) & (tied_rank <= wanted))
         place = above_before + (ranks & 0xFFFF) + tl.minimum(tied_rank, wanted) - 1
-        if RELU:
-            bits = rectified(bits, MAGNITUDE, INFINITY)
-        latents = begin + tl.arange(0, BLOCK)
-        tl.store(values + program * k + place, bits, mask=take)
-        tl.store(indices + program * k + place, latents, mask=take)
-        if COUNT:
-            ones = tl.full([BLOCK], 1, tl.int64)
-            fired = take & fires(bits, MAGNITUDE)
-            tl.atomic_add(counts + latents, ones, mask=fired, sem="relaxed")
+        columns = begin + tl.arange(0, BLOCK)
+        tl.store(taken + program * k + place, columns.to(tl.int32), mask=take)
         above_before += tl.sum(is_above, axis=0)
         tied_before += tl.sum(is_tied, axis=0)
         begin += BLOCK
 
 
-def stream_codes(
-    x: torch.Tensor,
-    k: int,
-    relu: bool,
-    abs: bool,
-    counts: torch.Tensor | None,
-    index_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [rows, k] of x [rows, n], any strides, by ascending index."""
+def stream_columns(x: torch.Tensor, k: int, abs: bool) -> torch.Tensor:
+    """Columns int32 [rows, k] of the k largest of each row of x [rows, n], ascending."""
     rows, n = x.shape
     bits = bits_of(x.dtype)
-    values = torch.empty(rows, k, dtype=x.dtype, device=x.device)
-    indices = torch.empty(rows, k, dtype=index_dtype, device=x.device)
+    taken = torch.empty(rows, k, dtype=torch.int32, device=x.device)
     stream_kernel[(rows,)](
         x.view(bits.integer),
-        values.view(bits.integer),
-        indices,
-        indices if counts is None else counts,
+        taken,
         n,
         k,
         *x.stride(),
         MAGNITUDE=bits.magnitude,
         INFINITY=bits.infinity,
         ABS=abs,
-        RELU=relu,
-        COUNT=counts is not None,
         WAYS=WAYS,
         BLOCK=BLOCK,
         num_warps=4,
     )
-    return values, indices
+    return taken
