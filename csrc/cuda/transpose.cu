@@ -110,7 +110,9 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t end = end_of_entries(pass);
   count_digits(pass, first, end, places);
   int start = 0;
-  if (threadIdx.x < pass.digits) start = counters[threadIdx.x * pass.tiles + blockIdx.x];
+  if (static_cast<int>(threadIdx.x) < pass.digits) {
+    start = counters[threadIdx.x * pass.tiles + blockIdx.x];
+  }
   for (int w = 0; w < kWarps; ++w) {
     const int here = places[w][threadIdx.x];
     places[w][threadIdx.x] = start;

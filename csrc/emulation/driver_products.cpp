@@ -20,7 +20,7 @@ namespace {
 namespace cuda = sparsekern::cuda;
 
 // Unit roundoffs of float32, bfloat16, float16, and the smallest step of float16.
-constexpr double kRoundoff[] = {1.0 / (1 << 24), 1.0 / (1 << 9), 1.0 / (1 << 11)};
+constexpr double kRoundoff[] = {1.0 / (1 << 24), 1.0 / (1 << 8), 1.0 / (1 << 11)};
 constexpr double kSmallestStep = 1.0 / (1 << 24);
 constexpr int64_t kBytes[] = {4, 2, 2};
 
@@ -55,7 +55,7 @@ struct Numbers {
     std::memcpy(data() + i * kBytes[dtype], stored, kBytes[dtype]);
   }
   // Every byte 0xff is a NaN in all three dtypes.
-  void poison(int byte) { std::memset(bytes.data(), byte, bytes.size()); }
+  void poison(int byte) { std::fill(bytes.begin(), bytes.end(), static_cast<unsigned char>(byte)); }
 };
 
 enum Spread { kUniform, kOneLatent, kFewLatents, kOutside };
