@@ -4,11 +4,11 @@ import os
 
 import pytest
 import torch
-from test_training import STEPS, Noisy, assert_same_run, complete, resume, start
+from test_training import STEPS, Noisy, assert_same_run, complete, one_thread, resume, start
 
 from sparsekern.training import CheckpointError, RunError, RunFolder, checkpoints, runs
 
-__all__ = ["complete"]  # a fixture
+__all__ = ["complete", "one_thread"]  # fixtures
 
 
 def test_a_second_process_is_turned_away(tmp_path):

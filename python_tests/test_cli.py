@@ -1,16 +1,13 @@
 """The command line: a whole small run, resuming, and one line for each bad input."""
 
 import json
-import os
 import signal
 import struct
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from test_training import one_thread, spawn
 
 from sparsekern.cli import main
 from sparsekern.data import rendered
@@ -20,7 +17,8 @@ TINY = [
     "--test-images", "20", "--units", "40", "--k-start", "40", "--k-end", "4", "--width", "2",
     "--log-every", "1",
 ]  # fmt: skip
-REPOSITORY = Path(__file__).resolve().parent.parent
+
+__all__ = ["one_thread"]  # a fixture
 
 
 def train(*flags):
@@ -96,14 +94,7 @@ def test_the_same_seed_gives_the_same_run_and_another_another(complete, tmp_path
 
 def test_a_process_interrupted_by_the_user_resumes_to_the_same_metrics(complete, tmp_path, capsys):
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "sparsekern", "train", "vae-sae", *TINY, "--out", str(folder)]
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = spawn("-m", "sparsekern", "train", "vae-sae", *TINY, "--out", str(folder))
     while not (folder / "checkpoint.json").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)

@@ -89,6 +89,15 @@ def assert_same_run(folder, complete):
         assert torch.equal(ours[name], tensor), name
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These models are too small to share out, and other tests may keep the other cores busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def complete(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "complete"
@@ -217,15 +226,20 @@ def test_resuming_a_complete_run_changes_nothing(complete):
     assert {path.name: path.read_bytes() for path in complete.iterdir()} == before
 
 
-def launch(folder):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+def spawn(*arguments):
+    """A Python process that sees this package and, like these tests, uses one thread."""
+    here = str(Path(__file__).resolve().parent.parent)
     return subprocess.Popen(
-        [sys.executable, __file__, str(folder)],
-        env=environment,
+        [sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def launch(folder):
+    return spawn(__file__, str(folder))
 
 
 def wait_for_step(process, folder, step):

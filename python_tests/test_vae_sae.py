@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from test_training import one_thread
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
 import sparsekern
 from sparsekern.data import rendered
 from sparsekern.models import VAESAE, VAESAEOutput, vae_sae, vae_sae_loss
 from sparsekern.studies.vae_sae import VAESAEConfig, evaluate
+
+__all__ = ["one_thread"]  # a fixture
 
 
 def small(dtype=torch.float32, **sizes):
