@@ -1,5 +1,7 @@
 // Backward with a row-major dictionary: both gradients in one pass over the latents.
 // Column-major: sparse_matmul_columns_backward.h.
+#include <type_traits>
+
 #include "memory.h"
 #include "sparse_matmul.h"
 #include "sparse_matmul_columns_backward.h"
@@ -19,9 +21,6 @@ constexpr int64_t kTasksPerThread = 16;
 constexpr int64_t kWorkPerThread = 1 << 16;
 // Features in the narrowest slice of a heavy latent: four cache lines of float32.
 constexpr int64_t kSliceFeatures = 64;
-// Gradients above this bypass the caches: they would be evicted before anyone reads them.
-constexpr int64_t kStreamBytes = int64_t{8} << 20;
-
 // A piece of the pass. Either whole latents, or one part of a latent too heavy for one thread:
 // some features of its gradient row, or the gradients of some of its values.
 struct Task {
@@ -87,51 +86,44 @@ class Schedule {
   int64_t size_ = 0;
 };
 
-// out[0..width) = sums[0..width).
-template <class Weight, class Scalar>
-void write_sums(const Scalar* sums, int64_t width, Weight* out, bool bypass) {
-  constexpr int kLanes = Sum<Weight>::kLanes;
-  int64_t f = 0;
-  if (bypass && reinterpret_cast<uintptr_t>(out) % (kLanes * sizeof(Weight)) == 0) {
-    for (; f + kLanes <= width; f += kLanes) stream(out + f, load(sums + f));
-  }
-  for (; f + kLanes <= width; f += kLanes) store(out + f, load(sums + f));
-  if (f < width) store_partial(out + f, load(sums + f), width - f);
-}
-
 // grad_values and grad_weight of the entries [begin, end) and the features [feature, feature +
 // width) of one latent. A thread owns whole latents (or parts of a heavy one); it reads the
-// latent's dictionary row once, gathers the upstream gradient's row of each entry, sums in the L1
-// or L2 cache and writes the gradient row once, past the caches. Bound by memory: one dictionary
-// row in, one gradient row out, and the gathered rows from the last cache level.
+// latent's dictionary row once, gathers the upstream gradient's row of each entry and writes the
+// gradient row once, its sums in the L1 or L2 cache meanwhile (in `scratch` if they are wider than
+// what is stored). Bound by memory: one dictionary row in, one gradient row out, and the gathered
+// rows from the last cache level. Stores past the caches were slower, most of all into fresh pages.
 template <bool kDots, bool kSums, class Values, class Weight, class Scalar>
 void differentiate_latent(const Gradients<Values, Weight>& p, int64_t latent, int64_t begin,
-                          int64_t end, int64_t feature, int64_t width, Scalar* sums, bool bypass) {
+                          int64_t end, int64_t feature, int64_t width, Scalar* scratch) {
   constexpr int kLanes = Sum<Values>::kLanes;
   const Weight* row = p.weight + latent * p.stride_n + feature;
-  if (kSums) {
-    for (int64_t f = 0; f < width; f += kLanes) store(sums + f, typename Sum<Values>::Lanes{});
+  Weight* out = kSums ? p.grad_weight + latent * p.grad_stride_n + feature : nullptr;
+  const auto take = [&](int64_t place, Scalar dot) {
+    from_sum(dot, p.grad_values + p.positions[place]);
+  };
+  if constexpr (std::is_same_v<Weight, Scalar>) {
+    differentiate_entries<kDots, kSums>(p, begin, end, feature, width, row, out, take);
+  } else {
+    differentiate_entries<kDots, kSums>(p, begin, end, feature, width, row, scratch, take);
+    int64_t f = 0;
+    for (; f + kLanes <= width && kSums; f += kLanes) store(out + f, load(scratch + f));
+    if (f < width && kSums) store_partial(out + f, load(scratch + f), width - f);
   }
-  differentiate_entries<kDots, kSums>(
-      p, begin, end, feature, width, row, sums,
-      [&](int64_t place, Scalar dot) { from_sum(dot, p.grad_values + p.positions[place]); });
-  if (kSums) write_sums(sums, width, p.grad_weight + latent * p.grad_stride_n + feature, bypass);
 }
 
 template <bool kDots, bool kSums, class Values, class Weight, class Scalar>
-void run_task(const Gradients<Values, Weight>& p, const Task& task, Scalar* sums, bool bypass) {
+void run_task(const Gradients<Values, Weight>& p, const Task& task, Scalar* scratch) {
   if (task.kind == Task::kLatents) {
     for (int64_t i = task.begin; i < task.end; ++i) {
-      differentiate_latent<kDots, kSums>(p, i, p.offsets[i], p.offsets[i + 1], 0, p.d, sums,
-                                         bypass);
+      differentiate_latent<kDots, kSums>(p, i, p.offsets[i], p.offsets[i + 1], 0, p.d, scratch);
     }
   } else if (task.kind == Task::kFeatures) {
     if (!kSums) return;
     differentiate_latent<false, kSums>(p, task.latent, p.offsets[task.latent],
                                        p.offsets[task.latent + 1], task.begin,
-                                       task.end - task.begin, sums, bypass);
+                                       task.end - task.begin, scratch);
   } else if (kDots) {
-    differentiate_latent<kDots, false>(p, task.latent, task.begin, task.end, 0, p.d, sums, bypass);
+    differentiate_latent<kDots, false>(p, task.latent, task.begin, task.end, 0, p.d, scratch);
   }
 }
 
@@ -141,15 +133,12 @@ void differentiate_rows(const Gradients<Values, Weight>& p, int threads) {
   const int64_t work = (p.offsets[p.n] + kLatentCost * p.n) * p.d;
   const int team = useful_threads(threads, work, kWorkPerThread);
   const Schedule schedule(p.offsets, p.n, p.d, team);
-  // A cache line apart, and whole vectors.
+  // Whole vectors, and at least a cache line between two threads.
   const int64_t padded = (p.d / kSliceFeatures + 2) * kSliceFeatures;
-  const Buffer<Scalar> sums(team * padded);
-  const bool bypass = p.n * p.d * static_cast<int64_t>(sizeof(Weight)) > kStreamBytes;
+  const Buffer<Scalar> scratch(team * padded);
 #pragma omp parallel for num_threads(team) schedule(dynamic) if (team > 1)
   for (int64_t task = 0; task < schedule.size(); ++task) {
-    Scalar* own_sums = sums.get() + thread_number() * padded;
-    run_task<kDots, kSums>(p, schedule[task], own_sums, bypass);
-    finish_streams();
+    run_task<kDots, kSums>(p, schedule[task], scratch.get() + thread_number() * padded);
   }
 }
 

@@ -11,8 +11,11 @@ namespace sparsekern::cpu::SPARSEKERN_ISA {
 // Features in a tile: a block of 16 x 128 float32 of the dictionary and one of its gradient take
 // half of a 32 KiB L1 cache.
 constexpr int64_t kGradientTile = 128;
-// Latents a thread owns at a time: long enough to use a good part of each page of each feature.
-constexpr int64_t kChunkLatents = 512;
+// Latents a thread owns at a time: long runs use more of each page of each feature, short ones
+// divide the work more evenly. Neither changes a result.
+constexpr int64_t kMostLatents = 2048;
+constexpr int64_t kFewestLatents = 256;
+constexpr int64_t kChunksPerThread = 4;
 
 // Both gradients of one block of 16 latents and one tile of features.
 template <bool kDots, bool kSums, class Values, class Weight, class Scalar>
@@ -28,7 +31,7 @@ void differentiate_block(const Gradients<Values, Weight>& p, int64_t first, int6
     prefetch_block(columns + kBlockLatents, p.stride_d, features);
     load_block(columns, p.stride_d, latents, features, block, kGradientTile);
   }
-  if (kSums) std::memset(sums, 0, sizeof(sums));
+  if (kSums && (silent || latents < kBlockLatents)) std::memset(sums, 0, sizeof(sums));
   for (int64_t i = 0; i < latents && !silent; ++i) {
     const int64_t offset = i * kGradientTile;
     differentiate_entries<kDots, kSums>(p, p.offsets[first + i], p.offsets[first + i + 1], feature,
@@ -50,12 +53,15 @@ void differentiate_columns(const Gradients<Values, Weight>& p, int threads) {
   using Scalar = typename Sum<Values>::Scalar;
   const int64_t entries = p.offsets[p.n];
   const Buffer<Scalar> dots(kDots ? entries : 0);
-  const int64_t chunks = (p.n + kChunkLatents - 1) / kChunkLatents;
+  int64_t length = p.n / (kChunksPerThread * (threads < 1 ? 1 : threads));
+  length = length < kFewestLatents ? kFewestLatents : length > kMostLatents ? kMostLatents : length;
+  length = length / kBlockLatents * kBlockLatents;
+  const int64_t chunks = (p.n + length - 1) / length;
   const int team = useful_threads(threads, chunks - 1, 1);
 #pragma omp parallel for num_threads(team) schedule(dynamic) if (team > 1)
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const int64_t begin = chunk * kChunkLatents;
-    const int64_t end = begin + kChunkLatents < p.n ? begin + kChunkLatents : p.n;
+    const int64_t begin = chunk * length;
+    const int64_t end = begin + length < p.n ? begin + length : p.n;
     for (int64_t e = p.offsets[begin]; e < p.offsets[end] && kDots; ++e) dots.get()[e] = 0;
     for (int64_t feature = 0; feature < p.d; feature += kGradientTile) {
       for (int64_t first = begin; first < end; first += kBlockLatents) {
@@ -65,6 +71,7 @@ void differentiate_columns(const Gradients<Values, Weight>& p, int threads) {
     for (int64_t e = p.offsets[begin]; e < p.offsets[end] && kDots; ++e) {
       from_sum(dots.get()[e], p.grad_values + p.positions[e]);
     }
+    finish_streams();
   }
 }
 

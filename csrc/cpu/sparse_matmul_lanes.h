@@ -191,32 +191,20 @@ inline void store(Float16* p, FloatLanes x) {
 #endif
 }
 
-// Stores past the caches; `p` is aligned to the bytes written. Where there is no such instruction,
-// a plain store.
-template <class Stored, class Lanes>
+// Stores a vector past the caches if it is a whole, aligned cache line (on AVX-512): then the line
+// need not be read first. `finish_streams` makes such stores visible to other threads.
+template <class Lanes, class Stored>
 inline void stream(Stored* p, Lanes x) {
-  alignas(kLaneBytes) Stored packed[Sum<Stored>::kLanes];
-  store(packed, x);
 #if defined(__AVX512F__)
-  if constexpr (sizeof(packed) == 64) {
-    return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bit_cast<__m512i>(packed));
+  const bool aligned = reinterpret_cast<uintptr_t>(p) % kCacheLineBytes == 0;
+  if (aligned && sizeof(Stored) * Sum<Stored>::kLanes == kCacheLineBytes) {
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bit_cast<__m512i>(x));
   }
 #endif
-#if defined(__AVX2__)
-  if constexpr (sizeof(packed) == 32) {
-    return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bit_cast<__m256i>(packed));
-  }
-#endif
-#if defined(__SSE2__)
-  if constexpr (sizeof(packed) == 16) {
-    return _mm_stream_si128(reinterpret_cast<__m128i*>(p), bit_cast<__m128i>(packed));
-  }
-#endif
-  std::memcpy(p, packed, sizeof(packed));
+  store(p, x);
 }
-// Makes streamed stores visible before whatever this thread does next.
 inline void finish_streams() {
-#if defined(__SSE2__)
+#if defined(__AVX512F__)
   _mm_sfence();
 #endif
 }
