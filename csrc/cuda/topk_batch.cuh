@@ -58,17 +58,24 @@ Batch<T> make_batch(const TopkCall& call) {
           reinterpret_cast<unsigned long long*>(call.counts)};
 }
 
+// Whether every row of x can be read 16 bytes at a time.
+template <class T>
+bool rows_packed(const TopkCall& call) {
+  return call.col_stride == 1 && reinterpret_cast<uintptr_t>(call.x) % kVectorBytes == 0 &&
+         call.row_stride * static_cast<int64_t>(sizeof(T)) % kVectorBytes == 0;
+}
+
 // Calls visit(T()) with the type behind the tag.
 template <class Visit>
 void visit_dtype(int dtype, Visit&& visit) {
   if (dtype == 0) return visit(float());
   if (dtype == 1) return visit(__nv_bfloat16());
   if (dtype == 2) return visit(__half());
-  throw std::runtime_error("topk: the dtype tag must be 0 (float32), 1 (bfloat16) or 2 (float16)");
+  throw std::runtime_error("the dtype tag must be 0 (float32), 1 (bfloat16) or 2 (float16)");
 }
 
 inline unsigned grid_of(int64_t blocks) {
-  if (blocks > 0x7fffffff) throw std::runtime_error("topk: more rows than one launch can take");
+  if (blocks > 0x7fffffff) throw std::runtime_error("more rows than one launch can take");
   return static_cast<unsigned>(blocks);
 }
 

@@ -12,51 +12,55 @@ namespace {
 
 constexpr int kPerThread = kChunk / kBlockThreads;
 
-// The thread's elements of a chunk: item j has index at(j). Kept as stored until used.
+// The thread's elements of a chunk, as stored: item j is element place(j) of the chunk.
 template <class T, bool kPacked>
 struct ChunkItems {
   static constexpr int kWidth = kPacked ? kVectorBytes / sizeof(T) : 1;
 
   T item[kPerThread];
-  int64_t first;
 
-  __device__ static int offset(int j) { return j / kWidth * kWidth * kBlockThreads + j % kWidth; }
-  __device__ int64_t at(int j) const { return first + offset(j); }
+  __device__ static int place(int j) {
+    return static_cast<int>(threadIdx.x) * kWidth + j / kWidth * kWidth * kBlockThreads + j % kWidth;
+  }
 
   // A warp reads 512 (packed) or 32 consecutive elements at a time; all loads are independent.
-  __device__ void load(const T* row, int64_t stride, int64_t base, int64_t end) {
-    first = base + static_cast<int64_t>(threadIdx.x) * kWidth;
-    const bool whole = base + kChunk <= end;
+  // `count` elements of the chunk exist.
+  __device__ void load(const T* chunk, int64_t stride, int count) {
     if constexpr (kPacked) {
-      if (whole) {
+      if (count == kChunk) {
+        const T* own = chunk + place(0);
 #pragma unroll
         for (int j = 0; j < kPerThread; j += kWidth) {
           Pack<T, kWidth> pack;
-          pack.load(row + at(j));
+          pack.load(own + j * kBlockThreads);
 #pragma unroll
           for (int c = 0; c < kWidth; ++c) item[j + c] = pack.item[c];
         }
         return;
       }
     }
+    // Elements that are not packed lie one step apart.
+    const T* own = chunk + threadIdx.x * stride;
 #pragma unroll
     for (int j = 0; j < kPerThread; ++j) {
       from_float(0.0f, &item[j]);
-      if (whole || at(j) < end) item[j] = row[at(j) * stride];
+      const T* element = kPacked ? chunk + place(j) : own;
+      if (place(j) < count) item[j] = *element;
+      own += kBlockThreads * stride;
     }
   }
 };
 
 // Appends the thread's elements that come before the bound; returns the end of the last place.
-// Off the hot path: few warps get here after the first chunks.
+// Few warps get here after the first chunks. `base` is the index of the chunk's first element.
 template <class T, bool kPacked>
 __device__ int append(Pair* pairs, const Candidates& candidates,
-                      const ChunkItems<T, kPacked>& items, unsigned mask, int64_t end) {
+                      const ChunkItems<T, kPacked>& items, unsigned mask, unsigned base, int count) {
   const unsigned bound = high_of(candidates.bound());
   unsigned hits = 0;
 #pragma unroll
   for (int j = 0; j < kPerThread; ++j) {
-    const bool hit = items.at(j) < end && rank_of(items.item[j], mask) < bound;
+    const bool hit = items.place(j) < count && rank_of(items.item[j], mask) < bound;
     hits |= static_cast<unsigned>(hit) << j;
   }
   if (hits == 0) return 0;
@@ -64,54 +68,58 @@ __device__ int append(Pair* pairs, const Candidates& candidates,
 #pragma unroll
   for (int j = 0; j < kPerThread; ++j) {
     if ((hits >> j & 1) == 0) continue;
-    const unsigned index = static_cast<unsigned>(items.at(j));
-    pairs[place++] = make_pair_of(rank_of(items.item[j], mask), index);
+    pairs[place++] = make_pair_of(rank_of(items.item[j], mask), base + items.place(j));
   }
   return place;
 }
 
 // A block owns one slice of one row (the row itself when there is one slice), 256 threads with 64
-// (float32) or 32 bytes in flight each: 5 or 6 blocks a multiprocessor, limited by the buffer of 37
-// to 41 KiB, keep 80 or 40 KiB in flight, where 26 KiB cover the memory's latency at full bandwidth.
+// (float32) or 32 bytes in flight each. 64 registers allow 4 blocks a multiprocessor, the buffer of 37
+// to 41 KiB would allow 5: 64 or 32 KiB are in flight, where 4.3 TB/s and a latency of 0.8 us ask for
+// 26 KiB on each of 132 multiprocessors.
 // An element costs its conversion, a mask and a comparison, a fifth of the time of its transfer, so
 // this is bound by the bandwidth of one read of x. A chunk costs one barrier.
 template <class T, bool kPacked>
-__global__ void __launch_bounds__(kBlockThreads, 5)
-    topk_stream_kernel(Batch<T> batch, int64_t slices, int64_t width, Pair* slice_pairs, int size) {
+__global__ void __launch_bounds__(kBlockThreads, 4)
+    topk_stream_kernel(Batch<T> batch, unsigned width, Pair* slice_pairs, int size) {
   SPARSEKERN_DYNAMIC_SHARED(Pair, pairs);
   __shared__ int filled;
-  const int64_t b = blockIdx.x / slices;
-  const int64_t begin = blockIdx.x % slices * width;
-  const int64_t end = begin + width < batch.n ? begin + width : batch.n;
-  const T* row = batch.row(b);
+  const int64_t b = blockIdx.x;
+  const int64_t end = (blockIdx.y + int64_t{1}) * width < batch.n
+                          ? (blockIdx.y + int64_t{1}) * width
+                          : batch.n;
   Candidates candidates(&filled, batch.k);
-  for (int64_t base = begin; base < end; base += kChunk) {
+  for (int64_t base = static_cast<int64_t>(blockIdx.y) * width; base < end; base += kChunk) {
+    const int count = static_cast<int>(end - base < kChunk ? end - base : kChunk);
     ChunkItems<T, kPacked> items;
-    items.load(row, batch.col_stride, base, end);
+    items.load(batch.row(b) + base * batch.col_stride, batch.col_stride, count);
     const float bound = float_of_rank<T>(high_of(candidates.bound()));
     bool any = false;
 #pragma unroll
     for (int j = 0; j < kPerThread; ++j) any |= !(compared(items.item[j], batch.mask) <= bound);
-    const int last_place = any ? append(pairs, candidates, items, batch.mask, end) : 0;
+    const unsigned first = static_cast<unsigned>(base);
+    const int last_place = any ? append(pairs, candidates, items, batch.mask, first, count) : 0;
     candidates.settle(last_place, base + kChunk >= end);
   }
-  if (slices == 1) {
+  if (gridDim.y == 1) {
     write_codes<BlockTeam>(batch, b, pairs, size, false);
     return;
   }
-  Pair* out = slice_pairs + static_cast<int64_t>(blockIdx.x) * batch.k;
-  for (int j = threadIdx.x; j < batch.k; j += kBlockThreads) out[j] = j < candidates.filled() ? pairs[j] : kNoPair;
+  Pair* out = slice_pairs + (b * gridDim.y + blockIdx.y) * batch.k;
+  for (int j = threadIdx.x; j < batch.k; j += kBlockThreads) {
+    out[j] = j < candidates.filled() ? pairs[j] : kNoPair;
+  }
 }
 
 // A block owns one row: the first k of its slices' candidates, in any order. Reads slices * k pairs,
 // at most half a megabyte for an n of a million; bound by the latency of that one block.
 template <class T>
-__global__ void __launch_bounds__(kBlockThreads, 5)
-    topk_merge_kernel(Batch<T> batch, int64_t slices, const Pair* slice_pairs, int size) {
+__global__ void __launch_bounds__(kBlockThreads, 4)
+    topk_merge_kernel(Batch<T> batch, int slices, const Pair* slice_pairs, int size) {
   SPARSEKERN_DYNAMIC_SHARED(Pair, pairs);
   __shared__ int filled;
   const int64_t b = blockIdx.x;
-  const int64_t count = slices * batch.k;
+  const int64_t count = static_cast<int64_t>(slices) * batch.k;
   const Pair* own = slice_pairs + b * count;
   Candidates candidates(&filled, batch.k);
   for (int64_t base = 0; base < count; base += kChunk) {
@@ -132,18 +140,17 @@ __global__ void __launch_bounds__(kBlockThreads, 5)
 template <class T>
 void stream_rows(const TopkCall& call, const Slices& slices) {
   const Batch<T> batch = make_batch<T>(call);
-  const bool aligned = reinterpret_cast<uintptr_t>(call.x) % kVectorBytes == 0 &&
-                       call.row_stride * static_cast<int64_t>(sizeof(T)) % kVectorBytes == 0;
-  const auto kernel = call.col_stride == 1 && aligned ? topk_stream_kernel<T, true>
-                                                      : topk_stream_kernel<T, false>;
+  const auto kernel =
+      rows_packed<T>(call) ? topk_stream_kernel<T, true> : topk_stream_kernel<T, false>;
   const size_t shared = Candidates::bytes(batch.k);
   const int size = static_cast<int>(power_of_two(call.k));
   Pair* workspace = static_cast<Pair*>(call.workspace);
-  launch(kernel, grid_of(call.rows * slices.count), kBlockThreads, shared, call.stream, batch,
-         slices.count, slices.width, workspace, size);
+  const int count = static_cast<int>(slices.count);
+  launch(kernel, dim3(grid_of(call.rows), count), kBlockThreads, shared, call.stream, batch,
+         static_cast<unsigned>(slices.width), workspace, size);
   if (slices.count > 1) {
     launch(topk_merge_kernel<T>, grid_of(call.rows), kBlockThreads, shared, call.stream, batch,
-           slices.count, workspace, size);
+           count, workspace, size);
   }
 }
 
