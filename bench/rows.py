@@ -1,0 +1,62 @@
+"""Rows of measurements in JSON lines: one file per machine, only ever appended to."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def append(folder: Path, rows: Iterable[Row]) -> None:
+    """Append rows to `<folder>/<machine>.jsonl`: the whole new file is written beside and renamed,
+    so that earlier rows survive whatever happens. Several processes may append at once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in rows:
+        path = folder / f"{row['machine']}.jsonl"
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            _replace(path, (path.read_bytes() if path.exists() else b"") + _line(row))
+        finally:
+            os.close(handle)
+
+
+def _line(row: Row) -> bytes:
+    return json.dumps(row, allow_nan=False).encode() + b"\n"
+
+
+def _replace(path: Path, content: bytes) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def load(folder: Path) -> list[Row]:
+    """All rows of all machines in a folder, oldest first."""
+    rows = []
+    for path in sorted(folder.glob("*.jsonl")):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}: line {number} is not JSON: {error}") from None
+    return sorted(rows, key=lambda row: row["date"])
+
+
+def rounded(number: float | None, digits: int = 5) -> float | None:
+    """A number with so many significant digits; None stays None."""
+    return None if number is None else float(f"{number:.{digits}g}")

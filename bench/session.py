@@ -1,0 +1,160 @@
+"""One session of measurements: workloads in, rows out."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import bench_activity
+import bench_layers
+import bench_sparse_matmul
+import bench_topk
+import torch
+from machine import facts
+from measure import Effort, Subject, Timing, automatic, forced, interleave
+from memory import Peak, peak
+from problem import Problem
+from roofline import roofline
+from rows import Row, rounded
+from targets import ITSELF, Target, Workload
+
+STEMS = (bench_topk, bench_sparse_matmul, bench_activity, bench_layers)
+BUILDERS = {op: stem.build for stem in STEMS for op in stem.OPS}
+# The operation whose automatic choice serves a layer.
+SERVED_BY = {"TopK": "topk_mask"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Ours on one backend: its timing, or why it was refused one."""
+
+    timing: Timing | None
+    error_ratio: float | None
+    refused: str | None
+
+
+def measure_workload(
+    workload: Workload, targets: Sequence[Target], effort: Effort, memory: bool = True
+) -> list[Row]:
+    """Check and time one workload on the backends and against the peers of its targets.
+
+    Returns a row per target. A backend that fails its check gets a row without a time.
+    """
+    problem = BUILDERS[workload.op](workload)
+    with torch.set_grad_enabled(problem.grad):
+        return _measure(problem, workload, targets, effort, memory)
+
+
+def _measure(
+    problem: Problem,
+    workload: Workload,
+    targets: Sequence[Target],
+    effort: Effort,
+    memory: bool,
+) -> list[Row]:
+    op = SERVED_BY.get(workload.op, workload.op)
+    chosen = automatic(op, workload.device)
+    backends = list(dict.fromkeys(target.backend for target in targets))
+    checks = {backend: _checked(problem, backend) for backend in backends}
+    subjects = [
+        Subject(backend, problem.ours, None if backend == chosen else backend)
+        for backend in backends
+        if checks[backend].refused is None
+    ]
+    names = list(dict.fromkeys(target.peer for target in targets))
+    peers = [Subject(name, problem.peers[name]) for name in names] if subjects else []
+    timings = interleave([*subjects, *peers], workload.device, effort) if subjects else {}
+    peaks: dict[str, Peak] = {}
+    if memory:
+        for subject in [*subjects, *peers]:
+            with forced(subject.backend):
+                subject.call()
+                peaks[subject.name] = peak(subject.call, workload.device)
+    return [_row(problem, target, checks[target.backend], timings, peaks) for target in targets]
+
+
+def _checked(problem: Problem, backend: str) -> Outcome:
+    try:
+        return Outcome(None, problem.check(backend), None)
+    except (AssertionError, RuntimeError) as error:
+        return Outcome(None, None, f"{type(error).__name__}: {error}"[:500])
+
+
+def _row(
+    problem: Problem,
+    target: Target,
+    outcome: Outcome,
+    timings: dict[str, Timing],
+    peaks: dict[str, Peak],
+) -> Row:
+    workload = target.workload
+    ours, peer = timings.get(target.backend), timings.get(target.peer)
+    figures: dict[str, Any] = dict.fromkeys(("ratio", "gbps", "tflops", "roofline_fraction"))
+    rates = roofline(workload.device)
+    reached = None
+    if outcome.refused is None and ours and peer:
+        gbps = problem.traffic / ours.median_ms / 1e6
+        fraction = gbps / rates[problem.roof]
+        ratio = peer.median_ms / ours.median_ms
+        figures = {
+            "ratio": rounded(ratio),
+            "gbps": rounded(gbps),
+            "tflops": rounded(problem.flops / ours.median_ms / 1e9) if problem.flops else None,
+            "roofline_fraction": rounded(fraction),
+        }
+        reached = None if target.bar is None else target.reached(ratio, fraction)
+    return {
+        **asdict(workload),
+        "case": workload.case,
+        "backend": target.backend,
+        **_timing_fields("", ours if outcome.refused is None else None),
+        "peer": target.peer,
+        **_timing_fields("peer_", peer),
+        **figures,
+        "bar": target.bar,
+        "requirement": target.requirement(),
+        "reached": reached,
+        "formula": problem.formula,
+        "traffic_bytes": problem.traffic,
+        "roof": problem.roof,
+        "roofline": rates,
+        **_peak_fields("", peaks.get(target.backend)),
+        **_peak_fields("peer_", peaks.get(target.peer)),
+        "error_ratio": rounded(outcome.error_ratio),
+        "refused": outcome.refused,
+        **facts(workload.device),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _timing_fields(prefix: str, timing: Timing | None) -> Row:
+    names = ("median_ms", "p20_ms", "p80_ms")
+    fields = {f"{prefix}{n}": rounded(getattr(timing, n)) if timing else None for n in names}
+    return {**fields, f"{prefix}repeats": timing.repeats if timing else 0}
+
+
+def _peak_fields(prefix: str, found: Peak | None) -> Row:
+    return {
+        f"{prefix}peak_allocated_bytes": found.allocated if found else None,
+        f"{prefix}peak_resident_bytes": found.resident if found else None,
+    }
+
+
+def describe(row: Row) -> str:
+    """One line for a report while measuring."""
+    who = f"{row['op']} {row['case']} {row['dtype']} {row['mode']} {row['fill']} {row['layout']}"
+    if row["refused"]:
+        return f"{who} [{row['backend']}] no time, failed its check: {row['refused']}"
+    against = (
+        f"{1 / row['ratio']:.2f}x its time"
+        if row["peer"] in (ITSELF, "x.amax")
+        else f"{row['ratio']:.2f}x faster"
+    )
+    verdict = {True: ": reached", False: ": MISSED", None: ""}[row["reached"]]
+    return (
+        f"{who} [{row['backend']}] {row['median_ms']:.4g} ms; {row['peer']} "
+        f"{row['peer_median_ms']:.4g} ms: {against} ({row['requirement']}{verdict}); "
+        f"{row['roofline_fraction']:.0%} of {row['roof']}"
+    )
