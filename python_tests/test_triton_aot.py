@@ -21,6 +21,7 @@ import time
 from typing import Any
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="the Triton kernels need triton: pip install triton")
 
@@ -29,7 +30,7 @@ from sparsekern.kernels import (  # noqa: E402
     keys,
     sparse_matmul,
     topk,
-    topk_order,
+    topk_finish,
     topk_stream,
 )
 
@@ -60,57 +61,48 @@ class Case:
 # -- cases -----------------------------------------------------------------------------------------
 
 
-def float_constants(name: str) -> dict[str, Any]:
-    import torch
-
-    bits = keys.bits_of(getattr(torch, name))
-    return {"MAGNITUDE": bits.magnitude, "INFINITY": bits.infinity, "ABS": False, "RELU": True}
+def float_constants(dtype: torch.dtype) -> dict[str, Any]:
+    bits = keys.bits_of(dtype)
+    return {"MAGNITUDE": bits.magnitude, "INFINITY": bits.infinity, "ABS": False}
 
 
-def bits_pointer(name: str) -> str:
-    return "*i32" if name == "float32" else "*i16"
+def bits_pointer(dtype: torch.dtype) -> str:
+    return "*i32" if dtype == torch.float32 else "*i16"
 
 
-def select_case(n: int, dtype: str, **constants: Any) -> Case:
-    rows, columns, codes, warps = topk.row_block(n)
+def select_case(n: int, dtype: torch.dtype, **changes: Any) -> Case:
+    """A whole row with unit stride; a constant changed to None is left to the call."""
+    rows, columns, warps = topk.row_block(n)
+    constants = {
+        **float_constants(dtype), "LISTED": False, "UNIT_STRIDE": True, "ROWS": rows,
+        "BLOCK": columns, "slices": 1, "col_stride": 1, **changes,
+    }  # fmt: skip
+    constants = {name: value for name, value in constants.items() if value is not None}
+    pointers = {"x": bits_pointer(dtype), "candidates": "*i32", "taken": "*i32"}
+    return Case(topk.select_kernel, pointers, constants, warps)
+
+
+def stream_case(dtype: torch.dtype) -> Case:
+    constants = {
+        **float_constants(dtype), "WAYS": topk_stream.WAYS, "BLOCK": topk_stream.BLOCK,
+        "col_stride": 1,
+    }  # fmt: skip
+    pointers = {"x": bits_pointer(dtype), "taken": "*i32"}
+    return Case(topk_stream.stream_kernel, pointers, constants, 4, registers=168)
+
+
+def finish_case(k: int, dtype: torch.dtype, ordered: bool) -> Case:
+    rows, side = topk_finish.finish_block(k, ordered)
+    constants = {
+        **float_constants(dtype), "SORTED": ordered, "RELU": True, "MASKED": not ordered,
+        "COUNT": True, "ROWS": rows, "SIDE": side, "col_stride": 1,
+    }  # fmt: skip
     pointer = bits_pointer(dtype)
     pointers = {
-        "x": pointer, "origin": "*i32", "values": pointer, "indices": "*i64", "taken": "*i32",
-        "masked": pointer, "counts": "*i64",
-    }  # fmt: skip
-    defaults = {
-        **float_constants(dtype), "COUNT": True, "MASKED": False, "HAS_ORIGIN": False,
-        "UNIT_STRIDE": True, "ROWS": rows, "BLOCK": columns, "CODES": codes,
-        "slices": 1, "col_stride": 1,
-    }  # fmt: skip
-    merged = {**defaults, **constants}
-    return Case(
-        topk.select_kernel,
-        pointers,
-        {name: value for name, value in merged.items() if value is not None},
-        warps,
-    )
-
-
-def order_case(k: int, dtype: str) -> Case:
-    rows, side = topk_order.order_block(k)
-    pointer = bits_pointer(dtype)
-    pointers = {
-        "codes_values": pointer, "codes_indices": "*i32", "values": pointer, "indices": "*i64",
+        "x": pointer, "columns": "*i32", "values": pointer, "indices": "*i64", "masked": pointer,
         "counts": "*i64",
     }  # fmt: skip
-    constants = {**float_constants(dtype), "COUNT": True, "ROWS": rows, "SIDE": side}
-    return Case(topk_order.order_kernel, pointers, constants, 4)
-
-
-def stream_case(dtype: str) -> Case:
-    pointer = bits_pointer(dtype)
-    constants = {
-        **float_constants(dtype), "COUNT": True, "WAYS": topk_stream.WAYS,
-        "BLOCK": topk_stream.BLOCK, "col_stride": 1,
-    }  # fmt: skip
-    pointers = {"x": pointer, "values": pointer, "indices": "*i64", "counts": "*i64"}
-    return Case(topk_stream.stream_kernel, pointers, constants, 4, registers=168)
+    return Case(topk_finish.finish_kernel, pointers, constants, 4)
 
 
 def forward_case(d: int, values: str, weight: str, row_major: bool = True) -> Case:
@@ -142,18 +134,20 @@ def backward_case(d: int, values: str, weight: str, row_major: bool = True) -> C
 
 
 CASES = {
-    "select 16 x 16 bfloat16": select_case(16, "bfloat16"),
-    "select 512 float16": select_case(512, "float16"),
-    "select 2048 float32, masked": select_case(2048, "float32", MASKED=True),
-    "select 8192 float32": select_case(8192, "float32"),
-    "select 8192 bfloat16, sliced": select_case(8192, "bfloat16", slices=None, COUNT=False),
+    "select 16, several rows, bfloat16": select_case(16, torch.bfloat16),
+    "select 512 float16": select_case(512, torch.float16),
+    "select 2048 float32": select_case(2048, torch.float32),
+    "select 8192 float32": select_case(8192, torch.float32),
+    "select 8192 bfloat16, sliced": select_case(8192, torch.bfloat16, slices=None),
     "select 4096 float32, strided": select_case(
-        4096, "float32", UNIT_STRIDE=False, col_stride=None
+        4096, torch.float32, UNIT_STRIDE=False, col_stride=None
     ),
-    "select 16384 float32, candidates": select_case(16384, "float32", HAS_ORIGIN=True),
-    "order 32 bfloat16": order_case(32, "bfloat16"),
-    "order 512 float32": order_case(512, "float32"),
-    "stream float32": stream_case("float32"),
+    "select 16384 float32": select_case(16384, torch.float32),
+    "select 16384 float32, candidates": select_case(16384, torch.float32, LISTED=True),
+    "stream float32": stream_case(torch.float32),
+    "finish 64 bfloat16, sorted": finish_case(64, torch.bfloat16, True),
+    "finish 20 float32, sorted": finish_case(20, torch.float32, True),
+    "finish 64 float32, masked": finish_case(64, torch.float32, False),
     "scatter 16-bit": Case(
         topk.scatter_kernel,
         {"values": "*i16", "indices": "*i64", "dense": "*i16"},
@@ -178,7 +172,7 @@ CASES = {
 
 
 def cuobjdump() -> str | None:
-    """The tool that reads registers and stack from a cubin: triton's own, or the one on the path."""
+    """The tool that reads registers and stack from a cubin: triton's own, or the one on PATH."""
     bundled = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     return str(bundled) if bundled.exists() else shutil.which("cuobjdump")
 

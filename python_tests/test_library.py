@@ -1,0 +1,253 @@
+"""Choosing implementations, importing without compiled code or triton, and the layering of the
+package."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import sparsekern
+from sparsekern import _library
+
+PACKAGE = pathlib.Path(sparsekern.__file__).parent
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        cwd=PACKAGE.parent if (PACKAGE.parent / "setup.py").exists() else None,
+    )
+
+
+# -- choice of a backend ---------------------------------------------------------------------------
+
+
+def test_forced_backends_nest_and_end():
+    operation = _library._operations["topk"]
+    assert operation.choose("cpu", torch.float32)[0] in ("native", "reference")
+    with sparsekern.backend("reference"):
+        assert operation.choose("cpu", torch.float32) == ("reference", "forced")
+        with sparsekern.backend("auto"):
+            assert operation.choose("cpu", torch.float32)[0] in ("native", "reference")
+        assert operation.choose("cpu", torch.float32)[0] == "reference"
+    with pytest.raises(RuntimeError), sparsekern.backend("reference"):
+        raise RuntimeError
+    assert operation.choose("cpu", torch.float32)[1] != "forced"
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match=r"backend: name must be one of auto, .*got 'cuda'"):
+        with sparsekern.backend("cuda"):
+            pass
+    wrong = run_python(
+        "import torch, sparsekern; sparsekern.topk(torch.ones(3), 1)", SPARSEKERN_BACKEND="fast"
+    )
+    assert "SPARSEKERN_BACKEND: name must be one of" in wrong.stderr
+
+
+def test_environment_forces_a_backend():
+    code = "import torch, sparsekern; print(sparsekern.describe()['implementations'][0]['backend'])"
+    assert run_python(code, SPARSEKERN_BACKEND="reference").stdout.strip() == "reference"
+
+
+def test_forced_triton_on_a_cpu_says_what_is_missing():
+    code = (
+        "import torch, sparsekern\n"
+        "with sparsekern.backend('triton'):\n"
+        "    sparsekern.topk(torch.ones(3), 1)\n"
+    )
+    run = run_python(code, TRITON_INTERPRET="0")
+    assert run.returncode == 1
+    last = run.stderr.strip().splitlines()[-1]
+    assert "topk: backend 'triton' was asked for but cannot run on cpu: triton" in last
+
+
+def test_description_is_complete():
+    facts = sparsekern.describe()
+    assert {"versions", "threads", "gpu", "modules", "implementations"} <= set(facts)
+    operations = {row["operation"] for row in facts["implementations"]}
+    assert {"topk", "topk_mask", "sparse_matmul", "count_active"} <= operations
+    for row in facts["implementations"]:
+        assert row["reason"] and row["backend"] in _library.BACKENDS
+
+
+# -- importing -------------------------------------------------------------------------------------
+
+
+def test_import_is_silent_and_light():
+    run = run_python(
+        "import sys, torch; before = set(sys.modules); import sparsekern\n"
+        "added = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "heavy = added & {'triton', 'h5py', 'matplotlib', 'safetensors', 'tqdm'}\n"
+        "assert not heavy, heavy"
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+HIDE = "import sys; sys.modules.update(dict.fromkeys({hidden!r}))\n"  # None means: not there
+
+
+@pytest.mark.parametrize(
+    "hidden",
+    [("sparsekern._native", "sparsekern._cuda"), ("triton",), ("sparsekern._cuda", "triton")],
+)
+def test_works_without_native_modules_or_triton(hidden):
+    run = run_python(
+        HIDE.format(hidden=hidden)
+        + "import torch, sparsekern\n"
+        + "x = torch.randn(3, 9, requires_grad=True)\n"
+        + "v, i = sparsekern.topk(x, 2)\n"
+        + "out = sparsekern.sparse_matmul(v, i, torch.randn(9, 4))\n"
+        + "out.sum().backward(); assert x.grad.abs().sum() > 0\n"
+        + "sparsekern.TopK(2, counter=sparsekern.DeadNeuronCounter(9))(x)\n"
+        + "print(sparsekern.describe()['modules'])",
+        TRITON_INTERPRET="0",
+    )
+    assert run.returncode == 0, run.stderr
+    assert ("missing" in run.stdout) == (
+        "sparsekern._cuda" in hidden or "_cuda': {'missing" in run.stdout
+    )
+
+
+# -- layering --------------------------------------------------------------------------------------
+
+# what a module of the package may import from the package, by its first path element
+ALLOWED = {
+    "__init__": {"_library", "nn", "ops"},
+    "_library": set(),
+    "ops": {"_library", "ops"},
+    "native": {"_library", "native", "ops"},
+    "kernels": {"kernels"},
+    "nn": {"ops"},
+    "metrics": {"ops"},
+    "testing": set(),
+    "data": {"data"},
+    "models": {"models", "nn", "ops"},
+    "training": {"training", "metrics", "nn", "data"},
+    "studies": {
+        "studies",
+        "training",
+        "models",
+        "data",
+        "metrics",
+        "nn",
+        "ops",
+        "_library",
+        "__init__",
+    },
+    "integrations": {"nn", "ops"},
+    "cli": {"studies", "training", "models", "data", "metrics", "_library", "__init__"},
+    "__main__": {"cli"},
+}
+
+
+def imported(path: pathlib.Path) -> set[str]:
+    """First path elements of what a module imports from sparsekern ('__init__' for the package
+    itself)."""
+    package = ["sparsekern", *path.relative_to(PACKAGE).parts[:-1]]
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        found = []
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *(node.module or "").split(".")]).rstrip(".")
+            found = [f"{module}.{alias.name}" for alias in node.names]
+        for name in found:
+            first, *rest = name.split(".")
+            if first == "sparsekern":
+                known = rest and (
+                    (PACKAGE / rest[0]).is_dir() or (PACKAGE / f"{rest[0]}.py").exists()
+                )
+                names.add(rest[0] if known else "__init__")
+    return names
+
+
+def test_imports_point_down():
+    for path in PACKAGE.rglob("*.py"):
+        layer = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        beyond = imported(path) - ALLOWED[layer]
+        assert not beyond, f"{path.relative_to(PACKAGE)} imports {beyond}"
+
+
+def test_only_the_library_file_knows_the_dispatcher():
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "_library.py":
+            text = path.read_text()
+            assert "torch.library" not in text.replace("torch.library.register_vmap", ""), path
+            assert "import _native" not in text and "import _cuda" not in text, path
+
+
+def test_kernels_import_only_torch_and_triton():
+    for path in (PACKAGE / "kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names = {a.name.split(".")[0] for a in node.names}
+                assert names <= {"torch", "triton", *sys.stdlib_module_names}, path
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                first = node.module.split(".")[0]
+                assert first in {"torch", "triton", *sys.stdlib_module_names}, path
+
+
+def test_examples_in_docstrings_run():
+    for module in (
+        _library,
+        sparsekern.nn,
+        sparsekern.ops.topk,
+        sparsekern.ops.sparse_matmul,
+        sparsekern.ops.activity,
+    ):
+        module = sys.modules[module.__module__] if callable(module) else module
+        result = doctest.testmod(module)
+        assert result.failed == 0 and result.attempted > 0, module
+
+
+def test_debug_mode_checks_indices_on_any_device(monkeypatch):
+    from sparsekern.ops.checks import check_range
+
+    monkeypatch.setenv("SPARSEKERN_DEBUG", "1")
+    with pytest.raises(IndexError, match="got 9 at flat position 1"):
+        check_range("sparse_matmul", torch.tensor([0, 9]), 5)
+    if torch.cuda.is_available():
+        with pytest.raises(IndexError, match="got 9 at flat position 1"):
+            sparsekern.count_active(torch.tensor([0, 9], device="cuda"), 5)
+
+
+def test_memory_of_a_call():
+    """top-k allocates its outputs; the product's backward pass its gradients and O(B k)
+    integers."""
+    if _library.native_module("cpu")[0] is None:
+        pytest.skip(_library.native_module("cpu")[1])
+
+    def allocated(function) -> int:
+        with torch.profiler.profile(profile_memory=True) as profile:
+            function()
+        return sum(
+            event.self_cpu_memory_usage
+            for event in profile.key_averages()
+            if event.self_cpu_memory_usage > 0
+        )
+
+    x = torch.randn(64, 4096)
+    outputs = 64 * 32 * (4 + 8)
+    assert allocated(lambda: sparsekern.topk(x, 32)) <= outputs + 4096
+    values, indices = sparsekern.topk(x, 32)
+    weight = torch.randn(4096, 100)
+    grad = torch.randn(64, 100)
+    backward = torch.ops.sparsekern.sparse_matmul_backward
+    gradients = 4096 * 100 * 4 + 64 * 32 * 4
+    integers = 64 * 32 * 4 + 4097 * 8
+    used = allocated(lambda: backward(grad, values, indices, weight, True, True))
+    assert used <= gradients + integers + 4096

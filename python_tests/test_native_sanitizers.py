@@ -1,0 +1,76 @@
+"""The C++ kernels alone, under AddressSanitizer and UndefinedBehaviorSanitizer."""
+
+import concurrent.futures
+import os
+import pathlib
+import platform
+import re
+import runpy
+import shutil
+import subprocess
+from unittest import mock
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+SOURCES = ROOT / "csrc" / "cpu"
+CXX = shutil.which("g++")
+# -O1 keeps the vector code in registers and the stack traces readable.
+FLAGS = "-std=c++17 -O1 -g -fno-omit-frame-pointer -fopenmp -fno-math-errno".split()
+SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all".split()
+FUNCTIONS = ("sparse_matmul", "sparse_matmul_backward", "transpose_codes", "count_active")
+
+pytestmark = [
+    pytest.mark.skipif(CXX is None, reason="no g++: install it to run the C++ kernels"),
+    pytest.mark.skipif(not SOURCES.exists(), reason="no csrc/cpu: run from a source checkout"),
+]
+
+
+def setup_constants() -> dict:
+    """Returns the names of setup.py, without running its setup()."""
+    with mock.patch("setuptools.setup"):
+        return runpy.run_path(str(ROOT / "setup.py"))
+
+
+def run(command: list[str], **arguments) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, **arguments)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def has_sanitizers(folder: pathlib.Path) -> bool:
+    (folder / "probe.cpp").write_text("int main() { return 0; }\n")
+    command = [CXX, *SANITIZERS, "-fopenmp", str(folder / "probe.cpp"), "-o", str(folder / "probe")]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory) -> pathlib.Path:
+    """The path of csrc/cpu/driver.cpp, built with every instruction set and both sanitizers."""
+    folder = tmp_path_factory.mktemp("sanitizers")
+    if not has_sanitizers(folder):
+        pytest.skip("g++ cannot link the sanitizers: install libasan and libubsan")
+    names = setup_constants()
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    sets = names["X86_FLAGS"] if x86 else {"baseline": ""}
+    commands = {}
+    for source in SOURCES.glob("*.cpp"):
+        once = source.name in names["ONCE"] | names["PROGRAMS"]
+        for isa, isa_flags in {"once": ""}.items() if once else sets.items():
+            target = str(folder / f"{source.stem}.{isa}.o")
+            define = [] if once else [f"-DSPARSEKERN_ISA={isa}"]
+            define += ["-DSPARSEKERN_X86"] if x86 else []
+            flags = [*FLAGS, *SANITIZERS, *isa_flags.split(), *define]
+            commands[target] = [CXX, *flags, "-c", str(source), "-o", target]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(run, commands.values()))
+    program = folder / "driver"
+    run([CXX, *SANITIZERS, "-fopenmp", *commands, "-o", str(program)])
+    return program
+
+
+def test_driver_agrees_with_plain_loops(driver):
+    # Without -ffast-math and with every size checked, the only report to silence is libgomp's pool.
+    out = run([str(driver)], env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}, timeout=900)
+    counted = dict(re.findall(r"^(\w+): (\d+) cases$", out, re.MULTILINE))
+    assert all(int(counted.get(function, 0)) > 0 for function in FUNCTIONS), out
