@@ -14,9 +14,9 @@ constexpr int rank_shift<__nv_bfloat16> = 16;
 template <>
 constexpr int rank_shift<__half> = 13;
 
-constexpr unsigned kNoRank = 0xffffffffu;         // comes after every number, -inf included
-constexpr unsigned kSigned = 0xffffffffu;         // masks of float bits: order by value,
-constexpr unsigned kMagnitude = 0x7fffffffu;      // by absolute value
+constexpr unsigned kNoRank = 0xffffffffu;     // comes after every number, -inf included
+constexpr unsigned kSigned = 0xffffffffu;     // masks of float bits: order by value,
+constexpr unsigned kMagnitude = 0x7fffffffu;  // by absolute value
 
 // The number that is compared: x or |x|.
 template <class T>
@@ -35,8 +35,8 @@ __device__ inline unsigned rank_of(T x, unsigned mask) {
   return value != value ? 0u : rank >> rank_shift<T>;
 }
 
-// The float t such that, for every number x, x comes before the rank exactly when x > t. The rank is
-// that of a number or of NaN, or kNoRank: then t is NaN and !(x <= t) holds for every x.
+// The float t such that, for every number x, x comes before the rank exactly when x > t. The rank
+// is that of a number or of NaN, or kNoRank: then t is NaN and !(x <= t) holds for every x.
 template <class T>
 __device__ inline float float_of_rank(unsigned rank) {
   constexpr unsigned constant = (1u << rank_shift<T>)-1u;

@@ -34,8 +34,8 @@ void topk(const void* x, int dtype, int64_t rows, int64_t n, int64_t row_stride,
           int64_t k, int flags, void* values, int64_t* indices, void* masked, int64_t* counts,
           void* workspace, cudaStream_t stream) {
   if (rows == 0) return;
-  const TopkCall call{x,      dtype,   rows,   n,      row_stride, col_stride, k,
-                      flags,  values,  indices, masked, counts,     workspace,  stream};
+  const TopkCall call{x,     dtype,  rows,    n,      row_stride, col_stride, k,
+                      flags, values, indices, masked, counts,     workspace,  stream};
   switch (regime_for(n, k)) {
     case Regime::kShort:
       return topk_short(call);

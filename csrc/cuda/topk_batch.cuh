@@ -141,10 +141,11 @@ __device__ void sort_pairs(Pair* pairs, int size) {
   Team::sync();
 }
 
-// pairs[0..k): the selected (rank, index) of row b, which the team has just written. Writes the codes
-// and the masked row. size: power_of_two(k), the room in pairs.
+// pairs[0..k): the selected (rank, index) of row b, which the team has just written. Writes the
+// codes and the masked row. size: power_of_two(k), the room in pairs.
 template <class Team, class T>
-__device__ void write_codes(const Batch<T>& batch, int64_t b, Pair* pairs, int size, bool ascending) {
+__device__ void write_codes(const Batch<T>& batch, int64_t b, Pair* pairs, int size,
+                            bool ascending) {
   if (batch.masked != nullptr) write_zeros<Team>(batch.masked + b * batch.n, batch.n);
   const bool sort = batch.sorted || !ascending;
   if (sort) {

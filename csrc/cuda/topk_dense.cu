@@ -5,14 +5,14 @@ namespace sparsekern::cuda {
 
 namespace {
 
-// Columns that a block zeroes, and so many times k that reading all codes of the row is less than an
-// eighth of the bytes it writes.
+// Columns that a block zeroes, and so many times k that reading all codes of the row is less than
+// an eighth of the bytes it writes.
 constexpr int64_t kTileColumns = 16384;
 constexpr int64_t kColumnsPerCode = 64;
 
-// A block owns `width` columns of a row: it writes zeros, 16 bytes at a time where they are aligned,
-// then the values of the row's codes that fall on its columns. Bound by writing the dense rows once;
-// the values hit lines that are still in the L2 cache.
+// A block owns `width` columns of a row: it writes zeros, 16 bytes at a time where they are
+// aligned, then the values of the row's codes that fall on its columns. Bound by writing the dense
+// rows once; the values hit lines that are still in the L2 cache.
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads)
     codes_to_dense_kernel(const T* values, const int64_t* indices, int64_t k, int64_t n,

@@ -17,8 +17,8 @@ struct Prefix {
   int wanted;
 };
 
-// histogram[d] = elements whose rank starts with the prefix (above bit `high`) and goes on with digit
-// d (from bit `shift`).
+// histogram[d] = elements whose rank starts with the prefix (above bit `high`) and goes on with
+// digit d (from bit `shift`).
 template <class T>
 __device__ void count_digits(const Batch<T>& batch, const T* row, unsigned* histogram,
                              unsigned prefix, int high, int shift) {
@@ -62,9 +62,9 @@ __device__ inline Prefix extend(BlockReduce& reduce, const unsigned* histogram, 
 
 // A block owns a row and walks it in steps of 256 elements: two or three times to count, twice more
 // to take the codes in order. Bound by those reads, of which the later ones hit the L2 cache while
-// all rows in flight fit in it; with few rows by the loads that one block keeps in flight. Where the
-// codes go to shared memory they are sorted there, otherwise a code is written as it is found, or its
-// pair in the place of its index for write_sorted().
+// all rows in flight fit in it; with few rows by the loads that one block keeps in flight. Where
+// the codes go to shared memory they are sorted there, otherwise a code is written as it is found,
+// or its pair in the place of its index for write_sorted().
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads)
     topk_digits_kernel(Batch<T> batch, bool sort_here, int size) {

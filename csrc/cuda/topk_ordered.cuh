@@ -8,9 +8,9 @@ namespace sparsekern::cuda {
 // Elements a lane looks at between two uses of what it found, so that as many loads are in flight.
 constexpr int kSweep = 8;
 
-// Calls take(position, i, rank) for the first k elements of the total order, position ascending with
-// i; rank_at(i) is the rank of element i. For a whole block: each warp owns a stretch of the row,
-// counts what it will take, learns where that goes, and takes it. Reads the ranks twice.
+// Calls take(position, i, rank) for the first k elements of the total order, position ascending
+// with i; rank_at(i) is the rank of element i. For a whole block: each warp owns a stretch of the
+// row, counts what it will take, learns where that goes, and takes it. Reads the ranks twice.
 template <class RankAt, class Take>
 __device__ void take_in_order(BlockReduce& reduce, int64_t n, const Cut& cut, int ties,
                               const RankAt& rank_at, const Take& take) {
@@ -44,8 +44,8 @@ __device__ void take_in_order(BlockReduce& reduce, int64_t n, const Cut& cut, in
 #pragma unroll
     for (int s = 0; s < kSweep; ++s) {
       const unsigned tied = __ballot_sync(kFullMask, ranks[s] == cut.value);
-      const bool taken = ranks[s] < cut.value ||
-                         (ranks[s] == cut.value && __popc(tied & lanes_before) < ties);
+      const bool taken =
+          ranks[s] < cut.value || (ranks[s] == cut.value && __popc(tied & lanes_before) < ties);
       const unsigned takers = __ballot_sync(kFullMask, taken);
       if (taken) {
         take(position + __popc(takers & lanes_before), base + s * kWarp + lane, ranks[s]);

@@ -1,5 +1,5 @@
-// Rows that fit shared memory, kStreamedK < k <= kSharedSort: one read of x, then bisection over the
-// row's ranks. Smaller k are better served by the candidates of topk_stream.cu, which need less
+// Rows that fit shared memory, kStreamedK < k <= kSharedSort: one read of x, then bisection over
+// the row's ranks. Smaller k are better served by the candidates of topk_stream.cu, which need less
 // shared memory than the row.
 #include "cuda/topk_ordered.cuh"
 
@@ -35,8 +35,8 @@ __device__ void load_ranks(const Batch<T>& batch, const T* row, bool packed, uns
   }
 }
 
-// A proved bound of the k-th rank, k <= kGroups / 2 and n >= kGroups: the k-th of the groups' bests,
-// or a little later. Group g holds the elements g, g + kGroups, ...
+// A proved bound of the k-th rank, k <= kGroups / 2 and n >= kGroups: the k-th of the groups'
+// bests, or a little later. Group g holds the elements g, g + kGroups, ...
 __device__ inline unsigned group_bound(BlockReduce& reduce, const unsigned* ranks, int n, int k) {
   unsigned best[kGroupsPerThread];
   unsigned earliest = kNoRank, latest = 0;
@@ -60,8 +60,8 @@ __device__ inline unsigned group_bound(BlockReduce& reduce, const unsigned* rank
   return bisect(low, high, k, k / 8, count_to).value;
 }
 
-// A block owns a row. It reads the row once into up to 128 KiB of shared memory, of which each step of
-// the bisection reads all: 1000 clocks for 32768 elements, 6 to 10 steps below a bound from the
+// A block owns a row. It reads the row once into up to 128 KiB of shared memory, of which each step
+// of the bisection reads all: 1000 clocks for 32768 elements, 6 to 10 steps below a bound from the
 // groups, up to 30 without it. So one block a multiprocessor for the longest rows, bound by shared
 // memory; four for 8192 elements.
 template <class T>

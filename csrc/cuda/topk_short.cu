@@ -21,8 +21,8 @@ __device__ int count_to(const unsigned (&ranks)[kPerLane], unsigned v) {
   return warp_sum(count);
 }
 
-// A proved bound of the k-th rank: the k-th of the bests of kPerLane / 8 groups of ranks in each lane,
-// or a little later. No group is empty, since the row has more than 8 kPerLane elements.
+// A proved bound of the k-th rank: the k-th of the bests of kPerLane / 8 groups of ranks in each
+// lane, or a little later. No group is empty, since the row has more than 8 kPerLane elements.
 template <int kPerLane>
 __device__ unsigned group_bound(const unsigned (&ranks)[kPerLane], unsigned low, int k) {
   constexpr int kGroups = kPerLane / 8;
@@ -59,15 +59,14 @@ __device__ Cut cut_of(const unsigned (&ranks)[kPerLane], int k) {
   return bisect(low, high, k, 0, [&](unsigned v) { return count_to(ranks, v); });
 }
 
-// A warp owns a row of at most 32 kPerLane elements, element 32 e + lane in register e of a lane: it
-// reads 32 consecutive elements at a time, all loads independent. A row of 2048 takes about 2000
+// A warp owns a row of at most 32 kPerLane elements, element 32 e + lane in register e of a lane:
+// it reads 32 consecutive elements at a time, all loads independent. A row of 2048 takes about 2000
 // instructions of a warp when k <= 128 (5 an element and lane for the rank, 2 for a step of the
-// bisection over the row, 6 to take), 9e11 of which an H200 issues a second: about as long as reading
-// 8 KiB. With larger k the bisection takes 20 to 30 steps over the row and bounds it; rows up to 512
-// are bound by one read of x, or by the launch.
+// bisection over the row, 6 to take), 9e11 of which an H200 issues a second: about as long as
+// reading 8 KiB. With larger k the bisection takes 20 to 30 steps over the row and bounds it; rows
+// up to 512 are bound by one read of x, or by the launch.
 template <class T, int kPerLane>
-__global__ void __launch_bounds__(kShortThreads)
-    topk_short_kernel(Batch<T> batch, int size) {
+__global__ void __launch_bounds__(kShortThreads) topk_short_kernel(Batch<T> batch, int size) {
   SPARSEKERN_DYNAMIC_SHARED(Pair, all_pairs);
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
@@ -88,10 +87,11 @@ __global__ void __launch_bounds__(kShortThreads)
 #pragma unroll
   for (int e = 0; e < kPerLane; ++e) {
     const unsigned tied = __ballot_sync(kFullMask, ranks[e] == cut.value);
-    const bool take = ranks[e] < cut.value ||
-                      (ranks[e] == cut.value && __popc(tied & lanes_before) < ties);
+    const bool take =
+        ranks[e] < cut.value || (ranks[e] == cut.value && __popc(tied & lanes_before) < ties);
     const unsigned takers = __ballot_sync(kFullMask, take);
-    if (take) pairs[taken + __popc(takers & lanes_before)] = make_pair_of(ranks[e], e * kWarp + lane);
+    if (take)
+      pairs[taken + __popc(takers & lanes_before)] = make_pair_of(ranks[e], e * kWarp + lane);
     taken += __popc(takers);
     ties -= __popc(tied);
   }

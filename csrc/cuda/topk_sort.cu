@@ -5,8 +5,8 @@ namespace sparsekern::cuda {
 
 namespace {
 
-// Rows are sorted a few at a time, so that the second buffer of the merges stays small; a single row
-// may need more.
+// Rows are sorted a few at a time, so that the second buffer of the merges stays small; a single
+// row may need more.
 constexpr int64_t kSortBytes = int64_t{256} << 20;
 
 int64_t rows_at_once(int64_t rows, int64_t k) {
@@ -14,8 +14,8 @@ int64_t rows_at_once(int64_t rows, int64_t k) {
   return fit < 1 ? 1 : (fit < rows ? fit : rows);
 }
 
-// A block owns kSharedSort consecutive pairs of a row (fewer at the end of the row) and sorts them in
-// place. Bound by 78 steps over shared memory.
+// A block owns kSharedSort consecutive pairs of a row (fewer at the end of the row) and sorts them
+// in place. Bound by 78 steps over shared memory.
 __global__ void __launch_bounds__(kBlockThreads)
     topk_sort_tiles_kernel(Pair* pairs, int64_t k, int64_t tiles) {
   SPARSEKERN_DYNAMIC_SHARED(Pair, tile);
@@ -30,8 +30,8 @@ __global__ void __launch_bounds__(kBlockThreads)
 }
 
 // Runs of `width` sorted pairs -> runs of 2 width. A thread owns one pair and finds its place by
-// counting the pairs before it in the neighbouring run; no two pairs are equal. Bound by the latency
-// of log2(width) dependent reads, mostly from the caches.
+// counting the pairs before it in the neighbouring run; no two pairs are equal. Bound by the
+// latency of log2(width) dependent reads, mostly from the caches.
 __global__ void __launch_bounds__(kBlockThreads)
     topk_merge_runs_kernel(const Pair* from, Pair* to, int64_t total, int64_t k, int64_t width) {
   const int64_t e = static_cast<int64_t>(blockIdx.x) * kBlockThreads + threadIdx.x;

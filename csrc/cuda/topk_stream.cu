@@ -1,10 +1,11 @@
-// Long rows, k <= kStreamedK: one pass over a row in chunks, with a proved bound that only tightens.
+// Long rows, k <= kStreamedK: one pass over a row in chunks, with a proved bound that only
+// tightens.
 //
-// The first chunk's elements are all candidates. Once the buffer is tightened to k candidates, their
-// last rank is the bound: what was read holds k elements no later than it, so a later element, whose
-// index is larger, matters only if its rank is strictly before the bound. On random data 512 + k
-// ln(n / kChunk) of a row's elements, about, are appended after the first chunk.
-#include "cuda/topk_select.cuh"
+// The first chunk's elements are all candidates. Once the buffer is tightened to k candidates,
+// their last rank is the bound: what was read holds k elements no later than it, so a later
+// element, whose index is larger, matters only if its rank is strictly before the bound. On random
+// data 512 + k ln(n / kChunk) of a row's elements, about, are appended after the first chunk.
+#include "cuda/topk_candidates.cuh"
 
 namespace sparsekern::cuda {
 
@@ -20,7 +21,8 @@ struct ChunkItems {
   T item[kPerThread];
 
   __device__ static int place(int j) {
-    return static_cast<int>(threadIdx.x) * kWidth + j / kWidth * kWidth * kBlockThreads + j % kWidth;
+    return static_cast<int>(threadIdx.x) * kWidth + j / kWidth * kWidth * kBlockThreads +
+           j % kWidth;
   }
 
   // A warp reads 512 (packed) or 32 consecutive elements at a time; all loads are independent.
@@ -55,7 +57,8 @@ struct ChunkItems {
 // Few warps get here after the first chunks. `base` is the index of the chunk's first element.
 template <class T, bool kPacked>
 __device__ int append(Pair* pairs, const Candidates& candidates,
-                      const ChunkItems<T, kPacked>& items, unsigned mask, unsigned base, int count) {
+                      const ChunkItems<T, kPacked>& items, unsigned mask, unsigned base,
+                      int count) {
   const unsigned bound = high_of(candidates.bound());
   unsigned hits = 0;
 #pragma unroll
@@ -74,20 +77,19 @@ __device__ int append(Pair* pairs, const Candidates& candidates,
 }
 
 // A block owns one slice of one row (the row itself when there is one slice), 256 threads with 64
-// (float32) or 32 bytes in flight each. 64 registers allow 4 blocks a multiprocessor, the buffer of 37
-// to 41 KiB would allow 5: 64 or 32 KiB are in flight, where 4.3 TB/s and a latency of 0.8 us ask for
-// 26 KiB on each of 132 multiprocessors.
-// An element costs its conversion, a mask and a comparison, a fifth of the time of its transfer, so
-// this is bound by the bandwidth of one read of x. A chunk costs one barrier.
+// (float32) or 32 bytes in flight each. 64 registers allow 4 blocks a multiprocessor, the buffer of
+// 37 to 41 KiB would allow 5: 64 or 32 KiB are in flight, where 4.3 TB/s and a latency of 0.8 us
+// ask for 26 KiB on each of 132 multiprocessors. An element costs its conversion, a mask and a
+// comparison, a fifth of the time of its transfer, so this is bound by the bandwidth of one read of
+// x. A chunk costs one barrier.
 template <class T, bool kPacked>
 __global__ void __launch_bounds__(kBlockThreads, 4)
     topk_stream_kernel(Batch<T> batch, unsigned width, Pair* slice_pairs, int size) {
   SPARSEKERN_DYNAMIC_SHARED(Pair, pairs);
   __shared__ int filled;
   const int64_t b = blockIdx.x;
-  const int64_t end = (blockIdx.y + int64_t{1}) * width < batch.n
-                          ? (blockIdx.y + int64_t{1}) * width
-                          : batch.n;
+  const int64_t end =
+      (blockIdx.y + int64_t{1}) * width < batch.n ? (blockIdx.y + int64_t{1}) * width : batch.n;
   Candidates candidates(&filled, batch.k);
   for (int64_t base = static_cast<int64_t>(blockIdx.y) * width; base < end; base += kChunk) {
     const int count = static_cast<int>(end - base < kChunk ? end - base : kChunk);
@@ -111,8 +113,8 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
   }
 }
 
-// A block owns one row: the first k of its slices' candidates, in any order. Reads slices * k pairs,
-// at most half a megabyte for an n of a million; bound by the latency of that one block.
+// A block owns one row: the first k of its slices' candidates, in any order. Reads slices * k
+// pairs, at most half a megabyte for an n of a million; bound by the latency of that one block.
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads, 4)
     topk_merge_kernel(Batch<T> batch, int slices, const Pair* slice_pairs, int size) {
