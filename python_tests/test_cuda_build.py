@@ -1,4 +1,4 @@
-"""The CUDA kernels compile for the architectures that we name, within limits on registers and stack."""
+"""The CUDA kernels compile for the architectures that we name, with limits on registers and stack."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 
 CSRC = pathlib.Path(__file__).parent.parent / "csrc"
 ARCHITECTURES = ("80", "90", "100")
-# With 128 registers two blocks of 256 threads fit in the 65536 registers of a multiprocessor, enough
-# to have one load while the other computes.
+# With 128 registers two blocks of 256 threads fit in the 65536 registers of a multiprocessor: one
+# computes while the other waits for memory.
 MOST_REGISTERS = 128
 # An array that is indexed by what only the run knows lies on the stack, in local memory; ours must
 # lie in registers or in shared memory.
@@ -89,7 +89,7 @@ def print_table(all_usages: list[Usage]) -> None:
     print(f"\n{'arch':>6} {'registers':>9} {'stack':>5} {'spilled':>7} {'shared':>6}  kernel")
     for u in sorted(all_usages, key=lambda u: (names[u.kernel], int(u.architecture))):
         print(
-            f"sm_{u.architecture:>3} {u.registers:9} {u.stack:5} {u.spilled:7} {u.shared:6}"
+            f"{'sm_' + u.architecture:>6} {u.registers:9} {u.stack:5} {u.spilled:7} {u.shared:6}"
             f"  {names[u.kernel]}"
         )
 
