@@ -10,9 +10,14 @@ namespace {
 // Rows in a block, one per warp. Small blocks start and end at different times, which keeps the
 // loads of an SM spread out.
 constexpr int kRowsPerBlock = 4;
-// Dictionary rows a warp reads at once: 8 loads of 512 bytes. With the 28 or more warps that the
-// registers allow, an SM has over 100 KB under way, three times what hides the latency of memory.
+// Dictionary rows a warp reads at once: 8 loads of 512 bytes.
 constexpr int kRowsAtOnce = 8;
+// Blocks that the registers must leave room for. Eight allow 64 registers, enough for the 8 loads
+// to stay together: without a bound the compiler saves registers and keeps two under way. An SM
+// then has 32 warps * 4 KiB under way, three times what hides the latency of memory. Single numbers
+// take more registers.
+template <bool kVector>
+constexpr int kBlocksPerSm = kVector ? 8 : 4;
 
 // The features of one dictionary row that a lane owns. A lane reads 16 bytes, a warp 512 bytes:
 // a column block of 65536 latents is 33.5 MB, which the L2 cache holds.
@@ -80,7 +85,7 @@ __device__ void add_entries(const Product<Values, Weight>& p, const Weight* colu
 // column block of the dictionary in the L2 cache: memory sees the dictionary once, and the kernel
 // is bound by the L2 cache's bandwidth (rows * k * d weights).
 template <bool kVector, class Values, class Weight>
-__global__ void __launch_bounds__(kRowsPerBlock* kWarp)
+__global__ void __launch_bounds__(kRowsPerBlock* kWarp, kBlocksPerSm<kVector>)
     sparse_matmul_rows_kernel(Product<Values, Weight> p) {
   using Block = Features<Weight, kVector>;
   const int lane = threadIdx.x % kWarp;

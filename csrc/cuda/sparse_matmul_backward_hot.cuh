@@ -51,7 +51,7 @@ __device__ void add_hot_dots(const Gradients<Values, Weight>& p,
     Pack<Values, kCount> x[kHotEntriesPerWarp];
 #pragma unroll
     for (int u = 0; u < kHotEntriesPerWarp; ++u) {
-      const int64_t row = position[u] < 0 ? 0 : position[u] / p.k;
+      const int64_t row = position[u] < 0 ? 0 : p.row_of(position[u]);
       x[u] = load_features<kVector, kCount>(p.grad + row * p.d + feature + f, lane, kWarp,
                                             position[u] < 0 ? 0 : left - f);
     }
@@ -115,7 +115,7 @@ __device__ void differentiate_hot_weight(const Gradients<Values, Weight>& p, int
     for (int64_t e = group; e < count; e += kGroups) {
       const int position = p.positions[begin + e];
       const float value = to_float(p.values[position]);
-      const Values* row = p.grad + position / p.k * p.d + feature;
+      const Values* row = p.grad + p.row_of(position) * p.d + feature;
       const Pack<Values, kCount> x = load_features<kVector, kCount>(row, lane, kLanes, left);
 #pragma unroll
       for (int c = 0; c < kCount; ++c) sum[c] = fmaf(value, to_float(x.item[c]), sum[c]);

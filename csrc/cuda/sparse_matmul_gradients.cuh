@@ -120,7 +120,7 @@ __device__ void stage_batch(const Gradients<Values, Weight>& p, int64_t first, i
   if (e >= entries) return;
   const int position = p.positions[first + e];
   shared->position[e] = position;
-  shared->row[e] = position / p.k;
+  shared->row[e] = p.row_of(position);
   shared->value[e] = to_float(p.values[position]);
 }
 

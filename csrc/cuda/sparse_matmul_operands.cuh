@@ -42,6 +42,10 @@ struct Gradients {
   Weight* grad_weight;       // null or [n, d]
   int64_t grad_stride_n, grad_stride_d;
   int64_t hot_entries;  // latents with more are left to sparse_matmul_backward_hot.cuh
+
+  // The row of the codes that a flat position lies in. k is below 2^31, and a division of 64 bits
+  // takes several times as long.
+  __device__ int64_t row_of(int position) const { return position / static_cast<int>(k); }
 };
 
 }  // namespace sparsekern::cuda
