@@ -1,7 +1,7 @@
 """`pytest bench`: every case of the speed table and a few more, each beside its peers.
 
-pytest-benchmark's own table shows our time alone; the interleaved comparison is in the columns of
-`extra_info` (saved with --benchmark-json) and, with --record, in the rows under bench/results.
+pytest-benchmark's own table shows our time alone; the interleaved comparison is printed after it,
+saved in `extra_info` with --benchmark-json, and appended to bench/results with --record.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from checkout import RESULTS
 from measure import Effort, automatic, forced
 from problem import Problem
 from rows import append
-from session import SERVED_BY, measure_workload
+from session import SERVED_BY, describe, measure_workload
 from targets import EXTRAS, TARGETS, Target, Workload, by_workload
 
+REPORT = pytest.StashKey[list[str]]()
 SHOWN = ("median_ms", "peer", "peer_median_ms", "ratio", "requirement", "reached", "gbps")
 
 
@@ -52,6 +53,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--seconds", type=float, default=1.0, help="time for each interleaved loop")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[REPORT] = []
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    terminalreporter.section("ours beside its peers, interleaved")
+    for line in config.stash[REPORT]:
+        terminalreporter.write_line(line)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "job" in metafunc.fixturenames:
         metafunc.parametrize("job", jobs(metafunc.module.OPS), ids=str)
@@ -63,13 +74,15 @@ def timed(benchmark: Any, request: pytest.FixtureRequest) -> Callable[[Job, Any]
 
     def run(job: Job, build: Callable[[Workload], Problem]) -> None:
         seconds = request.config.getoption("--seconds")
-        rows = measure_workload(job.workload, job.targets, Effort(seconds, least=5))
+        problem = build(job.workload)
+        effort = Effort(seconds, least=5)
+        rows = measure_workload(job.workload, job.targets, effort, problem=problem)
+        request.config.stash[REPORT].extend(describe(row) for row in rows)
         if request.config.getoption("--record"):
             append(RESULTS, rows)
         assert not rows[0]["refused"], rows[0]["refused"]
-        benchmark.group = str(job.workload)
+        benchmark.group = f"{job.workload.op} {job.workload.mode}"
         benchmark.extra_info["lines"] = [{name: row[name] for name in SHOWN} for row in rows]
-        problem = build(job.workload)
         op = SERVED_BY.get(job.workload.op, job.workload.op)
         chosen = job.backend == automatic(op, job.workload.device)
 

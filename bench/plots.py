@@ -17,6 +17,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 from rows import Row, load
 from table import Line, newest
 from targets import TARGETS
@@ -29,7 +30,7 @@ FORWARD_ONLY = {"mode": "forward", "fill": "normal", "op": "topk", "peer": "torc
 def draw_table(lines: Sequence[Line], title: str, path: Path) -> None:
     """Horizontal bars: peer's time over ours for each line, a mark at what is required."""
     lines = [line for line in lines if line.row and not line.row["refused"]][::-1]
-    figure, axes = plt.subplots(figsize=(10, 1.2 + 0.26 * len(lines)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(12, 1.4 + 0.24 * len(lines)), layout="constrained")
     ratios = [line.row["ratio"] for line in lines]
     colors = [OURS if line.good else PEER for line in lines]
     axes.barh(range(len(lines)), ratios, color=colors, height=0.7)
@@ -39,9 +40,13 @@ def draw_table(lines: Sequence[Line], title: str, path: Path) -> None:
         axes.annotate(f" {line.row['ratio']:.2f}", (line.row["ratio"], at), va="center", fontsize=7)
     axes.set_yticks(range(len(lines)), [_label(line) for line in lines], fontsize=7)
     axes.set_xscale("log")
+    axes.set_xlim(0.25, 1.5 * max(ratios, default=1))
+    axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set_xlabel("peer's time / our time (log scale); black marks: required; red: missed")
-    axes.set_title(title, fontsize=9)
+    figure.supxlabel("peer's time / our time; black marks: required; red: missed", fontsize=8)
+    figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

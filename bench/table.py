@@ -55,7 +55,7 @@ class Line:
             rest = (f"not measured {where}", target.peer, "", "", target.requirement(), "")
             return (*start, *rest, "", "", "")
         if row["refused"]:
-            rest = ("no time: failed its check", target.peer, "", "", target.requirement())
+            rest = (f"no time: {row['refused'][:40]}", target.peer, "", "", target.requirement())
             return (*start, *rest, "MISSED", "", "", "")
         ratio = 1 / row["ratio"] if target.at_most else row["ratio"]
         verdict = "reached" if self.good else "MISSED"
