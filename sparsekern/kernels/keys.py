@@ -40,7 +40,8 @@ def ordered_key(bits, MAGNITUDE: tl.constexpr, INFINITY: tl.constexpr, ABS: tl.c
     magnitude = bits & MAGNITUDE
     key = magnitude
     if not ABS:
-        key = tl.where(bits < 0, -magnitude, magnitude)
+        sign = bits >> 31  # 0 or -1
+        key = (magnitude ^ sign) - sign
     return tl.where(magnitude > INFINITY, INFINITY + 1, key)
 
 
