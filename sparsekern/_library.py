@@ -303,7 +303,10 @@ def implementation_table() -> list[dict[str, str]]:
     rows = []
     for operation in _operations.values():
         for device in devices:
-            name, reason = operation.choose(device, torch.float32)
+            try:
+                name, reason = operation.choose(device, torch.float32)
+            except BackendUnavailableError as error:
+                name, reason = "none", str(error)
             others = {
                 other: operation.missing(other, device) or "available"
                 for other in BACKENDS[1:]

@@ -143,15 +143,10 @@ inline void select_exactly(const Row<Stored>& row) {
 template <bool kAbsolute, class Stored>
 inline void select_short(const Row<Stored>& row) {
   alignas(kCacheLineBytes) int32_t keys[kSegment];
-  int32_t low = INT32_MAX, high = INT32_MIN;
-  for (int64_t i = 0; i < row.n; ++i) {
-    keys[i] = key_at<kAbsolute>(row, i);
-    low = std::min(low, keys[i]);
-    high = std::max(high, keys[i]);
-  }
+  for (int64_t i = 0; i < row.n; ++i) keys[i] = key_at<kAbsolute>(row, i);
   const int64_t padded = (row.n + kFloatLanes - 1) / kFloatLanes * kFloatLanes;
   for (int64_t i = row.n; i < padded; ++i) keys[i] = INT32_MIN;
-  const Bound bound = bisect(keys, row.n, row.k, 0, low, high);
+  const Bound bound = bisect(keys, row.n, row.k, 0, range_of(keys, row.n));
   int64_t ties = row.k;
   if (bound.at_least > row.k) ties -= bound.key == INT32_MAX ? 0 : count_at_least(keys, row.n, bound.key + 1);
   const IntLanes limit = all_lanes(bound.key);

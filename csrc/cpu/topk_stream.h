@@ -20,6 +20,9 @@ constexpr int64_t kRarelyTightened = 64;  // below this a few more candidates co
 constexpr int64_t kCapacity = kSegment + 2 * kStreamedK;
 constexpr int64_t kMaximumGroups = 2 * kStreamedK > 8 * kFloatLanes ? 2 * kStreamedK : 8 * kFloatLanes;
 
+// Hardware prefetchers stop at the end of a 4 KiB page; this asks for the next one in time.
+constexpr int64_t kPrefetchBytes = 4096;
+
 // 8 accumulators hide the latency of max, and all fit in registers.
 constexpr int64_t kAccumulators = 8;
 
@@ -62,17 +65,13 @@ class Candidates {
   void tighten() {
     if (count_ <= k_) return;
     pad();
-    int32_t low = keys_[0], high = keys_[0];
-    for (int64_t i = 1; i < count_; ++i) {
-      low = keys_[i] < low ? keys_[i] : low;
-      high = keys_[i] > high ? keys_[i] : high;
-    }
-    const Bound bound = bisect(keys_, count_, k_, 0, low, high);
+    const Range range = range_of(keys_, count_);
+    const Bound bound = bisect(keys_, count_, k_, 0, range);
     // ties at an exact bound are taken from the left
     int64_t surplus = bound.at_least - k_;
     int64_t ties = surplus == 0 ? count_ : k_ - count_at_least(keys_, count_, bound.key + 1);
     int64_t kept = 0;
-    int32_t smallest = high;
+    int32_t smallest = range.high;
     for (int64_t i = 0; i < count_; ++i) {
       const int32_t key = keys_[i];
       if (key < bound.key || (surplus != 0 && key == bound.key && ties-- <= 0)) continue;
@@ -140,7 +139,7 @@ class Candidates {
       scan<kAbsolute, false>(x, base, count);
       return;
     }
-    const Bound bound = bound_of(keys, groups);
+    const Bound bound = bisect(keys, groups, k_, slack(), range_of(keys, groups));
     threshold_ = float_of(bound.key);
     bounded_ = true;
     const int64_t before = count_;
@@ -158,21 +157,6 @@ class Candidates {
   }
 
   int64_t slack() const { return k_ / 8 + 2; }
-
-  Bound bound_of(const int32_t* keys, int64_t groups) const {
-    IntLanes low = load_keys(keys), high = low;
-    for (int64_t g = kFloatLanes; g < groups; g += kFloatLanes) {
-      const IntLanes lanes = load_keys(keys + g);
-      low = lanes < low ? lanes : low;
-      high = lanes > high ? lanes : high;
-    }
-    int32_t lowest = low[0], highest = high[0];
-    for (int lane = 1; lane < kFloatLanes; ++lane) {
-      lowest = low[lane] < lowest ? low[lane] : lowest;
-      highest = high[lane] > highest ? high[lane] : highest;
-    }
-    return bisect(keys, groups, k_, slack(), lowest, highest);
-  }
 
   void append(int32_t key, int64_t index) {
     keys_[count_] = key;
@@ -198,6 +182,10 @@ class Candidates {
     int64_t i = 0;
     for (; i + kBlock <= count; i += kBlock) {
       FloatLanes lanes[kAccumulators];
+      const char* ahead = reinterpret_cast<const char*>(x + i) + kPrefetchBytes;
+      for (size_t byte = 0; byte < kBlock * sizeof(Stored); byte += kCacheLineBytes) {
+        __builtin_prefetch(ahead + byte);
+      }
       for (int v = 0; v < kAccumulators; ++v) {
         lanes[v] = ranked_lanes<kAbsolute>(load(x + i + v * kFloatLanes));
       }
@@ -230,6 +218,7 @@ class Candidates {
   template <bool kAbsolute, bool kInclusive, class Stored>
   void scan(const Stored* x, int64_t base, int64_t count) {
     const FloatLanes bound = all_lanes(threshold_);
+    const char* next = reinterpret_cast<const char*>(x + kSegment);
     const auto hits = [&](int64_t i) {
       const FloatLanes lanes = ranked_lanes<kAbsolute>(load(x + i));
       return kInclusive ? greater_equal(lanes, bound) : greater(lanes, bound);
@@ -238,6 +227,10 @@ class Candidates {
     for (; i + 4 * kFloatLanes <= count; i += 4 * kFloatLanes) {
       uint32_t bits[4];
       for (int v = 0; v < 4; ++v) bits[v] = hits(i + v * kFloatLanes);
+      // the segment itself is in cache by now: fetch the next one meanwhile
+      for (size_t byte = 0; byte < 4 * kFloatLanes * sizeof(Stored); byte += kCacheLineBytes) {
+        __builtin_prefetch(next + i * sizeof(Stored) + byte);
+      }
       if ((bits[0] | bits[1] | bits[2] | bits[3]) == 0) continue;
       for (int v = 0; v < 4; ++v) take<kAbsolute>(x, base, i + v * kFloatLanes, bits[v]);
     }
