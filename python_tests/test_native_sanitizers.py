@@ -34,7 +34,9 @@ def setup_constants() -> dict:
 
 def run(command: list[str], **arguments) -> str:
     done = subprocess.run(command, capture_output=True, text=True, **arguments)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    assert done.returncode == 0, (
+        f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    )
     return done.stdout
 
 
