@@ -18,7 +18,7 @@ CXX = shutil.which("g++")
 # -O1 keeps the vector code in registers and the stack traces readable.
 FLAGS = "-std=c++17 -O1 -g -fno-omit-frame-pointer -fopenmp -fno-math-errno".split()
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all".split()
-FUNCTIONS = ("sparse_matmul", "sparse_matmul_backward", "transpose_codes", "count_active")
+FUNCTIONS = ("sparse_matmul", "sparse_matmul_backward", "transpose_codes", "count_active", "topk")
 
 pytestmark = [
     pytest.mark.skipif(CXX is None, reason="no g++: install it to run the C++ kernels"),

@@ -22,10 +22,10 @@ namespace sparsekern::cpu {
 
 namespace {
 
-#define SPARSEKERN_KERNELS(isa)                                                      \
-  Kernels {                                                                          \
+#define SPARSEKERN_KERNELS(isa)                                                         \
+  Kernels {                                                                             \
     #isa, &isa::topk, &isa::codes_to_dense, &isa::sparse_matmul, &isa::transpose_codes, \
-        &isa::sparse_matmul_backward, &isa::count_active                             \
+        &isa::sparse_matmul_backward, &isa::count_active                                \
   }
 
 constexpr int kMaximumSets = 3;
@@ -40,8 +40,8 @@ struct Sets {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                       __builtin_cpu_supports("f16c");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                        __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512vl");
     if (avx512) list[count++] = SPARSEKERN_KERNELS(avx512);
     if (avx2) list[count++] = SPARSEKERN_KERNELS(avx2);
 #endif

@@ -13,7 +13,7 @@
 #include <string>
 #include <vector>
 
-#include "dispatch.h"
+#include "driver.h"
 
 namespace {
 
@@ -371,6 +371,7 @@ int main() {
     std::printf("instruction set %s\n", kernels[i].instruction_set);
     check_sparse_matmul(kernels[i]);
     check_activity(kernels[i]);
+    mismatches += sparsekern::cpu::check_topk(kernels[i], &cases["topk"]);
   }
   for (const auto& [function, count] : cases)
     std::printf("%s: %d cases\n", function.c_str(), count);

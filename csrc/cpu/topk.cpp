@@ -108,7 +108,8 @@ inline void order_row(const Row<Stored>& row) {
 // Selected indices, in their final order -> values, the masked row, counts.
 template <class Stored>
 inline void write_row(const Row<Stored>& row) {
-  if (row.masked != nullptr) std::memset(row.masked, 0, static_cast<size_t>(row.n) * sizeof(Stored));
+  if (row.masked != nullptr)
+    std::memset(row.masked, 0, static_cast<size_t>(row.n) * sizeof(Stored));
   for (int64_t j = 0; j < row.k; ++j) {
     const int64_t i = row.indices[j];
     Stored stored = row.x[i * row.stride];
@@ -120,7 +121,8 @@ inline void write_row(const Row<Stored>& row) {
     row.values[j] = stored;
     if (row.masked != nullptr) row.masked[i] = stored;
     // integer additions in any order give one result
-    if (row.counts != nullptr && value != 0) __atomic_fetch_add(row.counts + i, 1, __ATOMIC_RELAXED);
+    if (row.counts != nullptr && value != 0)
+      __atomic_fetch_add(row.counts + i, 1, __ATOMIC_RELAXED);
   }
 }
 
@@ -148,7 +150,8 @@ inline void select_short(const Row<Stored>& row) {
   for (int64_t i = row.n; i < padded; ++i) keys[i] = INT32_MIN;
   const Bound bound = bisect(keys, row.n, row.k, 0, range_of(keys, row.n));
   int64_t ties = row.k;
-  if (bound.at_least > row.k) ties -= bound.key == INT32_MAX ? 0 : count_at_least(keys, row.n, bound.key + 1);
+  if (bound.at_least > row.k)
+    ties -= bound.key == INT32_MAX ? 0 : count_at_least(keys, row.n, bound.key + 1);
   const IntLanes limit = all_lanes(bound.key);
   int64_t count = 0;
   for (int64_t i = 0; i < padded; i += kFloatLanes) {
@@ -234,7 +237,8 @@ void select_sliced(const Row<Stored>& row, int64_t slices) {
 #pragma omp parallel for num_threads(static_cast<int>(slices)) schedule(static, 1)
   for (int64_t s = 0; s < slices; ++s) {
     Candidates candidates(row.k);
-    const bool whole = stream<kAbsolute>(candidates, row, s * width, std::min(row.n, (s + 1) * width));
+    const bool whole =
+        stream<kAbsolute>(candidates, row, s * width, std::min(row.n, (s + 1) * width));
     candidates.tighten();
     counts.get()[s] = whole ? candidates.count() : -1;
     for (int64_t j = 0; j < candidates.count(); ++j) {
@@ -292,7 +296,8 @@ void topk(const void* x, int dtype, int64_t rows, int64_t n, int64_t row_stride,
   visit_type(dtype, [&](auto tag) {
     using Stored = decltype(tag);
     const Row<Stored> shape{nullptr, n, col_stride, k, flags, nullptr, nullptr, nullptr, counts};
-    if (masked != nullptr) advise_huge_pages(masked, static_cast<size_t>(rows) * n * sizeof(Stored));
+    if (masked != nullptr)
+      advise_huge_pages(masked, static_cast<size_t>(rows) * n * sizeof(Stored));
     const auto row_at = [&](int64_t b) {
       Row<Stored> row = shape;
       row.x = static_cast<const Stored*>(x) + b * row_stride;

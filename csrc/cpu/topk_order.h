@@ -60,9 +60,7 @@ inline uint32_t bits_of(IntLanes comparison) {  // lanes are 0 or -1
 #endif
 }
 #if defined(__AVX512F__)
-inline uint32_t greater(FloatLanes a, FloatLanes b) {
-  return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
-}
+inline uint32_t greater(FloatLanes a, FloatLanes b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 inline uint32_t greater_equal(FloatLanes a, FloatLanes b) {
   return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ);
 }
@@ -112,15 +110,18 @@ constexpr uint32_t kAllBits = kFloatLanes == 32 ? ~0u : (1u << kFloatLanes) - 1;
 // How many of keys[0..count) are >= bound. The array is padded to whole vectors with INT32_MIN.
 inline int64_t count_at_least(const int32_t* keys, int64_t count, int32_t bound) {
   const IntLanes limit = all_lanes(bound);
-#if defined(__AVX512F__)  // popcnt of a mask beats a sum over lanes for the few vectors of a typical call
+#if defined(__AVX512F__)  // popcnt of a mask beats a sum over lanes for the few vectors of a
+                          // typical call
   int64_t sum = 0;
   for (int64_t i = 0; i < count; i += kFloatLanes) {
-    sum += __builtin_popcount(_mm512_cmpge_epi32_mask((__m512i)load_keys(keys + i), (__m512i)limit));
+    sum +=
+        __builtin_popcount(_mm512_cmpge_epi32_mask((__m512i)load_keys(keys + i), (__m512i)limit));
   }
   return sum;
 #else
   IntLanes total = {};
-  for (int64_t i = 0; i < count; i += kFloatLanes) total -= (IntLanes)(load_keys(keys + i) >= limit);
+  for (int64_t i = 0; i < count; i += kFloatLanes)
+    total -= (IntLanes)(load_keys(keys + i) >= limit);
   int64_t sum = 0;
   for (int lane = 0; lane < kFloatLanes; ++lane) sum += total[lane];
   return sum;
@@ -129,9 +130,9 @@ inline int64_t count_at_least(const int32_t* keys, int64_t count, int32_t bound)
 
 // A lower bound of the wanted-th largest key, found by bisection.
 struct Bound {
-  int32_t key;      // at least `wanted` keys are >= key
+  int32_t key;       // at least `wanted` keys are >= key
   int64_t at_least;  // how many
-  bool exact;       // key is the wanted-th largest key itself
+  bool exact;        // key is the wanted-th largest key itself
 };
 
 struct Range {
@@ -148,7 +149,8 @@ inline Range range_of(const int32_t* keys, int64_t count) {
 }
 
 // Stops early as soon as no more than wanted + slack keys are >= the bound.
-inline Bound bisect(const int32_t* keys, int64_t count, int64_t wanted, int64_t slack, Range range) {
+inline Bound bisect(const int32_t* keys, int64_t count, int64_t wanted, int64_t slack,
+                    Range range) {
   int32_t low = range.low, high = range.high;
   int64_t at_low = count_at_least(keys, count, low);
   while (low < high && at_low > wanted + slack) {

@@ -14,11 +14,13 @@
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
 
-constexpr int64_t kSegment = 4096;  // 16 KiB of float32: half of a small L1 cache
+constexpr int64_t kSegment = 4096;   // 16 KiB of float32: half of a small L1 cache
 constexpr int64_t kStreamedK = 512;  // larger k are selected by digits
-constexpr int64_t kRarelyTightened = 64;  // below this a few more candidates cost less than a bisection
+constexpr int64_t kRarelyTightened =
+    64;  // below this a few more candidates cost less than a bisection
 constexpr int64_t kCapacity = kSegment + 2 * kStreamedK;
-constexpr int64_t kMaximumGroups = 2 * kStreamedK > 8 * kFloatLanes ? 2 * kStreamedK : 8 * kFloatLanes;
+constexpr int64_t kMaximumGroups =
+    2 * kStreamedK > 8 * kFloatLanes ? 2 * kStreamedK : 8 * kFloatLanes;
 
 // Hardware prefetchers stop at the end of a 4 KiB page; this asks for the next one in time.
 constexpr int64_t kPrefetchBytes = 4096;
@@ -108,7 +110,8 @@ class Candidates {
           maxima[a + 1] = larger(q, maxima[a + 1]);
         }
       }
-      for (int64_t a = 0; a < kAccumulators; ++a) store(maxima_ + (first + a) * kFloatLanes, maxima[a]);
+      for (int64_t a = 0; a < kAccumulators; ++a)
+        store(maxima_ + (first + a) * kFloatLanes, maxima[a]);
     }
     for (int64_t v = whole; v < vectors; ++v) {
       float* group = maxima_ + v % group_vectors_ * kFloatLanes;
@@ -265,7 +268,7 @@ class Candidates {
   }
 
   int64_t k_, group_vectors_, count_ = 0;
-  bool bounded_ = false;     // whether threshold_ holds a bound
+  bool bounded_ = false;  // whether threshold_ holds a bound
   float threshold_ = 0.0f;
   alignas(kCacheLineBytes) float maxima_[kMaximumGroups];
   alignas(kCacheLineBytes) int32_t keys_[kCapacity];

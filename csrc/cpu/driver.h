@@ -1,0 +1,12 @@
+// What the parts of the stand-alone checker share. See driver.cpp.
+#pragma once
+
+#include "dispatch.h"
+
+namespace sparsekern::cpu {
+
+// Runs top-k and codes_to_dense against a stable sort; returns the number of mismatches and adds to
+// *cases.
+int check_topk(const Kernels& kernels, int* cases);
+
+}  // namespace sparsekern::cpu
