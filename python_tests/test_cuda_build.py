@@ -1,4 +1,4 @@
-"""The CUDA kernels compile for the architectures that we name, with limits on registers and stack."""
+"""The CUDA kernels compile for the architectures that we name, within limits on registers."""
 
 from __future__ import annotations
 
