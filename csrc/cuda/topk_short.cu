@@ -66,7 +66,7 @@ __device__ Cut cut_of(const unsigned (&ranks)[kPerLane], int k) {
 // reading 8 KiB. With larger k the bisection takes 20 to 30 steps over the row and bounds it; rows
 // up to 512 are bound by one read of x, or by the launch.
 template <class T, int kPerLane>
-__global__ void __launch_bounds__(kShortThreads) topk_short_kernel(Batch<T> batch, int size) {
+__global__ void __launch_bounds__(kShortThreads, 5) topk_short_kernel(Batch<T> batch, int size) {
   SPARSEKERN_DYNAMIC_SHARED(Pair, all_pairs);
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;

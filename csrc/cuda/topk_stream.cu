@@ -13,6 +13,14 @@ namespace {
 
 constexpr int kPerThread = kChunk / kBlockThreads;
 
+// Blocks of a multiprocessor. sm_80 needs a few registers more than 4 blocks leave to a thread, and
+// 3 blocks keep enough in flight for its memory.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kResidentBlocks = 3;
+#else
+constexpr int kResidentBlocks = 4;
+#endif
+
 // The thread's elements of a chunk, as stored: item j is element place(j) of the chunk.
 template <class T, bool kPacked>
 struct ChunkItems {
@@ -53,19 +61,20 @@ struct ChunkItems {
   }
 };
 
-// Appends the thread's elements that come before the bound; returns the end of the last place.
-// Few warps get here after the first chunks. `base` is the index of the chunk's first element.
+// Appends the thread's elements that are not <= bound, but nothing when the last of the k is a NaN:
+// then no number comes before it. Returns the end of the last place. Few warps get here after the
+// first chunks. `base` is the index of the chunk's first element.
 template <class T, bool kPacked>
 __device__ int append(Pair* pairs, const Candidates& candidates,
-                      const ChunkItems<T, kPacked>& items, unsigned mask, unsigned base,
-                      int count) {
-  const unsigned bound = high_of(candidates.bound());
+                      const ChunkItems<T, kPacked>& items, unsigned mask, float bound,
+                      unsigned base, int count) {
   unsigned hits = 0;
 #pragma unroll
   for (int j = 0; j < kPerThread; ++j) {
-    const bool hit = items.place(j) < count && rank_of(items.item[j], mask) < bound;
+    const bool hit = !(compared(items.item[j], mask) <= bound) && items.place(j) < count;
     hits |= static_cast<unsigned>(hit) << j;
   }
+  if (high_of(candidates.bound()) == 0) hits = 0;
   if (hits == 0) return 0;
   int place = candidates.reserve(__popc(hits));
 #pragma unroll
@@ -83,15 +92,15 @@ __device__ int append(Pair* pairs, const Candidates& candidates,
 // comparison, a fifth of the time of its transfer, so this is bound by the bandwidth of one read of
 // x. A chunk costs one barrier.
 template <class T, bool kPacked>
-__global__ void __launch_bounds__(kBlockThreads, 4)
+__global__ void __launch_bounds__(kBlockThreads, kResidentBlocks)
     topk_stream_kernel(Batch<T> batch, unsigned width, Pair* slice_pairs, int size) {
   SPARSEKERN_DYNAMIC_SHARED(Pair, pairs);
   __shared__ int filled;
   const int64_t b = blockIdx.x;
-  const int64_t end =
-      (blockIdx.y + int64_t{1}) * width < batch.n ? (blockIdx.y + int64_t{1}) * width : batch.n;
+  const int64_t begin = static_cast<int64_t>(blockIdx.y) * width;
+  const int64_t end = begin + width < batch.n ? begin + width : batch.n;
   Candidates candidates(&filled, batch.k);
-  for (int64_t base = static_cast<int64_t>(blockIdx.y) * width; base < end; base += kChunk) {
+  for (int64_t base = begin; base < end; base += kChunk) {
     const int count = static_cast<int>(end - base < kChunk ? end - base : kChunk);
     ChunkItems<T, kPacked> items;
     items.load(batch.row(b) + base * batch.col_stride, batch.col_stride, count);
@@ -100,7 +109,8 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
 #pragma unroll
     for (int j = 0; j < kPerThread; ++j) any |= !(compared(items.item[j], batch.mask) <= bound);
     const unsigned first = static_cast<unsigned>(base);
-    const int last_place = any ? append(pairs, candidates, items, batch.mask, first, count) : 0;
+    const int last_place =
+        any ? append(pairs, candidates, items, batch.mask, bound, first, count) : 0;
     candidates.settle(last_place, base + kChunk >= end);
   }
   if (gridDim.y == 1) {
@@ -116,7 +126,7 @@ __global__ void __launch_bounds__(kBlockThreads, 4)
 // A block owns one row: the first k of its slices' candidates, in any order. Reads slices * k
 // pairs, at most half a megabyte for an n of a million; bound by the latency of that one block.
 template <class T>
-__global__ void __launch_bounds__(kBlockThreads, 4)
+__global__ void __launch_bounds__(kBlockThreads, kResidentBlocks)
     topk_merge_kernel(Batch<T> batch, int slices, const Pair* slice_pairs, int size) {
   SPARSEKERN_DYNAMIC_SHARED(Pair, pairs);
   __shared__ int filled;
