@@ -40,7 +40,8 @@ def draw_table(lines: Sequence[Line], title: str, path: Path) -> None:
         axes.annotate(f" {line.row['ratio']:.2f}", (line.row["ratio"], at), va="center", fontsize=7)
     axes.set_yticks(range(len(lines)), [_label(line) for line in lines], fontsize=7)
     axes.set_xscale("log")
-    axes.set_xlim(0.25, 1.5 * max(ratios, default=1))
+    bars = [line.target.bar for line in lines if line.target.bar is not None]
+    axes.set_xlim(0.25, 1.5 * max([1, *ratios, *bars]))
     axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -12,7 +12,7 @@ from measure import forced
 Tensors = tuple[torch.Tensor, ...]
 
 # Elements compared at once: the error rule works in float64 on several copies.
-CHUNK = 2**22
+CHUNK = 2**20
 
 
 @dataclass(frozen=True)

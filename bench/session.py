@@ -155,7 +155,7 @@ def describe(row: Row) -> str:
     against = (
         f"{1 / row['ratio']:.2f}x its time"
         if row["peer"] in (ITSELF, "x.amax")
-        else f"{row['ratio']:.2f}x faster"
+        else f"{row['ratio']:.2f}x as fast"
     )
     verdict = {True: ": reached", False: ": MISSED", None: ""}[row["reached"]]
     return (
