@@ -24,6 +24,7 @@ from targets import TARGETS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OURS, PEER, BAR = "#1f6f8b", "#c8553d", "#222222"
+LEAST_WIDTHS = 3  # fewer make no curve
 FORWARD_ONLY = {"mode": "forward", "fill": "normal", "op": "topk", "peer": "torch.topk"}
 
 
@@ -63,9 +64,10 @@ def sweep_rows(rows: Sequence[Row], machine: str) -> list[Row]:
     for row in rows:
         plain = all(row[name] == value for name, value in FORWARD_ONLY.items())
         if plain and row["machine"] == machine and not row["refused"]:
-            key = (row["rows"], row["n"], row["k"], row["dtype"], row["backend"])
+            key = (row["n"], row["k"], row["dtype"], row["backend"])
             newest_rows[key] = row
-    return list(newest_rows.values())
+    found = list(newest_rows.values())
+    return found if len({row["n"] for row in found}) >= LEAST_WIDTHS else []
 
 
 def draw_sweep(rows: Sequence[Row], title: str, path: Path) -> None:
@@ -74,7 +76,7 @@ def draw_sweep(rows: Sequence[Row], title: str, path: Path) -> None:
     ks = sorted({row["k"] for row in rows})
     figure, grid = plt.subplots(
         len(dtypes), len(ks), figsize=(3 * len(ks), 2.6 * len(dtypes)),
-        sharex=True, squeeze=False, layout="constrained",
+        sharex=True, sharey=True, squeeze=False, layout="constrained",
     )  # fmt: skip
     for dtype, panels in zip(dtypes, grid, strict=True):
         for k, axes in zip(ks, panels, strict=True):
@@ -90,7 +92,12 @@ def draw_sweep(rows: Sequence[Row], title: str, path: Path) -> None:
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
             axes.set_title(f"{dtype}, k = {k}", fontsize=8)
-    grid[0][0].legend(fontsize=6)
+    labelled = {
+        label: handle
+        for axes in grid.flat
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(labelled.values(), labelled, loc="outside lower right", fontsize=7, ncols=4)
     figure.supxlabel("n", fontsize=8)
     figure.supylabel("GB/s of the data read once", fontsize=8)
     figure.suptitle(title, fontsize=9)
