@@ -12,14 +12,7 @@ namespace sparsekern::cuda {
 namespace {
 
 constexpr int kPerThread = kChunk / kBlockThreads;
-
-// Blocks of a multiprocessor. sm_80 needs a few registers more than 4 blocks leave to a thread, and
-// 3 blocks keep enough in flight for its memory.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kResidentBlocks = 3;
-#else
-constexpr int kResidentBlocks = 4;
-#endif
+constexpr int kResidentBlocks = 4;  // of a multiprocessor
 
 // The thread's elements of a chunk, as stored: item j is element place(j) of the chunk.
 template <class T, bool kPacked>
@@ -33,7 +26,7 @@ struct ChunkItems {
            j % kWidth;
   }
 
-  // A warp reads 512 (packed) or 32 consecutive elements at a time; all loads are independent.
+  // A warp reads 512 bytes (packed) or 32 elements at a time; all loads are independent.
   // `count` elements of the chunk exist.
   __device__ void load(const T* chunk, int64_t stride, int count) {
     if constexpr (kPacked) {
@@ -61,9 +54,9 @@ struct ChunkItems {
   }
 };
 
-// Appends the thread's elements that are not <= bound, but nothing when the last of the k is a NaN:
-// then no number comes before it. Returns the end of the last place. Few warps get here after the
-// first chunks. `base` is the index of the chunk's first element.
+// Appends the thread's elements that are not <= bound: a NaN always, too many when the last of the
+// k is a NaN as well. Returns the end of the last place. Few warps get here after the first chunks.
+// `base` is the index of the chunk's first element.
 template <class T, bool kPacked>
 __device__ int append(Pair* pairs, const Candidates& candidates,
                       const ChunkItems<T, kPacked>& items, unsigned mask, float bound,
@@ -74,7 +67,6 @@ __device__ int append(Pair* pairs, const Candidates& candidates,
     const bool hit = !(compared(items.item[j], mask) <= bound) && items.place(j) < count;
     hits |= static_cast<unsigned>(hit) << j;
   }
-  if (high_of(candidates.bound()) == 0) hits = 0;
   if (hits == 0) return 0;
   int place = candidates.reserve(__popc(hits));
 #pragma unroll
