@@ -259,6 +259,23 @@ int check(const Case& c, int* cases) {
   return 1;
 }
 
+// Codes outside the row are left out, on both sides of a tile's edge as well.
+int check_dense(int* cases) {
+  ++*cases;
+  constexpr int64_t kColumns = 20000;
+  const std::vector<int64_t> indices = {-1, kColumns, 0, 16383, 16384, kColumns - 1, 1 - kColumns};
+  std::vector<float> values(indices.size()), dense(kColumns, NAN), wanted(kColumns, 0.0f);
+  for (size_t j = 0; j < indices.size(); ++j) {
+    values[j] = static_cast<float>(j + 1);
+    if (indices[j] >= 0 && indices[j] < kColumns) wanted[indices[j]] = values[j];
+  }
+  cuda::codes_to_dense(values.data(), 0, indices.data(), 1, static_cast<int64_t>(indices.size()),
+                       kColumns, dense.data(), nullptr);
+  if (dense == wanted) return 0;
+  std::printf("topk: codes outside the row: wrong dense\n");
+  return 1;
+}
+
 struct Shape {
   Way way;
   int64_t rows, n, k;
@@ -282,7 +299,7 @@ const Shape kShapes[] = {
 }  // namespace
 
 int check_topk(int* cases) {
-  int failures = 0;
+  int failures = check_dense(cases);
   int turn = 0;
   for (const Shape& shape : kShapes) {
     const bool heavy = shape.rows * shape.n > 1000000;
