@@ -24,17 +24,15 @@ from .keys import bits_of, ordered_key
 from .topk_finish import finish_codes
 from .topk_stream import stream_columns
 
-# Longest row one program keeps in registers, with 16 warps. It also keeps the two 16-bit counters
-# that share one prefix sum from overflowing.
-REGISTER_ROW = 16384
-# Slices this long are preferred where k allows: two such programs fit on a multiprocessor, so that
-# one loads while the other searches.
-SLICE = 8192
-# Keys a warp holds: 32 a thread, which with their prefix sums fit into 128 registers.
-KEYS_PER_WARP = 1024
+# Longest row one program keeps in registers, with 16 warps of 64 registers a thread: two such
+# programs fit on a multiprocessor, so that one loads while the other searches. More than 32767
+# would overflow the two 16-bit counters that share one prefix sum.
+REGISTER_ROW = 8192
+# Keys a warp holds: 16 a thread, since prefix sums and addresses take as much again each.
+KEYS_PER_WARP = 512
 # Elements that short rows are gathered up to, for one warp, and the most rows of such a program:
 # each costs addresses and counters.
-SHORT_ROWS = 1024
+SHORT_ROWS = 512
 MOST_ROWS = 16
 # Programs that fill a large GPU twice; fewer rows than this are cut into slices of at least
 # MIN_SLICE elements.
@@ -122,12 +120,13 @@ def select_kernel(
     ranks = tl.cumsum(ranks, axis=1)  # two counters, each with the element itself
     take = (key > threshold) | ((key == threshold) & ((ranks >> 16) <= wanted))
     place = (ranks & 0xFFFF) + tl.minimum(ranks >> 16, wanted) - 1
+    place = tl.where(take, place, -1)  # one number to carry to the threads that store, not two
 
     if LISTED:  # read again, from the cache, rather than held in registers all along
         latents = tl.load(listed, mask=take, other=0)
     else:
         latents = begin.to(tl.int32)[:, None] + columns[None, :]
-    tl.store(taken + (part * k)[:, None] + place, latents, mask=take)
+    tl.store(taken + (part * k)[:, None] + place, latents, mask=place >= 0)
 
 
 @triton.jit
@@ -153,9 +152,8 @@ def row_block(n: int) -> tuple[int, int, int]:
 
 def slice_length(rows: int, n: int, k: int) -> int:
     """Length of the slices that a row is cut into, n where one program takes it whole."""
-    longest = SLICE if 4 * k <= SLICE else REGISTER_ROW
     even = triton.cdiv(n, max(1, MANY_PROGRAMS // rows))
-    length = min(longest, max(even, MIN_SLICE, 4 * k))
+    length = min(REGISTER_ROW, max(even, MIN_SLICE, 4 * k))
     return triton.cdiv(length, ALIGNMENT) * ALIGNMENT if length < n else n
 
 
