@@ -156,12 +156,9 @@ def build_cuda(folder: pathlib.Path, target: str) -> str:
     file = NinjaFile(folder)
     flags = f"-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden -I{CSRC} {' '.join(code)}"
     file.rule("nvcc", f"{path} -MMD -MF $out.d {flags} $flags -c $in -o $out")
-    cuda_include = pathlib.Path(os.path.realpath(path)).parent.parent / "include"
-    common = f"{COMMON_FLAGS} {include_flags()} -isystem {cuda_include}"
-    file.rule("cxx", f"{cxx} -MMD -MF $out.d {common} $flags -c $in -o $out")
     for source in sorted((CSRC / "cuda").glob("*.cu")):
         file.compile("nvcc", source, "cuda", "")
-    file.compile("cxx", CSRC / "bindings_cuda.cpp", "once", "")
+    file.compile("nvcc", CSRC / "bindings_cuda.cpp", "once", include_flags())
     file.link(f"{path} -shared -cudart static {' '.join(code)} $in -o $out", target)
     file.run()
     return f"built with {path} for sm_{', sm_'.join(archs)}"
@@ -190,7 +187,10 @@ class NinjaBuild(build_ext):
             folder = ROOT / "build" / f"{name}{suffix}".removesuffix(".so")
             report[name] = build(folder, f"{name}{suffix}")
             if report[name].startswith("built"):
-                shutil.copy2(folder / f"{name}{suffix}", package / f"{name}{suffix}")
+                # a running process may have the old module mapped: replace it, never write into it
+                fresh = package / f"{name}{suffix}.new"
+                shutil.copy2(folder / f"{name}{suffix}", fresh)
+                fresh.replace(package / f"{name}{suffix}")
             elif kind in wanted.split(","):
                 raise RuntimeError(f"SPARSEKERN_BUILD={wanted}: {report[name]}")
             print(f"sparsekern.{name}: {report[name]}")

@@ -55,6 +55,11 @@ class Target:
         return _library._operations["topk"].missing(self.backend, self.device)
 
     @property
+    def checks_indices(self) -> bool:
+        """Whether an index out of range is an error; on CUDA the check would wait for the device."""
+        return self.device == "cpu" and not self.emulated
+
+    @property
     def float64(self) -> bool:
         """Whether it computes in float64, which numerical gradient checks need."""
         return self.backend == "reference" or (self.device == "cpu" and self.thorough)

@@ -345,11 +345,19 @@ def test_bad_input(args, error, message):
 @pytest.mark.parametrize("wrong", [-1, 5, 2**31 + 1, -(2**40)])
 @pytest.mark.parametrize("column_major", [False, True])
 def test_index_out_of_range(target, wrong, column_major):
-    if target.device == "cuda":
-        pytest.skip("on a GPU a check would synchronise; see test_library for the debug mode")
     indices = INDICES.clone()
     indices[1, 2] = wrong
-    weight = W.t().contiguous().t() if column_major else W
-    message = f"sparse_matmul: indices must lie in 0..4 .*got {wrong} at flat position 5"
-    with pytest.raises(IndexError, match=message):
-        sparsekern.sparse_matmul(V, indices, weight)
+    weight = (W.t().contiguous().t() if column_major else W).to(target.device)
+    values, indices = V.to(target.device), indices.to(target.device)
+    if target.checks_indices:
+        message = f"sparse_matmul: indices must lie in 0..4 .*got {wrong} at flat position 5"
+        with pytest.raises(IndexError, match=message):
+            sparsekern.sparse_matmul(values, indices, weight)
+        return
+    # CUDA kernels cannot raise without waiting: such a code contributes nothing
+    values, weight = values.clone().requires_grad_(), weight.detach().requires_grad_()
+    out = sparsekern.sparse_matmul(values, indices, weight)
+    assert out.tolist() == [[3.0] * 4, [2.0] * 4]
+    out.sum().backward()
+    assert values.grad.tolist() == [[4.0, 4.0, 4.0], [4.0, 4.0, 0.0]]
+    assert weight.grad.tolist() == [[5.0] * 4] + [[0.0] * 4] * 4

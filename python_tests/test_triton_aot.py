@@ -79,8 +79,10 @@ def select_case(n: int, dtype: torch.dtype, **changes: Any) -> Case:
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if value is not None}
     pointers = {"x": bits_pointer(dtype), "candidates": "*i32", "taken": "*i32"}
-    # Two programs of 16 warps fit on a multiprocessor; candidates, which are few, may take more.
-    return Case(topk.select_kernel, pointers, constants, warps, 96 if constants["LISTED"] else 80)
+    # With 16 warps, 64 let two programs share a multiprocessor; 64-bit addresses of single elements
+    # take more, where columns are strided or listed.
+    registers = 64 if warps == 16 and not constants["LISTED"] else 112
+    return Case(topk.select_kernel, pointers, constants, warps, registers)
 
 
 def stream_case(dtype: torch.dtype) -> Case:

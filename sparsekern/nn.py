@@ -249,7 +249,8 @@ class DeadNeuronCounter(nn.Module):
         """[n] bool: True where a latent has not fired for more than `threshold` rows."""
         if isinstance(threshold, bool) or not isinstance(threshold, int) or threshold < 0:
             raise ValueError(
-                f"DeadNeuronCounter.dead: threshold must be a number of rows >= 0, got {threshold!r}"
+                "DeadNeuronCounter.dead: threshold must be a number of rows >= 0, "
+                f"got {threshold!r}"
             )
         return self.rows_since_fired > threshold
 

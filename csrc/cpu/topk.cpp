@@ -20,6 +20,7 @@ constexpr int64_t kRowPerK = 8;
 // One thread takes at least this much of a batch at a time, and of a single row.
 constexpr int64_t kGrainBytes = 64 << 10;
 constexpr int64_t kSliceElements = 64 << 10;
+constexpr int64_t kChunksPerThread = 8;  // enough to even out a slow thread
 constexpr int64_t kStridedSegment = 2048;
 
 // One row of x, and where its results go.
@@ -108,21 +109,21 @@ inline void order_row(const Row<Stored>& row) {
 // Selected indices, in their final order -> values, the masked row, counts.
 template <class Stored>
 inline void write_row(const Row<Stored>& row) {
-  if (row.masked != nullptr)
-    std::memset(row.masked, 0, static_cast<size_t>(row.n) * sizeof(Stored));
-  for (int64_t j = 0; j < row.k; ++j) {
-    const int64_t i = row.indices[j];
-    Stored stored = row.x[i * row.stride];
-    auto value = to_sum(stored);
-    if ((row.flags & kRelu) != 0 && value <= 0) {
-      stored = Stored{};
-      value = 0;
+  for (int64_t j = 0; j < row.k; ++j) row.values[j] = row.x[row.indices[j] * row.stride];
+  if ((row.flags & kRelu) != 0) {
+    for (int64_t j = 0; j < row.k; ++j) {
+      if (to_sum(row.values[j]) <= 0) row.values[j] = Stored{};
     }
-    row.values[j] = stored;
-    if (row.masked != nullptr) row.masked[i] = stored;
-    // integer additions in any order give one result
-    if (row.counts != nullptr && value != 0)
-      __atomic_fetch_add(row.counts + i, 1, __ATOMIC_RELAXED);
+  }
+  if (row.masked != nullptr) {
+    std::memset(row.masked, 0, static_cast<size_t>(row.n) * sizeof(Stored));
+    for (int64_t j = 0; j < row.k; ++j) row.masked[row.indices[j]] = row.values[j];
+  }
+  if (row.counts != nullptr) {  // integer additions in any order give one result
+    for (int64_t j = 0; j < row.k; ++j) {
+      const int64_t fired = to_sum(row.values[j]) != 0;
+      __atomic_fetch_add(row.counts + row.indices[j], fired, __ATOMIC_RELAXED);
+    }
   }
 }
 
@@ -172,6 +173,8 @@ inline bool stream(Candidates& candidates, const Row<Stored>& row, int64_t begin
       const int64_t count = std::min(kSegment, end - i);
       if (!candidates.read<kAbsolute>(row.x + i, i, count)) return false;
     }
+    // the next row often follows: its first lines come in while this row is put in order
+    fetch(reinterpret_cast<const char*>(row.x + end) + kPrefetchBytes, kPrefetchBytes);
     return true;
   }
   float gathered[kStridedSegment];
@@ -213,8 +216,10 @@ inline void select_row(Candidates& candidates, const Row<Stored>& row) {
 template <bool kAbsolute, class Stored, class RowAt>
 void select_batch(const RowAt& row_at, int64_t rows, const Row<Stored>& shape, int threads) {
   const int64_t row_bytes = shape.n * static_cast<int64_t>(sizeof(Stored));
-  const int64_t chunk = std::max<int64_t>(1, kGrainBytes / row_bytes);
-  const int used = useful_threads(threads, rows, chunk);
+  const int64_t least = std::max<int64_t>(1, kGrainBytes / row_bytes);
+  const int used = useful_threads(threads, rows, least);
+  // neighbouring rows stay with a thread, so that what it fetches ahead is of use to it
+  const int64_t chunk = std::max(least, rows / (kChunksPerThread * used));
 #pragma omp parallel num_threads(used)
   {
     Candidates candidates(std::min(shape.k, kStreamedK));

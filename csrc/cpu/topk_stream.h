@@ -28,6 +28,13 @@ constexpr int64_t kPrefetchBytes = 4096;
 // 8 accumulators hide the latency of max, and all fit in registers.
 constexpr int64_t kAccumulators = 8;
 
+// Asks for the cache lines of [start, start + bytes); they need not exist.
+inline void fetch(const void* start, size_t bytes) {
+  for (size_t byte = 0; byte < bytes; byte += kCacheLineBytes) {
+    __builtin_prefetch(static_cast<const char*>(start) + byte);
+  }
+}
+
 class Candidates {
  public:
   explicit Candidates(int64_t k) : k_(k) {
@@ -102,6 +109,8 @@ class Candidates {
       FloatLanes maxima[kAccumulators];
       for (auto& lanes : maxima) lanes = lowest;
       for (int64_t v = first; v < whole; v += group_vectors_) {
+        fetch(reinterpret_cast<const char*>(x + v * kFloatLanes) + kPrefetchBytes,
+              kAccumulators * kFloatLanes * sizeof(Stored));
         for (int64_t a = 0; a < kAccumulators; a += 2) {
           const FloatLanes p = ranked_lanes<kAbsolute>(load(x + (v + a) * kFloatLanes));
           const FloatLanes q = ranked_lanes<kAbsolute>(load(x + (v + a + 1) * kFloatLanes));
@@ -185,10 +194,7 @@ class Candidates {
     int64_t i = 0;
     for (; i + kBlock <= count; i += kBlock) {
       FloatLanes lanes[kAccumulators];
-      const char* ahead = reinterpret_cast<const char*>(x + i) + kPrefetchBytes;
-      for (size_t byte = 0; byte < kBlock * sizeof(Stored); byte += kCacheLineBytes) {
-        __builtin_prefetch(ahead + byte);
-      }
+      fetch(reinterpret_cast<const char*>(x + i) + kPrefetchBytes, kBlock * sizeof(Stored));
       for (int v = 0; v < kAccumulators; ++v) {
         lanes[v] = ranked_lanes<kAbsolute>(load(x + i + v * kFloatLanes));
       }
@@ -216,29 +222,40 @@ class Candidates {
     return true;
   }
 
-  // Appends what is > threshold (>= when kInclusive), in index order; four vectors share one
-  // branch.
+  // Appends what is > threshold (>= when kInclusive), in index order. About half of all 64 elements
+  // hold a candidate, which no branch predictor can guess: a first pass notes the words with hits
+  // without a branch, a second one walks these.
   template <bool kAbsolute, bool kInclusive, class Stored>
   void scan(const Stored* x, int64_t base, int64_t count) {
+    constexpr int64_t kWord = 64;
     const FloatLanes bound = all_lanes(threshold_);
-    const char* next = reinterpret_cast<const char*>(x + kSegment);
-    const auto hits = [&](int64_t i) {
-      const FloatLanes lanes = ranked_lanes<kAbsolute>(load(x + i));
-      return kInclusive ? greater_equal(lanes, bound) : greater(lanes, bound);
-    };
-    int64_t i = 0;
-    for (; i + 4 * kFloatLanes <= count; i += 4 * kFloatLanes) {
-      uint32_t bits[4];
-      for (int v = 0; v < 4; ++v) bits[v] = hits(i + v * kFloatLanes);
+    uint64_t words[kSegment / kWord];
+    int32_t with_hits[kSegment / kWord];
+    const int64_t whole = count / kWord;
+    int64_t found = 0;
+    for (int64_t w = 0; w < whole; ++w) {
+      const Stored* first = x + w * kWord;
       // the segment itself is in cache by now: fetch the next one meanwhile
-      for (size_t byte = 0; byte < 4 * kFloatLanes * sizeof(Stored); byte += kCacheLineBytes) {
-        __builtin_prefetch(next + i * sizeof(Stored) + byte);
+      fetch(first + kSegment, kWord * sizeof(Stored));
+      uint64_t hits = 0;
+      for (int v = 0; v < kWord; v += kFloatLanes) {
+        const FloatLanes lanes = ranked_lanes<kAbsolute>(load(first + v));
+        const uint64_t bits = kInclusive ? greater_equal(lanes, bound) : greater(lanes, bound);
+        hits |= bits << v;
       }
-      if ((bits[0] | bits[1] | bits[2] | bits[3]) == 0) continue;
-      for (int v = 0; v < 4; ++v) take<kAbsolute>(x, base, i + v * kFloatLanes, bits[v]);
+      words[w] = hits;
+      with_hits[found] = static_cast<int32_t>(w);
+      found += hits != 0;
     }
-    for (; i + kFloatLanes <= count; i += kFloatLanes) take<kAbsolute>(x, base, i, hits(i));
-    for (; i < count; ++i) {
+    for (int64_t j = 0; j < found; ++j) {
+      const int64_t i = with_hits[j] * kWord;
+      uint64_t hits = words[with_hits[j]];
+      do {
+        const int64_t at = i + __builtin_ctzll(hits);
+        append(key_of(ranked<kAbsolute>(to_sum(x[at]))), base + at);
+      } while ((hits &= hits - 1) != 0);
+    }
+    for (int64_t i = whole * kWord; i < count; ++i) {
       const float value = ranked<kAbsolute>(to_sum(x[i]));
       if (kInclusive ? value >= threshold_ : value > threshold_) append(key_of(value), base + i);
     }
