@@ -5,6 +5,8 @@
 //
 // Inputs are multiples of 1/8 between -2 and 2. They are exact in every dtype and their sums are
 // exact in float32, so results must equal the truth, rounded once to the output's dtype.
+#include "driver.h"
+
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -12,8 +14,6 @@
 #include <random>
 #include <string>
 #include <vector>
-
-#include "driver.h"
 
 namespace {
 

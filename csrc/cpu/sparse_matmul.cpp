@@ -68,8 +68,14 @@ void multiply_row(const Product<Values, Weight, Index>& p, int64_t b, int64_t fe
   for (; entry + kRowsAtOnce <= end; entry += kRowsAtOnce) {
     add_entries<kRowsAtOnce>(p, entry, feature, width, sums);
   }
-  if ((end - entry) & 4) add_entries<4>(p, entry, feature, width, sums), entry += 4;
-  if ((end - entry) & 2) add_entries<2>(p, entry, feature, width, sums), entry += 2;
+  if ((end - entry) & 4) {
+    add_entries<4>(p, entry, feature, width, sums);
+    entry += 4;
+  }
+  if ((end - entry) & 2) {
+    add_entries<2>(p, entry, feature, width, sums);
+    entry += 2;
+  }
   if ((end - entry) & 1) add_entries<1>(p, entry, feature, width, sums);
   Values* out = p.out + b * p.d + feature;
   for (int64_t f = 0; f < width; f += kLanes) {

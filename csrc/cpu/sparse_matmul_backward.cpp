@@ -154,7 +154,7 @@ void differentiate(const Gradients<Values, Weight>& p, int threads) {
 
 }  // namespace
 
-void sparse_matmul_backward(const void* grad, int dtype, const void* values, int64_t rows,
+void sparse_matmul_backward(const void* grad, int dtype, const void* values, int64_t /*rows*/,
                             int64_t k, const void* weight, int weight_dtype, int64_t n, int64_t d,
                             int64_t weight_stride_n, int64_t weight_stride_d,
                             const int64_t* offsets, const int32_t* positions, void* grad_values,
@@ -190,7 +190,6 @@ void sparse_matmul_backward(const void* grad, int dtype, const void* values, int
       differentiate<false, true>(p, threads);
     }
   });
-  (void)rows;
 }
 
 }  // namespace sparsekern::cpu::SPARSEKERN_ISA
