@@ -55,7 +55,7 @@ class Case:
     pointers: dict[str, str]
     constants: dict[str, Any]
     warps: int
-    registers: int = 128  # four warps of each of the four schedulers of a multiprocessor
+    registers: int = 96  # ceilings are little above what triton 3.6 and 3.9 need
 
 
 # -- cases -----------------------------------------------------------------------------------------
@@ -79,9 +79,8 @@ def select_case(n: int, dtype: torch.dtype, **changes: Any) -> Case:
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if value is not None}
     pointers = {"x": bits_pointer(dtype), "candidates": "*i32", "taken": "*i32"}
-    # With 16 warps, 64 let two programs share a multiprocessor; 64-bit addresses of single elements
-    # take more, where columns are strided or listed.
-    registers = 64 if warps == 16 and not constants["LISTED"] else 112
+    # 64-bit addresses of single elements take more, where columns are strided or listed.
+    registers = 80 if constants["UNIT_STRIDE"] and not constants["LISTED"] else 112
     return Case(topk.select_kernel, pointers, constants, warps, registers)
 
 
@@ -105,7 +104,7 @@ def finish_case(k: int, dtype: torch.dtype, ordered: bool) -> Case:
         "x": pointer, "columns": "*i32", "values": pointer, "indices": "*i64", "masked": pointer,
         "counts": "*i64",
     }  # fmt: skip
-    return Case(topk_finish.finish_kernel, pointers, constants, 4)
+    return Case(topk_finish.finish_kernel, pointers, constants, 4, 168 if ordered else 96)
 
 
 def forward_case(d: int, values: str, weight: str, row_major: bool = True) -> Case:

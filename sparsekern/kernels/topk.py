@@ -24,9 +24,9 @@ from .keys import bits_of, ordered_key
 from .topk_finish import finish_codes
 from .topk_stream import stream_columns
 
-# Longest row one program keeps in registers, with 16 warps of 64 registers a thread: two such
-# programs fit on a multiprocessor, so that one loads while the other searches. More than 32767
-# would overflow the two 16-bit counters that share one prefix sum.
+# Longest row one program keeps in registers, with 16 warps of 60 to 75 registers a thread: at most
+# 64 (it depends on the compiler) let a second program load on a multiprocessor while one searches.
+# More than 32767 would overflow the two 16-bit counters that share one prefix sum.
 REGISTER_ROW = 8192
 # Keys a warp holds: 16 a thread, since prefix sums and addresses take as much again each.
 KEYS_PER_WARP = 512
