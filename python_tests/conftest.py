@@ -56,7 +56,7 @@ class Target:
 
     @property
     def checks_indices(self) -> bool:
-        """Whether an index out of range is an error; on CUDA the check would wait for the device."""
+        """Whether an index out of range is an error: on CUDA the check would synchronise."""
         return self.device == "cpu" and not self.emulated
 
     @property
@@ -126,9 +126,10 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def fill(tensor: torch.Tensor) -> torch.Tensor:
         if type(tensor) is torch.Tensor and tensor.device.type in ("cpu", "cuda"):
-            if tensor.dtype == torch.uint8:
+            if tensor.dtype in (torch.uint8, torch.bool):
                 return tensor
-            tensor.fill_(torch.nan if tensor.is_floating_point() else 2**30 + 7)
+            floating = tensor.is_floating_point()
+            tensor.fill_(torch.nan if floating else torch.iinfo(tensor.dtype).max // 2 + 7)
         return tensor
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
