@@ -114,7 +114,7 @@ def forward_case(d: int, values: str, weight: str, row_major: bool = True) -> Ca
         "out": f"*{values}",
     }  # fmt: skip
     constants = {
-        "HAS_BIAS": True, "UNIT_STRIDE": row_major, "BLOCK": columns,
+        "HAS_BIAS": True, "BLOCK": columns,
         "UNROLL": sparse_matmul.UNROLL,
         "weight_stride_d" if row_major else "weight_stride_n": 1,
     }  # fmt: skip
@@ -127,7 +127,7 @@ def backward_case(d: int, values: str, weight: str, row_major: bool = True) -> C
         "entries": "*i64", "dots": "*fp32", "grad_weight": f"*{weight}",
     }  # fmt: skip
     constants = {
-        "NEED_VALUES": True, "NEED_WEIGHT": True, "UNIT_STRIDE": row_major,
+        "NEED_VALUES": True, "NEED_WEIGHT": True,
         "BLOCK": sparse_matmul.backward_block(d), "UNROLL": sparse_matmul.UNROLL,
     }  # fmt: skip
     for matrix in ("weight", "grad_weight"):

@@ -52,7 +52,6 @@ def forward_kernel(
     weight_stride_n,
     weight_stride_d,
     HAS_BIAS: tl.constexpr,
-    UNIT_STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
@@ -60,9 +59,7 @@ def forward_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < d
-    offsets = columns
-    if not UNIT_STRIDE:
-        offsets = columns.to(tl.int64) * weight_stride_d
+    offsets = columns.to(tl.int64) * weight_stride_d
     indices += row * k
     values += row * k
 
@@ -102,7 +99,6 @@ def backward_kernel(
     grad_weight_stride_d,
     NEED_VALUES: tl.constexpr,
     NEED_WEIGHT: tl.constexpr,
-    UNIT_STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
@@ -115,16 +111,11 @@ def backward_kernel(
     part = tl.program_id(1)
     columns = part * BLOCK + tl.arange(0, BLOCK)
     inside = columns < d
-    row_offsets = columns
-    grad_offsets = columns
-    if not UNIT_STRIDE:
-        row_offsets = columns.to(tl.int64) * weight_stride_d
-        grad_offsets = columns.to(tl.int64) * grad_weight_stride_d
     begin = tl.load(offsets + latent)
     end = tl.load(offsets + latent + 1)
 
     if NEED_VALUES:
-        address = weight + latent * weight_stride_n + row_offsets
+        address = weight + latent * weight_stride_n + columns.to(tl.int64) * weight_stride_d
         used = columns < tl.where(begin < end, d, 0)
         atom = tl.load(address, mask=used, other=0.0).to(tl.float32)
         dots += part.to(tl.int64) * total
@@ -145,7 +136,8 @@ def backward_kernel(
         begin += UNROLL
 
     if NEED_WEIGHT:
-        address = grad_weight + latent * grad_weight_stride_n + grad_offsets
+        grad_weight += latent * grad_weight_stride_n
+        address = grad_weight + columns.to(tl.int64) * grad_weight_stride_d
         tl.store(address, summed.to(grad_weight.dtype.element_ty), mask=inside)
 
 
@@ -188,7 +180,6 @@ def sparse_matmul(
             k,
             *weight.stride(),
             HAS_BIAS=bias is not None,
-            UNIT_STRIDE=weight.stride(1) == 1,
             BLOCK=columns,
             UNROLL=UNROLL,
             num_warps=warps,
@@ -249,7 +240,6 @@ def sparse_matmul_backward(
             *(grad_weight.stride() if need_weight else (0, 0)),
             NEED_VALUES=need_values,
             NEED_WEIGHT=need_weight,
-            UNIT_STRIDE=weight.stride(1) == 1,
             BLOCK=columns,
             UNROLL=UNROLL,
             num_warps=1,

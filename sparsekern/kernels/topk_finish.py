@@ -48,11 +48,11 @@ def finish_kernel(
 
     rank(i) = #{j : (-key_j, j) < (-key_i, i)} when SORTED, else i.
     """
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    own = tl.program_id(1) * SIDE + tl.arange(0, SIDE)
+    tiles = tl.cdiv(k, SIDE)
+    row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    own = tl.program_id(0) % tiles * SIDE + tl.arange(0, SIDE)
     inside = (row < rows)[:, None] & (own < k)[None, :]  # [ROWS, SIDE]
-    first = (row * k)[:, None]
-    starts = x + (row * row_stride)[:, None]
+    first, starts = (row * k)[:, None], x + (row * row_stride)[:, None]
     latents = tl.load(columns + first + own[None, :], mask=inside, other=0).to(tl.int64)
     bits = tl.load(starts + latents * col_stride, mask=inside, other=0).to(tl.int32)
 
@@ -112,7 +112,7 @@ def finish_codes(
     indices = torch.empty(rows, k, dtype=torch.int64, device=x.device)
     counts = torch.zeros(n if count else 0, dtype=torch.int64, device=x.device)
     block_rows, side = finish_block(k, sorted)
-    finish_kernel[(triton.cdiv(rows, block_rows), triton.cdiv(k, side))](
+    finish_kernel[(triton.cdiv(rows, block_rows) * triton.cdiv(k, side),)](
         x.view(bits.integer),
         columns,
         values.view(bits.integer),
