@@ -2,7 +2,7 @@
 #include "activity.h"
 
 #include "indices.h"
-#include "sparse_matmul_lanes.h"
+#include "lanes.h"
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
 

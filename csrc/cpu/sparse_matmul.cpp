@@ -4,9 +4,9 @@
 #include <type_traits>
 
 #include "indices.h"
+#include "lanes.h"
 #include "memory.h"
 #include "sparse_matmul_columns.h"
-#include "sparse_matmul_lanes.h"
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
 

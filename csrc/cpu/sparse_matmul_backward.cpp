@@ -2,11 +2,11 @@
 // Column-major: sparse_matmul_columns_backward.h.
 #include <type_traits>
 
+#include "lanes.h"
 #include "memory.h"
 #include "sparse_matmul.h"
 #include "sparse_matmul_columns_backward.h"
 #include "sparse_matmul_gradients.h"
-#include "sparse_matmul_lanes.h"
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
 

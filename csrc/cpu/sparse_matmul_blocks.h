@@ -5,7 +5,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "sparse_matmul_lanes.h"
+#include "lanes.h"
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
 

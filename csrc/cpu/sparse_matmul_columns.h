@@ -2,9 +2,9 @@
 // a torch.nn.Linear. Nothing of size [n, d] is copied.
 #pragma once
 
+#include "lanes.h"
 #include "sparse_matmul.h"
 #include "sparse_matmul_blocks.h"
-#include "sparse_matmul_lanes.h"
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
 

@@ -2,9 +2,9 @@
 // is allocated; the gradient of the dictionary is column-major too.
 #pragma once
 
+#include "lanes.h"
 #include "sparse_matmul_blocks.h"
 #include "sparse_matmul_gradients.h"
-#include "sparse_matmul_lanes.h"
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
 

@@ -1,7 +1,7 @@
 // Transposition of codes: a stable counting sort of the flat positions by latent.
 #include "indices.h"
+#include "lanes.h"
 #include "sparse_matmul.h"
-#include "sparse_matmul_lanes.h"
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
 

@@ -8,7 +8,7 @@
 #include <immintrin.h>
 #endif
 
-#include "sparse_matmul_lanes.h"
+#include "lanes.h"
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
 
