@@ -173,8 +173,6 @@ inline bool stream(Candidates& candidates, const Row<Stored>& row, int64_t begin
       const int64_t count = std::min(kSegment, end - i);
       if (!candidates.read<kAbsolute>(row.x + i, i, count)) return false;
     }
-    // the next row often follows: its first lines come in while this row is put in order
-    fetch(reinterpret_cast<const char*>(row.x + end) + kPrefetchBytes, kPrefetchBytes);
     return true;
   }
   float gathered[kStridedSegment];

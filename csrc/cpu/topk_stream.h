@@ -22,16 +22,24 @@ constexpr int64_t kCapacity = kSegment + 2 * kStreamedK;
 constexpr int64_t kMaximumGroups =
     2 * kStreamedK > 8 * kFloatLanes ? 2 * kStreamedK : 8 * kFloatLanes;
 
-// Hardware prefetchers stop at the end of a 4 KiB page; this asks for the next one in time.
-constexpr int64_t kPrefetchBytes = 4096;
+// While a segment is examined the next one is fetched, from four places at once: memory then serves
+// four pages, and hardware prefetchers, which stop at the end of a page, follow four streams.
+// Measured on two cores: 1.4 ms for 33 MB, where one stream took 1.8 and no fetching 2.2.
+constexpr int64_t kStreams = 4;
 
 // 8 accumulators hide the latency of max, and all fit in registers.
 constexpr int64_t kAccumulators = 8;
 
-// Asks for the cache lines of [start, start + bytes); they need not exist.
-inline void fetch(const void* start, size_t bytes) {
-  for (size_t byte = 0; byte < bytes; byte += kCacheLineBytes) {
-    __builtin_prefetch(static_cast<const char*>(start) + byte);
+// Asks for part `part` of `parts` of the segment that starts at `start`, which need not exist.
+template <class Stored>
+inline void fetch(const Stored* start, int64_t part, int64_t parts) {
+  constexpr int64_t kStreamBytes = kSegment * static_cast<int64_t>(sizeof(Stored)) / kStreams;
+  const int64_t bytes = kStreamBytes / parts;
+  const char* first = reinterpret_cast<const char*>(start) + part * bytes;
+  for (int64_t stream = 0; stream < kStreams; ++stream) {
+    for (int64_t byte = 0; byte < bytes; byte += kCacheLineBytes) {
+      __builtin_prefetch(first + stream * kStreamBytes + byte);
+    }
   }
 }
 
@@ -109,8 +117,6 @@ class Candidates {
       FloatLanes maxima[kAccumulators];
       for (auto& lanes : maxima) lanes = lowest;
       for (int64_t v = first; v < whole; v += group_vectors_) {
-        fetch(reinterpret_cast<const char*>(x + v * kFloatLanes) + kPrefetchBytes,
-              kAccumulators * kFloatLanes * sizeof(Stored));
         for (int64_t a = 0; a < kAccumulators; a += 2) {
           const FloatLanes p = ranked_lanes<kAbsolute>(load(x + (v + a) * kFloatLanes));
           const FloatLanes q = ranked_lanes<kAbsolute>(load(x + (v + a + 1) * kFloatLanes));
@@ -189,12 +195,15 @@ class Candidates {
   template <bool kAbsolute, class Stored>
   bool append_few(const Stored* x, int64_t base, int64_t count) {
     constexpr int64_t kBlock = kAccumulators * kFloatLanes;
+    // one line of each stream, or as many as a block holds
+    constexpr int64_t kLine = kStreams * kCacheLineBytes / static_cast<int64_t>(sizeof(Stored));
+    constexpr int64_t kFetched = kLine > kBlock ? kLine : kBlock;
     const FloatLanes bound = all_lanes(threshold_);
     const int64_t before = count_, most = before + k_ + kRarelyTightened;
     int64_t i = 0;
     for (; i + kBlock <= count; i += kBlock) {
       FloatLanes lanes[kAccumulators];
-      fetch(reinterpret_cast<const char*>(x + i) + kPrefetchBytes, kBlock * sizeof(Stored));
+      if (i % kFetched == 0) fetch(x + kSegment, i / kFetched, kSegment / kFetched);
       for (int v = 0; v < kAccumulators; ++v) {
         lanes[v] = ranked_lanes<kAbsolute>(load(x + i + v * kFloatLanes));
       }
@@ -228,6 +237,7 @@ class Candidates {
   template <bool kAbsolute, bool kInclusive, class Stored>
   void scan(const Stored* x, int64_t base, int64_t count) {
     constexpr int64_t kWord = 64;
+    constexpr int64_t kPart = 4 / sizeof(Stored);  // words behind one line of each stream
     const FloatLanes bound = all_lanes(threshold_);
     uint64_t words[kSegment / kWord];
     int32_t with_hits[kSegment / kWord];
@@ -236,7 +246,7 @@ class Candidates {
     for (int64_t w = 0; w < whole; ++w) {
       const Stored* first = x + w * kWord;
       // the segment itself is in cache by now: fetch the next one meanwhile
-      fetch(first + kSegment, kWord * sizeof(Stored));
+      if (w % kPart == 0) fetch(x + kSegment, w / kPart, kSegment / kWord / kPart);
       uint64_t hits = 0;
       for (int v = 0; v < kWord; v += kFloatLanes) {
         const FloatLanes lanes = ranked_lanes<kAbsolute>(load(first + v));
