@@ -56,7 +56,7 @@ class VAESAEConfig:
         metavar="FILE",
         free=True,
     )
-    images: int = option(4096, "training images, a random subset; one epoch is one pass over them")
+    images: int = option(3072, "training images, a random subset; one epoch is one pass over them")
     epochs: int = option(50, "passes over the training images; the k schedule spans them all")
     batch_size: int = option(64, "images a step")
     seed: int = option(0, "of the subset, the weights, the order of the images and the noise")
