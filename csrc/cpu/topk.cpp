@@ -153,7 +153,7 @@ inline void select_short(const Row<Stored>& row) {
   int64_t ties = row.k;
   if (bound.at_least > row.k)
     ties -= bound.key == INT32_MAX ? 0 : count_at_least(keys, row.n, bound.key + 1);
-  const IntLanes limit = all_lanes(bound.key);
+  const IntLanes limit = broadcast(bound.key);
   int64_t count = 0;
   for (int64_t i = 0; i < padded; i += kFloatLanes) {
     const IntLanes lanes = load_keys(keys + i);
@@ -184,7 +184,7 @@ inline bool stream(Candidates& candidates, const Row<Stored>& row, int64_t begin
   return true;
 }
 
-template <bool kAbsolute, class Stored>
+template <class Stored>
 inline void take_candidates(Candidates& candidates, const Row<Stored>& row) {
   candidates.tighten();
   for (int64_t j = 0; j < row.k; ++j) row.indices[j] = candidates.index(j);
@@ -201,7 +201,7 @@ inline void select_row(Candidates& candidates, const Row<Stored>& row) {
   } else {
     candidates.clear();
     if (stream<kAbsolute>(candidates, row, 0, row.n)) {
-      take_candidates<kAbsolute>(candidates, row);
+      take_candidates(candidates, row);
     } else {
       select_exactly<kAbsolute>(row);
     }
@@ -259,7 +259,7 @@ void select_sliced(const Row<Stored>& row, int64_t slices) {
       merged.add(keys.get()[j], indices.get()[j]);
     }
   }
-  take_candidates<kAbsolute>(merged, row);
+  take_candidates(merged, row);
 }
 
 template <bool kAbsolute, class Stored, class RowAt>

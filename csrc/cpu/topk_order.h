@@ -98,18 +98,16 @@ inline FloatLanes larger(FloatLanes a, FloatLanes b) {
 #endif
 }
 
-inline FloatLanes all_lanes(float x) { return x - FloatLanes{}; }
-inline IntLanes all_lanes(int32_t x) { return x - IntLanes{}; }
+inline IntLanes broadcast(int32_t x) { return x - IntLanes{}; }
 inline IntLanes load_keys(const int32_t* p) {
   IntLanes x;
   std::memcpy(&x, p, sizeof(x));
   return x;
 }
-constexpr uint32_t kAllBits = kFloatLanes == 32 ? ~0u : (1u << kFloatLanes) - 1;
 
 // How many of keys[0..count) are >= bound. The array is padded to whole vectors with INT32_MIN.
 inline int64_t count_at_least(const int32_t* keys, int64_t count, int32_t bound) {
-  const IntLanes limit = all_lanes(bound);
+  const IntLanes limit = broadcast(bound);
 #if defined(__AVX512F__)  // popcnt of a mask beats a sum over lanes for the few vectors of a
                           // typical call
   int64_t sum = 0;

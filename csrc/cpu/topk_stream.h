@@ -111,7 +111,7 @@ class Candidates {
   template <bool kAbsolute, class Stored>
   bool group_maxima(const Stored* x, int64_t count) {
     const int64_t vectors = count / kFloatLanes, whole = vectors / kAccumulators * kAccumulators;
-    const FloatLanes lowest = all_lanes(-std::numeric_limits<float>::infinity());
+    const FloatLanes lowest = broadcast(-std::numeric_limits<float>::infinity());
     uint32_t nan = 0;
     for (int64_t first = 0; first < group_vectors_; first += kAccumulators) {
       FloatLanes maxima[kAccumulators];
@@ -198,7 +198,7 @@ class Candidates {
     // one line of each stream, or as many as a block holds
     constexpr int64_t kLine = kStreams * kCacheLineBytes / static_cast<int64_t>(sizeof(Stored));
     constexpr int64_t kFetched = kLine > kBlock ? kLine : kBlock;
-    const FloatLanes bound = all_lanes(threshold_);
+    const FloatLanes bound = broadcast(threshold_);
     const int64_t before = count_, most = before + k_ + kRarelyTightened;
     int64_t i = 0;
     for (; i + kBlock <= count; i += kBlock) {
@@ -238,7 +238,7 @@ class Candidates {
   void scan(const Stored* x, int64_t base, int64_t count) {
     constexpr int64_t kWord = 64;
     constexpr int64_t kPart = 4 / sizeof(Stored);  // words behind one line of each stream
-    const FloatLanes bound = all_lanes(threshold_);
+    const FloatLanes bound = broadcast(threshold_);
     uint64_t words[kSegment / kWord];
     int32_t with_hits[kSegment / kWord];
     const int64_t whole = count / kWord;
@@ -274,7 +274,7 @@ class Candidates {
   // Appends what is > threshold and the first `ties` elements equal to it, in index order.
   template <bool kAbsolute, class Stored>
   void scan_with_ties(const Stored* x, int64_t base, int64_t count, int64_t ties) {
-    const FloatLanes bound = all_lanes(threshold_);
+    const FloatLanes bound = broadcast(threshold_);
     const int32_t tie = key_of(threshold_);
     int64_t i = 0;
     const auto consider = [&](int64_t at) {
