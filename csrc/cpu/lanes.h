@@ -170,6 +170,19 @@ inline FloatLanes load(const Float16* p) {
 #endif
 }
 
+// Two vectors of neighbouring elements, dealt to them in any order.
+template <class Stored>
+inline void load_pair(const Stored* p, FloatLanes* first, FloatLanes* second) {
+  *first = load(p);
+  *second = load(p + kFloatLanes);
+}
+inline void load_pair(const BFloat16* p, FloatLanes* first, FloatLanes* second) {
+  FloatBits pairs;
+  std::memcpy(&pairs, p, sizeof(pairs));
+  *first = (FloatLanes)(pairs << 16);
+  *second = (FloatLanes)(pairs & 0xffff0000u);
+}
+
 inline void store(float* p, FloatLanes x) { std::memcpy(p, &x, sizeof(x)); }
 inline void store(double* p, DoubleLanes x) { std::memcpy(p, &x, sizeof(x)); }
 inline void store(BFloat16* p, FloatLanes x) {

@@ -15,13 +15,14 @@ namespace {
 constexpr int64_t kRankedByPairs = 64;
 // Up to this k the sort's second buffer lies on the stack; beyond, it is sorted in place.
 constexpr int64_t kSortedByBytes = 1024;
-// Rows this short relative to k are selected from all their keys at once.
-constexpr int64_t kRowPerK = 8;
+// Rows this short, with too few groups to bound their k-th element, are selected from all their
+// keys at once.
+constexpr int64_t kShortRow = 8192;
 // One thread takes at least this much of a batch at a time, and of a single row.
 constexpr int64_t kGrainBytes = 64 << 10;
 constexpr int64_t kSliceElements = 64 << 10;
 constexpr int64_t kChunksPerThread = 8;  // enough to even out a slow thread
-constexpr int64_t kStridedSegment = 2048;
+constexpr int64_t kStridedSegment = 4096;
 
 // One row of x, and where its results go.
 template <class Stored>
@@ -89,9 +90,10 @@ inline auto key_at(const Row<Stored>& row, int64_t i) {
   return key_of(ranked<kAbsolute>(to_sum(row.x[i * row.stride])));
 }
 
-// Ascending row.indices -> largest first. 32-bit keys are sorted with their index in one integer.
+// Ascending row.indices -> largest first, if that is asked for. 32-bit keys are sorted with their index in one integer.
 template <bool kAbsolute, class Stored>
 inline void order_row(const Row<Stored>& row) {
+  if ((row.flags & kSorted) == 0) return;
   if constexpr (std::is_same_v<Stored, double>) {
     std::sort(row.indices, row.indices + row.k, [&](int64_t a, int64_t b) {
       const int64_t first = key_at<kAbsolute>(row, a), second = key_at<kAbsolute>(row, b);
@@ -127,12 +129,6 @@ inline void write_row(const Row<Stored>& row) {
   }
 }
 
-template <bool kAbsolute, class Stored>
-inline void finish_row(const Row<Stored>& row) {
-  if ((row.flags & kSorted) != 0) order_row<kAbsolute>(row);
-  write_row(row);
-}
-
 // ---- selection: each writes the k selected indices of a row, ascending ----
 
 template <bool kAbsolute, class Stored>
@@ -142,10 +138,10 @@ inline void select_exactly(const Row<Stored>& row) {
                         row.indices);
 }
 
-// n <= kSegment: all keys of the row at once, in the L1 cache.
+// n <= kShortRow: all keys of the row at once, in the L1 cache.
 template <bool kAbsolute, class Stored>
 inline void select_short(const Row<Stored>& row) {
-  alignas(kCacheLineBytes) int32_t keys[kSegment];
+  alignas(kCacheLineBytes) int32_t keys[kShortRow];
   for (int64_t i = 0; i < row.n; ++i) keys[i] = key_at<kAbsolute>(row, i);
   const int64_t padded = (row.n + kFloatLanes - 1) / kFloatLanes * kFloatLanes;
   for (int64_t i = row.n; i < padded; ++i) keys[i] = INT32_MIN;
@@ -169,9 +165,9 @@ inline void select_short(const Row<Stored>& row) {
 template <bool kAbsolute, class Stored>
 inline bool stream(Candidates& candidates, const Row<Stored>& row, int64_t begin, int64_t end) {
   if (row.stride == 1) {
-    for (int64_t i = begin; i < end; i += kSegment) {
-      const int64_t count = std::min(kSegment, end - i);
-      if (!candidates.read<kAbsolute>(row.x + i, i, count)) return false;
+    for (int64_t i = begin; i < end; i += candidates.segment()) {
+      const int64_t count = std::min(candidates.segment(), end - i);
+      if (!candidates.read<kAbsolute>(row.x + i, i, count, count)) return false;
     }
     return true;
   }
@@ -179,33 +175,38 @@ inline bool stream(Candidates& candidates, const Row<Stored>& row, int64_t begin
   for (int64_t i = begin; i < end; i += kStridedSegment) {
     const int64_t count = std::min(kStridedSegment, end - i);
     for (int64_t j = 0; j < count; ++j) gathered[j] = to_sum(row.x[(i + j) * row.stride]);
-    if (!candidates.read<kAbsolute>(gathered, i, count)) return false;
+    if (!candidates.read<kAbsolute>(gathered, i, count, 0)) return false;
   }
   return true;
 }
 
-template <class Stored>
+// The candidates -> row.indices, in the order that is asked for.
+template <bool kAbsolute, class Stored>
 inline void take_candidates(Candidates& candidates, const Row<Stored>& row) {
+  if ((row.flags & kSorted) != 0 && row.k <= kRankedByPairs) {
+    candidates.rank([&](int64_t rank, int64_t index) { row.indices[rank] = index; });
+    return;
+  }
   candidates.tighten();
   for (int64_t j = 0; j < row.k; ++j) row.indices[j] = candidates.index(j);
+  order_row<kAbsolute>(row);
 }
 
 template <bool kAbsolute, class Stored>
 inline void select_row(Candidates& candidates, const Row<Stored>& row) {
-  if constexpr (std::is_same_v<Stored, double>) {
-    select_exactly<kAbsolute>(row);
-  } else if (row.n <= kSegment && (row.k > kStreamedK || row.n < kRowPerK * row.k)) {
-    select_short<kAbsolute>(row);
-  } else if (row.k > kStreamedK) {
-    select_exactly<kAbsolute>(row);
-  } else {
-    candidates.clear();
-    if (stream<kAbsolute>(candidates, row, 0, row.n)) {
-      take_candidates(candidates, row);
-    } else {
-      select_exactly<kAbsolute>(row);
+  if constexpr (!std::is_same_v<Stored, double>) {
+    if (Candidates::suits(row.stride == 1 ? row.n : std::min(row.n, kStridedSegment), row.k)) {
+      candidates.clear();
+      if (stream<kAbsolute>(candidates, row, 0, row.n)) {
+        return take_candidates<kAbsolute>(candidates, row);
+      }
+    } else if (row.n <= kShortRow) {
+      select_short<kAbsolute>(row);
+      return order_row<kAbsolute>(row);
     }
   }
+  select_exactly<kAbsolute>(row);
+  order_row<kAbsolute>(row);
 }
 
 // ---- launch ----
@@ -220,12 +221,12 @@ void select_batch(const RowAt& row_at, int64_t rows, const Row<Stored>& shape, i
   const int64_t chunk = std::max(least, rows / (kChunksPerThread * used));
 #pragma omp parallel num_threads(used)
   {
-    Candidates candidates(std::min(shape.k, kStreamedK));
+    Candidates candidates(shape.n, std::min(shape.k, kStreamedK));
 #pragma omp for schedule(dynamic, chunk)
     for (int64_t b = 0; b < rows; ++b) {
       const Row<Stored> row = row_at(b);
       select_row<kAbsolute>(candidates, row);
-      finish_row<kAbsolute>(row);
+      write_row(row);
     }
   }
 }
@@ -239,7 +240,7 @@ void select_sliced(const Row<Stored>& row, int64_t slices) {
   const int64_t width = (row.n + slices - 1) / slices;
 #pragma omp parallel for num_threads(static_cast<int>(slices)) schedule(static, 1)
   for (int64_t s = 0; s < slices; ++s) {
-    Candidates candidates(row.k);
+    Candidates candidates(width, row.k);
     const bool whole =
         stream<kAbsolute>(candidates, row, s * width, std::min(row.n, (s + 1) * width));
     candidates.tighten();
@@ -249,23 +250,23 @@ void select_sliced(const Row<Stored>& row, int64_t slices) {
       indices.get()[s * row.k + j] = candidates.index(j);
     }
   }
-  Candidates merged(row.k);
+  Candidates merged(width, row.k);
   for (int64_t s = 0; s < slices; ++s) {
     if (counts.get()[s] < 0) {
       select_exactly<kAbsolute>(row);
-      return;
+      return order_row<kAbsolute>(row);
     }
     for (int64_t j = s * row.k; j < s * row.k + counts.get()[s]; ++j) {
       merged.add(keys.get()[j], indices.get()[j]);
     }
   }
-  take_candidates(merged, row);
+  take_candidates<kAbsolute>(merged, row);
 }
 
 template <bool kAbsolute, class Stored, class RowAt>
 void select_all(const RowAt& row_at, int64_t rows, const Row<Stored>& shape, int threads) {
   const int64_t slices = std::min<int64_t>(threads, shape.n / kSliceElements);
-  const bool sliced = rows < threads && slices > 1 && shape.k <= kStreamedK;
+  const bool sliced = rows < threads && slices > 1 && Candidates::suits(shape.n, shape.k);
   if (std::is_same_v<Stored, double> || !sliced) {
     select_batch<kAbsolute>(row_at, rows, shape, threads);
     return;
@@ -273,7 +274,7 @@ void select_all(const RowAt& row_at, int64_t rows, const Row<Stored>& shape, int
   for (int64_t b = 0; b < rows; ++b) {
     const Row<Stored> row = row_at(b);
     if constexpr (!std::is_same_v<Stored, double>) select_sliced<kAbsolute>(row, slices);
-    finish_row<kAbsolute>(row);
+    write_row(row);
   }
 }
 

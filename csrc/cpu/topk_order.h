@@ -65,11 +65,11 @@ inline uint32_t greater_equal(FloatLanes a, FloatLanes b) {
   return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ);
 }
 inline uint32_t equal(FloatLanes a, FloatLanes b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
-inline uint32_t either_nan(FloatLanes a, FloatLanes b) {
-  return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q);
-}
 inline uint32_t greater(IntLanes a, IntLanes b) {
   return _mm512_cmpgt_epi32_mask((__m512i)a, (__m512i)b);
+}
+inline uint32_t greater_equal(IntLanes a, IntLanes b) {
+  return _mm512_cmpge_epi32_mask((__m512i)a, (__m512i)b);
 }
 inline uint32_t equal(IntLanes a, IntLanes b) {
   return _mm512_cmpeq_epi32_mask((__m512i)a, (__m512i)b);
@@ -78,11 +78,30 @@ inline uint32_t equal(IntLanes a, IntLanes b) {
 inline uint32_t greater(FloatLanes a, FloatLanes b) { return bits_of((IntLanes)(a > b)); }
 inline uint32_t greater_equal(FloatLanes a, FloatLanes b) { return bits_of((IntLanes)(a >= b)); }
 inline uint32_t equal(FloatLanes a, FloatLanes b) { return bits_of((IntLanes)(a == b)); }
-inline uint32_t either_nan(FloatLanes a, FloatLanes b) {
-  return bits_of((IntLanes)(a != a) | (IntLanes)(b != b));
-}
 inline uint32_t greater(IntLanes a, IntLanes b) { return bits_of(a > b); }
+inline uint32_t greater_equal(IntLanes a, IntLanes b) { return bits_of(a >= b); }
 inline uint32_t equal(IntLanes a, IntLanes b) { return bits_of(a == b); }
+#endif
+
+// Where a or b is NaN, gathered over many pairs and asked for once.
+#if defined(__AVX512F__)
+using NanLanes = __mmask16;
+inline NanLanes unordered(FloatLanes a, FloatLanes b) {
+  return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q);
+}
+inline bool any(NanLanes nan) { return nan != 0; }
+#else
+using NanLanes = IntLanes;
+inline NanLanes unordered(FloatLanes a, FloatLanes b) {
+#if defined(__AVX2__)
+  return (IntLanes)_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_UNORD_Q);
+#elif defined(__SSE2__)
+  return (IntLanes)_mm_cmpunord_ps((__m128)a, (__m128)b);
+#else
+  return (IntLanes)(a != a) | (IntLanes)(b != b);
+#endif
+}
+inline bool any(NanLanes nan) { return bits_of(nan) != 0; }
 #endif
 
 // The larger of each lane; no lane is NaN.

@@ -1,9 +1,12 @@
-// Long rows: one pass over a row in segments, with a proved threshold that only rises.
+// Rows read once, in segments that fit the second-level cache, with a proved threshold that only
+// rises.
 //
-// A segment is dealt to groups, lane by lane; each group's maximum is kept. The k-th largest
-// maximum t is a lower bound of the k-th largest element, since k different groups hold an element
-// >= t. Elements >= t are the candidates (about 1.15 k of them on random data with 4 k groups).
-// Groups are interleaved, not contiguous, so that sorted rows spread over all of them.
+// A segment is dealt to blocks of neighbouring vectors. One pass reduces each block to a vector of
+// maxima, lane by lane: one load and one max per vector, no branch, at the speed of memory. Every
+// lane of every block is a group of elements, and the k-th largest of the groups' maxima, t, is a
+// lower bound of the k-th largest element, since k different groups hold an element >= t. Only
+// blocks with a maximum >= t are read again, from the cache; their elements >= t are the candidates
+// (about 1.2 k of them on random data).
 //
 // Invariant after each segment: the candidates, in ascending index order, contain the k first
 // elements, in the total order, of all that was read; k of them are >= threshold, so a later
@@ -14,68 +17,62 @@
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
 
-constexpr int64_t kSegment = 4096;   // 16 KiB of float32: half of a small L1 cache
+constexpr int64_t kSegment = 32768;  // 128 KiB of float32: at most half of a second-level cache
 constexpr int64_t kStreamedK = 512;  // larger k are selected by digits
-constexpr int64_t kRarelyTightened =
-    64;  // below this a few more candidates cost less than a bisection
-constexpr int64_t kCapacity = kSegment + 2 * kStreamedK;
-constexpr int64_t kMaximumGroups =
-    2 * kStreamedK > 8 * kFloatLanes ? 2 * kStreamedK : 8 * kFloatLanes;
+constexpr int64_t kRarelyTightened = 64;  // a few candidates more cost less than a bisection
+constexpr int64_t kWord = 64;             // elements whose comparisons fill one word of bits
+constexpr int64_t kLargestBlock = 4 * kWord;
+constexpr int64_t kGroupsPerK = 4;  // groups compared for one wanted element, where there are
+constexpr int64_t kCapacity = 4 * kStreamedK + kWord;
+// Blocks are halved until there are kGroupsPerK * k groups, so there are never twice as many.
+constexpr int64_t kMaximumGroups = 2 * kGroupsPerK * kStreamedK;
 
-// While a segment is examined the next one is fetched, from four places at once: memory then serves
-// four pages, and hardware prefetchers, which stop at the end of a page, follow four streams.
-// Measured on two cores: 1.4 ms for 33 MB, where one stream took 1.8 and no fetching 2.2.
+// A segment is read from four places at once, and each is fetched a few blocks ahead: memory then
+// serves four pages, and hardware prefetchers, which stop at the end of a page, follow four
+// streams. Measured on two Cascade Lake cores: 1.4 ms for 33 MB, where one stream took 1.8 and no
+// fetching 2.2; on two Zen 5 cores all take 0.85.
 constexpr int64_t kStreams = 4;
-
-// 8 accumulators hide the latency of max, and all fit in registers.
-constexpr int64_t kAccumulators = 8;
-
-// Asks for part `part` of `parts` of the segment that starts at `start`, which need not exist.
-template <class Stored>
-inline void fetch(const Stored* start, int64_t part, int64_t parts) {
-  constexpr int64_t kStreamBytes = kSegment * static_cast<int64_t>(sizeof(Stored)) / kStreams;
-  const int64_t bytes = kStreamBytes / parts;
-  const char* first = reinterpret_cast<const char*>(start) + part * bytes;
-  for (int64_t stream = 0; stream < kStreams; ++stream) {
-    for (int64_t byte = 0; byte < bytes; byte += kCacheLineBytes) {
-      __builtin_prefetch(first + stream * kStreamBytes + byte);
-    }
-  }
-}
+constexpr int64_t kBytesAhead = 4096;  // in each stream
 
 class Candidates {
  public:
-  explicit Candidates(int64_t k) : k_(k) {
-    // at least 2 k groups, in whole blocks of accumulators
-    const int64_t block = kAccumulators * kFloatLanes;
-    group_vectors_ = (2 * k + block - 1) / block * kAccumulators;
+  // For rows of n elements, of which k <= kStreamedK are wanted.
+  Candidates(int64_t n, int64_t k) : k_(k) {
+    const int64_t segments = (n + kSegment - 1) / kSegment;
+    segment_ = (n + segments - 1) / segments;
+    segment_ = (segment_ + kLargestBlock - 1) / kLargestBlock * kLargestBlock;
+    while (block_ > kWord && groups(segment_, block_) < kGroupsPerK * k) block_ /= 2;
+  }
+
+  // Whether rows of n elements have enough groups to prove a useful bound for k.
+  static bool suits(int64_t n, int64_t k) {
+    return k <= kStreamedK && groups(n < kSegment ? n : kSegment / 2, kWord) >= 2 * k;
   }
 
   void clear() {
     count_ = 0;
     bounded_ = false;
   }
+  int64_t segment() const { return segment_; }
   int64_t count() const { return count_; }
   uint32_t index(int64_t i) const { return indices_[i]; }
   int32_t key(int64_t i) const { return keys_[i]; }
 
-  // Takes in x[0..count), count <= kSegment, whose first element has index `base`.
-  // Returns false, with the candidates unchanged in meaning, when the segment holds a NaN.
+  // Takes in x[0..count), count <= segment(), whose first element has index `base`. What lies
+  // `ahead` elements further is fetched meanwhile; it need not exist.
+  // Returns false, with the candidates unchanged, when the segment holds a NaN.
   template <bool kAbsolute, class Stored>
-  bool read(const Stored* x, int64_t base, int64_t count) {
-    if (!bounded_ || !append_few<kAbsolute>(x, base, count)) {
-      if (!group_maxima<kAbsolute>(x, count)) return false;
-      admit<kAbsolute>(x, base, count);
-    }
-    if (count_ > 2 * k_ && count_ > kRarelyTightened) tighten();
+  bool read(const Stored* x, int64_t base, int64_t count, int64_t ahead) {
+    if (!reduce<kAbsolute>(x, count, ahead)) return false;
+    admit<kAbsolute>(x, base, count);
+    if (count_ > 2 * k_ + kRarelyTightened) tighten();
     return true;
   }
 
   // Takes in one candidate of another instance, by ascending index.
   void add(int32_t key, uint32_t index) {
     if (count_ == kCapacity) tighten();
-    keys_[count_] = key;
-    indices_[count_++] = index;
+    append(key, index);
   }
 
   // Keeps exactly the first k in the total order, still by ascending index.
@@ -101,205 +98,252 @@ class Candidates {
     bounded_ = true;
   }
 
+  // Calls place(rank, index) for the first k, in any order of calls. Every pair is compared, so
+  // there are no branches to guess; good for few candidates.
+  template <class Place>
+  void rank(const Place& place) {
+    if (count_ > 2 * k_ + kRarelyTightened) tighten();
+    pad();
+    for (int64_t i = 0; i < count_; ++i) {
+      const IntLanes key = broadcast(keys_[i]);
+      const int64_t own = i / kFloatLanes * kFloatLanes;
+      int64_t rank = 0;
+      for (int64_t j = 0; j < own; j += kFloatLanes) {
+        rank += __builtin_popcount(greater_equal(load_keys(keys_ + j), key));
+      }
+      const IntLanes mine = load_keys(keys_ + own);
+      rank += __builtin_popcount(greater(mine, key) | (equal(mine, key) & ((1u << (i - own)) - 1)));
+      for (int64_t j = own + kFloatLanes; j < count_; j += kFloatLanes) {
+        rank += __builtin_popcount(greater(load_keys(keys_ + j), key));
+      }
+      if (rank < k_) place(rank, indices_[i]);
+    }
+  }
+
  private:
+  static int64_t groups(int64_t count, int64_t block) {
+    return (count + block - 1) / block * kFloatLanes;
+  }
+
   void pad() {
     for (int64_t i = count_; i % kFloatLanes != 0; ++i) keys_[i] = INT32_MIN;
   }
-
-  // maxima_[g] = the largest element of group g; vector v of the segment belongs to groups
-  // v % group_vectors_. Bound by one load and one max per vector.
-  template <bool kAbsolute, class Stored>
-  bool group_maxima(const Stored* x, int64_t count) {
-    const int64_t vectors = count / kFloatLanes, whole = vectors / kAccumulators * kAccumulators;
-    const FloatLanes lowest = broadcast(-std::numeric_limits<float>::infinity());
-    uint32_t nan = 0;
-    for (int64_t first = 0; first < group_vectors_; first += kAccumulators) {
-      FloatLanes maxima[kAccumulators];
-      for (auto& lanes : maxima) lanes = lowest;
-      for (int64_t v = first; v < whole; v += group_vectors_) {
-        for (int64_t a = 0; a < kAccumulators; a += 2) {
-          const FloatLanes p = ranked_lanes<kAbsolute>(load(x + (v + a) * kFloatLanes));
-          const FloatLanes q = ranked_lanes<kAbsolute>(load(x + (v + a + 1) * kFloatLanes));
-          nan |= either_nan(p, q);
-          maxima[a] = larger(p, maxima[a]);
-          maxima[a + 1] = larger(q, maxima[a + 1]);
-        }
-      }
-      for (int64_t a = 0; a < kAccumulators; ++a)
-        store(maxima_ + (first + a) * kFloatLanes, maxima[a]);
-    }
-    for (int64_t v = whole; v < vectors; ++v) {
-      float* group = maxima_ + v % group_vectors_ * kFloatLanes;
-      const FloatLanes p = ranked_lanes<kAbsolute>(load(x + v * kFloatLanes));
-      nan |= either_nan(p, p);
-      store(group, larger(p, load(group)));
-    }
-    for (int64_t i = vectors * kFloatLanes; i < count; ++i) {
-      const float value = ranked<kAbsolute>(to_sum(x[i]));
-      float& group = maxima_[vectors % group_vectors_ * kFloatLanes + i % kFloatLanes];
-      nan |= value != value;
-      group = value > group ? value : group;
-    }
-    return nan == 0;
-  }
-
-  // Appends the segment's candidates, raising the threshold first where the maxima prove a higher
-  // one.
-  template <bool kAbsolute, class Stored>
-  void admit(const Stored* x, int64_t base, int64_t count) {
-    alignas(kCacheLineBytes) int32_t keys[kMaximumGroups];
-    const int64_t groups = group_vectors_ * kFloatLanes;
-    for (int64_t g = 0; g < groups; g += kFloatLanes) {
-      const IntLanes lanes = keys_of(load(maxima_ + g));
-      std::memcpy(keys + g, &lanes, sizeof(lanes));
-    }
-    if (bounded_ && count_at_least(keys, groups, key_of(threshold_) + 1) < k_) {
-      scan<kAbsolute, false>(x, base, count);
-      return;
-    }
-    const Bound bound = bisect(keys, groups, k_, slack(), range_of(keys, groups));
-    threshold_ = float_of(bound.key);
-    bounded_ = true;
-    const int64_t before = count_;
-    if (bound.at_least <= k_ + slack()) {
-      scan<kAbsolute, true>(x, base, count);
-      return;
-    }
-    // Many equal maxima: take what is above, then only as many ties as are missing.
-    scan<kAbsolute, false>(x, base, count);
-    const int64_t missing = k_ - (count_ - before);
-    if (missing > 0) {
-      count_ = before;
-      scan_with_ties<kAbsolute>(x, base, count, missing);
-    }
-  }
-
-  int64_t slack() const { return k_ / 8 + 2; }
 
   void append(int32_t key, int64_t index) {
     keys_[count_] = key;
     indices_[count_++] = static_cast<uint32_t>(index);
   }
 
+  // ---- one pass over the segment: the maxima of its blocks ----
+
   template <bool kAbsolute, class Stored>
-  void take(const Stored* x, int64_t base, int64_t i, uint32_t hits) {
-    for (; hits != 0; hits &= hits - 1) {
-      const int64_t at = i + __builtin_ctz(hits);
-      append(key_of(ranked<kAbsolute>(to_sum(x[at]))), base + at);
-    }
+  bool reduce(const Stored* x, int64_t count, int64_t ahead) {
+    if (block_ == kLargestBlock) return reduce<kAbsolute, kLargestBlock>(x, count, ahead);
+    if (block_ == kLargestBlock / 2) return reduce<kAbsolute, kLargestBlock / 2>(x, count, ahead);
+    return reduce<kAbsolute, kWord>(x, count, ahead);
   }
 
-  // The usual segment once there is a threshold: one pass, a branch per 8 vectors, few elements
-  // above it. False, with nothing appended, when there are many (rising rows) or a NaN: the maxima
-  // then deal with the segment.
-  template <bool kAbsolute, class Stored>
-  bool append_few(const Stored* x, int64_t base, int64_t count) {
-    constexpr int64_t kBlock = kAccumulators * kFloatLanes;
-    // one line of each stream, or as many as a block holds
-    constexpr int64_t kLine = kStreams * kCacheLineBytes / static_cast<int64_t>(sizeof(Stored));
-    constexpr int64_t kFetched = kLine > kBlock ? kLine : kBlock;
-    const FloatLanes bound = broadcast(threshold_);
-    const int64_t before = count_, most = before + k_ + kRarelyTightened;
-    int64_t i = 0;
-    for (; i + kBlock <= count; i += kBlock) {
-      FloatLanes lanes[kAccumulators];
-      if (i % kFetched == 0) fetch(x + kSegment, i / kFetched, kSegment / kFetched);
-      for (int v = 0; v < kAccumulators; ++v) {
-        lanes[v] = ranked_lanes<kAbsolute>(load(x + i + v * kFloatLanes));
-      }
-      uint32_t nan = 0;
-      FloatLanes largest = lanes[0];
-      for (int v = 0; v < kAccumulators; v += 2) nan |= either_nan(lanes[v], lanes[v + 1]);
-      for (int v = 1; v < kAccumulators; ++v) largest = larger(lanes[v], largest);
-      if ((nan | greater(largest, bound)) == 0) continue;
-      for (int v = 0; v < kAccumulators; ++v) {
-        take<kAbsolute>(x, base, i + v * kFloatLanes, greater(lanes[v], bound));
-      }
-      if (nan != 0 || count_ > most) {
-        count_ = before;
-        return false;
+  template <bool kAbsolute, int64_t kBlock, class Stored>
+  bool reduce(const Stored* x, int64_t count, int64_t ahead) {
+    constexpr int64_t kSize = sizeof(Stored);
+    constexpr int64_t kBlocksAhead = kBytesAhead / (kBlock * kSize);
+    const int64_t whole = count / kBlock, stream = whole / kStreams;
+    NanLanes nan = {};
+    for (int64_t i = 0; i < stream; ++i) {
+      // past the end of a stream comes its continuation in the next segment
+      const int64_t later = i + kBlocksAhead;
+      const Stored* next = x + (later < stream ? later * kBlock : (later - stream) * kBlock + ahead);
+      for (int64_t s = 0; s < kStreams; ++s) {
+        const int64_t block = s * stream + i;
+        for (int64_t byte = 0; byte < kBlock * kSize; byte += kCacheLineBytes) {
+          __builtin_prefetch(reinterpret_cast<const char*>(next + s * stream * kBlock) + byte);
+        }
+        reduce_block<kAbsolute, kBlock>(x, block, &nan);
       }
     }
-    for (; i < count; ++i) {
-      const float value = ranked<kAbsolute>(to_sum(x[i]));
-      if (value > threshold_) append(key_of(value), base + i);
-      if (value != value) {
-        count_ = before;
-        return false;
+    for (int64_t block = kStreams * stream; block < whole; ++block) {
+      reduce_block<kAbsolute, kBlock>(x, block, &nan);
+    }
+    blocks_ = whole;
+    bool ordered = !any(nan);
+    if (whole * kBlock < count) {  // one more block, in part
+      float* maxima = maxima_ + blocks_++ * kFloatLanes;
+      store(maxima, broadcast(-std::numeric_limits<float>::infinity()));
+      for (int64_t i = whole * kBlock; i < count; ++i) {
+        const float value = ranked<kAbsolute>(to_sum(x[i]));
+        ordered &= value == value;
+        if (value > maxima[i % kFloatLanes]) maxima[i % kFloatLanes] = value;
       }
     }
-    return true;
+    return ordered;
   }
 
-  // Appends what is > threshold (>= when kInclusive), in index order. About half of all 64 elements
-  // hold a candidate, which no branch predictor can guess: a first pass notes the words with hits
-  // without a branch, a second one walks these.
+  template <bool kAbsolute, int64_t kBlock, class Stored>
+  void reduce_block(const Stored* x, int64_t block, NanLanes* nan) {
+    FloatLanes low, high;
+    load_pair(x + block * kBlock, &low, &high);
+    low = ranked_lanes<kAbsolute>(low), high = ranked_lanes<kAbsolute>(high);
+    *nan |= unordered(low, high);
+    for (int64_t i = 2 * kFloatLanes; i < kBlock; i += 2 * kFloatLanes) {
+      FloatLanes p, q;
+      load_pair(x + block * kBlock + i, &p, &q);
+      p = ranked_lanes<kAbsolute>(p), q = ranked_lanes<kAbsolute>(q);
+      *nan |= unordered(p, q);
+      low = larger(p, low);
+      high = larger(q, high);
+    }
+    store(maxima_ + block * kFloatLanes, larger(low, high));
+  }
+
+  // ---- from maxima to candidates ----
+
+  // Appends the segment's candidates, raising the threshold first where the maxima prove a higher
+  // one.
+  template <bool kAbsolute, class Stored>
+  void admit(const Stored* x, int64_t base, int64_t count) {
+    if (bounded_ && groups_above(threshold_) <= k_) {
+      collect<kAbsolute, false>(x, count);
+      return append_words<kAbsolute>(x, base);
+    }
+    const Bound bound = bound_of_maxima();
+    if (bounded_ && float_of(bound.key) <= threshold_) {
+      collect<kAbsolute, false>(x, count);
+      return append_words<kAbsolute>(x, base);
+    }
+    threshold_ = float_of(bound.key);
+    bounded_ = true;
+    if (bound.at_least <= k_ + slack()) {
+      collect<kAbsolute, true>(x, count);
+      return append_words<kAbsolute>(x, base);
+    }
+    // Many equal maxima: what is above, and only as many ties as are missing.
+    const int64_t missing = k_ - collect<kAbsolute, false>(x, count);
+    if (missing > 0) collect_with_ties<kAbsolute>(x, count, missing);
+    append_words<kAbsolute>(x, base);
+  }
+
+  int64_t slack() const { return k_ / 8 + 2; }
+
+  int64_t groups_above(float bound) const {
+    const FloatLanes limit = broadcast(bound);
+    int64_t above = 0;
+    for (int64_t b = 0; b < blocks_; ++b) {
+      above += __builtin_popcount(greater(load(maxima_ + b * kFloatLanes), limit));
+    }
+    return above;
+  }
+
+  // A lower bound of the k-th largest element: of the maxima, merged to fewer groups first.
+  Bound bound_of_maxima() const {
+    alignas(kCacheLineBytes) int32_t keys[kMaximumGroups];
+    const int64_t wanted = (kGroupsPerK * k_ + kFloatLanes - 1) / kFloatLanes;
+    const int64_t vectors = wanted < blocks_ ? wanted : blocks_;
+    for (int64_t v = 0; v < vectors; ++v) {
+      FloatLanes largest = load(maxima_ + v * kFloatLanes);
+      for (int64_t b = v + vectors; b < blocks_; b += vectors) {
+        largest = larger(load(maxima_ + b * kFloatLanes), largest);
+      }
+      const IntLanes lanes = keys_of(largest);
+      std::memcpy(keys + v * kFloatLanes, &lanes, sizeof(lanes));
+    }
+    const int64_t merged = vectors * kFloatLanes;
+    return bisect(keys, merged, k_, slack(), range_of(keys, merged));
+  }
+
+  // One bit for each element of the word at i that is > bound, or >= bound.
   template <bool kAbsolute, bool kInclusive, class Stored>
-  void scan(const Stored* x, int64_t base, int64_t count) {
-    constexpr int64_t kWord = 64;
-    constexpr int64_t kPart = 4 / sizeof(Stored);  // words behind one line of each stream
-    const FloatLanes bound = broadcast(threshold_);
-    uint64_t words[kSegment / kWord];
-    int32_t with_hits[kSegment / kWord];
-    const int64_t whole = count / kWord;
-    int64_t found = 0;
-    for (int64_t w = 0; w < whole; ++w) {
-      const Stored* first = x + w * kWord;
-      // the segment itself is in cache by now: fetch the next one meanwhile
-      if (w % kPart == 0) fetch(x + kSegment, w / kPart, kSegment / kWord / kPart);
-      uint64_t hits = 0;
-      for (int v = 0; v < kWord; v += kFloatLanes) {
-        const FloatLanes lanes = ranked_lanes<kAbsolute>(load(first + v));
-        const uint64_t bits = kInclusive ? greater_equal(lanes, bound) : greater(lanes, bound);
+  static uint64_t compare_word(const Stored* x, int64_t i, int64_t count, float bound) {
+    uint64_t hits = 0;
+    if (i + kWord <= count) {
+      const FloatLanes limit = broadcast(bound);
+      for (int64_t v = 0; v < kWord; v += kFloatLanes) {
+        const FloatLanes lanes = ranked_lanes<kAbsolute>(load(x + i + v));
+        const uint64_t bits = kInclusive ? greater_equal(lanes, limit) : greater(lanes, limit);
         hits |= bits << v;
       }
-      words[w] = hits;
-      with_hits[found] = static_cast<int32_t>(w);
-      found += hits != 0;
+      return hits;
     }
-    for (int64_t j = 0; j < found; ++j) {
-      const int64_t i = with_hits[j] * kWord;
-      uint64_t hits = words[with_hits[j]];
+    for (int64_t at = i; at < count; ++at) {
+      const float value = ranked<kAbsolute>(to_sum(x[at]));
+      const uint64_t hit = kInclusive ? value >= bound : value > bound;
+      hits |= hit << (at - i);
+    }
+    return hits;
+  }
+
+  // Notes the words with an element > threshold (>= when kInclusive); how many such elements.
+  // Which blocks and words these are no branch predictor can guess, so there is no branch.
+  template <bool kAbsolute, bool kInclusive, class Stored>
+  int64_t collect(const Stored* x, int64_t count) {
+    const FloatLanes limit = broadcast(threshold_);
+    int32_t chosen[kSegment / kWord + 1];
+    int64_t blocks = 0;
+    for (int64_t b = 0; b < blocks_; ++b) {
+      const FloatLanes maxima = load(maxima_ + b * kFloatLanes);
+      chosen[blocks] = static_cast<int32_t>(b * block_);
+      blocks += (kInclusive ? greater_equal(maxima, limit) : greater(maxima, limit)) != 0;
+    }
+    int64_t words = 0, found = 0;
+    for (int64_t c = 0; c < blocks; ++c) {
+      const int64_t end = chosen[c] + block_ < count ? chosen[c] + block_ : count;
+      for (int64_t i = chosen[c]; i < end; i += kWord) {
+        const uint64_t hits = compare_word<kAbsolute, kInclusive>(x, i, count, threshold_);
+        hits_[words] = hits;
+        starts_[words] = static_cast<int32_t>(i);
+        words += hits != 0;
+        found += __builtin_popcountll(hits);
+      }
+    }
+    words_ = words;
+    return found;
+  }
+
+  // The same for what is > threshold and the first `ties` elements equal to it.
+  template <bool kAbsolute, class Stored>
+  void collect_with_ties(const Stored* x, int64_t count, int64_t ties) {
+    const FloatLanes limit = broadcast(threshold_);
+    words_ = 0;
+    for (int64_t b = 0; b < blocks_; ++b) {
+      const FloatLanes maxima = load(maxima_ + b * kFloatLanes);
+      if ((ties > 0 ? greater_equal(maxima, limit) : greater(maxima, limit)) == 0) continue;
+      const int64_t end = (b + 1) * block_ < count ? (b + 1) * block_ : count;
+      for (int64_t i = b * block_; i < end; i += kWord) {
+        uint64_t hits = compare_word<kAbsolute, false>(x, i, count, threshold_);
+        uint64_t equal = compare_word<kAbsolute, true>(x, i, count, threshold_) & ~hits;
+        for (; equal != 0 && ties > 0; --ties) {
+          hits |= equal & -equal;
+          equal &= equal - 1;
+        }
+        if (hits == 0) continue;
+        hits_[words_] = hits;
+        starts_[words_++] = static_cast<int32_t>(i);
+      }
+    }
+  }
+
+  // Appends the elements of the noted words. A tightening in between leaves some below the new
+  // threshold to be appended, which the next one removes.
+  template <bool kAbsolute, class Stored>
+  void append_words(const Stored* x, int64_t base) {
+    for (int64_t w = 0; w < words_; ++w) {
+      if (count_ + kWord > kCapacity) tighten();
+      uint64_t hits = hits_[w];
       do {
-        const int64_t at = i + __builtin_ctzll(hits);
+        const int64_t at = starts_[w] + __builtin_ctzll(hits);
         append(key_of(ranked<kAbsolute>(to_sum(x[at]))), base + at);
       } while ((hits &= hits - 1) != 0);
     }
-    for (int64_t i = whole * kWord; i < count; ++i) {
-      const float value = ranked<kAbsolute>(to_sum(x[i]));
-      if (kInclusive ? value >= threshold_ : value > threshold_) append(key_of(value), base + i);
-    }
   }
 
-  // Appends what is > threshold and the first `ties` elements equal to it, in index order.
-  template <bool kAbsolute, class Stored>
-  void scan_with_ties(const Stored* x, int64_t base, int64_t count, int64_t ties) {
-    const FloatLanes bound = broadcast(threshold_);
-    const int32_t tie = key_of(threshold_);
-    int64_t i = 0;
-    const auto consider = [&](int64_t at) {
-      const int32_t key = key_of(ranked<kAbsolute>(to_sum(x[at])));
-      if (key > tie || (key == tie && ties-- > 0)) append(key, base + at);
-    };
-    for (; i + kFloatLanes <= count && ties > 0; i += kFloatLanes) {
-      uint32_t bits = greater_equal(ranked_lanes<kAbsolute>(load(x + i)), bound);
-      for (; bits != 0; bits &= bits - 1) consider(i + __builtin_ctz(bits));
-    }
-    for (; i + kFloatLanes <= count; i += kFloatLanes) {
-      uint32_t bits = greater(ranked_lanes<kAbsolute>(load(x + i)), bound);
-      for (; bits != 0; bits &= bits - 1) consider(i + __builtin_ctz(bits));
-    }
-    for (; i < count; ++i) {
-      if (ranked<kAbsolute>(to_sum(x[i])) >= threshold_) consider(i);
-    }
-  }
-
-  int64_t k_, group_vectors_, count_ = 0;
+  int64_t k_, segment_, block_ = kLargestBlock;
+  int64_t count_ = 0, blocks_ = 0, words_ = 0;
   bool bounded_ = false;  // whether threshold_ holds a bound
   float threshold_ = 0.0f;
   alignas(kCacheLineBytes) float maxima_[kMaximumGroups];
-  alignas(kCacheLineBytes) int32_t keys_[kCapacity];
+  alignas(kCacheLineBytes) int32_t keys_[kCapacity + kFloatLanes];
   uint32_t indices_[kCapacity];
+  uint64_t hits_[kSegment / kWord + 1];
+  int32_t starts_[kSegment / kWord + 1];
 };
 
 }  // namespace sparsekern::cpu::SPARSEKERN_ISA
