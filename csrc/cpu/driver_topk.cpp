@@ -14,7 +14,8 @@ namespace sparsekern::cpu {
 
 namespace {
 
-constexpr size_t kBytes[] = {4, 2, 2, 8};  // float32, bfloat16, float16, float64
+constexpr size_t kBytes[] = {4, 2, 2, 8};        // float32, bfloat16, float16, float64
+constexpr int kExponentBit[] = {23, 7, 10, 52};  // cleared, no value is infinite or NaN
 
 double decode(int dtype, uint64_t bits) {
   if (dtype == 3) {
@@ -43,17 +44,19 @@ struct Shape {
 class Check {
  public:
   Check(const Kernels& kernels, int dtype, const Shape& shape, int flags, bool strided,
-        int patterns, std::mt19937_64& random)
+        int patterns, bool with_nan, std::mt19937_64& random)
       : kernels_(kernels), dtype_(dtype), shape_(shape), flags_(flags), strided_(strided) {
     const size_t bytes = kBytes[dtype];
     x_.resize(static_cast<size_t>(shape.rows * shape.n) * bytes);
     std::vector<uint64_t> choice(static_cast<size_t>(patterns));
     for (auto& bits : choice) bits = random() >> (64 - 8 * bytes);
     for (int64_t i = 0; i < shape.rows * shape.n; ++i) {
-      const uint64_t bits =
+      uint64_t bits =
           patterns > 0 ? choice[random() % choice.size()] : random() >> (64 - 8 * bytes);
+      if (!with_nan) bits &= ~(uint64_t{1} << kExponentBit[dtype]);
       std::memcpy(x_.data() + i * bytes, &bits, bytes);
     }
+    if (!with_nan && patterns == 0 && random() % 2 == 0) ascend();
   }
 
   // Whether all outputs are right.
@@ -88,9 +91,25 @@ class Check {
  private:
   uint64_t bits_at(int64_t b, int64_t i) const {
     uint64_t bits = 0;
-    const int64_t at = strided_ ? i * shape_.rows + b : b * shape_.n + i;
-    std::memcpy(&bits, x_.data() + at * kBytes[dtype_], kBytes[dtype_]);
+    std::memcpy(&bits, x_.data() + place(b, i) * kBytes[dtype_], kBytes[dtype_]);
     return bits;
+  }
+
+  void ascend() {
+    std::vector<uint64_t> row(shape_.n);
+    for (int64_t b = 0; b < shape_.rows; ++b) {
+      for (int64_t i = 0; i < shape_.n; ++i) row[i] = bits_at(b, i);
+      std::stable_sort(row.begin(), row.end(), [&](uint64_t p, uint64_t q) {
+        return decode(dtype_, p) < decode(dtype_, q);
+      });
+      for (int64_t i = 0; i < shape_.n; ++i) {
+        std::memcpy(x_.data() + place(b, i) * kBytes[dtype_], &row[i], kBytes[dtype_]);
+      }
+    }
+  }
+
+  int64_t place(int64_t b, int64_t i) const {
+    return strided_ ? i * shape_.rows + b : b * shape_.n + i;
   }
 
   std::vector<int64_t> expected(int64_t b) const {
@@ -120,11 +139,13 @@ class Check {
 }  // namespace
 
 int check_topk(const Kernels& kernels, int* cases) {
-  // around vectors, segments and the bounds between the ways of selecting
-  const Shape shapes[] = {{1, 1, 1},       {3, 7, 7},      {2, 16, 3},     {2, 17, 16},
-                          {3, 500, 50},    {2, 1000, 1},   {2, 4096, 32},  {2, 4097, 32},
-                          {2, 4111, 64},   {1, 9001, 512}, {2, 5000, 513}, {1, 5000, 1100},
-                          {1, 6000, 6000}, {1, 200000, 40}};
+  // around vectors, blocks, segments and the bounds between the ways of selecting
+  const Shape shapes[] = {{1, 1, 1},       {3, 7, 7},       {2, 16, 3},      {2, 17, 16},
+                          {2, 33, 32},     {3, 500, 50},    {2, 512, 200},   {2, 1000, 1},
+                          {2, 2049, 512},  {2, 4096, 32},   {2, 4097, 32},   {2, 4111, 64},
+                          {2, 4096, 400},  {1, 9001, 512},  {2, 5000, 513},  {1, 5000, 1100},
+                          {1, 6000, 6000}, {1, 8192, 512},  {2, 32768, 40},  {1, 32769, 65},
+                          {1, 40000, 512}, {1, 200000, 40}, {1, 150000, 300}};
   std::mt19937_64 random(7);
   int mismatches = 0;
   for (const Shape& shape : shapes) {
@@ -132,14 +153,15 @@ int check_topk(const Kernels& kernels, int* cases) {
       for (const int patterns : {0, 1, 2, 40}) {
         const int flags = static_cast<int>(random() % 8);
         const bool strided = random() % 3 == 0;
-        Check check(kernels, dtype, shape, flags, strided, patterns, random);
+        const bool with_nan = random() % 2 == 0;  // nearly every long row of random bits has one
+        Check check(kernels, dtype, shape, flags, strided, patterns, with_nan, random);
         ++*cases;
         if (check.run(1 + static_cast<int>(random() % 3))) continue;
         ++mismatches;
         std::printf(
-            "MISMATCH topk: rows %ld n %ld k %ld dtype %d flags %d strided %d patterns %d\n",
+            "MISMATCH topk: rows %ld n %ld k %ld dtype %d flags %d strided %d patterns %d nan %d\n",
             static_cast<long>(shape.rows), static_cast<long>(shape.n), static_cast<long>(shape.k),
-            dtype, flags, strided, patterns);
+            dtype, flags, strided, patterns, with_nan);
       }
     }
   }

@@ -15,9 +15,6 @@ namespace {
 constexpr int64_t kRankedByPairs = 64;
 // Up to this k the sort's second buffer lies on the stack; beyond, it is sorted in place.
 constexpr int64_t kSortedByBytes = 1024;
-// Rows this short, with too few groups to bound their k-th element, are selected from all their
-// keys at once.
-constexpr int64_t kShortRow = 8192;
 // One thread takes at least this much of a batch at a time, and of a single row.
 constexpr int64_t kGrainBytes = 64 << 10;
 constexpr int64_t kSliceElements = 64 << 10;
@@ -90,7 +87,8 @@ inline auto key_at(const Row<Stored>& row, int64_t i) {
   return key_of(ranked<kAbsolute>(to_sum(row.x[i * row.stride])));
 }
 
-// Ascending row.indices -> largest first, if that is asked for. 32-bit keys are sorted with their index in one integer.
+// Ascending row.indices -> largest first, if that is asked for. 32-bit keys are sorted with their
+// index in one integer.
 template <bool kAbsolute, class Stored>
 inline void order_row(const Row<Stored>& row) {
   if ((row.flags & kSorted) == 0) return;
@@ -161,6 +159,12 @@ inline void select_short(const Row<Stored>& row) {
   }
 }
 
+// How many elements of a row of n are read at a time: those with a stride are gathered first.
+template <class Stored>
+inline int64_t contiguous(const Row<Stored>& row, int64_t n) {
+  return row.stride == 1 ? n : std::min(n, kStridedSegment);
+}
+
 // Elements [begin, end) of a row into candidates; false when there is a NaN.
 template <bool kAbsolute, class Stored>
 inline bool stream(Candidates& candidates, const Row<Stored>& row, int64_t begin, int64_t end) {
@@ -195,7 +199,7 @@ inline void take_candidates(Candidates& candidates, const Row<Stored>& row) {
 template <bool kAbsolute, class Stored>
 inline void select_row(Candidates& candidates, const Row<Stored>& row) {
   if constexpr (!std::is_same_v<Stored, double>) {
-    if (Candidates::suits(row.stride == 1 ? row.n : std::min(row.n, kStridedSegment), row.k)) {
+    if (Candidates::suits(contiguous(row, row.n), row.k)) {
       candidates.clear();
       if (stream<kAbsolute>(candidates, row, 0, row.n)) {
         return take_candidates<kAbsolute>(candidates, row);
@@ -221,7 +225,7 @@ void select_batch(const RowAt& row_at, int64_t rows, const Row<Stored>& shape, i
   const int64_t chunk = std::max(least, rows / (kChunksPerThread * used));
 #pragma omp parallel num_threads(used)
   {
-    Candidates candidates(shape.n, std::min(shape.k, kStreamedK));
+    Candidates candidates(contiguous(shape, shape.n), std::min(shape.k, kStreamedK));
 #pragma omp for schedule(dynamic, chunk)
     for (int64_t b = 0; b < rows; ++b) {
       const Row<Stored> row = row_at(b);
@@ -240,7 +244,7 @@ void select_sliced(const Row<Stored>& row, int64_t slices) {
   const int64_t width = (row.n + slices - 1) / slices;
 #pragma omp parallel for num_threads(static_cast<int>(slices)) schedule(static, 1)
   for (int64_t s = 0; s < slices; ++s) {
-    Candidates candidates(width, row.k);
+    Candidates candidates(contiguous(row, width), row.k);
     const bool whole =
         stream<kAbsolute>(candidates, row, s * width, std::min(row.n, (s + 1) * width));
     candidates.tighten();
@@ -266,7 +270,8 @@ void select_sliced(const Row<Stored>& row, int64_t slices) {
 template <bool kAbsolute, class Stored, class RowAt>
 void select_all(const RowAt& row_at, int64_t rows, const Row<Stored>& shape, int threads) {
   const int64_t slices = std::min<int64_t>(threads, shape.n / kSliceElements);
-  const bool sliced = rows < threads && slices > 1 && Candidates::suits(shape.n, shape.k);
+  const bool sliced =
+      rows < threads && slices > 1 && Candidates::suits(contiguous(shape, shape.n), shape.k);
   if (std::is_same_v<Stored, double> || !sliced) {
     select_batch<kAbsolute>(row_at, rows, shape, threads);
     return;

@@ -79,7 +79,6 @@ inline uint32_t greater(FloatLanes a, FloatLanes b) { return bits_of((IntLanes)(
 inline uint32_t greater_equal(FloatLanes a, FloatLanes b) { return bits_of((IntLanes)(a >= b)); }
 inline uint32_t equal(FloatLanes a, FloatLanes b) { return bits_of((IntLanes)(a == b)); }
 inline uint32_t greater(IntLanes a, IntLanes b) { return bits_of(a > b); }
-inline uint32_t greater_equal(IntLanes a, IntLanes b) { return bits_of(a >= b); }
 inline uint32_t equal(IntLanes a, IntLanes b) { return bits_of(a == b); }
 #endif
 
@@ -139,9 +138,48 @@ inline int64_t count_at_least(const int32_t* keys, int64_t count, int32_t bound)
   IntLanes total = {};
   for (int64_t i = 0; i < count; i += kFloatLanes)
     total -= (IntLanes)(load_keys(keys + i) >= limit);
+  return sum_lanes(total);
+#endif
+}
+
+// How many of x[0..vectors * kFloatLanes) are > bound; none is NaN.
+inline int64_t count_above(const float* x, int64_t vectors, float bound) {
+  const FloatLanes limit = broadcast(bound);
+#if defined(__AVX512F__)
   int64_t sum = 0;
-  for (int lane = 0; lane < kFloatLanes; ++lane) sum += total[lane];
+  for (int64_t v = 0; v < vectors; ++v)
+    sum += __builtin_popcount(greater(load(x + v * kFloatLanes), limit));
   return sum;
+#else
+  IntLanes total = {};
+  for (int64_t v = 0; v < vectors; ++v) total -= (IntLanes)(load(x + v * kFloatLanes) > limit);
+  return sum_lanes(total);
+#endif
+}
+
+// The place of keys[i] among keys[0..count), largest first, equal ones in the order of their place.
+// The array is padded to whole vectors with INT32_MIN.
+inline int64_t rank_of(const int32_t* keys, int64_t count, int64_t i) {
+  const IntLanes key = broadcast(keys[i]);
+  const int64_t own = i / kFloatLanes * kFloatLanes;
+  const IntLanes mine = load_keys(keys + own);
+#if defined(__AVX512F__)
+  const uint32_t before = (1u << (i - own)) - 1;
+  int64_t rank = __builtin_popcount(greater(mine, key) | (equal(mine, key) & before));
+  for (int64_t j = 0; j < own; j += kFloatLanes)
+    rank += __builtin_popcount(greater_equal(load_keys(keys + j), key));
+  for (int64_t j = own + kFloatLanes; j < count; j += kFloatLanes)
+    rank += __builtin_popcount(greater(load_keys(keys + j), key));
+  return rank;
+#else
+  IntLanes lane;
+  for (int l = 0; l < kFloatLanes; ++l) lane[l] = l;
+  const IntLanes before = lane < broadcast(static_cast<int32_t>(i - own));
+  IntLanes total = -((mine > key) | ((mine == key) & before));
+  for (int64_t j = 0; j < own; j += kFloatLanes) total -= load_keys(keys + j) >= key;
+  for (int64_t j = own + kFloatLanes; j < count; j += kFloatLanes)
+    total -= load_keys(keys + j) > key;
+  return sum_lanes(total);
 #endif
 }
 
