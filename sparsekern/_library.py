@@ -166,7 +166,7 @@ class Operation:
                     f"{device_type}: {reason}"
                 )
             return forced, "forced"
-        reasons = []
+        reasons: list[str] = []
         for name in self.preferred.get(device_type, ()):
             if not (reason := self.missing(name, device_type, dtype)):
                 return name, "; ".join(reasons) or "first choice"

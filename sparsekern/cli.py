@@ -131,16 +131,19 @@ def _train_vae_sae(options: argparse.Namespace) -> int:
     else:
         config, out = _resumed_config(vae_sae.saved_config(resume), given, resume), resume
     report = vae_sae.run(config, out, resume=resume is not None)
+    # What a shell gives a process that the signal ended.
+    signal = report.outcome.signal
+    status = 0 if signal is None else 128 + signal
     if report.results is None:
         sys.stdout.write(
             f"interrupted after step {report.outcome.step}; everything is saved. Go on with:\n"
             f"  sparsekern train vae-sae --resume {out}\n"
         )
-        return 128 + report.outcome.signal
+        return status
     files = ("history.png", "reconstructions.png", "results.json", "metrics.jsonl")
     sys.stdout.write(vae_sae.table(report.results, config) + "\n")
     sys.stdout.write(f"run folder {Path(out)}: {', '.join(files)}\n")
-    return 0
+    return status
 
 
 def _resumed_config(saved: Any, given: dict[str, Any], folder: str) -> Any:

@@ -66,7 +66,8 @@ class TopK(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(post, bool):
-            post, use_sparse_activations = _UNSET, post
+            use_sparse_activations = post
+            post = _UNSET
         if postact_fn is not _UNSET:
             if post is not _UNSET:
                 raise TypeError("TopK: give post or postact_fn, not both")
@@ -98,19 +99,24 @@ class TopK(nn.Module):
         """x [..., n] -> [..., n], dense (or sparse COO with use_sparse_activations)."""
         if self.use_sparse_activations:
             return _coalesced(self.codes(x), x.shape)
-        plain = self.post is None or self._fused_relu
-        counted = self.training and self.counter is not None
+        fused = self._fused_relu
+        post = None if fused else self.post
+        counter = self.counter if self.training else None
         masked, values, indices, counts = mask_with_codes(
-            x, self.k, relu=self._fused_relu, abs=self.abs, return_counts=counted and plain
+            x,
+            self.k,
+            relu=fused,
+            abs=self.abs,
+            return_counts=counter is not None and post is None,
         )
-        if not plain:
-            values = self.post(values)
+        if post is not None:
+            values = post(values)
             masked = codes_to_dense(values, indices, x.shape[-1])
-        if counted:
+        if counter is not None:
             rows = x.numel() // x.shape[-1]
-            if not plain:
+            if post is not None:
                 counts = count_active(indices, x.shape[-1], values.detach())
-            self.counter.update(counts=counts, rows=rows)
+            counter.update(counts=counts, rows=rows)
         return masked
 
     def codes(self, x: torch.Tensor, *, sorted: bool = False) -> Codes:
@@ -231,7 +237,7 @@ class DeadNeuronCounter(nn.Module):
             fired = count_active(indices, self.n, values) > 0
             rows = indices.numel() // max(indices.shape[-1], 1)
         else:
-            if rows is None:
+            if counts is None or rows is None:
                 raise TypeError(f"{op}: counts need rows, the number of rows counted over")
             self._check_width(counts, "counts")
             fired = counts > 0

@@ -228,8 +228,8 @@ class ProductCase:
         elif self.layout == "strided":
             weight = weight.repeat_interleave(2, 1)[:, ::2]
         bias = torch.randn(self.d, generator=generator).to(weight.dtype) if self.bias else None
-        moved = (values.to(dtype), indices, weight, bias)
-        return tuple(None if t is None else t.to(device) for t in moved)
+        values, indices = values.to(dtype).to(device), indices.to(device)
+        return values, indices, weight.to(device), None if bias is None else bias.to(device)
 
 
 PRODUCT_CASES = (

@@ -335,8 +335,9 @@ def _read(path: Path, fields: _NpzFields | _Hdf5Fields, count: int | None, seed:
             f"[{n}, {len(SIZES)}], got {classes_dtype} {list(classes_shape)}"
         )
     wanted = _subset(f"data file {path}", n, count, seed)
-    images = _gather(fields.blocks(images_name), wanted)
-    classes = _gather(fields.blocks(classes_name), wanted).astype(np.int64)
+    images = _gather(fields.blocks(images_name), wanted, images_shape[1:], images_dtype)
+    classes = _gather(fields.blocks(classes_name), wanted, classes_shape[1:], classes_dtype)
+    classes = classes.astype(np.int64)
     if images.size and images.max() > 1:
         raise DataError(
             f"data file has another layout: {path}: {images_name} must hold 0 and 1, "
@@ -349,17 +350,20 @@ def _read(path: Path, fields: _NpzFields | _Hdf5Fields, count: int | None, seed:
     return DSprites(images, classes, str(path))
 
 
-def _gather(blocks: Iterator[np.ndarray], wanted: np.ndarray | None) -> np.ndarray:
+def _gather(
+    blocks: Iterator[np.ndarray],
+    wanted: np.ndarray | None,
+    row_shape: tuple[int, ...],
+    dtype: np.dtype,
+) -> np.ndarray:
     """The wanted rows, in the wanted order, of an array that comes in blocks of rows."""
     if wanted is None:
         return np.concatenate(list(blocks))
     order = np.argsort(wanted, kind="stable")
     ascending = wanted[order]
-    out, start = None, 0
+    out, start = np.empty((len(wanted), *row_shape), dtype), 0
     for block in blocks:
         first, last = np.searchsorted(ascending, [start, start + len(block)])
-        if out is None:
-            out = np.empty((len(wanted), *block.shape[1:]), block.dtype)
         out[order[first:last]] = block[ascending[first:last] - start]
         start += len(block)
     return out

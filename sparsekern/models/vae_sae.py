@@ -118,6 +118,7 @@ class VAESAE(nn.Module):
     def _initialize(self, mean_pixel: float) -> None:
         """Keeps the variance of the signal from layer to layer: std^2 = gain / fan-in."""
         linear_outputs = (self.encoder[-1], self.decoder[-1])
+        logit = math.log(mean_pixel / (1 - mean_pixel))
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
                 fan_in = layer.weight[0].numel()
@@ -127,9 +128,9 @@ class VAESAE(nn.Module):
                 # A ReLU after the layer halves the second moment.
                 gain = 1 if layer in linear_outputs else 2
                 nn.init.normal_(layer.weight, std=math.sqrt(gain / fan_in))
-                nn.init.zeros_(layer.bias)
+                if layer.bias is not None:
+                    nn.init.constant_(layer.bias, logit if layer is self.decoder[-1] else 0)
         nn.init.normal_(self.dictionary, std=math.sqrt(2 / len(self.dictionary)))
-        self.decoder[-1].bias.fill_(math.log(mean_pixel / (1 - mean_pixel)))
 
     @property
     def k(self) -> int:
@@ -143,7 +144,10 @@ class VAESAE(nn.Module):
     @property
     def activity(self) -> DeadNeuronCounter:
         """Training rows since each unit last fired."""
-        return self.sparsity.counter
+        counter = self.sparsity.counter
+        if counter is None:
+            raise RuntimeError("VAESAE: the counter of the sparse layer was taken away")
+        return counter
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and log variance, [B, Z] each, of images in 0..1 [B, C, 64, 64]."""

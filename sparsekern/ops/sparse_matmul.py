@@ -276,7 +276,7 @@ def _double_backward(ctx: Any, grad_gv: torch.Tensor, grad_gw: torch.Tensor) -> 
 def _stacked(info: Any, in_dims: Any, args: Any, weight_at: int) -> tuple[list[Any], bool]:
     """Batch dimensions moved to the front; a batch of dictionaries becomes one tall one, indices
     shifted by b*N."""
-    moved = [
+    moved: list[Any] = [
         arg
         if arg is None or not isinstance(arg, torch.Tensor)
         else arg.movedim(dim, 0)

@@ -13,7 +13,8 @@ so that every backend shares them and a second derivative exists.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 
@@ -35,6 +36,42 @@ class CountedCodes(NamedTuple):
     values: torch.Tensor
     indices: torch.Tensor
     counts: torch.Tensor
+
+
+@overload
+def topk(
+    x: torch.Tensor,
+    k: int,
+    *,
+    sorted: bool = ...,
+    relu: bool = ...,
+    abs: bool = ...,
+    return_counts: Literal[False] = ...,
+) -> Codes: ...
+
+
+@overload
+def topk(
+    x: torch.Tensor,
+    k: int,
+    *,
+    sorted: bool = ...,
+    relu: bool = ...,
+    abs: bool = ...,
+    return_counts: Literal[True],
+) -> CountedCodes: ...
+
+
+@overload
+def topk(
+    x: torch.Tensor,
+    k: int,
+    *,
+    sorted: bool = ...,
+    relu: bool = ...,
+    abs: bool = ...,
+    return_counts: bool,
+) -> Codes | CountedCodes: ...
 
 
 def topk(
@@ -127,8 +164,7 @@ def mask_with_codes(
     """`topk_mask` with what its kernel knows besides: (masked [..., n], values [..., k], indices
     [..., k], counts).
 
-    values and indices are in ascending index order; counts is int64 [n], or [0] unless
-    return_counts.
+    Indices are in ascending order; counts is int64 [n], or [0] unless return_counts.
     """
     check_floating("topk_mask", "x", x)
     k = check_count("topk_mask", "k", k, x.shape[-1], "the size of the last dimension")
@@ -201,8 +237,7 @@ def _codes_to_dense_fake(values: torch.Tensor, indices: torch.Tensor, n: int) ->
 
 
 def _rows(backend: str, name: str, reference: Any) -> Any:
-    """An implementation for any leading dimensions from a backend's function of non-empty
-    matrices."""
+    """A backend's function of non-empty matrices, for any leading dimensions."""
 
     def run(x: torch.Tensor, k: int, *options: Any) -> Any:
         if x.numel() == 0:
@@ -331,7 +366,7 @@ def _of(name: str) -> dict[str, Any]:
     return {backend: functions[name] for backend, functions in _implementations.items()}
 
 
-_topk = _library.define(
+_topk: Callable[..., Any] = _library.define(
     "topk",
     "(Tensor x, SymInt k, bool sorted, bool relu, bool abs, bool count)"
     " -> (Tensor values, Tensor indices, Tensor counts)",
@@ -342,7 +377,7 @@ _topk = _library.define(
     backward=_topk_backward,
     vmap=_counted_vmap(lambda: _topk),
 )
-_topk_mask = _library.define(
+_topk_mask: Callable[..., Any] = _library.define(
     "topk_mask",
     "(Tensor x, SymInt k, bool relu, bool abs, bool count)"
     " -> (Tensor masked, Tensor values, Tensor indices, Tensor counts)",
@@ -353,7 +388,7 @@ _topk_mask = _library.define(
     backward=_topk_mask_backward,
     vmap=_counted_vmap(lambda: _topk_mask),
 )
-_codes_to_dense = _library.define(
+_codes_to_dense: Callable[..., Any] = _library.define(
     "codes_to_dense",
     "(Tensor values, Tensor indices, SymInt n) -> Tensor",
     reference=codes_to_dense_reference,

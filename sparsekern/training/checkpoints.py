@@ -114,7 +114,8 @@ def load_model(folder: Path, model: nn.Module, tensors: Mapping[str, Tensor]) ->
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimizer's state as tensors, named ``optimizer.<parameter>.<key>``, and JSON types."""
     state = optimizer.state_dict()
-    tensors, numbers = {}, {}
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
     for parameter, entries in state["state"].items():
         for key, value in entries.items():
             place = tensors if isinstance(value, Tensor) else numbers

@@ -33,10 +33,17 @@ class TrainingError(RuntimeError):
 class Task(Protocol):
     """What the loop needs to know about a model and its data."""
 
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    examples: int
-    """Number of training examples."""
+    @property
+    def model(self) -> nn.Module:
+        """What is trained."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Of the model's parameters."""
+
+    @property
+    def examples(self) -> int:
+        """Number of training examples."""
 
     def begin_epoch(self, epoch: int) -> Mapping[str, float]:
         """Applies schedules, which may depend on the epoch only; returns facts to log with it."""

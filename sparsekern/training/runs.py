@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -32,7 +32,7 @@ class RunFolder:
     def __init__(self, path: Path, lock: FileLock) -> None:
         self.path = path
         self._lock = lock
-        self._metrics = None
+        self._metrics: BinaryIO | None = None
 
     @staticmethod
     def check_new(path: str | Path) -> None:
@@ -109,27 +109,31 @@ class RunFolder:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Appends one line to the metrics; durable after the next :meth:`sync_metrics`."""
-        if self._metrics is None:
-            self.rewind_metrics(0)
-        self._metrics.write((json.dumps(record, allow_nan=False) + "\n").encode())
+        self._opened_metrics().write((json.dumps(record, allow_nan=False) + "\n").encode())
 
     def sync_metrics(self) -> int:
         """Makes the metrics durable and returns their length in bytes."""
-        if self._metrics is None:
-            self.rewind_metrics(0)
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())
-        return self._metrics.tell()
+        metrics = self._opened_metrics()
+        metrics.flush()
+        os.fsync(metrics.fileno())
+        return metrics.tell()
 
     def rewind_metrics(self, length: int) -> None:
         """Drops what was logged after the first ``length`` bytes."""
-        self._metrics = open(self.path / METRICS, "ab")
-        if self._metrics.tell() < length:
+        self._rewound_metrics(length)
+
+    def _opened_metrics(self) -> BinaryIO:
+        return self._rewound_metrics(0) if self._metrics is None else self._metrics
+
+    def _rewound_metrics(self, length: int) -> BinaryIO:
+        metrics = self._metrics = open(self.path / METRICS, "ab")
+        if metrics.tell() < length:
             raise RunError(
                 f"{self.path / METRICS} is shorter than the {length} bytes its checkpoint counts on"
             )
-        self._metrics.truncate(length)
-        self._metrics.seek(0, os.SEEK_END)
+        metrics.truncate(length)
+        metrics.seek(0, os.SEEK_END)
+        return metrics
 
     def read_metrics(self, kind: str) -> list[dict[str, Any]]:
         """The logged records whose "kind" is this."""
