@@ -4,7 +4,18 @@ import torch as _torch  # first: the native modules then share its OpenMP runtim
 
 from ._library import BackendUnavailableError, backend, describe
 from .nn import DeadNeuronCounter, TopK
-from .ops import Codes, CountedCodes, count_active, sparse_matmul, topk, topk_mask
+from .ops import (
+    Codes,
+    CountedCodes,
+    TransposedCodes,
+    Transposition,
+    count_active,
+    linear_topk,
+    sparse_matmul,
+    topk,
+    topk_mask,
+    transpose_codes,
+)
 
 __version__ = "0.1.0"
 
@@ -14,12 +25,16 @@ __all__ = [
     "CountedCodes",
     "DeadNeuronCounter",
     "TopK",
+    "TransposedCodes",
+    "Transposition",
     "backend",
     "count_active",
     "describe",
+    "linear_topk",
     "sparse_matmul",
     "topk",
     "topk_mask",
+    "transpose_codes",
 ]
 
 del _torch

@@ -189,7 +189,7 @@ def sparse_matmul(
 
 
 def transpose_codes(indices: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(offsets int64 [n + 1], entries int64 [rows * k]), the codes grouped by latent.
+    """(offsets int64 [n + 1], entries int32 [rows * k]), the codes grouped by latent.
 
     entries[offsets[i] : offsets[i + 1]] are the flat positions with index i, ascending. Indices
     outside 0..n-1 lie before offsets[0] or behind offsets[n].
@@ -197,7 +197,7 @@ def transpose_codes(indices: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.
     # 32-bit keys halve the passes of the radix sort; clamped first, so that none wraps around.
     latents, entries = indices.reshape(-1).clamp(-1, n).to(torch.int32).sort(stable=True)
     bounds = torch.arange(n + 1, dtype=torch.int32, device=indices.device)
-    return torch.searchsorted(latents, bounds), entries
+    return torch.searchsorted(latents, bounds), entries.to(torch.int32)
 
 
 def sparse_matmul_backward(
@@ -207,8 +207,11 @@ def sparse_matmul_backward(
     weight: torch.Tensor,
     need_values: bool,
     need_weight: bool,
+    offsets: torch.Tensor | None = None,
+    entries: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(grad_values [rows, k], grad_weight [n, d] in weight's layout), [0] where not needed."""
+    """(grad_values [rows, k], grad_weight [n, d] in weight's layout), [0] where not needed. offsets
+    and entries: the indices' transposition, if it is known."""
     rows, k = values.shape
     n, d = weight.shape
     grad_values, grad_weight = values.new_empty(0), weight.new_empty(0)
@@ -223,7 +226,8 @@ def sparse_matmul_backward(
     if n * d * (need_values or need_weight) == 0:
         return (values.new_zeros(rows, k) if need_values else grad_values), grad_weight
 
-    offsets, entries = transpose_codes(indices, n)
+    if offsets is None or entries is None:
+        offsets, entries = transpose_codes(indices, n)
     with device_of(values):
         backward_kernel[(n, parts)](
             grad,

@@ -75,12 +75,15 @@ def sparse_matmul_backward(
     weight: torch.Tensor,
     need_values: bool,
     need_weight: bool,
+    offsets: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """grad [rows, d] -> gradients of values [rows, k] and of weight [n, d] in weight's layout; [0]
-    where not needed."""
+    where not needed. offsets and positions: the indices' transposition, if it is known."""
     rows, k = values.shape
     n, d = weight.shape
-    offsets, positions = transpose_codes(indices, n)
+    if offsets is None or positions is None:
+        offsets, positions = transpose_codes(indices, n)
     grad_values = torch.empty_like(values) if need_values else values.new_empty(0)
     grad_weight = empty_like_dictionary(weight) if need_weight else weight.new_empty(0)
     with on_device_of(grad):

@@ -1,15 +1,21 @@
 """What each operation means: checks, reference and gradient, one file per stem."""
 
 from .activity import count_active
+from .linear_topk import TransposedCodes, linear_topk
 from .sparse_matmul import sparse_matmul
 from .topk import Codes, CountedCodes, codes_to_dense, topk, topk_mask
+from .transposition import Transposition, transpose_codes
 
 __all__ = [
     "Codes",
     "CountedCodes",
+    "TransposedCodes",
+    "Transposition",
     "codes_to_dense",
     "count_active",
+    "linear_topk",
     "sparse_matmul",
     "topk",
     "topk_mask",
+    "transpose_codes",
 ]

@@ -11,6 +11,9 @@ Gradients, with g = d loss / d out:
     d bias         = sum_b g[b]
 
 Both are bilinear in (values, weight, g), so their own gradients are the same two operations again.
+
+All of them need the codes grouped by latent: their transposition. It is built when it is needed, or
+once by `transpose_codes` for every gradient of a training step that shares these indices.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import torch
 
 from .. import _library
 from .checks import check_codes, check_floating, check_range, check_same_device
+from .transposition import Transposition, check_transposition
 
 
 def sparse_matmul(
@@ -28,6 +32,8 @@ def sparse_matmul(
     indices: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
+    *,
+    transposition: Transposition | None = None,
 ) -> torch.Tensor:
     """Return (codes as a dense [..., N] matrix) @ weight + bias, touching only the active rows of
     weight.
@@ -43,6 +49,8 @@ def sparse_matmul(
             view of an ``nn.Linear(N, D).weight`` is read in place, and its gradient comes back in
             the same layout.
         bias: [D] of weight's dtype, or None.
+        transposition: of these very indices, from `transpose_codes`; spares the backward pass its
+            own. None builds it there.
 
     Returns:
         [..., D] of values' dtype, differentiable (twice and more) with respect to values, weight
@@ -69,7 +77,8 @@ def sparse_matmul(
     """
     check_codes("sparse_matmul", values, indices)
     _check_dictionary(values, weight, bias)
-    return _sparse_matmul(values, indices, weight, bias)
+    check_transposition("sparse_matmul", transposition, indices, weight.shape[0])
+    return _sparse_matmul(values, indices, weight, bias, *(transposition or (None, None)))
 
 
 def _check_dictionary(
@@ -106,7 +115,11 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def sparse_matmul_reference(
-    values: torch.Tensor, indices: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *_transposition: Any,
 ) -> torch.Tensor:
     check_range("sparse_matmul", indices, weight.shape[0])
     wide = _wide(values.dtype)
@@ -123,6 +136,7 @@ def sparse_matmul_backward_reference(
     weight: torch.Tensor,
     need_values: bool,
     need_weight: bool,
+    *_transposition: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     wide = _wide(values.dtype)
     n, d = weight.shape
@@ -155,12 +169,18 @@ def column_major(weight: torch.Tensor) -> bool:
 # -- shapes without data ---------------------------------------------------------------------------
 
 
-def _fake(values: Any, indices: Any, weight: Any, bias: Any) -> torch.Tensor:
+def _fake(values: Any, indices: Any, weight: Any, bias: Any, *_transposition: Any) -> torch.Tensor:
     return values.new_empty(*values.shape[:-1], weight.shape[1])
 
 
 def _backward_fake(
-    grad: Any, values: Any, indices: Any, weight: Any, need_values: bool, need_weight: bool
+    grad: Any,
+    values: Any,
+    indices: Any,
+    weight: Any,
+    need_values: bool,
+    need_weight: bool,
+    *_transposition: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     grad_values = values.new_empty(values.shape if need_values else 0)
     return grad_values, empty_like_dictionary(weight) if need_weight else weight.new_empty(0)
@@ -175,7 +195,9 @@ def _addressable(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _matrices(backend: str) -> Any:
-    def run(values: Any, indices: Any, weight: torch.Tensor, bias: Any) -> torch.Tensor:
+    def run(
+        values: Any, indices: Any, weight: torch.Tensor, bias: Any, *_transposition: Any
+    ) -> torch.Tensor:
         if backend != "native" or values.device.type != "cpu":
             check_range("sparse_matmul", indices, weight.shape[0])
         if values.numel() == 0 or weight.numel() == 0:
@@ -200,6 +222,7 @@ def _backward_matrices(backend: str) -> Any:
         weight: torch.Tensor,
         need_values: bool,
         need_weight: bool,
+        *transposition: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if values.numel() == 0 or weight.numel() == 0:
             return sparse_matmul_backward_reference(
@@ -215,6 +238,7 @@ def _backward_matrices(backend: str) -> Any:
             _addressable(weight),
             need_values,
             need_weight,
+            *transposition,
         )
         return grad_values.view(values.shape) if need_values else grad_values, grad_weight
 
@@ -225,49 +249,55 @@ def _backward_matrices(backend: str) -> Any:
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    values, indices, weight, bias = inputs
-    ctx.save_for_backward(values, indices, weight)
+    values, indices, weight, bias, offsets, positions = inputs
+    ctx.save_for_backward(values, indices, weight, offsets, positions)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> Any:
-    values, indices, weight = ctx.saved_tensors
-    need_values, _, need_weight, need_bias = ctx.needs_input_grad
+    values, indices, weight, *transposition = ctx.saved_tensors
+    need_values, _, need_weight, need_bias, *_ = ctx.needs_input_grad
     grad_values = grad_weight = grad_bias = None
     if need_values or need_weight:
-        both = _sparse_matmul_backward(grad, values, indices, weight, need_values, need_weight)
+        both = _sparse_matmul_backward(
+            grad, values, indices, weight, need_values, need_weight, *transposition
+        )
         grad_values = both[0] if need_values else None
         grad_weight = both[1] if need_weight else None
     if need_bias:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=_wide(grad.dtype))
         grad_bias = grad_bias.to(ctx.bias_dtype)
-    return grad_values, None, grad_weight, grad_bias
+    return grad_values, None, grad_weight, grad_bias, None, None
 
 
 def _setup_backward(ctx: Any, inputs: Any, output: Any) -> None:
-    grad, values, indices, weight, ctx.need_values, ctx.need_weight = inputs
-    ctx.save_for_backward(grad, values, indices, weight)
+    grad, values, indices, weight, ctx.need_values, ctx.need_weight, *transposition = inputs
+    ctx.save_for_backward(grad, values, indices, weight, *transposition)
 
 
 def _double_backward(ctx: Any, grad_gv: torch.Tensor, grad_gw: torch.Tensor) -> Any:
     """With a, C the gradients of (d values, d weight): both are bilinear in (grad, values,
     weight)."""
-    grad, values, indices, weight = ctx.saved_tensors
+    grad, values, indices, weight, *grouped = ctx.saved_tensors
     need_grad, need_values, _, need_weight, *_ = ctx.needs_input_grad
     to_grad = to_values = to_weight = None
     if ctx.need_values:  # d values = grad . weight[i], seen with upstream a
         if need_grad:
-            to_grad = _sparse_matmul(grad_gv, indices, weight, None)
+            to_grad = _sparse_matmul(grad_gv, indices, weight, None, *grouped)
         if need_weight:
-            to_weight = _sparse_matmul_backward(grad, grad_gv, indices, weight, False, True)[1]
+            to_weight = _sparse_matmul_backward(
+                grad, grad_gv, indices, weight, False, True, *grouped
+            )[1]
     if ctx.need_weight:  # d weight = sum values * grad, seen with upstream C
         upstream = grad_gw.to(weight.dtype)
         if need_grad:
-            term = _sparse_matmul(values, indices, upstream, None)
+            term = _sparse_matmul(values, indices, upstream, None, *grouped)
             to_grad = term if to_grad is None else to_grad + term
         if need_values:
-            to_values = _sparse_matmul_backward(grad, values, indices, upstream, True, False)[0]
-    return to_grad, to_values, None, to_weight, None, None
+            to_values = _sparse_matmul_backward(
+                grad, values, indices, upstream, True, False, *grouped
+            )[0]
+    return to_grad, to_values, None, to_weight, None, None, None, None
 
 
 # -- vmap ------------------------------------------------------------------------------------------
@@ -297,7 +327,7 @@ def _stacked(info: Any, in_dims: Any, args: Any, weight_at: int) -> tuple[list[A
 
 
 def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    (values, indices, weight, bias), _ = _stacked(info, in_dims, args, 2)
+    (values, indices, weight, bias), _ = _stacked(info, in_dims[:4], args[:4], 2)
     out = _sparse_matmul(values, indices, weight, None)
     if bias is not None:
         out = out + bias.view(bias.shape[0], *[1] * (out.dim() - 2), -1).to(out.dtype)
@@ -306,7 +336,7 @@ def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
 
 def _backward_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
     (grad, values, indices, weight, need_values, need_weight), tall = _stacked(
-        info, in_dims, args, 3
+        info, in_dims[:6], args[:6], 3
     )
     if need_weight and not tall:  # one gradient per batch entry: a dictionary each
         n = weight.shape[0]
@@ -325,7 +355,7 @@ def _backward_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
 
 
 def _autocast(args: Any, dtype: torch.dtype) -> Any:
-    values, indices, weight, bias = args
+    values, indices, weight, bias, *transposition = args
     if torch.float64 in (
         values.dtype,
         weight.dtype,
@@ -333,12 +363,13 @@ def _autocast(args: Any, dtype: torch.dtype) -> Any:
         return args
     if weight.dtype not in (torch.float32, dtype):
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    return values.to(dtype), indices, weight, bias
+    return values.to(dtype), indices, weight, bias, *transposition
 
 
 _sparse_matmul = _library.define(
     "sparse_matmul",
-    "(Tensor values, Tensor indices, Tensor weight, Tensor? bias) -> Tensor",
+    "(Tensor values, Tensor indices, Tensor weight, Tensor? bias, Tensor? offsets=None,"
+    " Tensor? positions=None) -> Tensor",
     reference=sparse_matmul_reference,
     implementations={"native": _matrices("native"), "triton": _matrices("triton")},
     fake=_fake,
@@ -350,7 +381,8 @@ _sparse_matmul = _library.define(
 _sparse_matmul_backward = _library.define(
     "sparse_matmul_backward",
     "(Tensor grad, Tensor values, Tensor indices, Tensor weight, bool need_values,"
-    " bool need_weight) -> (Tensor grad_values, Tensor grad_weight)",
+    " bool need_weight, Tensor? offsets=None, Tensor? positions=None)"
+    " -> (Tensor grad_values, Tensor grad_weight)",
     reference=sparse_matmul_backward_reference,
     implementations={
         "native": _backward_matrices("native"),

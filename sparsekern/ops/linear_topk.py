@@ -1,0 +1,417 @@
+"""The k largest outputs of a linear layer, without the outputs: the encoder of a sparse
+autoencoder.
+
+Definition:
+
+    scores = ((x - pre_bias) @ weight.T + bias) * scale         [B, N], never stored
+    values, indices = topk(scores, k), then ReLU on the values
+
+Gradient, with m = 1 where ReLU let a value pass and g = m * d values * scale[indices]:
+
+    d weight[i]  = sum over codes (b, j) with index i of g[b, j] * (x[b] - pre_bias)
+    d bias[i]    = sum over codes (b, j) with index i of g[b, j]
+    d x[b]       = sum_j g[b, j] * weight[indices[b, j]]
+    d pre_bias   = -sum_b d x[b]
+    d scale[i]   = sum over codes (b, j) with index i of g[b, j] * scores[b, i] / scale[i]^2
+
+These are the products of sparse_matmul, so every backend shares them and a second derivative
+exists.
+
+How: the latents are taken in slices. Each slice's scores are a product of the vendor's library into
+one buffer that is used again for the next; what a slice can contribute to a row are its own k
+largest, and the k largest of these over all slices are the row's. Both selections are exact and in
+the total order, slices come in ascending order of latents, so the result is the one definite set.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import _library
+from .checks import check_count, check_floating, check_same_device
+from .sparse_matmul import _sparse_matmul, _sparse_matmul_backward
+from .topk import Codes, topk_reference
+from .transposition import Transposition, _transpose_codes
+
+# Scores held at a time. Fewer slices make better products; measured in bench/ as "linear_topk".
+BUFFER_ELEMENTS = 8 << 20
+SMALLEST_SLICE = 4096
+
+
+class TransposedCodes(NamedTuple):
+    """Sparse codes with their transposition, for the products that share these indices."""
+
+    values: torch.Tensor
+    indices: torch.Tensor
+    transposition: Transposition
+
+
+def linear_topk(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    k: int,
+    *,
+    pre_bias: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    latents: torch.Tensor | None = None,
+    relu: bool = True,
+    sorted: bool = False,
+    return_transposition: bool = False,
+) -> Codes | TransposedCodes:
+    """Return the codes of the k largest scores of a linear layer, never storing all scores.
+
+    Equivalent PyTorch::
+
+        scores = F.linear(x - pre_bias, weight, bias) * scale
+        values, indices = scores.topk(k)
+        values = values.relu()
+
+    Args:
+        x: [..., D] float32, bfloat16, float16 or float64.
+        weight: [N, D] of x's dtype, or float32 with a 16-bit x (it is then rounded slice by slice,
+            and its gradient is float32).
+        bias: [N] of weight's dtype, or None.
+        k: how many to keep, 1..N (or 1..len(latents)).
+        pre_bias: [D] of weight's dtype, subtracted from x; None subtracts nothing.
+        scale: [N] of weight's dtype, positive: factors of the scores, such as the norms of the
+            decoder's rows. The values returned are scaled, too.
+        latents: [M] int64, ascending: only these are computed and selected from (dead latents, for
+            an auxiliary loss). Indices still count all N.
+        relu: set selected values <= 0 to zero; their slots and indices stay, without gradient.
+        sorted: True gives the largest first; False gives ascending indices, which is cheaper and
+            the order in which `sparse_matmul` reads the dictionary best.
+        return_transposition: also return the transposition of the indices, which this operation's
+            backward pass needs anyway, to be given to `sparse_matmul`.
+
+    Returns:
+        Codes(values, indices): values [..., k] of x's dtype, differentiable (twice and more) with
+        respect to x, weight, bias, pre_bias and scale; indices [..., k] int64. With
+        return_transposition, TransposedCodes(values, indices, transposition).
+
+    Raises:
+        TypeError: a dtype that does not fit, or k is not an integer.
+        ValueError: shapes or devices that do not fit, or k is out of range.
+        IndexError: an element of latents outside 0..N-1.
+
+    Note:
+        Ranked are the scores in x's dtype, as the dense expression has them; products may differ
+        from it in the last bits, so that scores that close may change places. Equal scores are
+        ordered by index. Memory: a buffer of at most 64 MB (float32), and k codes per slice of
+        latents; never [B, N], and never [B, k, D] in the backward pass.
+
+    Example:
+        >>> import torch, sparsekern
+        >>> x = torch.tensor([[1.0, -2.0]])
+        >>> weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> values, indices = sparsekern.linear_topk(x, weight, None, 2)
+        >>> values.tolist(), indices.tolist()
+        ([[1.0, 0.0]], [[0, 2]])
+    """
+    _check(x, weight, bias, pre_bias, scale, latents)
+    width = weight.shape[0] if latents is None else latents.shape[0]
+    what = "the number of latents" if latents is None else "the size of latents"
+    k = check_count("linear_topk", "k", k, width, what)
+    arguments = (x, weight, bias, k, pre_bias, scale, latents, relu, sorted, return_transposition)
+    values, indices, *transposition = _linear_topk(*arguments)
+    if return_transposition:
+        return TransposedCodes(values, indices, Transposition(*transposition))
+    return Codes(values, indices)
+
+
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    pre_bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    latents: torch.Tensor | None,
+) -> None:
+    op = "linear_topk"
+    check_floating(op, "x", x)
+    check_floating(op, "weight", weight)
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"{op}: weight must be [latents, {x.shape[-1]}] for x {list(x.shape)}, "
+            f"got shape {list(weight.shape)}"
+        )
+    if not torch.is_autocast_enabled(x.device.type):
+        mixed = weight.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
+        if weight.dtype != x.dtype and not mixed:
+            raise TypeError(
+                f"{op}: weight must have x's dtype {x.dtype} or be float32 with a 16-bit x, "
+                f"got {weight.dtype}"
+            )
+    n, d = weight.shape
+    for name, vector, size in (("bias", bias, n), ("pre_bias", pre_bias, d), ("scale", scale, n)):
+        if vector is None:
+            continue
+        check_floating(op, name, vector)
+        if vector.shape != (size,) or vector.dtype != weight.dtype:
+            raise ValueError(
+                f"{op}: {name} must be [{size}] of weight's dtype {weight.dtype}, "
+                f"got {list(vector.shape)} of {vector.dtype}"
+            )
+    if latents is not None and (latents.dtype != torch.int64 or latents.dim() != 1):
+        raise ValueError(
+            f"{op}: latents must be [M] int64, got {list(latents.shape)} of {latents.dtype}"
+        )
+    check_same_device(
+        op, x=x, weight=weight, bias=bias, pre_bias=pre_bias, scale=scale, latents=latents
+    )
+
+
+# -- reference -------------------------------------------------------------------------------------
+
+
+def _centred(x: torch.Tensor, pre_bias: torch.Tensor | None) -> torch.Tensor:
+    return x if pre_bias is None else (x - pre_bias).to(x.dtype)
+
+
+def _transposed(indices: torch.Tensor, n: int, wanted: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    if wanted:
+        return _transpose_codes(indices, n)
+    return indices.new_empty(0), indices.new_empty(0, dtype=torch.int32)
+
+
+def linear_topk_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    k: int,
+    pre_bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    latents: torch.Tensor | None,
+    relu: bool,
+    sorted: bool,
+    transpose: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def chosen(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        if tensor is None:
+            return None
+        return (tensor if latents is None else tensor[latents]).to(x.dtype)
+
+    scores = torch.nn.functional.linear(_centred(x, pre_bias), chosen(weight), chosen(bias))
+    if scale is not None:
+        scores = scores * chosen(scale)
+    values, indices, _ = topk_reference(scores, k, sorted, relu, False, False)
+    if latents is not None:
+        indices = latents[indices]
+    return values, indices, *_transposed(indices, weight.shape[0], transpose)
+
+
+# -- in slices -------------------------------------------------------------------------------------
+
+
+def _slices(backend: str) -> Any:
+    def run(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        k: int,
+        pre_bias: torch.Tensor | None,
+        scale: torch.Tensor | None,
+        latents: torch.Tensor | None,
+        relu: bool,
+        sorted: bool,
+        transpose: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        if x.numel() == 0:
+            return linear_topk_reference(
+                x, weight, bias, k, pre_bias, scale, latents, relu, sorted, transpose
+            )
+        select = _library.kernels(backend, "topk").topk
+        rows = _centred(x.reshape(-1, x.shape[-1]), pre_bias).contiguous()
+        values = rows.new_empty(len(rows), k)
+        indices = rows.new_empty(len(rows), k, dtype=torch.int64)
+        layer = _Layer(weight, bias, scale, latents, rows.dtype)
+        step = max(1, BUFFER_ELEMENTS // max(SMALLEST_SLICE, 4 * k))
+        for first in range(0, len(rows), step):
+            part = slice(first, first + step)
+            _select_rows(layer, rows[part], k, relu, sorted, select, values[part], indices[part])
+        if latents is not None:
+            indices = latents[indices]
+        shape = (*x.shape[:-1], k)
+        indices = indices.view(shape)
+        return values.view(shape), indices, *_transposed(indices, weight.shape[0], transpose)
+
+    return run
+
+
+class _Layer:
+    """The linear layer, a slice of latents at a time."""
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        scale: torch.Tensor | None,
+        latents: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self.vectors = (weight, bias, scale)
+        self.latents = latents
+        self.dtype = dtype
+        self.width = weight.shape[0] if latents is None else latents.shape[0]
+
+    def scores(self, rows: torch.Tensor, first: int, last: int, out: torch.Tensor) -> None:
+        """Write the scores of latents first..last-1 to out [rows, last - first]."""
+
+        def cut(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            if tensor is None:
+                return None
+            if self.latents is None:
+                return tensor[first:last].to(self.dtype)
+            return tensor[self.latents[first:last]].to(self.dtype)
+
+        weight, bias, scale = (cut(tensor) for tensor in self.vectors)
+        if bias is None:
+            torch.mm(rows, weight.t(), out=out)
+        else:
+            torch.addmm(bias, rows, weight.t(), out=out)
+        if scale is not None:
+            out.mul_(scale)
+
+
+def _select_rows(
+    layer: _Layer,
+    rows: torch.Tensor,
+    k: int,
+    relu: bool,
+    sorted: bool,
+    select: Any,
+    values: torch.Tensor,
+    indices: torch.Tensor,
+) -> None:
+    """Codes of some rows, into values and indices [rows, k]."""
+    count = len(rows)
+    width = min(layer.width, max(SMALLEST_SLICE, 4 * k, BUFFER_ELEMENTS // count))
+    buffer = rows.new_empty(count * width)
+    if width == layer.width:
+        scores = buffer.view(count, width)
+        layer.scores(rows, 0, width, scores)
+        values[:], indices[:], _ = select(scores, k, sorted, relu, False, False)
+        return
+    starts = range(0, layer.width, width)
+    kept = [min(k, layer.width - first) for first in starts]
+    slice_values = rows.new_empty(count, sum(kept))
+    slice_indices = indices.new_empty(count, sum(kept))
+    place = 0
+    for first, keep in zip(starts, kept, strict=True):
+        last = min(first + width, layer.width)
+        scores = buffer[: count * (last - first)].view(count, last - first)
+        layer.scores(rows, first, last, scores)
+        found, where, _ = select(scores, min(keep, last - first), False, False, False, False)
+        end = place + found.shape[1]
+        slice_values[:, place:end] = found
+        torch.add(where, first, out=slice_indices[:, place:end])
+        place = end
+    values[:], where, _ = select(slice_values, k, sorted, relu, False, False)
+    torch.gather(slice_indices, 1, where, out=indices)
+
+
+# -- shapes without data ---------------------------------------------------------------------------
+
+
+def _fake(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    k: int,
+    pre_bias: Any,
+    scale: Any,
+    latents: Any,
+    relu: bool,
+    sorted: bool,
+    transpose: bool,
+) -> Any:
+    values = x.new_empty(*x.shape[:-1], k)
+    indices = values.new_empty(values.shape, dtype=torch.int64)
+    offsets = indices.new_empty(weight.shape[0] + 1 if transpose else 0)
+    positions = indices.new_empty(indices.numel() if transpose else 0, dtype=torch.int32)
+    return values, indices, offsets, positions
+
+
+# -- gradients, shared by every backend ------------------------------------------------------------
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, bias, _, pre_bias, scale, _, ctx.relu, _, ctx.transposed = inputs
+    values, indices, offsets, positions = output
+    ctx.mark_non_differentiable(indices, offsets, positions)
+    ctx.save_for_backward(x, weight, bias, pre_bias, scale, values, indices, offsets, positions)
+
+
+def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
+    x, weight, bias, pre_bias, scale, values, indices, *transposition = ctx.saved_tensors
+    need_x, need_weight, need_bias, _, need_pre_bias, need_scale, *_ = ctx.needs_input_grad
+    d_x = d_weight = d_bias = d_pre_bias = d_scale = None
+    if not ctx.transposed and (need_weight or need_bias or need_scale):
+        transposition = list(_transpose_codes(indices, weight.shape[0]))
+    elif not ctx.transposed:
+        transposition = [None, None]
+
+    def per_latent(terms: torch.Tensor, features: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return _sparse_matmul_backward(features, terms, indices, like, False, True, *transposition)[
+            1
+        ]
+
+    def total(terms: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        ones = terms.new_ones(*terms.shape[:-1], 1)
+        return per_latent(terms, ones, like.unsqueeze(1)).squeeze(1)
+
+    passed = torch.where(values > 0, grad, 0) if ctx.relu else grad
+    if need_scale:
+        factors = scale[indices]
+        d_scale = total((passed * values / factors).to(values.dtype), scale)
+    g = passed if scale is None else (passed * scale[indices]).to(values.dtype)
+    if need_weight:
+        d_weight = per_latent(g, _centred(x, pre_bias), weight)
+    if need_bias:
+        d_bias = total(g, bias)
+    if need_x or need_pre_bias:
+        d_x = _sparse_matmul(g, indices, weight, None, *transposition)
+    if need_pre_bias:
+        d_pre_bias = -d_x.reshape(-1, d_x.shape[-1]).sum(0, dtype=pre_bias.dtype)
+    return d_x if need_x else None, d_weight, d_bias, None, d_pre_bias, d_scale, *[None] * 4
+
+
+def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    """Entry by entry; a batch of inputs needs no vmap, since leading dimensions are free."""
+    entries = []
+    for at in range(info.batch_size):
+        entry = [
+            arg if dim is None else arg.select(dim, at)
+            for arg, dim in zip(args, in_dims, strict=True)
+        ]
+        entries.append(_linear_topk(*entry))
+    return tuple(torch.stack(tensors) for tensors in zip(*entries, strict=True)), (0, 0, 0, 0)
+
+
+def _autocast(args: Any, dtype: torch.dtype) -> Any:
+    x, weight, bias, k, pre_bias, scale, *rest = args
+    if torch.float64 in (x.dtype, weight.dtype):  # as torch.matmul: autocast leaves float64 alone
+        return args
+    if weight.dtype not in (torch.float32, dtype):
+        weight, bias, pre_bias, scale = (
+            None if tensor is None else tensor.to(dtype)
+            for tensor in (weight, bias, pre_bias, scale)
+        )
+    return x.to(dtype), weight, bias, k, pre_bias, scale, *rest
+
+
+_linear_topk = _library.define(
+    "linear_topk",
+    "(Tensor x, Tensor weight, Tensor? bias, SymInt k, Tensor? pre_bias, Tensor? scale,"
+    " Tensor? latents, bool relu, bool sorted, bool transpose)"
+    " -> (Tensor values, Tensor indices, Tensor offsets, Tensor positions)",
+    reference=linear_topk_reference,
+    implementations={"native": _slices("native"), "triton": _slices("triton")},
+    fake=_fake,
+    setup_context=_setup,
+    backward=_backward,
+    vmap=_vmap,
+    autocast=_autocast,
+)
