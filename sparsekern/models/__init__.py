@@ -1,5 +1,14 @@
 """Models that use sparsekern's layers, one file each with its loss."""
 
+from .sae import SAELoss, SAEOutput, SparseAutoencoder
 from .vae_sae import VAESAE, VAESAELoss, VAESAEOutput, vae_sae_loss
 
-__all__ = ["VAESAE", "VAESAELoss", "VAESAEOutput", "vae_sae_loss"]
+__all__ = [
+    "VAESAE",
+    "SAELoss",
+    "SAEOutput",
+    "SparseAutoencoder",
+    "VAESAELoss",
+    "VAESAEOutput",
+    "vae_sae_loss",
+]
