@@ -34,7 +34,7 @@ X86_FLAGS = {
 }
 ONCE = {"dispatch.cpp", "memory.cpp"}  # not compiled per instruction set
 CUDA_ARCHS = ("80", "90", "100")
-PROGRAMS = {"driver.cpp", "driver_topk.cpp"}  # stand-alone test programs
+PROGRAMS = {"driver.cpp", "driver_adam.cpp", "driver_topk.cpp"}  # stand-alone test programs
 
 
 def compiler() -> str | None:

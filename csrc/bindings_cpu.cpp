@@ -69,6 +69,16 @@ int64_t count_active(Address indices, int index_tag, int64_t count, Address valu
                                 at<int64_t>(counts), static_cast<int>(threads));
 }
 
+void adam_step(Address parameter, Address grad, Address mean, Address square, int64_t rows,
+               int64_t d, double step_size, double beta1, double beta2, double root_scale,
+               double eps, double weight_decay, bool unit_rows, int64_t threads) {
+  kernels().adam_step(at<float>(parameter), at<float>(grad), at<float>(mean), at<float>(square),
+                      rows, d, static_cast<float>(step_size), static_cast<float>(beta1),
+                      static_cast<float>(beta2), static_cast<float>(root_scale),
+                      static_cast<float>(eps), static_cast<float>(weight_decay), unit_rows,
+                      static_cast<int>(threads));
+}
+
 std::vector<std::string> instruction_sets() {
   int count = 0;
   const auto* sets = sparsekern::cpu::runnable_kernels(&count);
@@ -103,6 +113,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("transpose_codes", &transpose_codes, release);
   m.def("sparse_matmul_backward", &sparse_matmul_backward, release);
   m.def("count_active", &count_active, release);
+  m.def("adam_step", &adam_step, release);
   m.def("instruction_sets", &instruction_sets);
   m.def("use_instruction_set", &sparsekern::cpu::use_instruction_set);
   m.def("build_info", &build_info);

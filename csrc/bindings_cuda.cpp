@@ -13,6 +13,7 @@
 #include <string>
 
 #include "cuda/activity.h"
+#include "cuda/adam.h"
 #include "cuda/architectures.h"
 #include "cuda/sparse_matmul.h"
 #include "cuda/topk.h"
@@ -87,6 +88,16 @@ int64_t count_active(Address indices, int index_tag, int64_t count, Address valu
   return kNotLookedAt;
 }
 
+void adam_step(Address parameter, Address grad, Address mean, Address square, int64_t rows,
+               int64_t d, double step_size, double beta1, double beta2, double root_scale,
+               double eps, double weight_decay, bool unit_rows, Address context) {
+  cuda::adam_step(at<float>(parameter), at<float>(grad), at<float>(mean), at<float>(square), rows,
+                  d, static_cast<float>(step_size), static_cast<float>(beta1),
+                  static_cast<float>(beta2), static_cast<float>(root_scale),
+                  static_cast<float>(eps), static_cast<float>(weight_decay), unit_rows,
+                  stream_of(context));
+}
+
 std::map<std::string, std::string> build_info() {
 #ifdef SPARSEKERN_EMULATION
   const char* kind = "emulation";
@@ -109,5 +120,6 @@ PYBIND11_MODULE(SPARSEKERN_CUDA_MODULE, m) {
   m.def("transpose_codes", &transpose_codes, release);
   m.def("sparse_matmul_backward", &sparse_matmul_backward, release);
   m.def("count_active", &count_active, release);
+  m.def("adam_step", &adam_step, release);
   m.def("build_info", &build_info);
 }

@@ -18,7 +18,14 @@ CXX = shutil.which("g++")
 # Without optimisation every access is still there to be checked, and compiling takes half as long.
 FLAGS = "-std=c++17 -O0 -g1 -fopenmp -fno-math-errno".split()
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=all".split()
-FUNCTIONS = ("sparse_matmul", "sparse_matmul_backward", "transpose_codes", "count_active", "topk")
+FUNCTIONS = (
+    "sparse_matmul",
+    "sparse_matmul_backward",
+    "transpose_codes",
+    "count_active",
+    "topk",
+    "adam_step",
+)
 
 pytestmark = [
     pytest.mark.skipif(CXX is None, reason="no g++: install it to run the C++ kernels"),

@@ -27,6 +27,7 @@ triton = pytest.importorskip("triton", reason="the Triton kernels need triton: p
 
 from sparsekern.kernels import (  # noqa: E402
     activity,
+    adam,
     keys,
     sparse_matmul,
     topk,
@@ -121,6 +122,13 @@ def forward_case(d: int, values: str, weight: str, row_major: bool = True) -> Ca
     return Case(sparse_matmul.forward_kernel, pointers, constants, warps)
 
 
+def adam_case(kernel: Any, size: str, warps: int) -> Case:
+    matrices = dict.fromkeys(("parameter", "grad", "mean", "square"), "*fp32")
+    names = ("step_size", "beta1", "beta2", "root_scale", "eps", "weight_decay")
+    numbers = dict.fromkeys(names, "fp32")
+    return Case(kernel, {**matrices, size: "i64", **numbers}, {"BLOCK": adam.BLOCK}, warps)
+
+
 def backward_case(d: int, values: str, weight: str, row_major: bool = True) -> Case:
     pointers = {
         "grad": f"*{values}", "values": f"*{values}", "weight": f"*{weight}", "offsets": "*i64",
@@ -160,6 +168,8 @@ CASES = {
     "forward float32, column-major": forward_case(4096, "fp32", "fp32", row_major=False),
     "backward bfloat16": backward_case(4096, "bf16", "bf16"),
     "backward float32, column-major": backward_case(4096, "fp32", "fp32", row_major=False),
+    "adam step": adam_case(adam.adam_step_kernel, "count", 4),
+    "adam, unit rows": adam_case(adam.adam_unit_rows_kernel, "d", 4),
     "count_active bfloat16": Case(
         activity.count_active_kernel,
         {"indices": "*i64", "values": "*bf16", "counts": "*i64"},

@@ -8,11 +8,13 @@
 #if defined(SPARSEKERN_X86)
 #define SPARSEKERN_ISA avx2
 #include "activity.h"
+#include "adam.h"
 #include "sparse_matmul.h"
 #include "topk.h"
 #undef SPARSEKERN_ISA
 #define SPARSEKERN_ISA avx512
 #include "activity.h"
+#include "adam.h"
 #include "sparse_matmul.h"
 #include "topk.h"
 #undef SPARSEKERN_ISA
@@ -25,7 +27,7 @@ namespace {
 #define SPARSEKERN_KERNELS(isa)                                                         \
   Kernels {                                                                             \
     #isa, &isa::topk, &isa::codes_to_dense, &isa::sparse_matmul, &isa::transpose_codes, \
-        &isa::sparse_matmul_backward, &isa::count_active                                \
+        &isa::sparse_matmul_backward, &isa::count_active, &isa::adam_step               \
   }
 
 constexpr int kMaximumSets = 3;

@@ -3,6 +3,7 @@
 
 #define SPARSEKERN_ISA baseline
 #include "activity.h"
+#include "adam.h"
 #include "sparse_matmul.h"
 #include "topk.h"
 #undef SPARSEKERN_ISA
@@ -17,6 +18,7 @@ struct Kernels {
   decltype(&baseline::transpose_codes) transpose_codes;
   decltype(&baseline::sparse_matmul_backward) sparse_matmul_backward;
   decltype(&baseline::count_active) count_active;
+  decltype(&baseline::adam_step) adam_step;
 };
 
 // All sets that this build has and this CPU can run, best first; ends with baseline.

@@ -372,6 +372,7 @@ int main() {
     check_sparse_matmul(kernels[i]);
     check_activity(kernels[i]);
     mismatches += sparsekern::cpu::check_topk(kernels[i], &cases["topk"]);
+    mismatches += sparsekern::cpu::check_adam(kernels[i], &cases["adam_step"]);
   }
   for (const auto& [function, count] : cases)
     std::printf("%s: %d cases\n", function.c_str(), count);

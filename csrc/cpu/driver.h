@@ -9,4 +9,7 @@ namespace sparsekern::cpu {
 // *cases.
 int check_topk(const Kernels& kernels, int* cases);
 
+// The same for adam_step.
+int check_adam(const Kernels& kernels, int* cases);
+
 }  // namespace sparsekern::cpu

@@ -1,5 +1,5 @@
-// Stored number types: reading and writing them as float, up to 16 bytes at a time, and finding the
-// types behind the tags.
+// Stored number types: reading and writing them as float, up to 16 bytes at a time, finding the
+// types behind the tags; and sums over a warp.
 #pragma once
 
 #include <cstdint>
@@ -13,6 +13,13 @@ namespace sparsekern::cuda {
 constexpr int kVectorBytes = 16;  // the widest load of a thread
 constexpr int kWarp = 32;
 constexpr unsigned kFullMask = 0xffffffffu;
+
+// The sum of x over the warp, in every lane; the same tree every time.
+__device__ inline float warp_sum(float x) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(kFullMask, x, step);
+  return x;
+}
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }

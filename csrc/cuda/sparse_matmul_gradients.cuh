@@ -17,13 +17,6 @@ constexpr int kRange = 256;
 template <class Values>
 constexpr int kEntriesAtOnce = 8 / static_cast<int>(sizeof(Values));
 
-// The sum of x over the warp, in every lane; the same tree every time.
-__device__ inline float warp_sum(float x) {
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(kFullMask, x, step);
-  return x;
-}
-
 // What a block shares: the entries of a batch, each warp's part of their dot products, and the dot
 // products of a range.
 struct SharedEntries {

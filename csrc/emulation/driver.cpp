@@ -53,6 +53,7 @@ int main_with(int count, char** arguments) {
   if (!only_self_test) {
     failures += report("topk", check_topk);
     failures += report("products", check_products);
+    failures += report("adam", check_adam);
   }
   return failures == 0 ? 0 : 1;
 }

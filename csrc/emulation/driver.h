@@ -21,3 +21,4 @@ bool plant(const std::string& mistake);
 // Each returns the number of failures, tells them on stdout and counts its cases.
 int check_topk(int* cases);
 int check_products(int* cases);
+int check_adam(int* cases);

@@ -1,6 +1,7 @@
 """What each operation means: checks, reference and gradient, one file per stem."""
 
 from .activity import count_active
+from .adam import adam_step
 from .linear_topk import TransposedCodes, linear_topk
 from .sparse_matmul import sparse_matmul
 from .topk import Codes, CountedCodes, codes_to_dense, topk, topk_mask
@@ -11,6 +12,7 @@ __all__ = [
     "CountedCodes",
     "TransposedCodes",
     "Transposition",
+    "adam_step",
     "codes_to_dense",
     "count_active",
     "linear_topk",

@@ -1,0 +1,38 @@
+"""Calls of the native Adam step, for the CPU and for CUDA."""
+
+from __future__ import annotations
+
+import torch
+
+from . import context_for, module_for, on_device_of
+
+
+def adam_step(
+    parameter: torch.Tensor,
+    grad: torch.Tensor,
+    mean: torch.Tensor,
+    square: torch.Tensor,
+    step_size: float,
+    beta1: float,
+    beta2: float,
+    root_scale: float,
+    eps: float,
+    weight_decay: float,
+    unit_rows: bool,
+) -> None:
+    """Contiguous float32 tensors of one shape ([rows, d] with unit_rows); all but grad change."""
+    d = parameter.shape[-1] if parameter.dim() else 1
+    with on_device_of(parameter):
+        module_for(parameter).adam_step(
+            *(tensor.data_ptr() for tensor in (parameter, grad, mean, square)),
+            parameter.numel() // d,
+            d,
+            step_size,
+            beta1,
+            beta2,
+            root_scale,
+            eps,
+            weight_decay,
+            unit_rows,
+            context_for(parameter),
+        )
