@@ -3,16 +3,14 @@ gradients."""
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from conftest import FLOATS
 
 import sparsekern
 from sparsekern import testing
+from sparsekern.ops import linear_slices
 
-module = importlib.import_module("sparsekern.ops.linear_topk")  # the function has its name
 F = torch.nn.functional
 
 
@@ -39,8 +37,10 @@ def sliced(request, monkeypatch):
     """Buffers so small that a few dozen latents make several slices, and a few rows several
     parts."""
     if request.param != "one slice":
-        monkeypatch.setattr(module, "SMALLEST_SLICE", 8)
-        monkeypatch.setattr(module, "BUFFER_ELEMENTS", 16 if request.param == "slices" else 5 * 8)
+        monkeypatch.setattr(linear_slices, "SMALLEST_SLICE", 8)
+        monkeypatch.setattr(
+            linear_slices, "BUFFER_ELEMENTS", 16 if request.param == "slices" else 5 * 8
+        )
     return request.param
 
 

@@ -91,11 +91,11 @@ class Adam(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step(parameter, group)
+                    self._step(parameter, parameter.grad, group)
         return loss
 
-    def _step(self, parameter: torch.Tensor, group: dict[str, Any]) -> None:
-        if parameter.grad.is_sparse:
+    def _step(self, parameter: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
+        if grad.is_sparse:
             raise ValueError("Adam: gradients must be dense, got a sparse one")
         state = self.state[parameter]
         if not state:
@@ -105,7 +105,7 @@ class Adam(torch.optim.Optimizer):
         state["step"] += 1
         adam_step(
             parameter,
-            parameter.grad,
+            grad,
             state["exp_avg"],
             state["exp_avg_sq"],
             lr=float(group["lr"]),

@@ -58,7 +58,7 @@ __device__ void differentiate_range(const Gradients<Values, Weight>& p, int64_t 
   for (slice.feature = 0; slice.feature < p.d; slice.feature += blockDim.x * kOwn) {
     slice.left = p.d - slice.feature;
     if (kColumns) {
-      __syncthreads();
+      __syncthreads();  // not needed while a thread stores the elements that it loads next
       if (dots) move_tile<false>(p, block, slice.feature, tile);
       __syncthreads();
     }

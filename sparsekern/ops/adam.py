@@ -135,8 +135,9 @@ def _kernel(backend: str) -> Any:
         tensors = (parameter, grad, mean, square)
         plain = all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
         if not plain or parameter.numel() == 0:
-            rest = (lr, beta1, beta2, eps, weight_decay, step, unit_rows)
-            return adam_step_reference(*tensors, *rest)
+            return adam_step_reference(
+                *tensors, lr, beta1, beta2, eps, weight_decay, step, unit_rows
+            )
         step_size = lr / (1 - beta1**step)
         root_scale = (1 - beta2**step) ** -0.5
         numbers = (step_size, beta1, beta2, root_scale, eps, weight_decay)

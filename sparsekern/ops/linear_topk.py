@@ -17,27 +17,21 @@ Gradient, with m = 1 where ReLU let a value pass and g = m * d values * scale[in
 These are the products of sparse_matmul, so every backend shares them and a second derivative
 exists.
 
-How: the latents are taken in slices. Each slice's scores are a product of the vendor's library into
-one buffer that is used again for the next; what a slice can contribute to a row are its own k
-largest, and the k largest of these over all slices are the row's. Both selections are exact and in
-the total order, slices come in ascending order of latents, so the result is the one definite set.
+How the scores are never stored: see linear_slices.py.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 
 from .. import _library
 from .checks import check_count, check_floating, check_same_device
+from .linear_slices import Layer, rows_at_once, select_rows
 from .sparse_matmul import _sparse_matmul, _sparse_matmul_backward
 from .topk import Codes, topk_reference
 from .transposition import Transposition, _transpose_codes
-
-# Scores held at a time. Fewer slices make better products; measured in bench/ as "linear_topk".
-BUFFER_ELEMENTS = 8 << 20
-SMALLEST_SLICE = 4096
 
 
 class TransposedCodes(NamedTuple):
@@ -46,6 +40,25 @@ class TransposedCodes(NamedTuple):
     values: torch.Tensor
     indices: torch.Tensor
     transposition: Transposition
+
+
+Tensor = torch.Tensor
+Maybe = torch.Tensor | None
+
+
+@overload
+def linear_topk(
+    x: Tensor, weight: Tensor, bias: Maybe, k: int, *, pre_bias: Maybe = ..., scale: Maybe = ...,
+    latents: Maybe = ..., relu: bool = ..., sorted: bool = ...,
+    return_transposition: Literal[False] = ...,
+) -> Codes: ...  # fmt: skip
+
+
+@overload
+def linear_topk(
+    x: Tensor, weight: Tensor, bias: Maybe, k: int, *, pre_bias: Maybe = ..., scale: Maybe = ...,
+    latents: Maybe = ..., relu: bool = ..., sorted: bool = ..., return_transposition: Literal[True],
+) -> TransposedCodes: ...  # fmt: skip
 
 
 def linear_topk(
@@ -188,12 +201,12 @@ def linear_topk_reference(
     sorted: bool,
     transpose: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    def chosen(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        if tensor is None:
-            return None
+    def chosen(tensor: torch.Tensor) -> torch.Tensor:
         return (tensor if latents is None else tensor[latents]).to(x.dtype)
 
-    scores = torch.nn.functional.linear(_centred(x, pre_bias), chosen(weight), chosen(bias))
+    scores = torch.nn.functional.linear(
+        _centred(x, pre_bias), chosen(weight), None if bias is None else chosen(bias)
+    )
     if scale is not None:
         scores = scores * chosen(scale)
     values, indices, _ = topk_reference(scores, k, sorted, relu, False, False)
@@ -226,11 +239,11 @@ def _slices(backend: str) -> Any:
         rows = _centred(x.reshape(-1, x.shape[-1]), pre_bias).contiguous()
         values = rows.new_empty(len(rows), k)
         indices = rows.new_empty(len(rows), k, dtype=torch.int64)
-        layer = _Layer(weight, bias, scale, latents, rows.dtype)
-        step = max(1, BUFFER_ELEMENTS // max(SMALLEST_SLICE, 4 * k))
+        layer = Layer(weight, bias, scale, latents, rows.dtype)
+        step = rows_at_once(k)
         for first in range(0, len(rows), step):
             part = slice(first, first + step)
-            _select_rows(layer, rows[part], k, relu, sorted, select, values[part], indices[part])
+            select_rows(layer, rows[part], k, relu, sorted, select, values[part], indices[part])
         if latents is not None:
             indices = latents[indices]
         shape = (*x.shape[:-1], k)
@@ -238,78 +251,6 @@ def _slices(backend: str) -> Any:
         return values.view(shape), indices, *_transposed(indices, weight.shape[0], transpose)
 
     return run
-
-
-class _Layer:
-    """The linear layer, a slice of latents at a time."""
-
-    def __init__(
-        self,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        scale: torch.Tensor | None,
-        latents: torch.Tensor | None,
-        dtype: torch.dtype,
-    ) -> None:
-        self.vectors = (weight, bias, scale)
-        self.latents = latents
-        self.dtype = dtype
-        self.width = weight.shape[0] if latents is None else latents.shape[0]
-
-    def scores(self, rows: torch.Tensor, first: int, last: int, out: torch.Tensor) -> None:
-        """Write the scores of latents first..last-1 to out [rows, last - first]."""
-
-        def cut(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            if tensor is None:
-                return None
-            if self.latents is None:
-                return tensor[first:last].to(self.dtype)
-            return tensor[self.latents[first:last]].to(self.dtype)
-
-        weight, bias, scale = (cut(tensor) for tensor in self.vectors)
-        if bias is None:
-            torch.mm(rows, weight.t(), out=out)
-        else:
-            torch.addmm(bias, rows, weight.t(), out=out)
-        if scale is not None:
-            out.mul_(scale)
-
-
-def _select_rows(
-    layer: _Layer,
-    rows: torch.Tensor,
-    k: int,
-    relu: bool,
-    sorted: bool,
-    select: Any,
-    values: torch.Tensor,
-    indices: torch.Tensor,
-) -> None:
-    """Codes of some rows, into values and indices [rows, k]."""
-    count = len(rows)
-    width = min(layer.width, max(SMALLEST_SLICE, 4 * k, BUFFER_ELEMENTS // count))
-    buffer = rows.new_empty(count * width)
-    if width == layer.width:
-        scores = buffer.view(count, width)
-        layer.scores(rows, 0, width, scores)
-        values[:], indices[:], _ = select(scores, k, sorted, relu, False, False)
-        return
-    starts = range(0, layer.width, width)
-    kept = [min(k, layer.width - first) for first in starts]
-    slice_values = rows.new_empty(count, sum(kept))
-    slice_indices = indices.new_empty(count, sum(kept))
-    place = 0
-    for first, keep in zip(starts, kept, strict=True):
-        last = min(first + width, layer.width)
-        scores = buffer[: count * (last - first)].view(count, last - first)
-        layer.scores(rows, first, last, scores)
-        found, where, _ = select(scores, min(keep, last - first), False, False, False, False)
-        end = place + found.shape[1]
-        slice_values[:, place:end] = found
-        torch.add(where, first, out=slice_indices[:, place:end])
-        place = end
-    values[:], where, _ = select(slice_values, k, sorted, relu, False, False)
-    torch.gather(slice_indices, 1, where, out=indices)
 
 
 # -- shapes without data ---------------------------------------------------------------------------
@@ -373,8 +314,8 @@ def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
         d_bias = total(g, bias)
     if need_x or need_pre_bias:
         d_x = _sparse_matmul(g, indices, weight, None, *transposition)
-    if need_pre_bias:
-        d_pre_bias = -d_x.reshape(-1, d_x.shape[-1]).sum(0, dtype=pre_bias.dtype)
+        if need_pre_bias:
+            d_pre_bias = -d_x.reshape(-1, d_x.shape[-1]).sum(0, dtype=pre_bias.dtype)
     return d_x if need_x else None, d_weight, d_bias, None, d_pre_bias, d_scale, *[None] * 4
 
 
