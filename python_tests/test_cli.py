@@ -117,6 +117,19 @@ def test_a_process_interrupted_by_the_user_resumes_to_the_same_metrics(complete,
     assert ours == theirs
 
 
+def test_resuming_a_complete_run_gives_its_results_again(complete, tmp_path):
+    # As after a kill in the final evaluation: trained to the end, but nothing made of it.
+    folder = tmp_path / "run"
+    folder.mkdir()
+    made = ("results.json", "history.png", "reconstructions.png")
+    for path in complete.iterdir():
+        if path.name not in made:
+            (folder / path.name).write_bytes(path.read_bytes())
+    assert train("--resume", folder) == 0
+    for name in made:
+        assert (folder / name).read_bytes() == (complete / name).read_bytes(), name
+
+
 @pytest.fixture
 def npz(tmp_path):
     rendered(90, seed=4).save(tmp_path / "sprites.npz")

@@ -45,7 +45,8 @@ class Noisy:
         self.steps = 0
 
     def begin_epoch(self, epoch):
-        return {"k": 10 - epoch}
+        self.k = 10 - epoch
+        return {"k": self.k}
 
     def loss(self, rows):
         time.sleep(self.pause)
@@ -224,6 +225,12 @@ def test_resuming_a_complete_run_changes_nothing(complete):
     outcome = resume(complete)
     assert outcome.step == STEPS and outcome.examples_per_second > 0
     assert {path.name: path.read_bytes() for path in complete.iterdir()} == before
+
+
+def test_resuming_a_complete_run_leaves_the_task_as_the_last_epoch_did(complete):
+    task = Noisy()
+    resume(complete, task)
+    assert task.k == 8 and not task.model.training
 
 
 def spawn(*arguments):

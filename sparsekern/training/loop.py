@@ -114,7 +114,8 @@ def train(
     Logs records of two kinds: "step" with the scalars of one step, and "epoch" with their means
     over the epoch, what ``begin_epoch`` and ``evaluate`` return, and the speed. SIGINT and SIGTERM
     let the current step finish, write a checkpoint and end training; a second one acts as if there
-    were no loop.
+    were no loop. When training is complete, in this session or an earlier one, the model is in
+    evaluation mode and under the schedules of the last epoch.
 
     Args:
         task: model, optimizer and data.
@@ -133,6 +134,10 @@ def train(
         torch.manual_seed(int(np.random.SeedSequence(config.seed).generate_state(1)[0]))
         loop = _Loop(task, config, run, device, dict(identity or {}))
         loop.restore()
+        if loop.at.epoch >= config.epochs:
+            # Nothing is left to do, but the caller finds the task as the last epoch leaves it.
+            task.begin_epoch(loop.at.epoch - 1)
+            task.model.eval()
         with loop.bar() as bar:
             while loop.at.epoch < config.epochs and not stop:
                 loop.epoch(stop, bar)
