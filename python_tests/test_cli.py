@@ -1,5 +1,6 @@
 """The command line: a whole small run, resuming, and one line for each bad input."""
 
+import dataclasses
 import json
 import signal
 import struct
@@ -185,6 +186,19 @@ def test_bad_data_files_write_nothing(npz, tmp_path, capsys):
         assert not out.exists()
 
 
+def test_images_that_no_model_can_start_from_write_nothing(tmp_path, capsys):
+    data = rendered(90)
+    dataclasses.replace(data, images=np.zeros_like(data.images)).save(tmp_path / "empty.npz")
+    flags = [*TINY, "--data", tmp_path / "empty.npz", "--out", tmp_path / "run"]
+    assert "mean_pixel must lie inside 0..1, got 0.0" in failure(capsys, *flags)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_largest_seed(tmp_path):
+    flags = [*TINY, "--epochs", 1, "--seed", 2**64 - 1]
+    assert train(*flags, "--out", tmp_path / "run") == 0
+
+
 def test_bad_folders(complete, tmp_path, capsys):
     before = snapshot(complete)
     assert "folder already holds a run" in failure(capsys, *TINY, "--out", complete)
@@ -226,6 +240,8 @@ def test_a_config_that_does_not_fit_its_checkpoint(complete, tmp_path, capsys):
     [
         (["--k-end", "0"], "k_end must lie in 1..500 (the number of units), got 0"),
         (["--k-start", "many"], "argument --k-start: invalid int value: 'many'"),
+        (["--seed", "9" * 23], f"seed must lie in 0..{2**64 - 1}, got {'9' * 23}"),
+        (["--learning-rate", "inf"], "learning_rate must be above 0 and finite, got inf"),
         (["--backend", "magic"], "argument --backend: invalid choice: 'magic'"),
         (["--device", "nowhere"], "device 'nowhere' cannot be used"),
         (["--speed", "9"], "unknown arguments: --speed 9"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -37,6 +38,7 @@ from . import figures
 NAME = "vae-sae"
 EVALUATION_BATCH = 256
 SHOWN_IMAGES = 12
+LARGEST_SEED = 2**64 - 1  # of torch's generators
 NEEDED = ("filelock", "matplotlib", "safetensors", "tqdm")
 OPERATIONS = ("topk", "sparse_matmul", "sparse_matmul_backward", "count_active", "codes_to_dense")
 
@@ -90,9 +92,11 @@ class VAESAEConfig:
             choices = item.metadata.get("choices")
             fits = choices is None or getattr(self, item.name) in choices
             self._check(item.name, fits, f"must be one of {', '.join(choices or ())}")
-        self._check("seed", self.seed >= 0, "must be at least 0")
-        self._check("learning_rate", self.learning_rate > 0, "must be above 0")
-        self._check("beta", self.beta >= 0, "must be at least 0")
+        self._check("seed", 0 <= self.seed <= LARGEST_SEED, f"must lie in 0..{LARGEST_SEED}")
+        # Both chains are false for NaN.
+        fits = 0 < self.learning_rate < math.inf
+        self._check("learning_rate", fits, "must be above 0 and finite")
+        self._check("beta", 0 <= self.beta < math.inf, "must be at least 0 and finite")
         for name in ("k_start", "k_end"):
             fits = 1 <= getattr(self, name) <= self.units
             self._check(name, fits, f"must lie in 1..{self.units} (the number of units)")
@@ -233,8 +237,9 @@ def run(config: VAESAEConfig, folder: str | Path, *, resume: bool = False) -> Re
         training, held_out, test = (torch.from_numpy(p.images).to(device) for p in parts)
         digest = hashlib.sha256(data.images.tobytes()).hexdigest()[:16]
         stored = {"study": NAME, "config": asdict(config)}
+        # Before the folder: a model that cannot be made leaves nothing behind.
+        task = _Task(config, training, held_out)
         with RunFolder.open(folder) if resume else RunFolder.create(folder, stored) as place:
-            task = _Task(config, training, held_out)
             identity = {**config.identity(), "images' digest": digest}
             outcome = train(task, config.loop(), place, identity=identity)
             if outcome.signal is not None:
