@@ -1,5 +1,6 @@
 """Run folders and checkpoints: what may not be mixed up, damaged or written halfway."""
 
+import json
 import os
 
 import pytest
@@ -124,6 +125,76 @@ def test_a_damaged_checkpoint(name, content, tmp_path):
     else:
         (folder / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=f"checkpoint in {folder} is damaged"):
+        resume(folder)
+
+
+FACTS = (
+    "identity", "step", "epoch", "batch", "seconds", "seen", "metrics_bytes", "optimizer",
+    "optimizer.numbers", "optimizer.groups", "optimizer.groups.0.params", "optimizer.groups.0.lr",
+    "optimizer.groups.0.betas",
+)  # fmt: skip
+
+
+def change_fact(folder, name, change):
+    """Applies ``change(holder, key)`` where a dotted name points in checkpoint.json."""
+    path = folder / "checkpoint.json"
+    facts = holder = json.loads(path.read_text())
+    *outer, key = name.split(".")
+    for part in outer:
+        holder = holder[int(part) if isinstance(holder, list) else part]
+    change(holder, key)
+    path.write_text(json.dumps(facts))
+
+
+def copied(folder, target):
+    target.mkdir()
+    for path in folder.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+@pytest.mark.parametrize("name", ["format", "tensors", *FACTS])
+def test_a_checkpoint_without_a_fact(name, complete, tmp_path):
+    folder = copied(complete, tmp_path / "run")
+    change_fact(folder, name, dict.pop)
+    key = name.split(".")[-1]
+    with pytest.raises(CheckpointError, match=f"checkpoint in {folder} is damaged: .*'{key}'"):
+        resume(folder)
+
+
+OF_ANOTHER_KIND = [
+    (name, value)
+    for name in FACTS
+    for value in ("3", None, True, -1, 0.5, [], float("nan"))
+    # These are of the right kind.
+    if not (name in ("seconds", "optimizer.groups.0.lr") and value == 0.5)
+    and not (name == "optimizer.groups.0.lr" and value == -1)
+]
+
+
+@pytest.mark.parametrize("name, value", OF_ANOTHER_KIND)
+def test_a_checkpoint_with_a_fact_of_another_kind(name, value, complete, tmp_path):
+    folder = copied(complete, tmp_path / "run")
+    change_fact(folder, name, lambda holder, key: holder.update({key: value}))
+    with pytest.raises(CheckpointError, match=f"checkpoint in {folder} is damaged: "):
+        resume(folder)
+
+
+def test_a_checkpoint_beyond_the_end_of_its_epoch(complete, tmp_path):
+    folder = copied(complete, tmp_path / "run")
+    change_fact(folder, "batch", lambda facts, key: facts.update({"epoch": 1, key: 4}))
+    with pytest.raises(CheckpointError, match="is damaged: 'batch' is 4, the epoch has 4 batches"):
+        resume(folder)
+
+
+@pytest.mark.parametrize("state", [None, torch.zeros(3), torch.zeros(3, dtype=torch.uint8)])
+def test_a_checkpoint_with_a_bad_random_state(state, complete, tmp_path):
+    folder = copied(complete, tmp_path / "run")
+    tensors, facts = checkpoints.read_checkpoint(folder)
+    del tensors["rng.cpu"]
+    tensors |= {} if state is None else {"rng.cpu": state}
+    checkpoints.write_checkpoint(folder, STEPS, tensors, facts)
+    with pytest.raises(CheckpointError, match=f"checkpoint in {folder} is damaged: "):
         resume(folder)
 
 

@@ -8,6 +8,7 @@ that makes the checkpoint count; only then the tensor file before it is removed.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,8 +79,31 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
             )
         tensors = load((folder / facts["tensors"]).read_bytes())
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint in {folder} is damaged: {error}") from error
+        raise damaged(folder, error) from error
     return Checkpoint(tensors, facts)
+
+
+def damaged(folder: Path, reason: Exception | str) -> CheckpointError:
+    """The error to raise for a checkpoint that cannot be used as it is."""
+    text = f"{reason} is missing" if isinstance(reason, KeyError) else str(reason)
+    return CheckpointError(f"checkpoint in {folder} is damaged: {text}")
+
+
+def check_facts(folder: Path, facts: Any, kinds: Mapping[str, type]) -> None:
+    """Raises :class:`CheckpointError` unless facts hold these names, with values of these types.
+
+    Numbers must be finite and not negative; an int is a float, too, but a bool is no int.
+    """
+    if not isinstance(facts, dict):
+        raise damaged(folder, f"{', '.join(kinds)} are expected in place of {facts!r}")
+    for name, kind in kinds.items():
+        if name not in facts:
+            raise damaged(folder, KeyError(name))
+        value = facts[name]
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = 0 <= value < math.inf if number else kind not in (int, float)
+        if not fits or not isinstance(value, int | float if kind is float else kind):
+            raise damaged(folder, f"{name!r} is {value!r}")
 
 
 def check_same(folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
@@ -124,12 +148,40 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
 
 
 def load_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+    folder: Path,
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
 ) -> None:
-    """The inverse of :func:`optimizer_state`."""
+    """The inverse of :func:`optimizer_state`.
+
+    Raises:
+        CheckpointError: the facts are not those of such an optimizer.
+    """
+    check_facts(folder, facts, {"numbers": dict, "groups": list})
+    fresh = optimizer.state_dict()["param_groups"]
     state: dict[int, dict[str, Any]] = {}
-    for name, value in {**tensors, **facts["numbers"]}.items():
-        if name.startswith("optimizer."):
-            _, parameter, key = name.split(".", 2)
-            state.setdefault(int(parameter), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": facts["groups"]})
+    try:
+        for name, value in {**tensors, **facts["numbers"]}.items():
+            if name.startswith("optimizer."):
+                _, parameter, key = name.split(".", 2)
+                state.setdefault(int(parameter), {})[key] = value
+        optimizer.load_state_dict({"state": state, "param_groups": facts["groups"]})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise damaged(folder, error) from error
+    # Afterwards, because torch itself adds what a version before it did not write.
+    for saved, group in zip(optimizer.param_groups, fresh, strict=True):
+        for name in group.keys() - {"params"}:
+            if name not in saved:
+                raise damaged(folder, KeyError(name))
+            if not _same_kind(saved[name], group[name]):
+                raise damaged(folder, f"{name!r} is {saved[name]!r}")
+
+
+def _same_kind(one: Any, other: Any) -> bool:
+    """Whether two values look alike in JSON, where a tuple is a list."""
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_same_kind, one, other))
+    if isinstance(other, bool) or not isinstance(other, int | float):
+        return type(one) is type(other)
+    return isinstance(one, int | float) and not isinstance(one, bool) and math.isfinite(one)

@@ -25,6 +25,10 @@ from torch import Tensor, nn
 from . import checkpoints
 from .runs import RunFolder
 
+# The facts of a checkpoint, with their types; the first are those of _Position.
+POSITION = {"step": int, "epoch": int, "batch": int, "seconds": float, "seen": int}
+FACTS = {**POSITION, "identity": dict, "metrics_bytes": int, "optimizer": dict}
+
 
 class TrainingError(RuntimeError):
     """Training cannot go on, for example because the loss is not a number."""
@@ -253,11 +257,7 @@ class _Loop:
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
         facts = {
             "identity": self.identity,
-            "step": at.step,
-            "epoch": at.epoch,
-            "batch": at.batch,
-            "seconds": at.seconds,
-            "seen": at.seen,
+            **{name: getattr(at, name) for name in POSITION},
             "metrics_bytes": self.run.sync_metrics(),
             "optimizer": optimizer,
         }
@@ -269,19 +269,26 @@ class _Loop:
             self.run.rewind_metrics(0)
             return
         tensors, facts = saved
-        checkpoints.check_same(self.run.path, facts["identity"], self.identity)
-        checkpoints.load_model(self.run.path, self.task.model, tensors)
-        checkpoints.load_optimizer(self.task.optimizer, tensors, facts["optimizer"])
+        folder = self.run.path
+        checkpoints.check_facts(folder, facts, FACTS)
+        checkpoints.check_same(folder, facts["identity"], self.identity)
+        if facts["batch"] >= self.batches:
+            reason = f"'batch' is {facts['batch']}, the epoch has {self.batches} batches"
+            raise checkpoints.damaged(folder, reason)
+        checkpoints.load_model(folder, self.task.model, tensors)
+        checkpoints.load_optimizer(folder, self.task.optimizer, tensors, facts["optimizer"])
         totals = {
             name.removeprefix("total."): tensor.to(self.device)
             for name, tensor in tensors.items()
             if name.startswith("total.")
         }
-        position = ("step", "epoch", "batch", "seconds", "seen")
-        self.at = _Position(**{name: facts[name] for name in position}, totals=totals)
-        torch.set_rng_state(tensors["rng.cpu"])
-        if self.device.type == "cuda" and "rng.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
+        self.at = _Position(**{name: facts[name] for name in POSITION}, totals=totals)
+        try:
+            torch.set_rng_state(tensors["rng.cpu"])
+            if self.device.type == "cuda" and "rng.cuda" in tensors:
+                torch.cuda.set_rng_state(tensors["rng.cuda"], self.device)
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise checkpoints.damaged(folder, error) from error
         self.run.rewind_metrics(facts["metrics_bytes"])
 
 
