@@ -1,5 +1,6 @@
 """dSprites: factor arithmetic, the renderer's calibration, and the file loaders."""
 
+import io
 import zipfile
 
 import h5py
@@ -221,6 +222,47 @@ def test_an_array_that_ends_early(npz, data):
                 )
                 file.write(array.tobytes()[:-5])
     with pytest.raises(DataError, match=r"truncated or damaged: .*imgs ends after 39 rows"):
+        load(npz)
+
+
+def write_npz(path, data, header):
+    """An .npz whose arrays start with ``header(array)``."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in (("imgs", data.images), ("latents_classes", data.classes)):
+            archive.writestr(f"{name}.npy", header(array) + array.tobytes())
+
+
+def header_of(version):
+    def header(array):
+        stream = io.BytesIO()
+        facts = np.lib.format.header_data_from_array_1_0(array)
+        np.lib.format.write_array_header_2_0(stream, facts)
+        return stream.getvalue().replace(b"NUMPY\x02", b"NUMPY" + bytes([version]), 1)
+
+    return header
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_every_version_of_numpys_header(version, npz, data):
+    write_npz(npz, data, header_of(version))
+    assert (np.load(npz)["imgs"] == data.images).all()
+    whole = load(npz)
+    assert (whole.images == data.images).all() and (whole.classes == data.classes).all()
+
+
+@pytest.mark.parametrize(
+    "header, message",
+    [
+        (lambda array: b"what is this", "imgs.npy: the magic string is not correct"),
+        (lambda array: b"\x93NUMPY\x01\x00\x08\x00nonsense", "imgs.npy: malformed node"),
+        (lambda array: b"\x93NUMPY\x01\x00\x08\x00{'descr'", "imgs.npy: .*EOF"),
+        (lambda array: b"\x93NUMPY\x01\x00\x08\x00{[]: 10}", "imgs.npy: unhashable"),
+        (header_of(4), "imgs.npy: its header has version 4.0, known are 1.0, 2.0, 3.0"),
+    ],
+)
+def test_an_array_with_a_damaged_header(header, message, npz, data):
+    write_npz(npz, data, header)
+    with pytest.raises(DataError, match=f"truncated or damaged: {npz} .{message}"):
         load(npz)
 
 

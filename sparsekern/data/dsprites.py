@@ -15,6 +15,7 @@ factor (posY) changes fastest.
 
 from __future__ import annotations
 
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -254,7 +255,9 @@ def load(path: str | Path, count: int | None = None, *, seed: int = 0) -> DSprit
                 return _read(path, _Hdf5Fields(file), count, seed)
     except KeyError as error:
         raise DataError(f"data file has another layout: {path} has no field {error}") from error
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except DataError:
+        raise
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"data file is truncated or damaged: {path} ({error})") from error
     raise DataError(f"data file has another layout: {path} is neither .npz nor HDF5")
 
@@ -269,11 +272,11 @@ class _NpzFields:
 
     def header(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
         with self._open(name) as stream:
-            return self._header(stream)
+            return self._header(name, stream)
 
     def blocks(self, name: str) -> Iterator[np.ndarray]:
         with self._open(name) as stream:
-            shape, dtype = self._header(stream)
+            shape, dtype = self._header(name, stream)
             width = dtype.itemsize * int(np.prod(shape[1:]))
             for start in range(0, shape[0], READ_BLOCK):
                 rows = min(READ_BLOCK, shape[0] - start)
@@ -288,13 +291,23 @@ class _NpzFields:
         return self.archive.open(f"{name}.npy")
 
     @staticmethod
-    def _header(stream) -> tuple[tuple[int, ...], np.dtype]:
-        version = np.lib.format.read_magic(stream)
+    def _header(name: str, stream) -> tuple[tuple[int, ...], np.dtype]:
         read = {
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
+            # Differs in the encoding of field names, which no number type has.
+            (3, 0): np.lib.format.read_array_header_2_0,
         }
-        shape, fortran, dtype = read[version](stream)
+        try:
+            version = np.lib.format.read_magic(stream)
+            if version not in read:
+                known = ", ".join(f"{major}.{minor}" for major, minor in read)
+                major, minor = version
+                raise ValueError(f"its header has version {major}.{minor}, known are {known}")
+            shape, fortran, dtype = read[version](stream)
+        except (SyntaxError, TypeError, ValueError, tokenize.TokenError) as error:
+            # numpy reads the header as Python and lets some of Python's errors through.
+            raise ValueError(f"{name}.npy: {error}") from error
         if fortran and len(shape) > 1:
             raise KeyError("in row-major order")
         return shape, dtype
