@@ -179,11 +179,21 @@ def test_bad_data_files_write_nothing(npz, tmp_path, capsys):
         (damaged, "data file is truncated or damaged: "),
         (other, "data file has another layout: "),
         (text, "data file has another layout: "),
-        (npz, "count must lie in 1..90 (the number of images), got 36048"),
+        (npz, "got 36048 (--images 25024 + --eval-images 1024 + --test-images 10000)"),
+        (npz, "count must lie in 1..90 (the number of images)"),
     ):
         flags = ["--data", file, "--images", 25024] if file == npz else ["--data", file]
         assert message in failure(capsys, *flags, "--out", out)
         assert not out.exists()
+
+
+def test_more_images_than_there_are_to_render(tmp_path, capsys):
+    message = failure(capsys, "--images", 737280, "--out", tmp_path / "run")
+    assert message == (
+        "rendered: count must lie in 1..737280 (the number of images), got 748304 "
+        "(--images 737280 + --eval-images 1024 + --test-images 10000)"
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_images_that_no_model_can_start_from_write_nothing(tmp_path, capsys):

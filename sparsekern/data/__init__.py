@@ -1,5 +1,5 @@
 """Data sets with known factors, rendered here or read from files a user already has."""
 
-from .dsprites import DataError, DSprites, load, rendered
+from .dsprites import CountError, DataError, DSprites, load, rendered
 
-__all__ = ["DSprites", "DataError", "load", "rendered"]
+__all__ = ["CountError", "DSprites", "DataError", "load", "rendered"]

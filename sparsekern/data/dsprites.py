@@ -54,6 +54,10 @@ class DataError(ValueError):
     """A data file is missing, damaged, or not laid out as expected."""
 
 
+class CountError(DataError):
+    """A data set has fewer images than were asked for."""
+
+
 @dataclass(frozen=True)
 class DSprites:
     """Images with their factors.
@@ -207,7 +211,7 @@ def rendered(count: int | None = None, *, seed: int = 0) -> DSprites:
         seed: chooses the subset. The subset of n images is the front of that of n + 1.
 
     Raises:
-        ValueError: count is out of range.
+        CountError: count is out of range.
     """
     indices = _subset("rendered", COUNT, count, seed)
     classes = classes_of(np.arange(COUNT) if indices is None else indices)
@@ -218,7 +222,7 @@ def _subset(function: str, available: int, count: int | None, seed: int) -> np.n
     if count is None:
         return None
     if not 1 <= count <= available:
-        raise DataError(
+        raise CountError(
             f"{function}: count must lie in 1..{available} (the number of images), got {count}"
         )
     return np.random.default_rng(seed).permutation(available)[:count]
@@ -237,7 +241,8 @@ def load(path: str | Path, count: int | None = None, *, seed: int = 0) -> DSprit
         seed: chooses the subset, the same one as :func:`rendered` when the file is complete.
 
     Raises:
-        DataError: the file is missing, truncated or damaged, laid out otherwise, or too small.
+        DataError: the file is missing, truncated or damaged, or laid out otherwise.
+        CountError: count is out of range; a DataError, too.
     """
     path = Path(path)
     if not path.is_file():

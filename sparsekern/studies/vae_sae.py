@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import backend, describe
-from ..data import DSprites, load, rendered
+from ..data import CountError, DSprites, load, rendered
 from ..metrics import UnitActivity
 from ..models.vae_sae import VAESAE, vae_sae_loss
 from ..training import (
@@ -231,8 +231,7 @@ def run(config: VAESAEConfig, folder: str | Path, *, resume: bool = False) -> Re
         _probe(device)
         if not resume:
             RunFolder.check_new(folder)
-        total = config.images + config.eval_images + config.test_images
-        data = _images(config, total)
+        data = _images(config)
         parts = data.split(config.images, config.eval_images, config.test_images)
         training, held_out, test = (torch.from_numpy(p.images).to(device) for p in parts)
         digest = hashlib.sha256(data.images.tobytes()).hexdigest()[:16]
@@ -269,10 +268,17 @@ def _probe(device: torch.device) -> None:
         vae_sae_loss(model(images), images).total.backward()
 
 
-def _images(config: VAESAEConfig, total: int) -> DSprites:
-    if config.data is None:
-        return rendered(total, seed=config.seed)
-    return load(config.data, total, seed=config.seed)
+def _images(config: VAESAEConfig) -> DSprites:
+    """As many images as all parts of a run need together."""
+    parts = {name: getattr(config, name) for name in ("images", "eval_images", "test_images")}
+    total = sum(parts.values())
+    try:
+        if config.data is None:
+            return rendered(total, seed=config.seed)
+        return load(config.data, total, seed=config.seed)
+    except CountError as error:
+        flags = (f"--{name.replace('_', '-')} {size}" for name, size in parts.items())
+        raise CountError(f"{error} ({' + '.join(flags)})") from error
 
 
 def _results(
