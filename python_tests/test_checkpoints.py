@@ -183,7 +183,7 @@ def test_a_checkpoint_with_a_fact_of_another_kind(name, value, complete, tmp_pat
 def test_a_checkpoint_beyond_the_end_of_its_epoch(complete, tmp_path):
     folder = copied(complete, tmp_path / "run")
     change_fact(folder, "batch", lambda facts, key: facts.update({"epoch": 1, key: 4}))
-    with pytest.raises(CheckpointError, match="is damaged: 'batch' is 4, the epoch has 4 batches"):
+    with pytest.raises(CheckpointError, match="is damaged: 'batch' is 4, an epoch has 4 batches"):
         resume(folder)
 
 

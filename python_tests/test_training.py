@@ -3,6 +3,7 @@
 Run as a script, this file trains the task of its tests in the folder named on the command line.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,6 +23,7 @@ from sparsekern.training import (
     RunFolder,
     TrainingError,
     checkpoints,
+    permuted_rows,
     runs,
     train,
 )
@@ -33,11 +36,14 @@ STEPS = 12
 class Noisy:
     """A small regression with dropout, so that the random state matters."""
 
-    def __init__(self, width=16, pause=0.0, before_step=None):
+    unit = "row"
+
+    def __init__(self, width=16, pause=0.0, before_step=None, seed=CONFIG.seed):
         generator = torch.Generator().manual_seed(0)
         self.inputs = torch.randn(EXAMPLES, 8, generator=generator)
         self.targets = self.inputs.square().sum(1, keepdim=True)
         self.examples, self.pause, self.before_step = EXAMPLES, pause, before_step
+        self.seed = seed
         with torch.random.fork_rng([]):
             torch.manual_seed(1)
             self.model = nn.Sequential(nn.Linear(8, width), nn.Dropout(0.3), nn.Linear(width, 1))
@@ -48,13 +54,17 @@ class Noisy:
         self.k = 10 - epoch
         return {"k": self.k}
 
-    def loss(self, rows):
+    def batches(self, epoch, first):
+        return permuted_rows(EXAMPLES, CONFIG.batch_size, self.seed, epoch, first)
+
+    def backward(self, rows):
         time.sleep(self.pause)
         if self.before_step is not None:
             self.before_step(self.steps)
         self.steps += 1
         error = (self.model(self.inputs[rows]) - self.targets[rows]).square().mean()
-        return error, {"error": error.sqrt()}
+        error.backward()
+        return {"loss": error.detach(), "error": error.detach().sqrt()}
 
     def evaluate(self, epoch):
         with torch.no_grad():
@@ -122,21 +132,21 @@ def test_a_run_logs_steps_and_epochs(complete):
 def test_epoch_means_weigh_examples_equally(tmp_path):
     task = Noisy()
     losses = []
-    plain = task.loss
-    task.loss = lambda rows: losses.append((plain(rows), len(rows))) or losses[-1][0]
+    plain = task.backward
+    task.backward = lambda rows: losses.append((plain(rows), len(rows))) or losses[-1][0]
     start(tmp_path / "run", task)
     for epoch, record in enumerate(r for r in metrics(tmp_path / "run") if r["kind"] == "epoch"):
         part = losses[4 * epoch : 4 * epoch + 4]
-        mean = sum(float(loss[0].detach().double()) * n for loss, n in part) / EXAMPLES
+        mean = sum(float(scalars["loss"].double()) * n for scalars, n in part) / EXAMPLES
         assert record["loss"] == pytest.approx(mean, rel=1e-12)
 
 
 def test_every_example_once_an_epoch_in_an_order_from_seed_and_epoch(tmp_path):
     seen = []
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
-        task = Noisy()
-        rows, plain = [], task.loss
-        task.loss = lambda part, rows=rows, plain=plain: rows.append(part) or plain(part)
+        task = Noisy(seed=seed)
+        rows, plain = [], task.backward
+        task.backward = lambda part, rows=rows, plain=plain: rows.append(part) or plain(part)
         config = LoopConfig(epochs=2, batch_size=8, seed=seed, progress=False)
         start(tmp_path / name, task, config)
         seen.append(torch.cat(rows))
@@ -144,6 +154,125 @@ def test_every_example_once_an_epoch_in_an_order_from_seed_and_epoch(tmp_path):
     assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(EXAMPLES))
     assert not torch.equal(first, second)
     assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
+
+
+@pytest.mark.parametrize("first", range(5))
+def test_permuted_rows_start_anywhere(first):
+    whole = list(permuted_rows(30, 8, 5, 2, 0))
+    assert [len(rows) for rows in whole] == [8, 8, 8, 6]
+    assert torch.cat(whole).tolist() == np.random.default_rng((5, 2)).permutation(30).tolist()
+    rest = list(permuted_rows(30, 8, 5, 2, first))
+    assert len(rest) == 4 - first
+    assert all(torch.equal(one, other) for one, other in zip(rest, whole[first:], strict=True))
+
+
+def test_permuted_rows_take_any_batch_size_and_reject_what_is_too_small():
+    assert [len(rows) for rows in permuted_rows(30, 10**30, 0, 0, 0)] == [30]
+    good = {"examples": 30, "batch_size": 8, "seed": 0, "epoch": 0, "first": 0}
+    for name, least in {**dict.fromkeys(good, 0), "examples": 1, "batch_size": 1}.items():
+        with pytest.raises(ValueError, match=f"permuted_rows: {name} must be at least {least},"):
+            permuted_rows(**{**good, name: least - 1})
+
+
+class Stream(Noisy):
+    """The same task with batches that are no tensors, from a generator that holds something."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.asked, self.open = [], 0
+
+    def batches(self, epoch, first):
+        self.asked.append((epoch, first))
+        self.open += 1
+        try:
+            for rows in super().batches(epoch, first):
+                yield rows.tolist()
+            yield "a batch that the loop has no use for"
+        finally:
+            self.open -= 1
+
+    def backward(self, batch):
+        assert self.open == 1
+        return super().backward(torch.tensor(batch))
+
+    def evaluate(self, epoch):
+        assert self.open == 0
+        return super().evaluate(epoch)
+
+
+def test_streamed_batches_give_the_same_run_and_are_closed(complete, tmp_path):
+    def interrupt(step):
+        if step == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    def crash(step):
+        if step == 2:
+            raise CrashError
+
+    folder = tmp_path / "run"
+    task = Stream(before_step=interrupt)
+    assert start(folder, task).step == 6
+    assert task.asked == [(0, 0), (1, 0)] and task.open == 0
+    task = Stream(before_step=crash)
+    with pytest.raises(CrashError):
+        resume(folder, task)
+    assert task.asked == [(1, 2), (2, 0)] and task.open == 0
+    task = Stream()
+    resume(folder, task)
+    assert task.asked == [(2, 0)] and task.open == 0
+    assert_same_run(folder, complete)
+
+
+def test_a_step_applies_the_gradients_of_its_batch_alone(tmp_path):
+    # So that a task may add them up in parts.
+    task, left, applied = Noisy(), [], []
+    backward, step = task.backward, task.optimizer.step
+
+    def gradients():
+        return [None if p.grad is None else p.grad.clone() for p in task.model.parameters()]
+
+    def recorded_backward(rows):
+        assert gradients() == [None] * 4
+        scalars = backward(rows)
+        left.extend(gradients())
+        return scalars
+
+    task.backward = recorded_backward
+    task.optimizer.step = lambda: applied.extend(gradients()) or step()
+    start(tmp_path / "run", task)
+    assert len(left) == 4 * STEPS
+    assert all(torch.equal(one, other) for one, other in zip(left, applied, strict=True))
+
+
+@pytest.mark.parametrize(
+    "cut, message",
+    [
+        (lambda rows: rows[:2], "the batches of epoch 0 end after 2 of 4"),
+        (lambda rows: [rows[0][:7], *rows[1:]], "batch 0 of epoch 0 has 7 rows instead of 8"),
+        (lambda rows: [*rows[:3], rows[0]], "batch 3 of epoch 0 has 8 rows instead of 6"),
+    ],
+)
+def test_batches_that_are_not_as_declared_stop_training(cut, message, tmp_path):
+    task = Noisy()
+    plain = task.batches
+    task.batches = lambda epoch, first: iter(cut(list(plain(epoch, first))))
+    with pytest.raises(TrainingError, match=message):
+        start(tmp_path / "run", task)
+
+
+def test_the_progress_bar_counts_examples(tmp_path, capsys):
+    config = dataclasses.replace(CONFIG, progress=True)
+
+    def interrupt(step):
+        if step == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    start(tmp_path / "run", Noisy(before_step=interrupt), config)
+    bar = capsys.readouterr().err
+    assert "46.0/90.0 " in bar and "rows/s" in bar
+    resume(tmp_path / "run", config=config)
+    first, *_, last = (line for line in capsys.readouterr().err.split("\r") if line)
+    assert "46.0/90.0 " in first and "90.0/90.0 " in last and "rows/s" in last
 
 
 def test_training_leaves_the_callers_random_state_and_signal_handlers(tmp_path):

@@ -29,6 +29,7 @@ from ..training import (
     Outcome,
     RunError,
     RunFolder,
+    permuted_rows,
     scheduled_k,
     train,
 )
@@ -127,6 +128,8 @@ class Report(NamedTuple):
 class _Task:
     """Model, data and schedule, in the form the training loop asks for."""
 
+    unit = "image"
+
     def __init__(self, config: VAESAEConfig, training: Tensor, held_out: Tensor) -> None:
         device = training.device
         self.config, self.training, self.held_out = config, training, held_out
@@ -149,10 +152,16 @@ class _Task:
         )
         return {"k": self.model.k}
 
-    def loss(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        images = _pixels(self.training[rows.to(self.training.device)])
+    def batches(self, epoch: int, first: int) -> Iterator[Tensor]:
+        config = self.config
+        return permuted_rows(self.examples, config.batch_size, config.seed, epoch, first)
+
+    def backward(self, batch: Tensor) -> dict[str, Tensor]:
+        images = _pixels(self.training[batch.to(self.training.device)])
         loss = vae_sae_loss(self.model(images), images, self.config.beta)
-        return loss.total, {"reconstruction": loss.reconstruction, "kl": loss.kl}
+        loss.total.backward()
+        scalars = {"loss": loss.total, "reconstruction": loss.reconstruction, "kl": loss.kl}
+        return {name: value.detach() for name, value in scalars.items()}
 
     def evaluate(self, epoch: int) -> dict[str, float]:
         measured = evaluate(self.model, self.held_out)

@@ -1,5 +1,6 @@
 """Training that knows no model by name: the loop, schedules, checkpoints and run folders."""
 
+from .batches import permuted_rows
 from .checkpoints import CheckpointError
 from .loop import LoopConfig, Outcome, Task, TrainingError, train
 from .runs import RunError, RunFolder
@@ -14,6 +15,7 @@ __all__ = [
     "RunFolder",
     "Task",
     "TrainingError",
+    "permuted_rows",
     "scheduled_k",
     "train",
 ]

@@ -1,7 +1,7 @@
-"""The training loop: epochs over a fixed set of examples, logged, interruptible and resumable.
+"""The training loop: epochs of batches, logged, interruptible and resumable.
 
-It knows no model: everything particular is behind :class:`Task`. The order of the examples follows
-from (seed, epoch) alone, the random state is part of the checkpoint, and metrics logged after the
+It knows no model: everything particular is behind :class:`Task`. The batches follow from the number
+of their epoch alone, the random state is part of the checkpoint, and metrics logged after the
 checkpoint are dropped on resuming. So a run that was interrupted any number of times, by a signal
 or a kill, ends with the same bits as one that was not (on one machine, with one thread count).
 """
@@ -47,13 +47,29 @@ class Task(Protocol):
 
     @property
     def examples(self) -> int:
-        """Number of training examples."""
+        """Number of training examples in an epoch."""
+
+    @property
+    def unit(self) -> str:
+        """What an example is called, such as "image" or "token"; its plural ends in s."""
 
     def begin_epoch(self, epoch: int) -> Mapping[str, float]:
         """Applies schedules, which may depend on the epoch only; returns facts to log with it."""
 
-    def loss(self, rows: Tensor) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The scalar loss over examples ``rows`` (int64 [B], on the CPU), and scalars to log."""
+    def batches(self, epoch: int, first: int) -> Iterator[Any]:
+        """The epoch's batches from number ``first`` on; a pure function of its arguments.
+
+        ``len(batch)`` is the number of its examples: ``LoopConfig.batch_size``, and in the last
+        batch what is left of ``examples``. May not use torch's default generator. The loop takes no
+        more batches than it needs, then calls the iterator's ``close()``, if it has one; also when
+        the epoch is left early, by an interruption or an error.
+        """
+
+    def backward(self, batch: Any) -> Mapping[str, Tensor]:
+        """Adds the gradients of the batch's loss to the parameters.
+
+        Returns detached scalars to log, "loss" among them: means over the batch's examples.
+        """
 
     def evaluate(self, epoch: int) -> Mapping[str, float]:
         """Measures after an epoch. May not change the model nor use torch's default generator."""
@@ -68,7 +84,7 @@ class LoopConfig:
     batch_size: int
     """Examples a step, >= 1; the last step of an epoch takes what is left."""
     seed: int = 0
-    """Of the order of the examples and of torch's generators."""
+    """Of torch's generators; a task's batches should depend on it, too."""
     log_every: int = 10
     """Steps between two logged steps, >= 1."""
     checkpoint_every: int = 500
@@ -129,7 +145,7 @@ def train(
 
     Raises:
         CheckpointError: the checkpoint is damaged or belongs to another model or identity.
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, or the task's batches are not as they should be.
     """
     device = next(task.model.parameters()).device
     devices = [device] if device.type == "cuda" else []
@@ -162,7 +178,7 @@ class _Loop:
     ) -> None:
         self.task, self.config, self.run, self.device = task, config, run, device
         self.identity = identity
-        self.batches = math.ceil(task.examples / config.batch_size)
+        self.batches_per_epoch = math.ceil(task.examples / config.batch_size)
         self.at = _Position()
         self.clock = 0.0
 
@@ -170,9 +186,10 @@ class _Loop:
         from tqdm import tqdm
 
         return tqdm(
-            total=self.batches * self.config.epochs,
-            initial=self.at.step,
-            unit="step",
+            total=self.task.examples * self.config.epochs,
+            initial=self.at.seen,
+            unit=f" {self.task.unit}s",
+            unit_scale=True,
             disable=not self.config.progress,
             # A log file gets a line now and then, a terminal a moving bar.
             mininterval=0.2 if sys.stderr.isatty() else 10.0,
@@ -184,36 +201,51 @@ class _Loop:
         at, config = self.at, self.config
         facts = dict(self.task.begin_epoch(at.epoch))
         bar.set_description(f"epoch {at.epoch + 1}/{config.epochs}", refresh=False)
-        order = np.random.default_rng((config.seed, at.epoch)).permutation(self.task.examples)
-        rows = torch.from_numpy(order).split(config.batch_size)
         self.task.model.train()
         self.clock = time.perf_counter()
-        while at.batch < self.batches:
-            self._step(rows[at.batch], bar)
-            bar.update()
-            if at.batch < self.batches and (stop or at.batch % config.checkpoint_every == 0):
-                at.seconds += time.perf_counter() - self.clock
-                self.save()
-                if stop:
-                    return
-                self.clock = time.perf_counter()
+        with _closed(self.task.batches(at.epoch, at.batch)) as batches:
+            while at.batch < self.batches_per_epoch:
+                batch = self._next(batches)
+                self._step(batch, bar)
+                bar.update(len(batch))
+                inside = at.batch < self.batches_per_epoch
+                if inside and (stop or at.batch % config.checkpoint_every == 0):
+                    at.seconds += time.perf_counter() - self.clock
+                    self.save()
+                    if stop:
+                        return
+                    self.clock = time.perf_counter()
         self._end_epoch(facts)
 
-    def _step(self, rows: Tensor, bar: Any) -> None:
+    def _next(self, batches: Iterator[Any]) -> Any:
+        """The next batch, which must have the size it should."""
+        at, unit = self.at, self.task.unit
+        try:
+            batch = next(batches)
+        except StopIteration:
+            raise TrainingError(
+                f"the batches of epoch {at.epoch} end after {at.batch} of {self.batches_per_epoch}"
+            ) from None
+        left = self.task.examples - at.batch * self.config.batch_size
+        if len(batch) != (size := min(self.config.batch_size, left)):
+            raise TrainingError(
+                f"batch {at.batch} of epoch {at.epoch} has {len(batch)} {unit}s instead of {size}"
+            )
+        return batch
+
+    def _step(self, batch: Any, bar: Any) -> None:
         at = self.at
-        loss, scalars = self.task.loss(rows)
         self.task.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        scalars = self.task.backward(batch)
         self.task.optimizer.step()
-        record = {name: value.detach() for name, value in {"loss": loss, **scalars}.items()}
-        for name, value in record.items():
-            share = value.double() * len(rows)
+        for name, value in scalars.items():
+            share = value.double() * len(batch)
             at.totals[name] = at.totals[name] + share if name in at.totals else share
-        at.seen += len(rows)
+        at.seen += len(batch)
         at.batch += 1
         at.step += 1
         if at.step % self.config.log_every == 0 or at.step == 1:
-            numbers = {name: self._finite(name, float(value)) for name, value in record.items()}
+            numbers = {name: self._finite(name, float(value)) for name, value in scalars.items()}
             self.run.log({"kind": "step", "step": at.step, "epoch": at.epoch, **numbers})
             bar.set_postfix(loss=f"{numbers['loss']:.4g}", refresh=False)
 
@@ -272,8 +304,8 @@ class _Loop:
         folder = self.run.path
         checkpoints.check_facts(folder, facts, FACTS)
         checkpoints.check_same(folder, facts["identity"], self.identity)
-        if facts["batch"] >= self.batches:
-            reason = f"'batch' is {facts['batch']}, the epoch has {self.batches} batches"
+        if facts["batch"] >= self.batches_per_epoch:
+            reason = f"'batch' is {facts['batch']}, an epoch has {self.batches_per_epoch} batches"
             raise checkpoints.damaged(folder, reason)
         checkpoints.load_model(folder, self.task.model, tensors)
         checkpoints.load_optimizer(folder, self.task.optimizer, tensors, facts["optimizer"])
@@ -290,6 +322,17 @@ class _Loop:
         except (KeyError, RuntimeError, TypeError) as error:
             raise checkpoints.damaged(folder, error) from error
         self.run.rewind_metrics(facts["metrics_bytes"])
+
+
+@contextmanager
+def _closed(batches: Iterator[Any]) -> Iterator[Iterator[Any]]:
+    """Closes the iterator at the end, if it can be closed."""
+    try:
+        yield batches
+    finally:
+        close = getattr(batches, "close", None)
+        if close is not None:
+            close()
 
 
 @contextmanager
