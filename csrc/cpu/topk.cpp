@@ -154,7 +154,7 @@ inline void select_exactly(const Row<Stored>& row) {
                         row.indices);
 }
 
-// n <= kShortRow: all keys of the row at once, in the L1 cache.
+// n <= kShortRow, k too large for the candidates: all keys of the row at once, in the L1 cache.
 template <bool kAbsolute, class Stored>
 inline void select_short(const Row<Stored>& row) {
   alignas(kCacheLineBytes) int32_t keys[kShortRow];

@@ -2,7 +2,9 @@
 // order.
 //
 // Most significant digit first, 11 bits a pass: 3 passes over a row of 32-bit keys, 6 of 64-bit
-// keys. Used where the streaming pass does not apply: k > kStreamedK, float64, rows with NaN.
+// keys. Used for float64, for a row that the streaming pass left because of a NaN, and for rows
+// longer than kShortRow with a k that it does not take: above kStreamedK, or too large for the
+// row's groups (Candidates::suits). Shorter rows with such a k go to select_short (topk.cpp).
 #pragma once
 
 #include "topk_order.h"

@@ -187,7 +187,6 @@ inline int64_t rank_of(const int32_t* keys, int64_t count, int64_t i) {
 struct Bound {
   int32_t key;       // at least `wanted` keys are >= key
   int64_t at_least;  // how many
-  bool exact;        // key is the wanted-th largest key itself
 };
 
 struct Range {
@@ -220,7 +219,7 @@ inline Bound bisect(const int32_t* keys, int64_t count, int64_t wanted, int64_t 
       high = middle - 1;
     }
   }
-  return {low, at_low, low == high};
+  return {low, at_low};
 }
 
 }  // namespace sparsekern::cpu::SPARSEKERN_ISA

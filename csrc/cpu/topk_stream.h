@@ -18,7 +18,9 @@
 namespace sparsekern::cpu::SPARSEKERN_ISA {
 
 constexpr int64_t kSegment = 32768;  // 128 KiB of float32: at most half of a second-level cache
-constexpr int64_t kStreamedK = 512;  // larger k are selected by digits
+// Larger k: rows up to kShortRow by bisection over all their keys (select_short in topk.cpp),
+// longer ones by digits (topk_digits.h).
+constexpr int64_t kStreamedK = 512;
 constexpr int64_t kRarelyTightened = 64;  // a few candidates more cost less than a bisection
 constexpr int64_t kWord = 64;             // elements whose comparisons fill one word of bits
 constexpr int64_t kLargestBlock = 4 * kWord;
