@@ -4,20 +4,25 @@ sparsekern._native  C++ for the CPU: each file of csrc/cpu is compiled once per 
 sparsekern._cuda    CUDA C++: built when nvcc is found; no GPU and no CUDA build of torch are
 needed.
 
-SPARSEKERN_BUILD names what to build: "auto" (default), "cpu", "cpu,cuda" or "none".
+SPARSEKERN_BUILD names what to build: "auto" (default), "cpu", "cuda", "cpu,cuda" or "none".
 SPARSEKERN_CUDA_ARCHS lists GPU architectures, such as "80;90"; the default is those of 80, 90, 100
-that nvcc knows. Without a compiler the install goes on, and sparsekern/_build_report.json says what
-is missing.
+that nvcc knows. CXX is the command of the C++ compiler, such as "ccache g++".
+
+Without a compiler, or when nvcc fails, the install goes on and sparsekern/_build_report.json says
+what is missing and why; what SPARSEKERN_BUILD names must be built.
 """
 
 import json
 import os
 import pathlib
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import textwrap
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -34,17 +39,59 @@ X86_FLAGS = {
 }
 ONCE = {"dispatch.cpp", "memory.cpp"}  # not compiled per instruction set
 CUDA_ARCHS = ("80", "90", "100")
-PROGRAMS = {"driver.cpp", "driver_adam.cpp", "driver_topk.cpp"}  # stand-alone test programs
+PROGRAMS = {path.name for path in (CSRC / "cpu").glob("driver*.cpp")}  # stand-alone test programs
+REPORTED = 300  # characters of a compiler's message in the build report
 
 
-def compiler() -> str | None:
-    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+class MissingError(Exception):
+    """A module cannot be built here; the message is its line in the build report."""
 
 
-def nvcc() -> str | None:
+class CompileError(Exception):
+    """A compiler ran and failed; the message is its first error."""
+
+
+def wanted_kinds() -> list[str]:
+    """What SPARSEKERN_BUILD names: ["auto"], ["none"], or some of "cpu" and "cuda"."""
+    given = os.environ.get("SPARSEKERN_BUILD") or "auto"
+    kinds = [kind.strip() for kind in given.split(",")]
+    if kinds not in (["auto"], ["none"]) and not set(kinds) <= {"cpu", "cuda"}:
+        raise RuntimeError(
+            f"SPARSEKERN_BUILD must be auto, cpu, cuda, cpu,cuda or none, got {given!r}"
+        )
+    return kinds
+
+
+def compiler() -> list[str]:
+    """The command of the C++ compiler: CXX, split as a shell splits it, or what is on PATH."""
+    if given := os.environ.get("CXX"):
+        try:
+            command = shlex.split(given)
+        except ValueError:  # a quotation mark without its partner
+            command = []
+        if command and runs([*command, "--version"]):
+            return command
+        raise MissingError(
+            f"CXX={given!r} did not run when sparsekern was installed (correct or unset CXX and "
+            "reinstall)"
+        )
+    for name in ("g++", "clang++"):
+        if (path := shutil.which(name)) and runs([path, "--version"]):
+            return [path]
+    raise MissingError(
+        "no C++ compiler was found when sparsekern was installed (install g++ and reinstall)"
+    )
+
+
+def nvcc() -> str:
     home = os.environ.get("CUDA_HOME")
     inside = pathlib.Path(home, "bin", "nvcc") if home else None
-    return str(inside) if inside and inside.exists() else shutil.which("nvcc")
+    path = str(inside) if inside and inside.exists() else shutil.which("nvcc")
+    if path is None or not runs([path, "--version"]):
+        raise MissingError(
+            "nvcc was not found when sparsekern was installed (install the CUDA toolkit, reinstall)"
+        )
+    return path
 
 
 def ninja() -> str:
@@ -64,16 +111,23 @@ def runs(command: list[str]) -> bool:
 
 
 def cuda_archs(nvcc_path: str) -> list[str]:
-    if wanted := os.environ.get("SPARSEKERN_CUDA_ARCHS"):
-        return wanted.replace(",", ";").split(";")
+    wanted = os.environ.get("SPARSEKERN_CUDA_ARCHS", "").replace(",", ";").split(";")
+    if archs := [arch.strip() for arch in wanted if arch.strip()]:
+        return archs
     listed = subprocess.run([nvcc_path, "--list-gpu-arch"], capture_output=True, text=True).stdout
-    return [arch for arch in CUDA_ARCHS if f"compute_{arch}" in listed.split()]
+    archs = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in listed.split()]
+    if not archs:
+        raise MissingError(
+            f"{nvcc_path} knew none of sm_{', sm_'.join(CUDA_ARCHS)} when sparsekern was installed "
+            "(install CUDA 12 or later and reinstall)"
+        )
+    return archs
 
 
-def openmp_flag(cxx: str, folder: pathlib.Path) -> str:
+def openmp_flag(cxx: list[str], folder: pathlib.Path) -> str:
     probe = folder / "openmp_probe.cpp"
     probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
-    command = [cxx, "-fopenmp", str(probe), "-o", str(folder / "openmp_probe")]
+    command = [*cxx, "-fopenmp", str(probe), "-o", str(folder / "openmp_probe")]
     return "-fopenmp" if runs(command) else ""
 
 
@@ -104,9 +158,29 @@ class NinjaFile:
         self.lines.append(f"build {target}: link {' '.join(self.objects)}")
 
     def run(self) -> None:
+        """Builds, with the output shown as it comes."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
-        subprocess.run([ninja(), "-C", str(self.folder)], check=True)
+        lines = []
+        with subprocess.Popen(
+            [ninja(), "-C", str(self.folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        ) as process:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                lines.append(line)
+        if process.returncode != 0:
+            raise CompileError(first_error(lines))
+
+
+def first_error(lines: list[str]) -> str:
+    """The first line that speaks of an error, or the last before ninja's own."""
+    own = [line for line in lines if line.strip() and not line.startswith("ninja:")]
+    errors = [line for line in own if re.search(r"\b(error|fatal)\b", line, re.IGNORECASE)]
+    return textwrap.shorten((errors or own[-1:] or lines[-1:] or ["no output"])[0], REPORTED)
 
 
 def include_flags() -> str:
@@ -117,12 +191,11 @@ def include_flags() -> str:
 
 
 def build_native(folder: pathlib.Path, target: str) -> str:
-    cxx = compiler()
-    if cxx is None or not runs([cxx, "--version"]):
-        return "no C++ compiler was found when sparsekern was installed (install g++ and reinstall)"
+    command = compiler()
+    cxx = shlex.join(command)
     folder.mkdir(parents=True, exist_ok=True)
     file = NinjaFile(folder)
-    openmp = openmp_flag(cxx, folder)
+    openmp = openmp_flag(command, folder)
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     sets = X86_FLAGS if x86 else {"baseline": ""}
     common = f"{COMMON_FLAGS} {openmp} {include_flags()} {'-DSPARSEKERN_X86' if x86 else ''}"
@@ -143,13 +216,8 @@ def build_native(folder: pathlib.Path, target: str) -> str:
 
 
 def build_cuda(folder: pathlib.Path, target: str) -> str:
-    path, cxx = nvcc(), compiler()
-    if path is None or not runs([path, "--version"]):
-        return (
-            "nvcc was not found when sparsekern was installed (install the CUDA toolkit, reinstall)"
-        )
-    if cxx is None:
-        return "no C++ compiler was found when sparsekern was installed (install g++ and reinstall)"
+    path = nvcc()
+    compiler()  # nvcc needs one
     archs = cuda_archs(path)
     code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     code.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
@@ -160,7 +228,13 @@ def build_cuda(folder: pathlib.Path, target: str) -> str:
         file.compile("nvcc", source, "cuda", "")
     file.compile("nvcc", CSRC / "bindings_cuda.cpp", "once", include_flags())
     file.link(f"{path} -shared -cudart static {' '.join(code)} $in -o $out", target)
-    file.run()
+    try:
+        file.run()
+    except CompileError as error:
+        raise MissingError(
+            f"nvcc failed when sparsekern was installed: {error} (to see all of its output: "
+            "SPARSEKERN_BUILD=cpu,cuda pip install -v .)"
+        ) from None
     return f"built with {path} for sm_{', sm_'.join(archs)}"
 
 
@@ -171,7 +245,8 @@ class NinjaBuild(build_ext):
     """Hand both modules to ninja; note in the build report what was built and what is missing."""
 
     def run(self) -> None:
-        wanted = os.environ.get("SPARSEKERN_BUILD", "auto")
+        wanted = wanted_kinds()
+        given = f"SPARSEKERN_BUILD={','.join(wanted)}"
         package = (
             ROOT / "sparsekern" if self.inplace else pathlib.Path(self.build_lib, "sparsekern")
         )
@@ -179,20 +254,21 @@ class NinjaBuild(build_ext):
         suffix = sysconfig.get_config_var("EXT_SUFFIX")
         report = {}
         for name, (kind, build) in BUILDERS.items():
-            if wanted != "auto" and kind not in wanted.split(","):
-                report[name] = (
-                    f"left out by SPARSEKERN_BUILD={wanted} when sparsekern was installed"
-                )
+            if wanted != ["auto"] and kind not in wanted:
+                report[name] = f"left out by {given} when sparsekern was installed"
                 continue
             folder = ROOT / "build" / f"{name}{suffix}".removesuffix(".so")
-            report[name] = build(folder, f"{name}{suffix}")
-            if report[name].startswith("built"):
+            try:
+                report[name] = build(folder, f"{name}{suffix}")
+            except MissingError as reason:
+                if kind in wanted:
+                    raise RuntimeError(f"{given}: {reason}") from None
+                report[name] = str(reason)
+            else:
                 # a running process may have the old module mapped: replace it, never write into it
                 fresh = package / f"{name}{suffix}.new"
                 shutil.copy2(folder / f"{name}{suffix}", fresh)
                 fresh.replace(package / f"{name}{suffix}")
-            elif kind in wanted.split(","):
-                raise RuntimeError(f"SPARSEKERN_BUILD={wanted}: {report[name]}")
             print(f"sparsekern.{name}: {report[name]}")
         (package / "_build_report.json").write_text(json.dumps(report, indent=2) + "\n")
 

@@ -49,6 +49,62 @@ def test_asking_for_what_cannot_be_built_is_an_error(tmp_path):
     assert "SPARSEKERN_BUILD=cpu: no C++ compiler was found" in run.stderr
 
 
+def test_unknown_names_are_refused(tmp_path):
+    for name in ("gpu", "cpu,gpu", "none,cpu"):
+        run = build(tmp_path, SPARSEKERN_BUILD=name)
+        assert run.returncode != 0
+        assert f"must be auto, cpu, cuda, cpu,cuda or none, got '{name}'" in run.stderr
+
+
+@pytest.mark.parametrize("command", ["nowhere g++", "/nowhere/g++", 'g++ "'])
+def test_a_cxx_that_cannot_be_used_is_named(tmp_path, command):
+    run = build(tmp_path, CXX=command)
+    assert run.returncode == 0, run.stderr
+    report = json.loads((tmp_path / "lib" / "sparsekern" / "_build_report.json").read_text())
+    assert report["_native"].startswith(f"CXX={command!r} did not run")
+
+
+# stand-ins for compilers: one writes an empty file after -o, the other knows options and fails
+CXX = '#!/bin/sh\nwhile [ $# -gt 1 ]; do [ "$1" = -o ] && : > "$2"; shift; done\nexit 0\n'
+NVCC = """#!/bin/sh
+case "$1" in
+  --version) ;;
+  --list-gpu-arch) echo compute_{arch} ;;
+  *) echo "nvcc fatal   : broken on purpose" >&2; exit 1 ;;
+esac
+"""
+
+
+def stand_ins(folder: pathlib.Path, arch: int) -> dict[str, str]:
+    """Writes both compilers; returns the environment in which they are found."""
+    (folder / "bin").mkdir()
+    for name, text in (("cxx", CXX), ("nvcc", NVCC.format(arch=arch))):
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
+    place = {"CUDA_HOME": str(folder), "CXX": str(folder / "bin" / "cxx")}
+    return {**place, "PATH": os.environ["PATH"], "SPARSEKERN_CUDA_ARCHS": ""}
+
+
+@pytest.mark.parametrize(
+    "arch, reason",
+    [(60, "knew none of sm_80, sm_90, sm_100"), (90, "nvcc failed .*: nvcc fatal : broken on pu")],
+)
+def test_without_a_cuda_module_the_cpu_module_is_installed(tmp_path, arch, reason):
+    environment = stand_ins(tmp_path, arch)
+    run = build(tmp_path, **environment)
+    assert run.returncode == 0, run.stderr
+    package = tmp_path / "lib" / "sparsekern"
+    report = json.loads((package / "_build_report.json").read_text())
+    assert report["_native"].startswith("built")
+    assert re.search(reason, report["_cuda"])
+    assert [path.name.split(".")[0] for path in package.glob("*.so")] == ["_native"]
+    assert "sparsekern._cuda: " in run.stdout
+    asked = build(tmp_path, **environment, SPARSEKERN_BUILD="cpu,cuda")
+    assert asked.returncode != 0
+    assert re.search(f"SPARSEKERN_BUILD=cpu,cuda: .*{reason}", asked.stderr)
+    assert arch == 60 or "nvcc fatal   : broken on purpose" in asked.stdout
+
+
 def test_nothing_is_built_on_request(tmp_path):
     run = build(tmp_path, SPARSEKERN_BUILD="none")
     assert run.returncode == 0, run.stderr
@@ -56,12 +112,13 @@ def test_nothing_is_built_on_request(tmp_path):
     assert all("left out by SPARSEKERN_BUILD=none" in reason for reason in report.values())
 
 
-def test_a_broken_source_fails_loudly(tmp_path):
+@pytest.mark.parametrize("prefix", ["", "env "])
+def test_a_broken_source_fails_loudly(tmp_path, prefix):
     if (compiler := shutil.which("g++")) is None:
         pytest.skip("no g++ on PATH; install it to test a failing compilation")
     build(tmp_path, SPARSEKERN_BUILD="none")
     (tmp_path / "csrc" / "cpu" / "memory.cpp").write_text("#error broken on purpose\n")
-    run = build_again(tmp_path, compiler)
+    run = build_again(tmp_path, prefix + compiler)
     assert run.returncode != 0
     assert "broken on purpose" in run.stdout + run.stderr
 
