@@ -338,7 +338,10 @@ def describe() -> dict[str, Any]:
         module, reason = native_module(device)
         modules[name] = dict(module.build_info()) if module else {"missing": reason}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    packages = ("sparsekern", "torch", "triton", "numpy", "h5py")
+    packages = (
+        "sparsekern", "torch", "numpy", "triton", "filelock", "h5py", "matplotlib", "safetensors",
+        "tqdm",
+    )  # fmt: skip
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 import time
 import typing
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, replace
 from pathlib import Path
 from typing import Any, NoReturn
+
+_WIDTH = 120  # columns of what `info` prints
 
 
 class _Parser(argparse.ArgumentParser):
@@ -169,12 +172,31 @@ def _info(options: argparse.Namespace) -> int:
     for module, built in facts["modules"].items():
         text = ", ".join(f"{name}: {value}" for name, value in built.items())
         lines.append(f"sparsekern.{module}: {text}")
-    lines.append("")
-    columns = ("operation", "device", "backend", "reason", "others")
-    rows = [dict(zip(columns, columns, strict=True)), *facts["implementations"]]
-    widths = {name: max(len(row[name]) for row in rows) for name in columns[:-1]}
-    for row in rows:
-        cells = [f"{row[name]:<{widths[name]}}" for name in columns[:-1]]
-        lines.append("  ".join([*cells, row["others"]]).rstrip())
-    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.write("\n".join(map(_wrapped, lines)) + "\n\n")
+    sys.stdout.write("\n".join(_implementation_lines(facts["implementations"])) + "\n")
     return 0
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    return textwrap.fill(
+        text,
+        _WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent + "  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _implementation_lines(rows: list[dict[str, str]]) -> list[str]:
+    """What serves which operations; those with the same choice and reasons stand together."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        choice = (row["device"], row["backend"], row["reason"], row["others"])
+        groups.setdefault(choice, []).append(row["operation"])
+    lines = []
+    for (device, backend, reason, others), operations in groups.items():
+        lines.append(_wrapped(f"{device}: {backend} ({reason})"))
+        lines.append(_wrapped(f"serves {', '.join(operations)}", "  "))
+        lines.append(_wrapped(f"others: {others}", "  "))
+    return lines
