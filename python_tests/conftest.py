@@ -64,6 +64,14 @@ class Target:
         """Whether it computes in float64, which numerical gradient checks need."""
         return self.backend == "reference" or (self.device == "cpu" and self.thorough)
 
+    def require_float64(self) -> None:
+        """Skips the test where this target has none."""
+        if not self.float64:
+            pytest.skip(
+                f"{self.name} has no float64: run the test on a target with it, reference or "
+                "native-cpu"
+            )
+
 
 TARGETS = [
     Target("reference", "reference", thorough=True),

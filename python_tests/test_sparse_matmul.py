@@ -91,10 +91,7 @@ def test_product_and_gradients(target, counted, dtype, weight_dtype):
 
 
 def test_float64_is_exact_to_its_own_rounding(target, counted):
-    if not target.float64:
-        pytest.skip(
-            f"{target.name} has no float64; float32 is checked against a float64 truth above"
-        )
+    target.require_float64()
     for case in testing.PRODUCT_CASES:
         inputs = case.make(torch.float64)
         check_product(case, *inputs)
@@ -145,8 +142,7 @@ def test_repeats_give_the_same_bits(target):
 
 @pytest.mark.parametrize("layout", ["row-major", "column-major"])
 def test_numerical_gradients(target, layout):
-    if not target.float64:
-        pytest.skip(f"{target.name} has no float64, which gradcheck needs; see the tests below")
+    target.require_float64()
     case = testing.ProductCase("gradcheck", 3, 2, 5, 4, layout=layout, bias=True)
     values, indices, weight, bias = case.make(torch.float64)
     indices[0] = 1  # a duplicate
