@@ -76,6 +76,13 @@ class VAESAE(nn.Module):
 
     In training mode each forward pass tells :attr:`activity` which units fired; so do direct calls
     of :meth:`codes`.
+
+    Example:
+        >>> import torch
+        >>> model = VAESAE(units=500, k=50)
+        >>> output = model(torch.rand(2, 1, 64, 64))
+        >>> output.logits.shape, output.indices.shape
+        (torch.Size([2, 1, 64, 64]), torch.Size([2, 50]))
     """
 
     def __init__(

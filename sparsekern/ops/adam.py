@@ -65,6 +65,13 @@ def adam_step(
     Note:
         The kernels take contiguous float32; anything else goes through the definition in torch.
         Every row's sums have a fixed order: the same bits for every thread count.
+
+    Example:
+        >>> import torch
+        >>> parameter, grad = torch.zeros(2), torch.tensor([3.0, -5.0])
+        >>> adam_step(parameter, grad, torch.zeros(2), torch.zeros(2), lr=0.5, step=1)
+        >>> parameter.round(decimals=4).tolist()  # the first step has the size of lr
+        [-0.5, 0.5]
     """
     op = "adam_step"
     if parameter.dtype not in FLOATING:
