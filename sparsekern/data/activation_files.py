@@ -1,0 +1,284 @@
+"""One file of activations ``[tokens, D]``: opened, checked, and read in ranges of rows.
+
+======================  ==================================================================
+``.h5``, ``.hdf5``      a dataset, chunked or not, of float32, float16, or bfloat16 kept as
+                        uint16 with the attribute ``dtype = "bfloat16"`` (HDF5 has no such type)
+``.npy``                float32 or float16 in row-major order, memory-mapped
+``.safetensors``        F32, F16 or BF16, memory-mapped
+======================  ==================================================================
+
+HDF5 and safetensors files may hold a second field ``directions`` ``[n, D]``: the true directions
+that the activations are mixtures of.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .dsprites import DataError
+
+DIRECTIONS = "directions"
+SUFFIXES = (".h5", ".hdf5", ".npy", ".safetensors")
+HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+# The kernel caps what one request for read-ahead may cover, on many devices at this much.
+ADVICE_BYTES = 128 * 1024
+LISTED = 10
+
+_FROM_NUMPY = {"float32": torch.float32, "float16": torch.float16}
+_FROM_SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def require(module: str, purpose: str) -> ModuleType:
+    """Imports a module of the extra ``sparsekern[data]``.
+
+    Raises:
+        ModuleNotFoundError: it is not installed; the message names the extra.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{purpose} needs {module}; install it with: pip install 'sparsekern[data]'",
+            name=module,
+        ) from error
+
+
+class ActivationFile:
+    """An open file of activations.
+
+    Attributes:
+        path: the file.
+        tokens: rows.
+        features: D.
+        dtype: float32, float16 or bfloat16, as stored.
+        chunk_rows: rows that the file stores together; 1 where any range costs the same.
+    """
+
+    path: Path
+    tokens: int
+    features: int
+    dtype: torch.dtype
+    chunk_rows: int = 1
+
+    def read(self, start: int, out: Tensor) -> None:
+        """Fills ``out`` ``[rows, D]``, of the file's dtype and on the CPU, from row ``start`` on.
+
+        Raises:
+            DataError: the file is damaged there.
+        """
+        raise NotImplementedError
+
+    def advise(self, start: int, stop: int) -> None:
+        """Asks the system to fetch these rows into its cache, where it can; returns at once."""
+
+    def directions(self) -> Tensor | None:
+        """The true directions, float32 ``[n, D]``, if the file holds them."""
+        return None
+
+    def close(self) -> None:
+        """Releases the file."""
+
+    def _check(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None, got: str
+    ) -> None:
+        """Sets the attributes after checking what the file says about itself."""
+        where = f"activation file has another layout: {self.path}: {name}"
+        if len(shape) != 2:
+            raise DataError(f"{where} must be [tokens, D], got {list(shape)}")
+        if dtype is None:
+            raise DataError(
+                f"{where} must be float32, float16 or bfloat16 (in HDF5 as uint16 with the "
+                f"attribute dtype='bfloat16'), got {got}"
+            )
+        if 0 in shape:
+            raise DataError(f"activation file is empty: {self.path}: {name} is {list(shape)}")
+        (self.tokens, self.features), self.dtype = shape, dtype
+
+    def _check_directions(self, shape: tuple[int, ...]) -> None:
+        if len(shape) != 2 or shape[1] != self.features:
+            raise DataError(
+                f"activation file has another layout: {self.path}: {DIRECTIONS} must be "
+                f"[n, {self.features}], got {list(shape)}"
+            )
+
+
+def open_activations(path: str | Path, dataset: str = "activations") -> ActivationFile:
+    """Opens a file of activations by its suffix.
+
+    Args:
+        path: ``.h5``, ``.hdf5``, ``.npy`` or ``.safetensors``.
+        dataset: name of the dataset (HDF5) or tensor (safetensors).
+
+    Raises:
+        DataError: it is missing, of another kind, damaged, locked by a writer, laid out
+            otherwise, or empty. The message names the file.
+        ModuleNotFoundError: h5py or safetensors is needed and not installed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"activation file not found: {path}")
+    suffix = path.suffix.lower()
+    if suffix in (".h5", ".hdf5"):
+        return _Hdf5File(path, dataset)
+    if suffix == ".npy":
+        return _NpyFile(path)
+    if suffix == ".safetensors":
+        return _SafetensorsFile(path, dataset)
+    raise DataError(
+        f"activation file of unknown kind: {path} (its name must end in {', '.join(SUFFIXES)})"
+    )
+
+
+class _Hdf5File(ActivationFile):
+    def __init__(self, path: Path, name: str) -> None:
+        h5py = require("h5py", f"reading {path}")
+        self.path = path
+        with open(path, "rb") as raw:
+            if raw.read(len(HDF5_SIGNATURE)) != HDF5_SIGNATURE:
+                raise DataError(f"activation file is not HDF5: {path}")
+        try:
+            # Without a chunk cache: whole chunks go straight from the file into the buffer.
+            self._file = h5py.File(path, "r", rdcc_nbytes=0)
+        except OSError as error:
+            raise DataError(_opening_failed(path, error)) from error
+        try:
+            self._rows = self._dataset(name, h5py)
+        except BaseException:
+            self._file.close()
+            raise
+        self._raw = os.open(path, os.O_RDONLY) if hasattr(os, "posix_fadvise") else None
+
+    def _dataset(self, name: str, h5py: ModuleType) -> Any:
+        rows = self._file.get(name)
+        if not isinstance(rows, h5py.Dataset):
+            there: list[str] = []
+            self._file.visititems(
+                lambda key, item: (
+                    there.append(f"{key} {item.dtype} {list(item.shape or ())}")
+                    if isinstance(item, h5py.Dataset)
+                    else None
+                )
+            )
+            listed = ", ".join(there[:LISTED]) or "no dataset"
+            raise DataError(
+                f"activation file has another layout: {self.path} has no dataset {name!r}; it "
+                f"holds {listed}{', ...' if len(there) > LISTED else ''}"
+            )
+        dtype = _FROM_NUMPY.get(rows.dtype.newbyteorder("=").name)
+        if rows.dtype == np.uint16 and rows.attrs.get("dtype") == "bfloat16":
+            dtype = torch.bfloat16
+        self._check(name, rows.shape or (), dtype, str(rows.dtype))
+        self.chunk_rows = min(rows.chunks[0], self.tokens) if rows.chunks else 1
+        return rows
+
+    def read(self, start: int, out: Tensor) -> None:
+        target = (out.view(torch.uint16) if self.dtype == torch.bfloat16 else out).numpy()
+        try:
+            self._rows.read_direct(target, np.s_[start : start + len(out)])
+        except OSError as error:
+            raise DataError(
+                f"activation file is truncated or damaged: {self.path}: rows {start}.."
+                f"{start + len(out) - 1} cannot be read ({error})"
+            ) from error
+
+    def advise(self, start: int, stop: int) -> None:
+        if self._raw is None or self.chunk_rows == 1:
+            return
+        for row in range(start, stop, self.chunk_rows):
+            chunk = self._rows.id.get_chunk_info_by_coord((row, 0))
+            if chunk.byte_offset is None:  # never written: it reads as zeros
+                continue
+            for at in range(0, chunk.size, ADVICE_BYTES):
+                length = min(ADVICE_BYTES, chunk.size - at)
+                os.posix_fadvise(self._raw, chunk.byte_offset + at, length, os.POSIX_FADV_WILLNEED)
+
+    def directions(self) -> Tensor | None:
+        field = self._file.get(DIRECTIONS)
+        if field is None:
+            return None
+        self._check_directions(field.shape or ())
+        return torch.from_numpy(field[:].astype(np.float32))
+
+    def close(self) -> None:
+        self._file.close()
+        if self._raw is not None:
+            os.close(self._raw)
+            self._raw = None
+
+
+def _opening_failed(path: Path, error: OSError) -> str:
+    """What went wrong, from HDF5's words: it has no error codes for these."""
+    text = str(error)
+    if isinstance(error, BlockingIOError) or "lock file" in text or "open for write" in text:
+        return (
+            f"activation file is locked by a writer: {path} (wait until it has finished and "
+            f"closed the file; HDF5 says: {text})"
+        )
+    return f"activation file is truncated or damaged: {path} ({text})"
+
+
+class _NpyFile(ActivationFile):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._rows = np.lib.format.open_memmap(path, mode="r")
+        except (ValueError, OSError, EOFError) as error:
+            raise DataError(
+                f"activation file is truncated, damaged or not .npy: {path} ({error})"
+            ) from error
+        dtype = self._rows.dtype
+        known = _FROM_NUMPY.get(dtype.newbyteorder("=").name)
+        self._check("the array", self._rows.shape, known, str(dtype))
+        if not self._rows.flags.c_contiguous:
+            raise DataError(
+                f"activation file has another layout: {path}: the array must be in row-major order"
+            )
+
+    def read(self, start: int, out: Tensor) -> None:
+        np.copyto(out.numpy(), self._rows[start : start + len(out)])
+
+    def close(self) -> None:
+        del self._rows
+
+
+class _SafetensorsFile(ActivationFile):
+    def __init__(self, path: Path, name: str) -> None:
+        safetensors = require("safetensors", f"reading {path}")
+        self.path = path
+        try:
+            self._file = safetensors.safe_open(path, framework="pt")
+        except (OSError, safetensors.SafetensorError) as error:
+            raise DataError(
+                f"activation file is truncated, damaged or not safetensors: {path} ({error})"
+            ) from error
+        names = self._file.keys()
+        if name not in names:
+            listed = ", ".join(sorted(names)[:LISTED]) or "no tensor"
+            raise DataError(
+                f"activation file has another layout: {path} has no tensor {name!r}; it holds "
+                f"{listed}{', ...' if len(names) > LISTED else ''}"
+            )
+        self._rows = self._file.get_slice(name)
+        kind = self._rows.get_dtype()
+        self._check(name, tuple(self._rows.get_shape()), _FROM_SAFETENSORS.get(kind), kind)
+
+    def read(self, start: int, out: Tensor) -> None:
+        out.copy_(self._rows[start : start + len(out)])
+
+    def directions(self) -> Tensor | None:
+        if DIRECTIONS not in self._file.keys():
+            return None
+        directions = self._file.get_tensor(DIRECTIONS)
+        self._check_directions(tuple(directions.shape))
+        return directions.float()
+
+    def close(self) -> None:
+        del self._rows, self._file
