@@ -1,0 +1,343 @@
+"""Shuffled batches of activations, streamed from files that need not fit in memory.
+
+The rows of all files form one list. It is cut into blocks of neighbouring rows (whole HDF5 chunks,
+about 1 MiB). An epoch takes the blocks in a random order and gathers as many as fit
+the buffer into a group; the rows of a group are shuffled, and batches are cut from the groups, one
+after the other, across their borders. All of it follows from numbers known in advance:
+
+* the order of the blocks, from ``(seed, epoch)``;
+* the order of the rows in a group, from ``(seed, epoch, group)``.
+
+So a batch is a pure function of ``(seed, epoch, number of the batch)``, and a training run resumes
+exactly from the number of the batch it stopped at: nothing else needs saving. The files and their
+order, ``batch_size``, ``buffer_rows`` and ``nonfinite`` have to stay the same. The order of the
+rows does not depend on ``batch_size``, ``device``, ``dtype`` or ``prefetch``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .activation_files import ActivationFile, open_activations, require
+from .activation_order import EpochPlan, block_rows, plan
+from .dsprites import DataError
+from .prefetch import prefetched
+
+NONFINITE = ("refuse", "skip")
+BATCHES_AHEAD = 2
+SCAN_ROWS = 65536
+POSITIONS_NAMED = 5
+# Bits of the sign removed; the exponent of infinities and NaN, the largest there is.
+_BITS = {
+    torch.float32: (torch.int32, 0x7FFFFFFF, 0x7F800000),
+    torch.float16: (torch.int16, 0x7FFF, 0x7C00),
+    torch.bfloat16: (torch.int16, 0x7FFF, 0x7F80),
+}
+
+
+class ActivationStore:
+    """Activations ``[tokens, D]`` in one file or many, read as shuffled batches.
+
+    Args:
+        paths: ``.h5``, ``.hdf5``, ``.npy`` or ``.safetensors``; one, or several of one width and
+            dtype, which follow each other.
+        dataset: name of the dataset in HDF5 files and of the tensor in safetensors files.
+        nonfinite: what to do about rows that hold NaN or infinities. ``"refuse"``: an error when
+            such a row is read. ``"skip"``: leave them out. For that all files are read once when
+            the store is opened, which takes as long as an epoch that computes nothing.
+
+    Raises:
+        DataError: a file is missing, damaged, locked by a writer, empty or laid out otherwise, or
+            the files differ in width or dtype; with ``"skip"``: no row is finite.
+        ModuleNotFoundError: h5py or safetensors is needed and not installed.
+        ValueError: no path, or another ``nonfinite``.
+
+    Attributes:
+        tokens: rows that batches are made of.
+        skipped: rows left out because they are not finite.
+        features: D.
+        dtype: as stored: float32, float16 or bfloat16.
+    """
+
+    def __init__(
+        self,
+        paths: str | Path | Sequence[str | Path],
+        *,
+        dataset: str = "activations",
+        nonfinite: str = "refuse",
+    ) -> None:
+        if nonfinite not in NONFINITE:
+            raise ValueError(
+                f"ActivationStore: nonfinite must be one of {', '.join(NONFINITE)}, "
+                f"got {nonfinite!r}"
+            )
+        paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
+        if not paths:
+            raise ValueError("ActivationStore: paths must name at least one file, got none")
+        self.nonfinite = nonfinite
+        self._files: list[ActivationFile] = []
+        try:
+            for path in paths:
+                self._files.append(open_activations(path, dataset))
+                self._check_same(self._files[-1])
+            self.features, self.dtype = self._files[0].features, self._files[0].dtype
+            # Rows left out, ascending, for each file.
+            self._bad = [_bad_rows(f) if nonfinite == "skip" else _NO_ROWS for f in self._files]
+            self.skipped = sum(map(len, self._bad))
+            self.tokens = sum(f.tokens for f in self._files) - self.skipped
+            if self.tokens == 0:
+                raise DataError(
+                    f"activation files hold no finite row: {', '.join(map(str, paths))}"
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_same(self, file: ActivationFile) -> None:
+        first = self._files[0]
+        for what in ("features", "dtype"):
+            there, here = getattr(first, what), getattr(file, what)
+            if there != here:
+                raise DataError(
+                    f"activation files differ in {what}: {there} in {first.path}, "
+                    f"{here} in {file.path}"
+                )
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files, in their order."""
+        return tuple(file.path for file in self._files)
+
+    @cached_property
+    def directions(self) -> Tensor | None:
+        """The true directions, float32 ``[n, D]``; None when no file holds any.
+
+        Raises:
+            DataError: the files hold different ones.
+        """
+        found: tuple[Path, Tensor] | None = None
+        for file in self._files:
+            directions = file.directions()
+            if directions is None:
+                continue
+            if found is not None and not torch.equal(found[1], directions):
+                raise DataError(
+                    f"activation files differ in their directions: {found[0]} and {file.path}"
+                )
+            found = (file.path, directions)
+        return None if found is None else found[1]
+
+    def count_batches(self, batch_size: int) -> int:
+        """Batches in an epoch, the last and smaller one included."""
+        _check_count("count_batches", "batch_size", batch_size, 1)
+        return math.ceil(self.tokens / batch_size)
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int = 0,
+        start: int = 0,
+        buffer_rows: int = 65536,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        shuffle: bool = True,
+        prefetch: bool = True,
+    ) -> Generator[Tensor]:
+        """One epoch of batches: each row once, in an order that the arguments determine.
+
+        Args:
+            batch_size: rows of a batch; the last one of an epoch may have fewer.
+            seed: with ``epoch`` determines the order; 0 or larger.
+            epoch: 0 or larger.
+            start: number of the first batch. The batches are those of a pass from 0 without its
+                first ``start``; groups before it are not read. The number of batches is allowed
+                and gives none.
+            buffer_rows: rows of a group, at most. Two groups are in memory, in the stored dtype;
+                the larger, the closer the order comes to a shuffle of everything.
+            device: where the batches go. To a GPU they are copied from pinned memory, in the
+                stored dtype, without waiting for the copy.
+            dtype: floating dtype of the batches.
+            shuffle: False gives the rows in the order of the files.
+            prefetch: read and cut in threads while the consumer works. They end with the iterator:
+                when it is exhausted, closed or deleted, or has raised.
+
+        Returns:
+            An iterator of tensors ``[<= batch_size, D]``, each its own memory.
+
+        Raises:
+            ValueError: an argument is out of range. At once; the rest while iterating:
+            DataError: a file is damaged, or ``nonfinite="refuse"`` and a row is not finite. The
+                message names the files and rows.
+        """
+        for name, value, least in (
+            ("batch_size", batch_size, 1), ("seed", seed, 0), ("epoch", epoch, 0),
+            ("start", start, 0), ("buffer_rows", buffer_rows, 1),
+        ):  # fmt: skip
+            _check_count("batches", name, value, least)
+        if start > self.count_batches(batch_size):
+            raise ValueError(
+                f"batches: start must lie in 0..{self.count_batches(batch_size)} (the number of "
+                f"batches of {batch_size}), got {start}"
+            )
+        if not dtype.is_floating_point:
+            raise ValueError(f"batches: dtype must be floating, got {dtype}")
+        epoch_plan = plan(self._files, self._bad, buffer_rows, (seed, epoch) if shuffle else None)
+        return self._stream(epoch_plan, batch_size, start, torch.device(device), dtype, prefetch)
+
+    def _stream(
+        self,
+        epoch_plan: EpochPlan,
+        batch_size: int,
+        start: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        prefetch: bool,
+    ) -> Generator[Tensor]:
+        on_gpu = device.type == "cuda"
+        skip = start * batch_size
+        group = epoch_plan.group_of(skip)
+        groups = self._groups(epoch_plan, group, skip - int(epoch_plan.first_rows[group]))
+        # One group ahead, so that the reader may use two buffers in turn.
+        groups = prefetched(groups, ahead=1) if prefetch else groups
+        batches = _cut(groups, batch_size, pin=on_gpu, dtype=None if on_gpu else dtype)
+        batches = prefetched(batches, ahead=BATCHES_AHEAD) if prefetch else batches
+        try:
+            for batch in batches:
+                # torch does not use pinned memory again before the copy out of it has ended.
+                yield batch.to(device, non_blocking=True).to(dtype) if on_gpu else batch
+                del batch
+        finally:
+            batches.close()
+
+    def _groups(
+        self, epoch_plan: EpochPlan, group: int, skip: int
+    ) -> Generator[tuple[Tensor, Tensor]]:
+        """Rows ``[n, D]`` of each group from ``group`` on, and the order to take them in.
+
+        The rows of a group are valid until the group after the next is asked for. The order of
+        the first one starts after its first ``skip`` rows.
+        """
+        shape = (epoch_plan.capacity, self.features)
+        buffers = [torch.empty(shape, dtype=self.dtype) for _ in range(2)]
+        for number in range(group, epoch_plan.groups):
+            rows = self._read(epoch_plan.blocks_of(number), buffers[number % 2])
+            yield rows, epoch_plan.rows_of(number)[skip:]
+            skip = 0
+
+    def _read(self, blocks: list[list[int]], buffer: Tensor) -> Tensor:
+        """Fills the buffer with the blocks' rows, without those left out, and returns that part."""
+        for number, start, stop in blocks:
+            self._files[number].advise(start, stop)
+        at, bad = 0, []
+        for number, start, stop in blocks:
+            file = self._files[number]
+            rows = buffer[at : at + stop - start]
+            file.read(start, rows)
+            if self.nonfinite == "refuse":
+                bad += [(file.path, start + row) for row in nonfinite_rows(rows).tolist()]
+            else:
+                rows = _without(rows, start, self._bad[number])
+            at += len(rows)
+        if bad:
+            named = ", ".join(f"row {row} of {path}" for path, row in bad[:POSITIONS_NAMED])
+            raise DataError(
+                f"activations are not finite: {len(bad)} of {at} rows read together hold NaN or "
+                f"infinities: {named}{', ...' if len(bad) > POSITIONS_NAMED else ''} "
+                f"(nonfinite='skip' leaves such rows out)"
+            )
+        return buffer[:at]
+
+    def close(self) -> None:
+        """Releases the files. Iterators of batches have to be closed before."""
+        for file in self._files:
+            file.close()
+        self._files = []
+
+    def __enter__(self) -> ActivationStore:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+_NO_ROWS = np.empty(0, np.int64)
+
+
+def _cut(
+    groups: Generator[tuple[Tensor, Tensor]], batch_size: int, pin: bool, dtype: torch.dtype | None
+) -> Generator[Tensor]:
+    """Batches from the stream of groups, across their borders; ``dtype`` None keeps the stored."""
+    parts: list[Tensor] = []
+    missing = batch_size
+    try:
+        for rows, order in groups:
+            at = 0
+            while at < len(order):
+                parts.append(rows.index_select(0, order[at : at + missing]))
+                at += len(parts[-1])
+                missing -= len(parts[-1])
+                if missing == 0:
+                    yield _finished(parts, pin, dtype)
+                    parts, missing = [], batch_size
+        if parts:
+            yield _finished(parts, pin, dtype)
+    finally:
+        groups.close()
+
+
+def _finished(parts: list[Tensor], pin: bool, dtype: torch.dtype | None) -> Tensor:
+    batch = parts[0] if len(parts) == 1 else torch.cat(parts)
+    batch = batch if dtype is None else batch.to(dtype)
+    return batch.pin_memory() if pin else batch
+
+
+def nonfinite_rows(rows: Tensor) -> Tensor:
+    """Numbers, int64 ``[m]``, of the rows of ``[n, D]`` that hold NaN or infinities."""
+    integer, magnitude, exponent = _BITS[rows.dtype]
+    # On integers: two plain passes, where isfinite takes several in half precision.
+    bits = rows.view(integer).bitwise_and(magnitude)
+    if int(bits.max()) < exponent:
+        return torch.empty(0, dtype=torch.int64)
+    return (bits.amax(1) >= exponent).nonzero()[:, 0]
+
+
+def _bad_rows(file: ActivationFile) -> np.ndarray:
+    """Numbers of a file's rows that are not finite, ascending; reads it all."""
+    tqdm = require("tqdm", "looking for rows that are not finite").tqdm
+    step = block_rows(file, SCAN_ROWS)
+    buffer = torch.empty(step, file.features, dtype=file.dtype)
+    found = [_NO_ROWS]
+    # disable=None: no bar where nobody watches.
+    for start in tqdm(range(0, file.tokens, step), f"checking {file.path.name}", disable=None):
+        rows = buffer[: min(step, file.tokens - start)]
+        file.read(start, rows)
+        found.append(start + nonfinite_rows(rows).numpy())
+    return np.concatenate(found)
+
+
+def _without(rows: Tensor, start: int, bad: np.ndarray) -> Tensor:
+    """Moves the rows that stay to the front; ``rows`` are those from number ``start`` on."""
+    first, last = np.searchsorted(bad, [start, start + len(rows)])
+    if first == last:
+        return rows
+    stays = torch.ones(len(rows), dtype=torch.bool)
+    stays[torch.from_numpy(bad[first:last] - start)] = False
+    kept = rows[stays]
+    rows[: len(kept)] = kept
+    return rows[: len(kept)]
+
+
+def _check_count(function: str, name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(
+            f"{function}: {name} must be an integer of at least {least}, got {value!r}"
+        )
