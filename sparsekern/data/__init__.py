@@ -1,6 +1,19 @@
 """Data sets with known factors, rendered here or read from files, and stores of activations."""
 
+from .activation_sources import capture, convert, synthetic
+from .activation_writing import write_activations
 from .activations import ActivationStore
 from .dsprites import CountError, DataError, DSprites, load, rendered
 
-__all__ = ["ActivationStore", "CountError", "DSprites", "DataError", "load", "rendered"]
+__all__ = [
+    "ActivationStore",
+    "CountError",
+    "DSprites",
+    "DataError",
+    "capture",
+    "convert",
+    "load",
+    "rendered",
+    "synthetic",
+    "write_activations",
+]

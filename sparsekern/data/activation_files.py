@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .dsprites import DataError
 
+ACTIVATIONS = "activations"
 DIRECTIONS = "directions"
 SUFFIXES = (".h5", ".hdf5", ".npy", ".safetensors")
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -110,7 +111,7 @@ class ActivationFile:
             )
 
 
-def open_activations(path: str | Path, dataset: str = "activations") -> ActivationFile:
+def open_activations(path: str | Path, dataset: str = ACTIVATIONS) -> ActivationFile:
     """Opens a file of activations by its suffix.
 
     Args:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .activation_files import ActivationFile, open_activations, require
+from .activation_files import ACTIVATIONS, ActivationFile, open_activations, require
 from .activation_order import EpochPlan, block_rows, plan
 from .dsprites import DataError
 from .prefetch import prefetched
@@ -70,7 +70,7 @@ class ActivationStore:
         self,
         paths: str | Path | Sequence[str | Path],
         *,
-        dataset: str = "activations",
+        dataset: str = ACTIVATIONS,
         nonfinite: str = "refuse",
     ) -> None:
         if nonfinite not in NONFINITE:
