@@ -148,7 +148,8 @@ ALLOWED = {
         "__init__",
     },
     "integrations": {"nn", "ops"},
-    "cli": {"studies", "training", "models", "data", "metrics", "_library", "__init__"},
+    "cli_data": {"data"},
+    "cli": {"cli_data", "studies", "training", "models", "data", "metrics", "_library", "__init__"},
     "__main__": {"cli"},
 }
 

@@ -1,4 +1,4 @@
-"""The command ``sparsekern``: ``train`` a study's model, ``info`` about this machine.
+"""The command ``sparsekern``: ``train`` a study's model, make ``data``, ``info`` on this machine.
 
 Exit codes: 0 done, 2 bad input (one line on stderr says what), 128 + signal when interrupted.
 """
@@ -57,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from . import __version__
+    from .cli_data import add_data
 
     parser = _Parser(
         prog="sparsekern",
@@ -68,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     training = commands.add_parser("train", help="train the model of a study")
     studies = training.add_subparsers(title="studies", metavar="STUDY", required=True)
     _add_train_vae_sae(studies)
+
+    add_data(commands)
 
     info = commands.add_parser(
         "info",

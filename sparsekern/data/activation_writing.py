@@ -165,11 +165,13 @@ def _whole_chunks(batches: Iterator[Tensor], chunk_rows: int | None) -> Iterator
 
 def _dataset(file: Any, batch: Tensor, chunk_rows: int | None) -> Any:
     values = _storable(batch)
+    # The first piece has fewer rows than a chunk only if it is all there is.
+    chunk_rows = min(chunk_rows or _default_chunk(batch), len(batch))
     rows = file.create_dataset(
         ACTIVATIONS,
         shape=(0, batch.shape[1]),
         maxshape=(None, batch.shape[1]),
-        chunks=(chunk_rows or _default_chunk(batch), batch.shape[1]),
+        chunks=(chunk_rows, batch.shape[1]),
         dtype=values.dtype,
     )
     rows.attrs["dtype"] = str(batch.dtype).removeprefix("torch.")

@@ -1,0 +1,187 @@
+"""The command ``sparsekern data``: makes data files."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+def add_data(commands: Any) -> None:
+    """Adds ``data`` to the commands of a parser."""
+    parser = commands.add_parser("data", help="make data files")
+    kinds = parser.add_subparsers(title="kinds of data", metavar="KIND", required=True)
+    activations = kinds.add_parser(
+        "activations", help="HDF5 files of activations, to train sparse autoencoders on"
+    )
+    sources = activations.add_subparsers(title="sources", metavar="SOURCE", required=True)
+    _add_synthetic(sources)
+    _add_convert(sources)
+    _add_capture(sources)
+
+
+def _add_source(sources: Any, name: str, function: Callable, text: str) -> argparse.ArgumentParser:
+    parser = sources.add_parser(name, help=text, description=text, allow_abbrev=False)
+    parser.add_argument(
+        "--out", metavar="FILE", required=True, help="the new file, .h5 or .hdf5; must not exist"
+    )
+    parser.set_defaults(function=function, command=f"data activations {name}")
+    return parser
+
+
+def _add_synthetic(sources: Any) -> None:
+    from .data import synthetic
+
+    parser = _add_source(
+        sources, "synthetic", _synthetic, "sparse mixtures of random, known directions"
+    )
+    parameters = inspect.signature(synthetic).parameters
+    for name, kind, text in (
+        ("features", int, "width of the activations"),
+        ("latents", int, "number of directions"),
+        ("active", int, "directions mixed in each token"),
+        ("tokens", int, "number of tokens"),
+        ("seed", int, "determines the file"),
+        ("noise", float, "standard deviation of the noise in each feature"),
+    ):
+        default = parameters[name].default
+        parser.add_argument(
+            f"--{name}", type=kind, default=default, help=f"{text} (default: {default})"
+        )
+    _add_dtype(parser, "float16", "float16")
+
+
+def _add_convert(sources: Any) -> None:
+    parser = _add_source(
+        sources, "convert", _convert, "other files, one after the other: HDF5, .npy, .safetensors"
+    )
+    parser.add_argument("paths", metavar="IN", nargs="+", help="a file to read")
+    parser.add_argument(
+        "--dataset", default="activations", metavar="NAME",
+        help="dataset or tensor to read (default: activations)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--nonfinite", choices=("refuse", "skip"), default="refuse",
+        help="what to do about tokens with NaN or infinities (default: refuse)",
+    )  # fmt: skip
+    _add_dtype(parser, None, "that of the files")
+
+
+def _add_capture(sources: Any) -> None:
+    parser = _add_source(
+        sources, "capture", _capture, "what a submodule returns when a torch module runs"
+    )
+    parser.add_argument(
+        "--module", required=True, metavar="PACKAGE.MODULE:FACTORY",
+        help="a function without arguments that returns the torch.nn.Module",
+    )  # fmt: skip
+    parser.add_argument(
+        "--hook", required=True, metavar="NAME", help="the submodule, as in named_modules()"
+    )
+    parser.add_argument(
+        "--inputs", required=True, metavar="FILE.npy", help="the module's inputs, [n, ...]"
+    )
+    parser.add_argument("--batch-size", type=int, default=64, help="inputs per call (default: 64)")
+    parser.add_argument("--device", default="cpu", help="where the module runs (default: cpu)")
+    _add_dtype(parser, "float16", "float16")
+
+
+def _add_dtype(parser: argparse.ArgumentParser, default: str | None, said: str) -> None:
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default=default, help=f"stored type (default: {said})"
+    )
+
+
+def _dtype(options: argparse.Namespace) -> Any:
+    import torch
+
+    return None if options.dtype is None else getattr(torch, options.dtype)
+
+
+def _synthetic(options: argparse.Namespace) -> int:
+    from .data import synthetic
+
+    synthetic(
+        options.out, features=options.features, latents=options.latents, active=options.active,
+        tokens=options.tokens, seed=options.seed, noise=options.noise, dtype=_dtype(options),
+    )  # fmt: skip
+    return _report(options.out)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from .data import convert
+
+    convert(
+        options.paths, options.out, dataset=options.dataset, dtype=_dtype(options),
+        nonfinite=options.nonfinite,
+    )  # fmt: skip
+    return _report(options.out)
+
+
+def _capture(options: argparse.Namespace) -> int:
+    from .data import capture
+
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
+    inputs = _inputs(options.inputs, options.batch_size)
+    module = _module(options.module).to(options.device)
+    capture(module, options.hook, inputs, options.out, dtype=_dtype(options))
+    return _report(options.out)
+
+
+def _inputs(path: str, batch_size: int) -> Iterator[Any]:
+    """Batches of the first dimension of an array that is read as it is needed."""
+    import numpy as np
+
+    from .data import DataError
+
+    if not Path(path).is_file():
+        raise DataError(f"input file not found: {path}")
+    try:
+        array = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, OSError) as error:
+        raise DataError(
+            f"input file is truncated, damaged or not .npy: {path} ({error})"
+        ) from error
+    if array.ndim == 0 or len(array) == 0:
+        raise DataError(f"input file is empty: {path} holds {list(array.shape)}")
+    # Copies: the file is mapped read-only, and a module may write into its input.
+    return (array[at : at + batch_size].copy() for at in range(0, len(array), batch_size))
+
+
+def _module(name: str) -> Any:
+    """Calls a factory named ``package.module:factory``; the current folder is searched too."""
+    from torch import nn
+
+    package, _, factory = name.partition(":")
+    if not package or not factory:
+        raise ValueError(f"--module must be PACKAGE.MODULE:FACTORY, got {name!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    found = getattr(importlib.import_module(package), factory, None)
+    if not callable(found):
+        raise ValueError(f"--module: {package} has no function {factory!r}")
+    module = found()
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"--module: {name} must return a torch.nn.Module, got {type(module)}")
+    return module
+
+
+def _report(path: str) -> int:
+    from .data import ActivationStore
+
+    with ActivationStore(path) as store:
+        facts = [f"{store.tokens} tokens of {store.features} features"]
+        facts.append(str(store.dtype).removeprefix("torch."))
+        if store.directions is not None:
+            facts.append(f"{len(store.directions)} known directions")
+    size = Path(path).stat().st_size / 1e6
+    sys.stdout.write(f"{path}: {', '.join(facts)}, {size:.1f} MB\n")
+    return 0
