@@ -1,0 +1,126 @@
+"""Shuffled batches of the activation store against reading the same file in order.
+
+    PYTHONPATH=. python bench/activations.py --gigabytes 4
+
+The file is written first, to the folder named (a disk, not memory), and removed at the end. Before
+each pass its pages are dropped from the system's cache, so that both read the disk. The peer reads
+into a preallocated array with h5py's read_direct, 16384 rows at a time, and does nothing else. Both
+passes add up the first feature, which checks that the same rows came.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+import h5py
+import numpy as np
+import torch
+from checkout import sparsekern
+
+from sparsekern.data import ActivationStore, write_activations
+
+BAR = 0.5
+IN_ORDER_ROWS = 16384
+PIECE_ROWS = 65536
+
+
+def pieces(rows: int, features: int) -> Iterator[torch.Tensor]:
+    """Normal rows in float16, every piece another rotation of the same numbers."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(PIECE_ROWS, features, generator=generator).half()
+    for start in range(0, rows, PIECE_ROWS):
+        yield numbers.roll(start // PIECE_ROWS, 0)[: rows - start]
+
+
+def drop_pages(path: Path) -> None:
+    """Drops the file's pages from the system's cache."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+def in_order(path: Path) -> float:
+    """Reads everything in order; returns the sum of the first feature."""
+    total = 0.0
+    with h5py.File(path, "r") as file:
+        rows = file["activations"]
+        buffer = np.empty((IN_ORDER_ROWS, rows.shape[1]), rows.dtype)
+        for start in range(0, len(rows), IN_ORDER_ROWS):
+            count = min(IN_ORDER_ROWS, len(rows) - start)
+            rows.read_direct(buffer[:count], np.s_[start : start + count])
+            total += buffer[:count, 0].sum(dtype=np.float64)
+    return total
+
+
+def shuffled(path: Path, batch_size: int, dtype: torch.dtype, seed: int) -> float:
+    """One epoch of shuffled batches; returns the sum of the first feature."""
+    with ActivationStore(path) as store:
+        batches = store.batches(batch_size, seed=seed, dtype=dtype)
+        return sum(batch[:, 0].double().sum().item() for batch in batches)
+
+
+def measure(path: Path, batch_size: int, repeats: int, cached: bool) -> dict[str, list[float]]:
+    """Seconds of each pass, interleaved."""
+    passes = {
+        "in order": lambda seed: in_order(path),
+        "float16 batches": lambda seed: shuffled(path, batch_size, torch.float16, seed),
+        "float32 batches": lambda seed: shuffled(path, batch_size, torch.float32, seed),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in passes}
+    expected = None
+    for repeat in range(repeats):
+        for name, run in passes.items():
+            if not cached:
+                drop_pages(path)
+            start = time.perf_counter()
+            total = run(repeat)
+            seconds[name].append(time.perf_counter() - start)
+            expected = total if expected is None else expected
+            # float64 sums of float16 numbers of both signs, in another order
+            if abs(total - expected) > 1e-6 * max(1.0, abs(expected)):
+                raise SystemExit(f"{name}: other rows came, their sum is {total}, not {expected}")
+    return seconds
+
+
+def main() -> None:
+    """Writes the file, measures, prints the ratios and one JSON row."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gigabytes", type=float, default=4.0)
+    parser.add_argument("--features", type=int, default=768)
+    parser.add_argument("--batch-size", type=int, default=4096)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--folder", default=".", help="where to write; on a disk")
+    parser.add_argument("--cached", action="store_true", help="leave the pages in memory")
+    options = parser.parse_args()
+    rows = max(1, int(options.gigabytes * 1e9 / (2 * options.features)))
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        path = Path(folder) / "activations.h5"
+        write_activations(path, pieces(rows, options.features))
+        if options.cached:
+            in_order(path)
+        seconds = measure(path, options.batch_size, options.repeats, options.cached)
+    medians = {name: median(times) for name, times in seconds.items()}
+    gigabytes = rows * options.features * 2 / 1e9
+    for name, time_ in medians.items():
+        ratio = medians["in order"] / time_
+        verdict = "" if name == "in order" else f"  {'reached' if ratio >= BAR else 'MISSED'}"
+        sys.stdout.write(
+            f"{name:16} {time_:8.3f} s {gigabytes / time_:7.2f} GB/s  {ratio:5.2f} of the speed "
+            f"in order{verdict}\n"
+        )
+    facts = {"version": sparsekern.__version__, "threads": torch.get_num_threads()}
+    row = {"gigabytes": gigabytes, **vars(options), **facts, "seconds": seconds}
+    sys.stdout.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
