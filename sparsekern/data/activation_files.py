@@ -155,7 +155,30 @@ class _Hdf5File(ActivationFile):
         except BaseException:
             self._file.close()
             raise
-        self._raw = os.open(path, os.O_RDONLY) if hasattr(os, "posix_fadvise") else None
+        self._raw = os.open(path, os.O_RDONLY) if self._is_plain() else None
+
+    def _is_plain(self) -> bool:
+        """Whether whole rows lie in the file as they are read, so that HDF5 need not read them."""
+        rows = self._rows
+        if rows.chunks is None:
+            placed = rows.id.get_offset() is not None
+        else:
+            placed = rows.chunks[1] == self.features
+        unchanged = rows.dtype.isnative and rows.id.get_create_plist().get_nfilters() == 0
+        return hasattr(os, "preadv") and placed and unchanged and self._file.userblock_size == 0
+
+    def _place(self, row: int, stop: int) -> tuple[int | None, int]:
+        """The byte at which a row lies, and the end of the rows that follow it there.
+
+        None for the byte where nothing was ever written.
+        """
+        row_bytes = self.features * self.dtype.itemsize
+        if self._rows.chunks is None:
+            return self._rows.id.get_offset() + row * row_bytes, stop
+        first = row - row % self._rows.chunks[0]
+        offset = self._rows.id.get_chunk_info_by_coord((first, 0)).byte_offset
+        end = min(stop, first + self._rows.chunks[0])
+        return None if offset is None else offset + (row - first) * row_bytes, end
 
     def _dataset(self, name: str, h5py: ModuleType) -> Any:
         rows = self._file.get(name)
@@ -182,24 +205,39 @@ class _Hdf5File(ActivationFile):
 
     def read(self, start: int, out: Tensor) -> None:
         target = (out.view(torch.uint16) if self.dtype == torch.bfloat16 else out).numpy()
+        row, stop = start, start + len(out)
         try:
-            self._rows.read_direct(target, np.s_[start : start + len(out)])
-        except OSError as error:
+            while row < stop:
+                # h5py keeps all other Python threads waiting while it reads, the system does not.
+                offset, end = self._place(row, stop) if self._raw is not None else (None, stop)
+                if offset is None:
+                    self._rows.read_direct(target[row - start : end - start], np.s_[row:end])
+                else:
+                    self._read_bytes(offset, target[row - start : end - start])
+                row = end
+        except (OSError, EOFError) as error:
             raise DataError(
-                f"activation file is truncated or damaged: {self.path}: rows {start}.."
-                f"{start + len(out) - 1} cannot be read ({error})"
+                f"activation file is truncated or damaged: {self.path}: rows {start}..{stop - 1} "
+                f"cannot be read ({error})"
             ) from error
 
+    def _read_bytes(self, offset: int, target: np.ndarray) -> None:
+        left = target.reshape(-1).view(np.uint8)
+        while len(left):
+            count = os.preadv(self._raw, [left], offset)
+            if count == 0:
+                raise EOFError(f"the file ends at byte {offset}")
+            left, offset = left[count:], offset + count
+
     def advise(self, start: int, stop: int) -> None:
-        if self._raw is None or self.chunk_rows == 1:
-            return
-        for row in range(start, stop, self.chunk_rows):
-            chunk = self._rows.id.get_chunk_info_by_coord((row, 0))
-            if chunk.byte_offset is None:  # never written: it reads as zeros
-                continue
-            for at in range(0, chunk.size, ADVICE_BYTES):
-                length = min(ADVICE_BYTES, chunk.size - at)
-                os.posix_fadvise(self._raw, chunk.byte_offset + at, length, os.POSIX_FADV_WILLNEED)
+        row = start
+        while self._raw is not None and hasattr(os, "posix_fadvise") and row < stop:
+            offset, end = self._place(row, stop)
+            size = (end - row) * self.features * self.dtype.itemsize
+            for at in range(0, size if offset is not None else 0, ADVICE_BYTES):
+                length = min(ADVICE_BYTES, size - at)
+                os.posix_fadvise(self._raw, offset + at, length, os.POSIX_FADV_WILLNEED)
+            row = end
 
     def directions(self) -> Tensor | None:
         field = self._file.get(DIRECTIONS)

@@ -33,12 +33,15 @@ from .prefetch import prefetched
 NONFINITE = ("refuse", "skip")
 BATCHES_AHEAD = 2
 SCAN_ROWS = 65536
+# Up to this size torch works without its pool of threads, which the training step needs: two that
+# ask for the cores at once wait for each other, on two cores a hundred times as long as they work.
+SERIAL_ELEMENTS = 32768
 POSITIONS_NAMED = 5
 # Bits of the sign removed; the exponent of infinities and NaN, the largest there is.
 _BITS = {
-    torch.float32: (torch.int32, 0x7FFFFFFF, 0x7F800000),
-    torch.float16: (torch.int16, 0x7FFF, 0x7C00),
-    torch.bfloat16: (torch.int16, 0x7FFF, 0x7F80),
+    torch.float32: (torch.int32, np.int32(0x7FFFFFFF), 0x7F800000),
+    torch.float16: (torch.int16, np.int16(0x7FFF), 0x7C00),
+    torch.bfloat16: (torch.int16, np.int16(0x7FFF), 0x7F80),
 }
 
 
@@ -276,38 +279,39 @@ def _cut(
     groups: Generator[tuple[Tensor, Tensor]], batch_size: int, pin: bool, dtype: torch.dtype | None
 ) -> Generator[Tensor]:
     """Batches from the stream of groups, across their borders; ``dtype`` None keeps the stored."""
-    parts: list[Tensor] = []
-    missing = batch_size
+    batch: Tensor | None = None
+    filled = 0
     try:
         for rows, order in groups:
+            piece = min(batch_size, max(1, SERIAL_ELEMENTS // rows.shape[1]))
+            scratch = torch.empty(piece, rows.shape[1], dtype=rows.dtype)
             at = 0
             while at < len(order):
-                parts.append(rows.index_select(0, order[at : at + missing]))
-                at += len(parts[-1])
-                missing -= len(parts[-1])
-                if missing == 0:
-                    yield _finished(parts, pin, dtype)
-                    parts, missing = [], batch_size
-        if parts:
-            yield _finished(parts, pin, dtype)
+                if batch is None:
+                    shape = (batch_size, rows.shape[1])
+                    batch = torch.empty(shape, dtype=dtype or rows.dtype, pin_memory=pin)
+                chosen = order[at : at + min(piece, batch_size - filled)]
+                at += len(chosen)
+                gathered = torch.index_select(rows, 0, chosen, out=scratch[: len(chosen)])
+                batch[filled : filled + len(chosen)] = gathered
+                filled += len(chosen)
+                if filled == batch_size:
+                    yield batch
+                    batch, filled = None, 0
+        if batch is not None:
+            yield batch[:filled]
     finally:
         groups.close()
-
-
-def _finished(parts: list[Tensor], pin: bool, dtype: torch.dtype | None) -> Tensor:
-    batch = parts[0] if len(parts) == 1 else torch.cat(parts)
-    batch = batch if dtype is None else batch.to(dtype)
-    return batch.pin_memory() if pin else batch
 
 
 def nonfinite_rows(rows: Tensor) -> Tensor:
     """Numbers, int64 ``[m]``, of the rows of ``[n, D]`` that hold NaN or infinities."""
     integer, magnitude, exponent = _BITS[rows.dtype]
     # On integers: two plain passes, where isfinite takes several in half precision.
-    bits = rows.view(integer).bitwise_and(magnitude)
-    if int(bits.max()) < exponent:
+    bits = rows.contiguous().view(integer).numpy() & magnitude
+    if bits.max() < exponent:
         return torch.empty(0, dtype=torch.int64)
-    return (bits.amax(1) >= exponent).nonzero()[:, 0]
+    return torch.from_numpy(np.flatnonzero(bits.max(1) >= exponent))
 
 
 def _bad_rows(file: ActivationFile) -> np.ndarray:
