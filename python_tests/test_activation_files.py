@@ -156,6 +156,13 @@ def test_a_file_that_another_process_writes(tmp_path):
     ActivationStore(path).close()
 
 
+def test_a_file_that_this_process_writes(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["activations"] = GOOD
+        refuses(tmp_path / "a.h5", "^activation file is locked by a writer: .* in this process")
+    ActivationStore(tmp_path / "a.h5").close()
+
+
 # -- rows that are not finite ----------------------------------------------------------------------
 
 BAD = (3, 250, 260, 261, 369, 370)

@@ -60,7 +60,7 @@ def numbers(found) -> list[int]:
 # -- order -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [1, 23, 64, 371, 1000])
+@pytest.mark.parametrize("size", [1, 23, 64, 371, 10**15])
 @pytest.mark.parametrize("buffer_rows", [1, 5, 64, 10_000])
 def test_an_epoch_is_a_permutation_of_all_rows(store, size, buffer_rows):
     found = batches(store, size, buffer_rows=buffer_rows)
@@ -292,6 +292,19 @@ def test_big_endian_files_are_read(tmp_path):
     np.save(tmp_path / "b.npy", rows.numpy().astype(">f4"))
     with ActivationStore([tmp_path / "a.h5", tmp_path / "b.npy"]) as store:
         assert torch.equal(torch.cat(batches(store, shuffle=False)), rows.repeat(2, 1))
+
+
+def test_hdf5_files_after_a_user_block_and_with_rows_never_written(tmp_path):
+    rows = numbered(0, 40).astype(np.float32)
+    with h5py.File(tmp_path / "a.h5", "w", userblock_size=512) as file:
+        file.create_dataset("activations", data=rows, chunks=(8, 3))
+    with h5py.File(tmp_path / "b.h5", "w") as file:
+        file.create_dataset("activations", (40, 3), np.float32, chunks=(8, 3))[10:20] = rows[10:20]
+    with ActivationStore([tmp_path / "a.h5", tmp_path / "b.h5"]) as store:
+        found = torch.cat(batches(store, shuffle=False)).numpy()
+    assert np.array_equal(found[:40], rows)
+    assert np.array_equal(found[50:60], rows[10:20])
+    assert not found[40:50].any() and not found[60:].any()
 
 
 def test_another_dataset(tmp_path):

@@ -28,9 +28,6 @@ from .dsprites import DataError
 ACTIVATIONS = "activations"
 DIRECTIONS = "directions"
 SUFFIXES = (".h5", ".hdf5", ".npy", ".safetensors")
-HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
-# The kernel caps what one request for read-ahead may cover, on many devices at this much.
-ADVICE_BYTES = 128 * 1024
 LISTED = 10
 
 _FROM_NUMPY = {"float32": torch.float32, "float16": torch.float16}
@@ -76,9 +73,6 @@ class ActivationFile:
             DataError: the file is damaged there.
         """
         raise NotImplementedError
-
-    def advise(self, start: int, stop: int) -> None:
-        """Asks the system to fetch these rows into its cache, where it can; returns at once."""
 
     def directions(self) -> Tensor | None:
         """The true directions, float32 ``[n, D]``, if the file holds them."""
@@ -142,20 +136,21 @@ class _Hdf5File(ActivationFile):
     def __init__(self, path: Path, name: str) -> None:
         h5py = require("h5py", f"reading {path}")
         self.path = path
-        with open(path, "rb") as raw:
-            if raw.read(len(HDF5_SIGNATURE)) != HDF5_SIGNATURE:
-                raise DataError(f"activation file is not HDF5: {path}")
         try:
             # Without a chunk cache: whole chunks go straight from the file into the buffer.
             self._file = h5py.File(path, "r", rdcc_nbytes=0)
         except OSError as error:
             raise DataError(_opening_failed(path, error)) from error
+        self._raw: int | None = None
         try:
+            if self._file.mode != "r":  # HDF5 shares it with a writer in this process
+                raise DataError(_locked(path, "it is open for writing in this process"))
             self._rows = self._dataset(name, h5py)
+            if self._is_plain():
+                self._raw = os.open(path, os.O_RDONLY)
         except BaseException:
             self._file.close()
             raise
-        self._raw = os.open(path, os.O_RDONLY) if self._is_plain() else None
 
     def _is_plain(self) -> bool:
         """Whether whole rows lie in the file as they are read, so that HDF5 need not read them."""
@@ -210,34 +205,16 @@ class _Hdf5File(ActivationFile):
             while row < stop:
                 # h5py keeps all other Python threads waiting while it reads, the system does not.
                 offset, end = self._place(row, stop) if self._raw is not None else (None, stop)
-                if offset is None:
+                if self._raw is None or offset is None:
                     self._rows.read_direct(target[row - start : end - start], np.s_[row:end])
                 else:
-                    self._read_bytes(offset, target[row - start : end - start])
+                    _read_bytes(self._raw, offset, target[row - start : end - start])
                 row = end
         except (OSError, EOFError) as error:
             raise DataError(
                 f"activation file is truncated or damaged: {self.path}: rows {start}..{stop - 1} "
                 f"cannot be read ({error})"
             ) from error
-
-    def _read_bytes(self, offset: int, target: np.ndarray) -> None:
-        left = target.reshape(-1).view(np.uint8)
-        while len(left):
-            count = os.preadv(self._raw, [left], offset)
-            if count == 0:
-                raise EOFError(f"the file ends at byte {offset}")
-            left, offset = left[count:], offset + count
-
-    def advise(self, start: int, stop: int) -> None:
-        row = start
-        while self._raw is not None and hasattr(os, "posix_fadvise") and row < stop:
-            offset, end = self._place(row, stop)
-            size = (end - row) * self.features * self.dtype.itemsize
-            for at in range(0, size if offset is not None else 0, ADVICE_BYTES):
-                length = min(ADVICE_BYTES, size - at)
-                os.posix_fadvise(self._raw, offset + at, length, os.POSIX_FADV_WILLNEED)
-            row = end
 
     def directions(self) -> Tensor | None:
         field = self._file.get(DIRECTIONS)
@@ -253,15 +230,30 @@ class _Hdf5File(ActivationFile):
             self._raw = None
 
 
+def _read_bytes(descriptor: int, offset: int, target: np.ndarray) -> None:
+    left = target.reshape(-1).view(np.uint8).data
+    while left:
+        count = os.preadv(descriptor, [left], offset)
+        if count == 0:
+            raise EOFError(f"the file ends at byte {offset}")
+        left, offset = left[count:], offset + count
+
+
 def _opening_failed(path: Path, error: OSError) -> str:
     """What went wrong, from HDF5's words: it has no error codes for these."""
     text = str(error)
     if isinstance(error, BlockingIOError) or "lock file" in text or "open for write" in text:
-        return (
-            f"activation file is locked by a writer: {path} (wait until it has finished and "
-            f"closed the file; HDF5 says: {text})"
-        )
+        return _locked(path, text)
+    if "signature not found" in text:
+        return f"activation file is not HDF5: {path}"
     return f"activation file is truncated or damaged: {path} ({text})"
+
+
+def _locked(path: Path, reason: str) -> str:
+    return (
+        f"activation file is locked by a writer: {path} (wait until it has finished and closed "
+        f"the file: {reason})"
+    )
 
 
 class _NpyFile(ActivationFile):

@@ -211,7 +211,8 @@ class ActivationStore:
         groups = self._groups(epoch_plan, group, skip - int(epoch_plan.first_rows[group]))
         # One group ahead, so that the reader may use two buffers in turn.
         groups = prefetched(groups, ahead=1) if prefetch else groups
-        batches = _cut(groups, batch_size, pin=on_gpu, dtype=None if on_gpu else dtype)
+        stored = self.dtype if on_gpu else dtype  # to a GPU as stored: fewer bytes
+        batches = _cut(groups, self.tokens - skip, batch_size, stored, pin=on_gpu)
         batches = prefetched(batches, ahead=BATCHES_AHEAD) if prefetch else batches
         try:
             for batch in batches:
@@ -238,8 +239,6 @@ class ActivationStore:
 
     def _read(self, blocks: list[list[int]], buffer: Tensor) -> Tensor:
         """Fills the buffer with the blocks' rows, without those left out, and returns that part."""
-        for number, start, stop in blocks:
-            self._files[number].advise(start, stop)
         at, bad = 0, []
         for number, start, stop in blocks:
             file = self._files[number]
@@ -276,9 +275,13 @@ _NO_ROWS = np.empty(0, np.int64)
 
 
 def _cut(
-    groups: Generator[tuple[Tensor, Tensor]], batch_size: int, pin: bool, dtype: torch.dtype | None
+    groups: Generator[tuple[Tensor, Tensor]],
+    left: int,
+    batch_size: int,
+    dtype: torch.dtype,
+    pin: bool,
 ) -> Generator[Tensor]:
-    """Batches from the stream of groups, across their borders; ``dtype`` None keeps the stored."""
+    """Batches from the stream of groups, across their borders; ``left`` rows in all."""
     batch: Tensor | None = None
     filled = 0
     try:
@@ -288,18 +291,17 @@ def _cut(
             at = 0
             while at < len(order):
                 if batch is None:
-                    shape = (batch_size, rows.shape[1])
-                    batch = torch.empty(shape, dtype=dtype or rows.dtype, pin_memory=pin)
-                chosen = order[at : at + min(piece, batch_size - filled)]
-                at += len(chosen)
+                    shape = (min(batch_size, left), rows.shape[1])
+                    batch, filled = torch.empty(shape, dtype=dtype, pin_memory=pin), 0
+                chosen = order[at : at + min(piece, len(batch) - filled)]
                 gathered = torch.index_select(rows, 0, chosen, out=scratch[: len(chosen)])
                 batch[filled : filled + len(chosen)] = gathered
+                at += len(chosen)
                 filled += len(chosen)
-                if filled == batch_size:
+                if filled == len(batch):
+                    left -= filled
                     yield batch
-                    batch, filled = None, 0
-        if batch is not None:
-            yield batch[:filled]
+                    batch = None
     finally:
         groups.close()
 
