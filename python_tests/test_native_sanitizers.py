@@ -84,3 +84,18 @@ def test_driver_agrees_with_plain_loops(driver):
     out = run([str(driver)], env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}, timeout=900)
     counted = dict(re.findall(r"^(\w+): (\d+) cases$", out, re.MULTILINE))
     assert all(int(counted.get(function, 0)) > 0 for function in FUNCTIONS), out
+
+
+def test_top_k_takes_at_most_64_kib_of_stack(tmp_path):
+    """The promise of `topk`: outputs and 64 KiB a thread. What is inlined shares one frame; with
+    the largest called one it is below the limit."""
+    names = setup_constants()
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    for isa, flags in (names["X86_FLAGS"] if x86 else {"baseline": ""}).items():
+        source, out = SOURCES / "topk.cpp", tmp_path / f"{isa}.o"
+        optimised = [*names["COMMON_FLAGS"].split(), "-fopenmp", *flags.split()]
+        defines = [f"-DSPARSEKERN_ISA={isa}", f"-I{SOURCES.parent}", "-fstack-usage"]
+        run([CXX, *optimised, *defines, "-c", str(source), "-o", str(out)])
+        report = out.with_suffix(".su").read_text().splitlines()
+        frames = sorted((int(line.split("\t")[1]) for line in report), reverse=True)
+        assert frames[0] + 12 * 1024 <= 64 * 1024, f"{isa}: a frame of {frames[0]} bytes"

@@ -105,6 +105,10 @@ def test_state_dicts():
     openai = {**plain.state_dict(), "1.k": 7, "1.postact_fn": "ReLU"}
     model.load_state_dict(openai)
     assert model[1].k == 7
+    model.load_state_dict({**openai, "1.postact_fn": "Identity"})
+    assert isinstance(model[1].post, nn.Identity)
+    with pytest.raises(ValueError, match="state_dict must have an entry k"):
+        TopK.from_state_dict({})
     layer = TopK.from_state_dict({"k": 5, "postact_fn": "Identity"})
     assert layer.k == 5 and isinstance(layer.post, nn.Identity)
     with pytest.raises(ValueError, match="postact_fn must be one of ReLU, Identity, got 'Tanh'"):
@@ -126,6 +130,16 @@ def test_compiled_and_autocast(target):
     with torch.autocast(target.device, torch.bfloat16):
         y = layer(nn.functional.linear(x, torch.randn(12, 9, device=target.device)))
     assert y.dtype == torch.bfloat16
+
+
+def test_a_schedule_of_k_does_not_compile_for_every_k():
+    torch.compiler.reset()
+    layer = TopK(50)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 60)
+    for k in range(50, 0, -1):  # torch gives up after 8 compilations
+        layer.k = k
+        testing.assert_same(f"k = {k}", compiled(x), sparsekern.topk_mask(x, k, relu=True))
 
 
 def test_inductor():
@@ -220,7 +234,16 @@ def test_counter_in_a_compiled_step():
         ({"activations": torch.ones(2, 4)}, ValueError, r"must be n = 5, got \[2, 4\]"),
         ({"activations": torch.ones(2, 5).long()}, TypeError, "must be float32"),
         ({"counts": torch.ones(5).long()}, TypeError, "counts need rows"),
-        ({"counts": torch.ones(6).long(), "rows": 1}, ValueError, "must be n = 5"),
+        ({"counts": torch.ones(6).long(), "rows": 1}, ValueError, r"counts must be \[5\]"),
+        ({"counts": torch.ones(3, 5).long(), "rows": 1}, ValueError, r"counts must be \[5\]"),
+        ({"counts": torch.ones(5), "rows": 1}, ValueError, "got .* torch.float32"),
+        ({"counts": torch.ones(5).long(), "rows": -1}, ValueError, "rows must be .* got -1"),
+        ({"activations": torch.ones(2, 5), "rows": 2}, TypeError, "rows belong to counts"),
+        (
+            {"activations": torch.ones(2, 5), "values": torch.ones(2)},
+            TypeError,
+            "values belong to indices",
+        ),
         ({"indices": torch.tensor([7])}, IndexError, "indices must lie in 0..4"),
     ],
 )
@@ -232,3 +255,12 @@ def test_counter_bad_input(arguments, error, message):
     for threshold in (-1, 2.5, True):
         with pytest.raises(ValueError, match="threshold must be a number of rows"):
             counter.dead(threshold)
+
+
+def test_layer_and_counter_must_fit():
+    layer = TopK(2, counter=DeadNeuronCounter(50))
+    for call in (layer, layer.codes):
+        with pytest.raises(ValueError, match=r"must be the counter's n = 50, got \[3, 10\]"):
+            call(torch.randn(3, 10))
+    with pytest.raises(TypeError, match="counter must be a DeadNeuronCounter"):
+        TopK(2, counter="x")

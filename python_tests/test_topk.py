@@ -312,7 +312,8 @@ X = torch.randn(2, 8)
         (X.long(), 1, TypeError, r"x must be float32.*got torch.int64"),
         (X.to(torch.complex64), 1, TypeError, r"x must be float32.*got torch.complex64"),
         ([1.0, 2.0], 1, TypeError, r"x must be a tensor, got list"),
-        (torch.empty(3, 0), 1, ValueError, r"k must lie in 1..0"),
+        (torch.empty(3, 0), 1, ValueError, r"no k is possible, since the size of the last"),
+        (X.to_sparse(), 1, TypeError, r"x must be a dense tensor, got one of torch.sparse_coo"),
     ],
 )
 def test_bad_input(function, x, k, error, message):
@@ -322,3 +323,40 @@ def test_bad_input(function, x, k, error, message):
 
 def test_k_takes_numpy_integers():
     assert sparsekern.topk(X, np.int64(3)).values.shape == (2, 3)
+
+
+@pytest.mark.parametrize("function", [sparsekern.topk, sparsekern.topk_mask])
+def test_forward_mode_is_refused(function):
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: function(x, 2), (X,), (torch.ones_like(X),))
+
+
+@pytest.mark.parametrize(
+    ("indices", "error", "message"),
+    [
+        ([[0, -1]], IndexError, r"indices must lie in 0..4 .*got -1 at flat position 1"),
+        ([[0, 5]], IndexError, ".* got 5"),
+        ([[0.0, 1.0]], TypeError, "indices must be int64 or int32"),
+        ([[0, 1, 2]], ValueError, ".*same shape"),
+    ],
+)
+def test_codes_to_dense_bad_input(target, indices, error, message):
+    if error is IndexError and not target.checks_indices:
+        pytest.skip(f"{target.name} does not look at indices; run on a CPU target")
+    indices = torch.tensor(indices, device=target.device)
+    with pytest.raises(error, match=f"^codes_to_dense: {message}"):
+        codes_to_dense(torch.ones(1, 2, device=target.device), indices, 5)
+
+
+def test_codes_to_dense_takes_int32(target):
+    indices = torch.tensor([[0, 3]], dtype=torch.int32, device=target.device)
+    values = torch.ones(1, 2, device=target.device, requires_grad=True)
+    dense = codes_to_dense(values, indices, 5)
+    assert dense.tolist() == [[1, 0, 0, 1, 0]]
+    dense.sum().backward()
+    assert values.grad.tolist() == [[1, 1]]
+
+
+def test_the_operation_itself_refuses_k_above_n():
+    with pytest.raises(ValueError, match=r"k must lie in 1..8"):
+        torch.ops.sparsekern.topk(X, 9, True, False, False, False)

@@ -232,7 +232,28 @@ def define(
     if autocast is not None:
         for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             _definitions.impl(name, _autocast_rule(overload, autocast, device_type), key)
-    return overload
+    return _without_tangents(name, overload)
+
+
+def _without_tangents(name: str, overload: Callable[..., Any]) -> Callable[..., Any]:
+    """The overload, refusing forward-mode differentiation, whose tangents torch would drop."""
+    forward_ad = torch.autograd.forward_ad
+
+    @functools.wraps(overload)
+    def call(*args: Any) -> Any:
+        if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+            for arg in args:
+                if (
+                    isinstance(arg, torch.Tensor)
+                    and forward_ad.unpack_dual(arg).tangent is not None
+                ):
+                    raise NotImplementedError(
+                        f"{name}: there is no forward-mode derivative (torch.func.jvp, "
+                        "forward_ad); use torch.autograd.grad or backward"
+                    )
+        return overload(*args)
+
+    return call
 
 
 def _autocast_rule(

@@ -76,6 +76,8 @@ class TopK(nn.Module):
             post = None if abs else nn.ReLU()
         if post is not None and not callable(post):
             raise TypeError(f"TopK: post must be callable or None, got {post!r}")
+        if counter is not None and not isinstance(counter, DeadNeuronCounter):
+            raise TypeError(f"TopK: counter must be a DeadNeuronCounter or None, got {counter!r}")
         self.k = k
         self.post = post
         self.abs = abs
@@ -85,11 +87,13 @@ class TopK(nn.Module):
     @property
     def k(self) -> int:
         """How many entries a row keeps."""
-        return self._k
+        return self._kept.shape[1]
 
     @k.setter
     def k(self, k: int) -> None:
-        self._k = check_count("TopK", "k", k, 2**31 - 1, "the size of the last dimension")
+        # The width of an empty tensor: torch.compile takes the integers of modules as constants,
+        # and would compile again for every k of a schedule.
+        self._kept = torch.empty(0, check_count("TopK", "k", k, 2**31 - 1, "the largest index"))
 
     @property
     def _fused_relu(self) -> bool:
@@ -101,7 +105,7 @@ class TopK(nn.Module):
             return _coalesced(self.codes(x), x.shape)
         fused = self._fused_relu
         post = None if fused else self.post
-        counter = self.counter if self.training else None
+        counter = self._active_counter(x)
         masked, values, indices, counts = mask_with_codes(
             x,
             self.k,
@@ -122,21 +126,31 @@ class TopK(nn.Module):
     def codes(self, x: torch.Tensor, *, sorted: bool = False) -> Codes:
         """x [..., n] -> values [..., k] after `post` and indices int64 [..., k], ascending unless
         sorted."""
+        counter = self._active_counter(x)
         values, indices = topk(x, self.k, sorted=sorted, relu=self._fused_relu, abs=self.abs)
         if self.post is not None and not self._fused_relu:
             values = self.post(values)
-        if self.training and self.counter is not None:
-            self.counter.update(indices=indices, values=values.detach())
+        if counter is not None:
+            counter.update(indices=indices, values=values.detach())
         return Codes(values, indices)
+
+    def _active_counter(self, x: torch.Tensor) -> DeadNeuronCounter | None:
+        """The counter, if this pass has to be counted."""
+        counter = self.counter if self.training else None
+        if counter is not None and isinstance(x, torch.Tensor) and x.shape[-1:] != (counter.n,):
+            raise ValueError(
+                f"TopK: the last dimension of x must be the counter's n = {counter.n}, "
+                f"got {list(x.shape)}"
+            )
+        return counter
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Any], strict: bool = True) -> TopK:
         """Build the layer from OpenAI's state_dict: {"k": int, "postact_fn": name of a class,
         ...}."""
-        name = state_dict.get("postact_fn", "ReLU")
-        if name not in _POSTS:
-            raise ValueError(f"TopK: postact_fn must be one of {', '.join(_POSTS)}, got {name!r}")
-        layer = cls(int(state_dict["k"]), _POSTS[name]())
+        if "k" not in state_dict:
+            raise ValueError(f"TopK: state_dict must have an entry k, got {sorted(state_dict)}")
+        layer = cls(int(state_dict["k"]), _post_named(state_dict.get("postact_fn", "ReLU")))
         unknown = set(state_dict) - {"k", "postact_fn"}
         if strict and unknown:
             raise ValueError(f"TopK: unexpected entries in state_dict: {sorted(unknown)}")
@@ -147,11 +161,19 @@ class TopK(nn.Module):
     ) -> None:
         if (k := state_dict.pop(prefix + "k", None)) is not None:
             self.k = int(k)
-        state_dict.pop(prefix + "postact_fn", None)
+        if (name := state_dict.pop(prefix + "postact_fn", None)) is not None:
+            self.post = _post_named(name)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"k={self.k}, abs={self.abs}, post={self.post}"
+
+
+def _post_named(name: str) -> nn.Module:
+    """The function that OpenAI's state_dict names."""
+    if name not in _POSTS:
+        raise ValueError(f"TopK: postact_fn must be one of {', '.join(_POSTS)}, got {name!r}")
+    return _POSTS[name]()
 
 
 def _coalesced(codes: Codes, shape: torch.Size) -> torch.Tensor:
@@ -227,6 +249,10 @@ class DeadNeuronCounter(nn.Module):
         op = "DeadNeuronCounter.update"
         if sum(form is not None for form in (activations, indices, counts)) != 1:
             raise TypeError(f"{op}: give exactly one of activations, indices or counts")
+        if values is not None and indices is None:
+            raise TypeError(f"{op}: values belong to indices, which are not given")
+        if rows is not None and counts is None:
+            raise TypeError(f"{op}: rows belong to counts, which are not given")
         if activations is not None:
             check_floating(op, "activations", activations)
             self._check_width(activations, "activations")
@@ -239,7 +265,13 @@ class DeadNeuronCounter(nn.Module):
         else:
             if counts is None or rows is None:
                 raise TypeError(f"{op}: counts need rows, the number of rows counted over")
-            self._check_width(counts, "counts")
+            if not isinstance(rows, int | torch.SymInt) or isinstance(rows, bool) or rows < 0:
+                raise ValueError(f"{op}: rows must be an integer of at least 0, got {rows!r}")
+            if counts.shape != (self.n,) or counts.is_floating_point():
+                raise ValueError(
+                    f"{op}: counts must be [{self.n}] integers, got {list(counts.shape)} of "
+                    f"{counts.dtype}"
+                )
             fired = counts > 0
         self.rows_since_fired += rows
         self.rows_since_fired.masked_fill_(fired, 0)

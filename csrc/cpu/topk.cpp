@@ -156,8 +156,7 @@ inline void select_exactly(const Row<Stored>& row) {
 
 // n <= kShortRow, k too large for the candidates: all keys of the row at once, in the L1 cache.
 template <bool kAbsolute, class Stored>
-inline void select_short(const Row<Stored>& row) {
-  alignas(kCacheLineBytes) int32_t keys[kShortRow];
+inline void select_short(const Row<Stored>& row, int32_t* keys) {
   for (int64_t i = 0; i < row.n; ++i) keys[i] = key_at<kAbsolute>(row, i);
   const int64_t padded = (row.n + kFloatLanes - 1) / kFloatLanes * kFloatLanes;
   for (int64_t i = row.n; i < padded; ++i) keys[i] = INT32_MIN;
@@ -223,7 +222,7 @@ inline void select_row(Candidates& candidates, const Row<Stored>& row) {
         return take_candidates<kAbsolute>(candidates, row);
       }
     } else if (row.n <= kShortRow) {
-      select_short<kAbsolute>(row);
+      select_short<kAbsolute>(row, candidates.short_row());
       return order_row<kAbsolute>(row);
     }
   }

@@ -25,12 +25,10 @@ constexpr int64_t kRarelyTightened = 64;  // a few candidates more cost less tha
 constexpr int64_t kWord = 64;             // elements whose comparisons fill one word of bits
 constexpr int64_t kLargestBlock = 4 * kWord;
 constexpr int64_t kSmallestBlock = 16;  // for k that is large in a short row
-constexpr int64_t kShortRow = 8192;
-constexpr int64_t kGroupsPerK = 4;  // groups compared for one wanted element, where there are
-constexpr int64_t kMaximumGroups =
-    kShortRow / kSmallestBlock * kFloatLanes > kGroupsPerK * 2 * kStreamedK
-        ? kShortRow / kSmallestBlock * kFloatLanes
-        : kGroupsPerK * 2 * kStreamedK;
+constexpr int64_t kGroupsPerK = 4;      // groups compared for one wanted element, where there are
+// Blocks are halved until there are kGroupsPerK * k groups, so there are never twice as many.
+constexpr int64_t kMaximumGroups = 2 * kGroupsPerK * kStreamedK;
+constexpr int64_t kShortRow = kMaximumGroups;  // keys that fit where the maxima lie
 constexpr int64_t kCapacity = 3 * kStreamedK + kWord;
 
 // A segment is read from two places at once, and each is fetched ahead: hardware prefetchers stop
@@ -59,7 +57,9 @@ class Candidates {
   // Whether rows of n elements have enough groups to prove a useful bound for k.
   static bool suits(int64_t n, int64_t k) {
     if (k > kStreamedK) return false;
-    if (n <= kShortRow) return groups(n, kSmallestBlock) >= (2 * k < n ? 2 * k : n);
+    if (groups(n, kSmallestBlock) <= kMaximumGroups) {
+      return groups(n, kSmallestBlock) >= (2 * k < n ? 2 * k : n);
+    }
     return groups(n < kSegment ? n : kSegment / 2, kWord) >= 2 * k;
   }
 
@@ -68,6 +68,7 @@ class Candidates {
     bounded_ = false;
   }
   int64_t segment() const { return segment_; }
+  int32_t* short_row() { return keys_of_row_; }  // room for kShortRow keys; no reading meanwhile
   int64_t count() const { return count_; }
   uint32_t index(int64_t i) const { return indices_[i]; }
   int32_t key(int64_t i) const { return keys_[i]; }
@@ -367,12 +368,15 @@ class Candidates {
   const char* next_ = nullptr;  // what is fetched meanwhile
   bool bounded_ = false;        // whether threshold_ holds a bound
   float threshold_ = 0.0f;
-  alignas(kCacheLineBytes) float maxima_[kMaximumGroups];
+  union {
+    alignas(kCacheLineBytes) float maxima_[kMaximumGroups];
+    alignas(kCacheLineBytes) int32_t keys_of_row_[kShortRow];
+  };
   alignas(kCacheLineBytes) int32_t keys_[kCapacity + kFloatLanes];
   uint32_t indices_[kCapacity];
   uint64_t hits_[kSegment / kWord + 1];
   int32_t starts_[kSegment / kWord + 1];
 };
-static_assert(sizeof(Candidates) <= 56 << 10, "with the arrays on the stack, 64 KiB a thread");
+static_assert(sizeof(Candidates) <= 36 << 10, "with 28 KiB of arrays on the stack 64 a thread");
 
 }  // namespace sparsekern::cpu::SPARSEKERN_ISA

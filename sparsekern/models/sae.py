@@ -119,13 +119,13 @@ class SparseAutoencoder(nn.Module):
     @property
     def k(self) -> int:
         """Active latents per row."""
-        return self._k
+        return self._kept.shape[1]
 
     @k.setter
     def k(self, k: int) -> None:
-        self._k = check_count(
-            "SparseAutoencoder", "k", k, len(self.dictionary), "the number of latents"
-        )
+        latents = len(self.dictionary)
+        k = check_count("SparseAutoencoder", "k", k, latents, "the number of latents")
+        self._kept = torch.empty(0, k)  # so that torch.compile sees it change: see TopK.k
 
     @property
     def tied(self) -> bool:

@@ -4,6 +4,7 @@ rule and value."""
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 
@@ -17,6 +18,8 @@ def check_floating(op: str, name: str, tensor: torch.Tensor) -> None:
     """A tensor of float32, bfloat16, float16 or float64 with at least one dimension."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a dense tensor, got one of {tensor.layout}")
     if tensor.dtype not in FLOATING:
         raise TypeError(
             f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}"
@@ -27,19 +30,27 @@ def check_floating(op: str, name: str, tensor: torch.Tensor) -> None:
 
 def check_count(op: str, name: str, value: int, upper: int, what: str) -> int:
     """An integer in 1..upper."""
+    if type(value) is not int:  # torch.compile takes the index of a symbolic integer as a constant
+        value = _index(op, name, value)
+    if upper < 1:
+        raise ValueError(f"{op}: no {name} is possible, since {what} is {upper}, got {value}")
+    if not 1 <= value <= upper:
+        raise ValueError(f"{op}: {name} must lie in 1..{upper} ({what}), got {value}")
+    return value
+
+
+def _index(op: str, name: str, value: Any) -> Any:
+    """A number of another integer type (of numpy, for one), or a symbolic one as it is."""
     if isinstance(value, torch.SymInt):
         return value
     try:
         if isinstance(value, (bool, torch.Tensor)):
             raise TypeError
-        value = operator.index(value)
+        return operator.index(value)
     except TypeError:
         raise TypeError(
             f"{op}: {name} must be an integer, got {value!r} of type {type(value).__name__}"
         ) from None
-    if not 1 <= value <= upper:
-        raise ValueError(f"{op}: {name} must lie in 1..{upper} ({what}), got {value}")
-    return value
 
 
 def check_codes(op: str, values: torch.Tensor | None, indices: torch.Tensor) -> None:

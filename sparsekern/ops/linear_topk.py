@@ -157,15 +157,21 @@ def _check(
                 f"{op}: weight must have x's dtype {x.dtype} or be float32 with a 16-bit x, "
                 f"got {weight.dtype}"
             )
+    elif (weight.dtype == torch.float64) != (x.dtype == torch.float64):
+        raise TypeError(
+            f"{op}: autocast leaves float64 alone, so both or none of x and weight must have it, "
+            f"got {x.dtype} and {weight.dtype}"
+        )
     n, d = weight.shape
     for name, vector, size in (("bias", bias, n), ("pre_bias", pre_bias, d), ("scale", scale, n)):
         if vector is None:
             continue
         check_floating(op, name, vector)
-        if vector.shape != (size,) or vector.dtype != weight.dtype:
-            raise ValueError(
-                f"{op}: {name} must be [{size}] of weight's dtype {weight.dtype}, "
-                f"got {list(vector.shape)} of {vector.dtype}"
+        if vector.shape != (size,):
+            raise ValueError(f"{op}: {name} must be [{size}], got {list(vector.shape)}")
+        if vector.dtype != weight.dtype:
+            raise TypeError(
+                f"{op}: {name} must have weight's dtype {weight.dtype}, got {vector.dtype}"
             )
     if latents is not None and (latents.dtype != torch.int64 or latents.dim() != 1):
         raise ValueError(

@@ -85,7 +85,10 @@ def _check_dictionary(
     values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> None:
     op = "sparse_matmul"
+    check_floating(op, "values", values)
     check_floating(op, "weight", weight)
+    if bias is not None:
+        check_floating(op, "bias", bias)
     if weight.dim() != 2:
         raise ValueError(
             f"{op}: weight must be [latents, features], got shape {list(weight.shape)}"
@@ -98,13 +101,15 @@ def _check_dictionary(
                 f"{op}: weight must have values' dtype {values.dtype} or be float32 with 16-bit "
                 f"values, got {weight.dtype}"
             )
-    if bias is not None:
-        check_floating(op, "bias", bias)
-        if bias.shape != weight.shape[1:] or bias.dtype != weight.dtype:
-            raise ValueError(
-                f"{op}: bias must be [{weight.shape[1]}] of weight's dtype {weight.dtype}, "
-                f"got {list(bias.shape)} of {bias.dtype}"
-            )
+    elif (weight.dtype == torch.float64) != (values.dtype == torch.float64):
+        raise TypeError(
+            f"{op}: autocast leaves float64 alone, so both or none of values and weight must have "
+            f"it, got {values.dtype} and {weight.dtype}"
+        )
+    if bias is not None and bias.shape != weight.shape[1:]:
+        raise ValueError(f"{op}: bias must be [{weight.shape[1]}], got {list(bias.shape)}")
+    if bias is not None and bias.dtype != weight.dtype:
+        raise TypeError(f"{op}: bias must have weight's dtype {weight.dtype}, got {bias.dtype}")
 
 
 # -- reference -------------------------------------------------------------------------------------

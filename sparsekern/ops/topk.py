@@ -20,7 +20,7 @@ import torch
 
 from .. import _library
 from .activity import counts_reference
-from .checks import check_count, check_floating
+from .checks import check_codes, check_count, check_floating, check_range
 
 
 class Codes(NamedTuple):
@@ -40,38 +40,23 @@ class CountedCodes(NamedTuple):
 
 @overload
 def topk(
-    x: torch.Tensor,
-    k: int,
-    *,
-    sorted: bool = ...,
-    relu: bool = ...,
-    abs: bool = ...,
+    x: torch.Tensor, k: int, *, sorted: bool = ..., relu: bool = ..., abs: bool = ...,
     return_counts: Literal[False] = ...,
-) -> Codes: ...
+) -> Codes: ...  # fmt: skip
 
 
 @overload
 def topk(
-    x: torch.Tensor,
-    k: int,
-    *,
-    sorted: bool = ...,
-    relu: bool = ...,
-    abs: bool = ...,
+    x: torch.Tensor, k: int, *, sorted: bool = ..., relu: bool = ..., abs: bool = ...,
     return_counts: Literal[True],
-) -> CountedCodes: ...
+) -> CountedCodes: ...  # fmt: skip
 
 
 @overload
 def topk(
-    x: torch.Tensor,
-    k: int,
-    *,
-    sorted: bool = ...,
-    relu: bool = ...,
-    abs: bool = ...,
+    x: torch.Tensor, k: int, *, sorted: bool = ..., relu: bool = ..., abs: bool = ...,
     return_counts: bool,
-) -> Codes | CountedCodes: ...
+) -> Codes | CountedCodes: ...  # fmt: skip
 
 
 def topk(
@@ -177,13 +162,19 @@ def codes_to_dense(values: torch.Tensor, indices: torch.Tensor, n: int) -> torch
     Equivalent PyTorch: ``values.new_zeros(*values.shape[:-1], n).scatter(-1, indices, values)``
 
     Args:
-        values: [..., k] floating point. indices: [..., k] int64, unique within a row, in 0..n-1 (as
-            from `topk`).
+        values: [..., k] floating point.
+        indices: [..., k] int64 or int32, unique within a row, in 0..n-1 (as from `topk`).
         n: width of the result.
 
     Returns:
         [..., n] of values' dtype, differentiable with respect to values.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or devices that do not fit.
+        IndexError: an index outside 0..n-1 (not on a GPU, unless SPARSEKERN_DEBUG=1).
     """
+    check_codes("codes_to_dense", values, indices)
+    n = check_count("codes_to_dense", "n", n, 2**31 - 1, "the largest index")
     return _codes_to_dense(values, indices, n)
 
 
@@ -213,7 +204,8 @@ def topk_mask_reference(
 
 
 def codes_to_dense_reference(values: torch.Tensor, indices: torch.Tensor, n: int) -> torch.Tensor:
-    return values.new_zeros(*values.shape[:-1], n).scatter(-1, indices, values)
+    check_range("codes_to_dense", indices, n)
+    return values.new_zeros(*values.shape[:-1], n).scatter(-1, indices.long(), values)
 
 
 # -- shapes without data ---------------------------------------------------------------------------
@@ -242,6 +234,7 @@ def _rows(backend: str, name: str, reference: Any) -> Any:
     def run(x: torch.Tensor, k: int, *options: Any) -> Any:
         if x.numel() == 0:
             return reference(x, k, *options)
+        check_count(name, "k", k, x.shape[-1], "the size of the last dimension")
         outputs = getattr(_library.kernels(backend, "topk"), name)(
             x.reshape(-1, x.shape[-1]), k, *options
         )
@@ -255,11 +248,12 @@ def _rows(backend: str, name: str, reference: Any) -> Any:
 
 def _rows_to_dense(backend: str) -> Any:
     def run(values: torch.Tensor, indices: torch.Tensor, n: int) -> torch.Tensor:
+        check_range("codes_to_dense", indices, n)
         if values.numel() == 0:
             return codes_to_dense_reference(values, indices, n)
         k = values.shape[-1]
         dense = _library.kernels(backend, "topk").codes_to_dense(
-            values.reshape(-1, k).contiguous(), indices.reshape(-1, k).contiguous(), n
+            values.reshape(-1, k).contiguous(), indices.reshape(-1, k).long().contiguous(), n
         )
         return dense.view(*values.shape[:-1], n)
 
@@ -310,7 +304,7 @@ def _setup_codes_to_dense(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _codes_to_dense_backward(ctx: Any, grad: torch.Tensor) -> Any:
     (indices,) = ctx.saved_tensors
-    return grad.gather(-1, indices), None, None
+    return grad.gather(-1, indices.long()), None, None
 
 
 # -- vmap: a batch dimension is one more leading dimension -----------------------------------------
