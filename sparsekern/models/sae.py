@@ -183,10 +183,17 @@ class SparseAutoencoder(nn.Module):
             self.counter.update(indices=indices, values=values.detach())
         return SAEOutput(reconstruction, values, indices)
 
-    def loss(self, x: Tensor) -> tuple[SAEOutput, SAELoss]:
-        """Reconstruct x [..., D] and compare: (output, loss)."""
+    def loss(self, x: Tensor, variance: Tensor | None = None) -> tuple[SAEOutput, SAELoss]:
+        """Reconstruct x [..., D] and compare: (output, loss).
+
+        Args:
+            x: floating point.
+            variance: what the errors are divided by; None takes that of x. With the variance of a
+                whole batch, the losses of its parts add up to that of the batch (except that AuxK
+                takes the latents dead at each part).
+        """
         output = self(x)
-        variance = total_variance(x)
+        variance = total_variance(x) if variance is None else variance
         fvu = squared_error(x, output.reconstruction) / variance
         auxk = self._auxk(x, output.reconstruction) / variance if self.auxk else fvu.new_zeros(())
         multi = self._multi(x) / variance if self.multi_k else fvu.new_zeros(())

@@ -1,0 +1,118 @@
+"""The settings of training a sparse autoencoder, and what they must satisfy."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from ..training import LoopConfig
+from .configs import check_finite, option
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    # 512 directions of 128 features, 4 of them in a token: what `data activations synthetic` makes
+    "synthetic": {
+        "latents": 512,
+        "k": 4,
+        "batch_size": 1024,
+        "epochs": 3,
+        "auxk": 64,
+        "dead_after": 100_000,
+    },
+}
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    """Everything that decides a run. Fields marked free may change when a run is resumed."""
+
+    activations: tuple[str, ...] = option(
+        (), "files of activations: .h5, .hdf5, .npy or .safetensors", metavar="FILE"
+    )
+    dataset: str = option("activations", "name of the dataset in HDF5 files", metavar="NAME")
+    nonfinite: str = option(
+        "refuse", "what to do about rows with NaN or infinities", choices=("refuse", "skip")
+    )
+    latents: int = option(0, "width of the sparse layer; 0 takes 8 times that of the activations")
+    k: int = option(32, "active latents per token")
+    k_start: int = option(0, "active latents at the start of the schedule of k; 0 takes k")
+    anneal: float = option(0.5, "share of the training over which k falls from k_start to k")
+    epochs: int = option(1, "passes over the activations")
+    batch_size: int = option(4096, "tokens a step")
+    micro_batch: int = option(
+        0, "tokens computed at a time: less memory for the same step; 0 takes the whole batch"
+    )
+    learning_rate: float = option(1e-3, "of Adam, at its highest")
+    warmup: float = option(0.02, "share of the training over which the learning rate rises")
+    decay: float = option(0.3, "share of the training over which it falls to zero")
+    auxk: int = option(256, "dead latents per token in the auxiliary loss; 0 leaves it out")
+    auxk_weight: float = option(1 / 32, "weight of the auxiliary loss")
+    multi_k: int = option(0, "active latents of the second reconstruction; 0 leaves it out")
+    multi_weight: float = option(1 / 8, "weight of the second reconstruction")
+    dead_after: int = option(10_000_000, "tokens without firing after which a latent is dead")
+    tied: bool = option(False, "one matrix for encoder and dictionary")
+    scale_scores: bool = option(False, "scores scaled by the norms of the dictionary's rows")
+    autocast: bool = option(False, "compute in bfloat16, with float32 parameters")
+    seed: int = option(0, "of the weights and of the order of the tokens")
+    eval_tokens: int = option(16384, "tokens, drawn from the files, that are measured at the end")
+    buffer_rows: int = option(65536, "tokens shuffled together; two such buffers are in memory")
+    backend: str = option(
+        "auto",
+        "implementation of the sparse operations",
+        choices=("auto", "reference", "native", "triton"),
+    )
+    device: str = option("auto", "cpu, cuda, or auto: cuda when there is one", metavar="DEVICE")
+    log_every: int = option(10, "steps between two logged steps")
+    checkpoint_tokens: int = option(4_000_000, "tokens between two checkpoints", free=True)
+    progress: bool = option(True, "show a progress bar", free=True)
+
+    def __post_init__(self) -> None:
+        # JSON has lists
+        object.__setattr__(self, "activations", tuple(self.activations))
+        self._check("activations", bool(self.activations), "must name at least one file")
+        for name in (
+            "k", "epochs", "batch_size", "dead_after", "eval_tokens", "buffer_rows", "log_every",
+            "checkpoint_tokens",
+        ):  # fmt: skip
+            self._check(name, getattr(self, name) >= 1, "must be at least 1")
+        for name in ("latents", "k_start", "micro_batch", "auxk", "multi_k"):
+            self._check(name, getattr(self, name) >= 0, "must be at least 0")
+        for item in fields(self):
+            choices = item.metadata.get("choices")
+            fits = choices is None or getattr(self, item.name) in choices
+            self._check(item.name, fits, f"must be one of {', '.join(choices or ())}")
+            check_finite(item.name, getattr(self, item.name))
+        self._check("seed", 0 <= self.seed < 2**63, "must lie in 0..2^63 - 1")
+        self._check("learning_rate", self.learning_rate > 0, "must be above 0")
+        for name in ("anneal", "warmup", "decay"):
+            self._check(name, 0 <= getattr(self, name) <= 1, "must lie in 0..1")
+
+    def _check(self, name: str, fits: bool, condition: str) -> None:
+        if not fits:
+            raise ValueError(f"{name} {condition}, got {getattr(self, name)}")
+
+    def check_width(self, latents: int) -> None:
+        """Every k of the schedule must be possible."""
+        for name in ("k", "k_start", "auxk", "multi_k"):
+            value = getattr(self, name)
+            if value > latents:
+                raise ValueError(
+                    f"{name} must be at most {latents} (the number of latents), got {value}"
+                )
+
+    def loop(self) -> LoopConfig:
+        """The part that the training loop needs."""
+        return LoopConfig(
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            log_every=self.log_every,
+            checkpoint_every=max(1, self.checkpoint_tokens // self.batch_size),
+            progress=self.progress,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that must be equal when a run is resumed."""
+        free = {f.name for f in fields(self) if f.metadata.get("free")}
+        stored = {name: value for name, value in asdict(self).items() if name not in free}
+        return {**stored, "activations": list(self.activations)}
