@@ -149,7 +149,18 @@ ALLOWED = {
     },
     "integrations": {"nn", "ops"},
     "cli_data": {"data"},
-    "cli": {"cli_data", "studies", "training", "models", "data", "metrics", "_library", "__init__"},
+    "cli_train": {"studies"},
+    "cli": {
+        "cli_data",
+        "cli_train",
+        "studies",
+        "training",
+        "models",
+        "data",
+        "metrics",
+        "_library",
+        "__init__",
+    },
     "__main__": {"cli"},
 }
 

@@ -51,6 +51,34 @@ def save_history(path: Path, epochs: Sequence[Mapping[str, Any]], title: str) ->
     figure.savefig(path)
 
 
+def save_sae_history(path: Path, steps: Sequence[Mapping[str, Any]], batch_size: int) -> None:
+    """Writes a PNG of FVU, active and dead latents over the tokens of training.
+
+    Args:
+        path: the PNG.
+        steps: logged step records with step, fvu, l0, k and dead.
+        batch_size: tokens of a step.
+    """
+    figure = _new_figure(7, 7)
+    panels = figure.subplots(3, 1, sharex=True)
+    tokens = [record["step"] * batch_size for record in steps]
+
+    def line(panel: Any, key: str, label: str, scale: float = 1.0, **style: Any) -> None:
+        panel.plot(tokens, [scale * record[key] for record in steps], label=label, **style)
+
+    line(panels[0], "fvu", "fraction of variance unexplained")
+    panels[0].set(ylabel="FVU", yscale="log")
+    line(panels[1], "k", "k (latents kept)")
+    line(panels[1], "l0", "L0 (latents not zero)", linestyle="--")
+    panels[1].set(ylabel="active latents", ylim=(0, None))
+    line(panels[2], "dead", "dead latents", scale=100)
+    panels[2].set(ylabel="dead latents (%)", xlabel="tokens", ylim=(-2, 102))
+    for panel in panels:
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    figure.savefig(path)
+
+
 def save_reconstructions(
     path: Path, images: np.ndarray, reconstructions: np.ndarray, title: str
 ) -> None:

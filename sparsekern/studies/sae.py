@@ -28,12 +28,15 @@ from ..training import Outcome, RunError, RunFolder, checkpoints, train
 from ..training.runs import write_atomically
 from . import figures
 from .configs import usable_device
+from .sae_config import PRESETS as PRESETS
 from .sae_config import SAEConfig
 
 NAME = "sae"
 NEEDED = ("filelock", "matplotlib", "safetensors", "tqdm")
 OPERATIONS = ("linear_topk", "sparse_matmul", "sparse_matmul_backward", "count_active", "adam_step")
 MEDIAN_ROWS = 8192
+Config = SAEConfig
+FILES = ("history.png", "results.json", "metrics.jsonl")
 RECOVERED = 0.9
 """Cosine above which a true direction counts as recovered."""
 
@@ -329,8 +332,13 @@ def evaluate_run(
     return {"step": step, "epochs": step / per_epoch, "latents": len(model.dictionary), **measured}
 
 
-def table(results: Mapping[str, Any], title: str) -> str:
-    """Measurements as text for a terminal."""
+def table(results: Mapping[str, Any], config: SAEConfig) -> str:
+    """The final measurements as text for a terminal."""
+    return measurements(results, f"Sparse autoencoder on {', '.join(config.activations)}")
+
+
+def measurements(results: Mapping[str, Any], title: str) -> str:
+    """Named measurements as text for a terminal."""
     formats = {
         "tokens_per_second": "{:.0f}", "l0": "{:.1f}", "epochs": "{:.2f}",
         "fvu": "{:.4f}", "cosine": "{:.4f}",

@@ -15,8 +15,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "latents": 512,
         "k": 4,
         "batch_size": 1024,
-        "epochs": 3,
+        "epochs": 6,
+        "learning_rate": 3e-3,
         "auxk": 64,
+        "auxk_weight": 0.25,
         "dead_after": 100_000,
     },
 }

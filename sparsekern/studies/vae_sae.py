@@ -12,7 +12,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ from ..training import (
 )
 from ..training.runs import write_atomically
 from . import figures
+from .configs import option, usable_device
 
 NAME = "vae-sae"
 EVALUATION_BATCH = 256
@@ -42,11 +43,6 @@ SHOWN_IMAGES = 12
 LARGEST_SEED = 2**64 - 1  # of torch's generators
 NEEDED = ("filelock", "matplotlib", "safetensors", "tqdm")
 OPERATIONS = ("topk", "sparse_matmul", "sparse_matmul_backward", "count_active", "codes_to_dense")
-
-
-def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A config field with its documentation, which is also the help of its flag."""
-    return field(default=default, metadata={"help": help, **metadata})
 
 
 @dataclass(frozen=True)
@@ -115,6 +111,11 @@ class VAESAEConfig:
         """The fields that must be equal when a run is resumed."""
         free = {f.name for f in fields(self) if f.metadata.get("free")}
         return {name: value for name, value in asdict(self).items() if name not in free}
+
+
+Config = VAESAEConfig
+PRESETS: dict[str, dict[str, Any]] = {"default": {}}
+FILES = ("history.png", "reconstructions.png", "results.json", "metrics.jsonl")
 
 
 class Report(NamedTuple):
@@ -235,7 +236,7 @@ def run(config: VAESAEConfig, folder: str | Path, *, resume: bool = False) -> Re
         raise ModuleNotFoundError(
             f"{', '.join(missing)} not installed (pip install 'sparsekern[data]')"
         )
-    device = _device(config.device)
+    device = usable_device(config.device)
     with backend(config.backend):
         _probe(device)
         if not resume:
@@ -255,18 +256,6 @@ def run(config: VAESAEConfig, folder: str | Path, *, resume: bool = False) -> Re
             results = _results(config, task.model, test, data.source, outcome)
             _write_results(place, results, task.model, test)
     return Report(outcome, results)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used: {reason}") from error
-    return device
 
 
 def _probe(device: torch.device) -> None:
@@ -371,8 +360,3 @@ def saved_config(folder: str | Path) -> VAESAEConfig:
         return VAESAEConfig(**stored["config"])
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{folder} holds a config this version cannot read: {error}") from error
-
-
-def flags() -> Iterator[Any]:
-    """The config's fields, in order, for the command line."""
-    return iter(fields(VAESAEConfig))
