@@ -70,13 +70,14 @@ int64_t count_active(Address indices, int index_tag, int64_t count, Address valu
 }
 
 void adam_step(Address parameter, Address grad, Address mean, Address square, int64_t rows,
-               int64_t d, double step_size, double beta1, double beta2, double root_scale,
-               double eps, double weight_decay, bool unit_rows, int64_t threads) {
+               int64_t d, double step_size, double new_mean, double beta2, double new_square,
+               double root_scale, double eps, double weight_decay, bool unit_rows,
+               int64_t threads) {
   kernels().adam_step(at<float>(parameter), at<float>(grad), at<float>(mean), at<float>(square),
-                      rows, d, static_cast<float>(step_size), static_cast<float>(beta1),
-                      static_cast<float>(beta2), static_cast<float>(root_scale),
-                      static_cast<float>(eps), static_cast<float>(weight_decay), unit_rows,
-                      static_cast<int>(threads));
+                      rows, d, static_cast<float>(step_size), static_cast<float>(new_mean),
+                      static_cast<float>(beta2), static_cast<float>(new_square),
+                      static_cast<float>(root_scale), static_cast<float>(eps),
+                      static_cast<float>(weight_decay), unit_rows, static_cast<int>(threads));
 }
 
 std::vector<std::string> instruction_sets() {

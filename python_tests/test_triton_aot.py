@@ -124,7 +124,7 @@ def forward_case(d: int, values: str, weight: str, row_major: bool = True) -> Ca
 
 def adam_case(kernel: Any, size: str, warps: int) -> Case:
     matrices = dict.fromkeys(("parameter", "grad", "mean", "square"), "*fp32")
-    names = ("step_size", "beta1", "beta2", "root_scale", "eps", "weight_decay")
+    names = ("step_size", "new_mean", "beta2", "new_square", "root_scale", "eps", "weight_decay")
     numbers = dict.fromkeys(names, "fp32")
     return Case(kernel, {**matrices, size: "i64", **numbers}, {"BLOCK": adam.BLOCK}, warps)
 

@@ -14,7 +14,7 @@ constexpr int64_t kPiece = 4096;
 constexpr int64_t kWorkPerThread = 1 << 15;
 
 struct Step {
-  float step_size, beta1, beta2, root_scale, eps, weight_decay;
+  float step_size, new_mean, beta2, new_square, root_scale, eps, weight_decay;
 };
 
 // sum_i a[i] * b[i], in an order that depends on d alone.
@@ -37,11 +37,11 @@ inline float dot(const float* a, const float* b, int64_t d) {
 inline void step_elements(const Step& s, float* __restrict parameter, const float* __restrict grad,
                           float* __restrict mean, float* __restrict square, int64_t d,
                           float along) {
-  const float decay = s.weight_decay - along, new_mean = 1 - s.beta1, new_square = 1 - s.beta2;
+  const float decay = s.weight_decay - along;
   for (int64_t i = 0; i < d; ++i) {
     const float g = grad[i] + decay * parameter[i];
-    const float m = mean[i] + new_mean * (g - mean[i]);
-    const float v = s.beta2 * square[i] + new_square * g * g;
+    const float m = mean[i] + s.new_mean * (g - mean[i]);
+    const float v = s.beta2 * square[i] + s.new_square * g * g;
     mean[i] = m;
     square[i] = v;
     parameter[i] -= s.step_size * m / (std::sqrt(v) * s.root_scale + s.eps);
@@ -62,9 +62,9 @@ inline void step_unit_row(const Step& s, float* parameter, const float* grad, fl
 }  // namespace
 
 void adam_step(float* parameter, const float* grad, float* mean, float* square, int64_t rows,
-               int64_t d, float step_size, float beta1, float beta2, float root_scale, float eps,
-               float weight_decay, bool unit_rows, int threads) {
-  const Step step{step_size, beta1, beta2, root_scale, eps, weight_decay};
+               int64_t d, float step_size, float new_mean, float beta2, float new_square,
+               float root_scale, float eps, float weight_decay, bool unit_rows, int threads) {
+  const Step step{step_size, new_mean, beta2, new_square, root_scale, eps, weight_decay};
   const int team = useful_threads(threads, rows * d, kWorkPerThread);
   if (unit_rows) {
 #pragma omp parallel for num_threads(team) schedule(static) if (team > 1)

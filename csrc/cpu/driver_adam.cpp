@@ -58,7 +58,7 @@ bool check_case(const Kernels& kernels, int64_t rows, int64_t d, float decay, bo
   }
   const Matrices before = m;
   kernels.adam_step(m.parameter.data(), m.grad.data(), m.mean.data(), m.square.data(), rows, d,
-                    kStepSize, kBeta1, kBeta2, kRootScale, kEps, decay, unit,
+                    kStepSize, 1 - kBeta1, kBeta2, 1 - kBeta2, kRootScale, kEps, decay, unit,
                     1 + static_cast<int>(random() % 3));
   const auto row_of = [&](const std::vector<float>& x, int64_t row) {
     return std::vector<double>(x.begin() + row * d, x.begin() + (row + 1) * d);

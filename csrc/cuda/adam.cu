@@ -19,15 +19,15 @@ struct Matrices {
 };
 
 struct Step {
-  float step_size, beta1, beta2, root_scale, eps, weight_decay;
+  float step_size, new_mean, beta2, new_square, root_scale, eps, weight_decay;
 };
 
 // The new parameter; mean and square are written.
 __device__ float step_element(const Matrices& m, const Step& s, int64_t i, float parameter,
                               float decay) {
   const float g = m.grad[i] + decay * parameter;
-  const float mean = m.mean[i] + (1 - s.beta1) * (g - m.mean[i]);
-  const float square = s.beta2 * m.square[i] + (1 - s.beta2) * g * g;
+  const float mean = m.mean[i] + s.new_mean * (g - m.mean[i]);
+  const float square = s.beta2 * m.square[i] + s.new_square * g * g;
   m.mean[i] = mean;
   m.square[i] = square;
   return parameter - s.step_size * mean / (sqrtf(square) * s.root_scale + s.eps);
@@ -81,10 +81,11 @@ __global__ void __launch_bounds__(kThreads) adam_unit_rows_kernel(Matrices m, St
 }  // namespace
 
 void adam_step(float* parameter, const float* grad, float* mean, float* square, int64_t rows,
-               int64_t d, float step_size, float beta1, float beta2, float root_scale, float eps,
-               float weight_decay, bool unit_rows, cudaStream_t stream) {
+               int64_t d, float step_size, float new_mean, float beta2, float new_square,
+               float root_scale, float eps, float weight_decay, bool unit_rows,
+               cudaStream_t stream) {
   const Matrices matrices{parameter, grad, mean, square};
-  const Step step{step_size, beta1, beta2, root_scale, eps, weight_decay};
+  const Step step{step_size, new_mean, beta2, new_square, root_scale, eps, weight_decay};
   if (rows * d == 0) return;
   if (unit_rows) {
     launch(adam_unit_rows_kernel, static_cast<unsigned>(rows), kThreads, 0, stream, matrices, step,

@@ -42,7 +42,8 @@ bool check_case(int64_t rows, int64_t d, bool unit, std::mt19937& random) {
     }
   }
   sparsekern::cuda::adam_step(parameter.data(), grad.data(), mean.data(), square.data(), rows, d,
-                              kStepSize, kBeta1, kBeta2, kRootScale, kEps, kDecay, unit, nullptr);
+                              kStepSize, 1 - kBeta1, kBeta2, 1 - kBeta2, kRootScale, kEps, kDecay,
+                              unit, nullptr);
   for (size_t i = 0; i < count; ++i) {
     if (!(std::abs(parameter[i] - truth[i]) <= 1e-5 * (1 + std::abs(truth[i])))) return false;
   }

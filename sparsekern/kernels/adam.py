@@ -19,16 +19,16 @@ BLOCK = 1024  # 8 elements a thread with 4 warps
 
 @triton.jit
 def moved(
-    parameter, grad, mean, square, where, inside, x, along, step_size, beta1, beta2, root_scale,
-    eps, weight_decay,
+    parameter, grad, mean, square, where, inside, x, along, step_size, new_mean, beta2, new_square,
+    root_scale, eps, weight_decay,
 ):  # fmt: skip
     """x - step_size * mean / (sqrt(square) * root_scale + eps), the moments being updated with
     grad + (weight_decay - along) * x."""
     g = tl.load(grad + where, mask=inside, other=0.0) + (weight_decay - along) * x
     m = tl.load(mean + where, mask=inside, other=0.0)
-    m = m + (1 - beta1) * (g - m)
+    m = m + new_mean * (g - m)
     v = tl.load(square + where, mask=inside, other=0.0)
-    v = beta2 * v + (1 - beta2) * g * g
+    v = beta2 * v + new_square * g * g
     tl.store(mean + where, m, mask=inside)
     tl.store(square + where, v, mask=inside)
     return x - step_size * m / (tl.sqrt(v) * root_scale + eps)
@@ -36,8 +36,8 @@ def moved(
 
 @triton.jit
 def adam_step_kernel(
-    parameter, grad, mean, square, count, step_size, beta1, beta2, root_scale, eps, weight_decay,
-    BLOCK: tl.constexpr,
+    parameter, grad, mean, square, count, step_size, new_mean, beta2, new_square,
+    root_scale, eps, weight_decay, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """parameter[i] = moved(parameter[i])."""
     where = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -45,16 +45,16 @@ def adam_step_kernel(
 
     x = tl.load(parameter + where, mask=inside, other=0.0)
     x = moved(
-        parameter, grad, mean, square, where, inside, x, 0.0, step_size, beta1, beta2, root_scale,
-        eps, weight_decay,
+        parameter, grad, mean, square, where, inside, x, 0.0, step_size, new_mean, beta2,
+        new_square, root_scale, eps, weight_decay,
     )  # fmt: skip
     tl.store(parameter + where, x, mask=inside)
 
 
 @triton.jit
 def adam_unit_rows_kernel(
-    parameter, grad, mean, square, d, step_size, beta1, beta2, root_scale, eps, weight_decay,
-    BLOCK: tl.constexpr,
+    parameter, grad, mean, square, d, step_size, new_mean, beta2, new_square,
+    root_scale, eps, weight_decay, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """parameter[i] = normalized(moved(parameter[i])), grad[i] having lost its part along
     parameter[i]."""
@@ -77,8 +77,8 @@ def adam_unit_rows_kernel(
         where = begin + first + columns
         x = tl.load(parameter + where, mask=inside, other=0.0)
         x = moved(
-            parameter, grad, mean, square, where, inside, x, along, step_size, beta1, beta2,
-            root_scale, eps, weight_decay,
+            parameter, grad, mean, square, where, inside, x, along, step_size, new_mean, beta2,
+            new_square, root_scale, eps, weight_decay,
         )  # fmt: skip
         tl.store(parameter + where, x, mask=inside)
         lengths += tl.where(inside, x * x, 0.0)
@@ -98,8 +98,9 @@ def adam_step(
     mean: torch.Tensor,
     square: torch.Tensor,
     step_size: float,
-    beta1: float,
+    new_mean: float,
     beta2: float,
+    new_square: float,
     root_scale: float,
     eps: float,
     weight_decay: float,
@@ -107,7 +108,7 @@ def adam_step(
 ) -> None:
     """Contiguous float32 tensors of one shape ([rows, d] with unit_rows); all but grad change."""
     tensors = (parameter, grad, mean, square)
-    numbers = (step_size, beta1, beta2, root_scale, eps, weight_decay)
+    numbers = (step_size, new_mean, beta2, new_square, root_scale, eps, weight_decay)
     with device_of(parameter):
         if unit_rows:
             rows, d = parameter.shape

@@ -147,7 +147,7 @@ def _kernel(backend: str) -> Any:
             )
         step_size = lr / (1 - beta1**step)
         root_scale = (1 - beta2**step) ** -0.5
-        numbers = (step_size, beta1, beta2, root_scale, eps, weight_decay)
+        numbers = (step_size, 1 - beta1, beta2, 1 - beta2, root_scale, eps, weight_decay)
         return _library.kernels(backend, "adam").adam_step(*tensors, *numbers, unit_rows)
 
     return run
