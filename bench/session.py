@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import bench_activity
+import bench_autoencoder
 import bench_layers
 import bench_sparse_matmul
 import bench_topk
@@ -20,10 +21,10 @@ from roofline import roofline
 from rows import Row, rounded
 from targets import ITSELF, Target, Workload
 
-STEMS = (bench_topk, bench_sparse_matmul, bench_activity, bench_layers)
+STEMS = (bench_topk, bench_sparse_matmul, bench_activity, bench_layers, bench_autoencoder)
 BUILDERS = {op: stem.build for stem in STEMS for op in stem.OPS}
 # The operation whose automatic choice serves a layer.
-SERVED_BY = {"TopK": "topk_mask"}
+SERVED_BY = {"TopK": "topk_mask", "SparseAutoencoder": "linear_topk"}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 TOPK_SIZES = ((512, 4096, 32), (256, 32768, 32), (64, 131072, 64), (16, 1048576, 32))
 PRODUCT_SIZES = ((1024, 32, 16384, 768), (1024, 64, 32768, 2048))
+ENCODER_SIZES = ((512, 768, 16384, 32), (128, 768, 131072, 64), (512, 4096, 32768, 64))
 # Inputs that selection algorithms stumble over, and the dtype in which they do.
 HARD = (
     ("ascending", "float32"),
@@ -42,6 +43,10 @@ class Workload:
         """The sizes, in the order in which the operation's arguments name them."""
         if self.op == "sparse_matmul":
             return f"B={self.rows} k={self.k} n={self.n} d={self.d}"
+        if self.op in ("linear_topk", "SparseAutoencoder"):
+            return f"B={self.rows} d={self.d} n={self.n} k={self.k}"
+        if self.op == "adam_step":
+            return f"two {self.n} x {self.d} matrices"
         if self.op == "count_active":
             return f"{self.rows * self.k} codes n={self.n}"
         return f"B={self.rows} n={self.n} k={self.k}"
@@ -128,6 +133,17 @@ def _cpu() -> Iterable[Target]:
     yield Target(Workload("count_active", 1024, 16384, 32), "torch.bincount", 1)
 
 
+def _autoencoder() -> Iterable[Target]:
+    for rows, d, n, k in ENCODER_SIZES:
+        encoder = Workload("linear_topk", rows, n, k, d)
+        yield Target(encoder, "F.linear", 1 / 1.1, at_most=True)
+        yield Target(encoder, "F.linear, torch.topk", 1)
+    step = Workload("SparseAutoencoder", 1024, 16384, 32, 768, mode="forward+backward")
+    yield Target(step, "F.linear forward", 1 / 1.35, at_most=True)
+    adam = Workload("adam_step", 1, 16384, 1, 768)
+    yield Target(adam, "fused Adam, projection, normalization", 1.5)
+
+
 def _gpu() -> Iterable[Target]:
     for backend in ("native", "triton"):
         for dtype in ("float32", "bfloat16"):
@@ -154,7 +170,7 @@ def _extras() -> Iterable[Target]:
     yield Target(Workload("count_active", 4096, 65536, 64), "torch.bincount")
 
 
-CPU_TARGETS = tuple(_cpu())
+CPU_TARGETS = (*_cpu(), *_autoencoder())
 GPU_TARGETS = tuple(_gpu())
 TARGETS = CPU_TARGETS + GPU_TARGETS
 EXTRAS = tuple(_extras())
