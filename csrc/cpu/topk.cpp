@@ -184,7 +184,7 @@ inline int64_t contiguous(const Row<Stored>& row, int64_t n) {
 
 // Elements [begin, end) of a row into candidates; false when there is a NaN.
 template <bool kAbsolute, class Stored>
-inline bool stream(Candidates& candidates, const Row<Stored>& row, int64_t begin, int64_t end) {
+inline bool read_part(Candidates& candidates, const Row<Stored>& row, int64_t begin, int64_t end) {
   if (row.stride == 1) {
     for (int64_t i = begin; i < end; i += candidates.segment()) {
       const int64_t count = std::min(candidates.segment(), end - i);
@@ -218,7 +218,7 @@ inline void select_row(Candidates& candidates, const Row<Stored>& row) {
   if constexpr (!std::is_same_v<Stored, double>) {
     if (Candidates::suits(contiguous(row, row.n), row.k)) {
       candidates.clear();
-      if (stream<kAbsolute>(candidates, row, 0, row.n)) {
+      if (read_part<kAbsolute>(candidates, row, 0, row.n)) {
         return take_candidates<kAbsolute>(candidates, row);
       }
     } else if (row.n <= kShortRow) {
@@ -263,7 +263,7 @@ void select_sliced(const Row<Stored>& row, int64_t slices) {
   for (int64_t s = 0; s < slices; ++s) {
     Candidates candidates(contiguous(row, width), row.k);
     const bool whole =
-        stream<kAbsolute>(candidates, row, s * width, std::min(row.n, (s + 1) * width));
+        read_part<kAbsolute>(candidates, row, s * width, std::min(row.n, (s + 1) * width));
     candidates.tighten();
     counts.get()[s] = whole ? candidates.count() : -1;
     for (int64_t j = 0; j < candidates.count(); ++j) {
