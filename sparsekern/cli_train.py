@@ -7,7 +7,6 @@ import importlib
 import sys
 import time
 import typing
-from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -76,13 +75,9 @@ def _add_study(studies: Any, name: str, help: str, description: str) -> None:
             help="settings to start from; flags override them (default: default)",
         )
     kinds = typing.get_type_hints(study.Config)
-    for item in _flags(study):
+    for item in fields(study.Config):
         _add_flag(parser, item, kinds[item.name])
     parser.set_defaults(function=_train, command=f"train {name}", study=name)
-
-
-def _flags(study: Any) -> Iterator[Any]:
-    return iter(fields(study.Config))
 
 
 def _add_flag(parser: argparse.ArgumentParser, item: Field, kind: Any) -> None:
@@ -110,7 +105,7 @@ def _train(options: argparse.Namespace) -> int:
     study = _study(options.study)
     given = {
         item.name: getattr(options, item.name)
-        for item in _flags(study)
+        for item in fields(study.Config)
         if hasattr(options, item.name)
     }
     resume = getattr(options, "resume", None)

@@ -1,12 +1,22 @@
-"""What the configs of all studies share: documented fields, and checks of what a user gives."""
+"""What all studies share: configs with documented fields, their checks, and how a run ends."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
-from dataclasses import field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+
+from .. import describe
+from ..training import Outcome, RunError, RunFolder
+
+NEEDED = ("filelock", "matplotlib", "safetensors", "tqdm")
+
+AnyConfig = TypeVar("AnyConfig", bound="StudyConfig")
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -35,3 +45,63 @@ def usable_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} cannot be used: {reason}") from error
     return device
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Base of the studies' configs. Fields marked free may change when a run is resumed."""
+
+    def _check(self, name: str, fits: bool, condition: str) -> None:
+        if not fits:
+            raise ValueError(f"{name} {condition}, got {getattr(self, name)}")
+
+    def _check_choices(self) -> None:
+        for item in fields(self):
+            choices = item.metadata.get("choices")
+            fits = choices is None or getattr(self, item.name) in choices
+            self._check(item.name, fits, f"must be one of {', '.join(choices or ())}")
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that must be equal when a run is resumed."""
+        free = {f.name for f in fields(self) if f.metadata.get("free")}
+        return {name: value for name, value in asdict(self).items() if name not in free}
+
+
+class Report(NamedTuple):
+    """What a run ends with."""
+
+    outcome: Outcome
+    results: dict[str, Any] | None
+    """Final measurements, or None when training was interrupted."""
+
+
+def check_packages() -> None:
+    """Raises ModuleNotFoundError, naming them, when packages of the extra "data" are missing."""
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise ModuleNotFoundError(
+            f"{', '.join(missing)} not installed (pip install 'sparsekern[data]')"
+        )
+
+
+def read_config(folder: str | Path, study: str, kind: type[AnyConfig]) -> AnyConfig:
+    """The config of the run in a folder.
+
+    Raises:
+        RunError: there is no run, or not one of this study.
+    """
+    stored = RunFolder.read_config(folder)
+    if stored.get("study") != study:
+        raise RunError(f"{folder} holds a run of {stored.get('study')!r}, not of {study!r}")
+    try:
+        return kind(**stored["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{folder} holds a config this version cannot read: {error}") from error
+
+
+def backends_of(operations: Sequence[str], device: str) -> dict[str, str]:
+    """Which backend serves each of these operations on a device type."""
+    return {
+        row["operation"]: row["backend"]
+        for row in describe()["implementations"]
+        if row["device"] == device and row["operation"] in operations
+    }

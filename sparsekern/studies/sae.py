@@ -8,18 +8,17 @@ stays, and falls to zero over `decay`; k falls from `k_start` to `k` over `annea
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .. import backend, describe
+from .. import backend
 from ..data import ActivationStore
 from ..metrics import UnitActivity
 from ..models.sae import SparseAutoencoder, squared_error, total_variance
@@ -27,26 +26,17 @@ from ..optim import Adam
 from ..training import Outcome, RunError, RunFolder, checkpoints, train
 from ..training.runs import write_atomically
 from . import figures
-from .configs import usable_device
+from .configs import Report, backends_of, check_packages, read_config, usable_device
 from .sae_config import PRESETS as PRESETS
 from .sae_config import SAEConfig
 
 NAME = "sae"
-NEEDED = ("filelock", "matplotlib", "safetensors", "tqdm")
 OPERATIONS = ("linear_topk", "sparse_matmul", "sparse_matmul_backward", "count_active", "adam_step")
 MEDIAN_ROWS = 8192
 Config = SAEConfig
 FILES = ("history.png", "results.json", "metrics.jsonl")
 RECOVERED = 0.9
 """Cosine above which a true direction counts as recovered."""
-
-
-class Report(NamedTuple):
-    """What a run ends with."""
-
-    outcome: Outcome
-    results: dict[str, Any] | None
-    """Final measurements, or None when training was interrupted."""
 
 
 class _Task:
@@ -64,8 +54,7 @@ class _Task:
         self.optimizer = Adam(_groups(config, self.model), lr=config.learning_rate)
 
     def begin_epoch(self, epoch: int) -> dict[str, float]:
-        self.step = epoch * self.steps_per_epoch
-        return {}
+        return {}  # the schedules follow the steps: see backward
 
     def batches(self, epoch: int, first: int) -> Iterator[Tensor]:
         self.step = epoch * self.steps_per_epoch + first
@@ -245,10 +234,7 @@ def run(config: SAEConfig, folder: str | Path, *, resume: bool = False) -> Repor
         ModuleNotFoundError: the packages of the extra "data" are not installed.
     """
     folder = Path(folder)
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise ModuleNotFoundError(
-            f"{', '.join(missing)} not installed (pip install 'sparsekern[data]')"
-        )
+    check_packages()
     device = usable_device(config.device)
     stored = {"study": NAME, "config": asdict(config)}
     with backend(config.backend), _opened(config) as store:
@@ -285,9 +271,7 @@ def _probe(task: _Task) -> None:
 
 
 def _results(config: SAEConfig, task: _Task, outcome: Outcome) -> dict[str, Any]:
-    task.begin_epoch(config.epochs - 1)
     task._schedule(config.epochs * task.steps_per_epoch - 1)
-    rows = describe()["implementations"]
     return {
         "activations": list(config.activations),
         "tokens": task.store.tokens * config.epochs,
@@ -298,11 +282,7 @@ def _results(config: SAEConfig, task: _Task, outcome: Outcome) -> dict[str, Any]
         "steps": outcome.step,
         "tokens_per_second": outcome.examples_per_second,
         "device": task.device.type,
-        "backends": {
-            row["operation"]: row["backend"]
-            for row in rows
-            if row["device"] == task.device.type and row["operation"] in OPERATIONS
-        },
+        "backends": backends_of(OPERATIONS, task.device.type),
     }
 
 
@@ -369,10 +349,4 @@ def saved_config(folder: str | Path) -> SAEConfig:
     Raises:
         RunError: there is no run, or not one of this study.
     """
-    stored = RunFolder.read_config(folder)
-    if stored.get("study") != NAME:
-        raise RunError(f"{folder} holds a run of {stored.get('study')!r}, not of {NAME!r}")
-    try:
-        return SAEConfig(**stored["config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{folder} holds a config this version cannot read: {error}") from error
+    return read_config(folder, NAME, SAEConfig)

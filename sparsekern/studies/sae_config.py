@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ..training import LoopConfig
-from .configs import check_finite, option
+from .configs import StudyConfig, check_finite, option
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class SAEConfig:
+class SAEConfig(StudyConfig):
     """Everything that decides a run. Fields marked free may change when a run is resumed."""
 
     activations: tuple[str, ...] = option(
@@ -79,19 +79,13 @@ class SAEConfig:
             self._check(name, getattr(self, name) >= 1, "must be at least 1")
         for name in ("latents", "k_start", "micro_batch", "auxk", "multi_k"):
             self._check(name, getattr(self, name) >= 0, "must be at least 0")
+        self._check_choices()
         for item in fields(self):
-            choices = item.metadata.get("choices")
-            fits = choices is None or getattr(self, item.name) in choices
-            self._check(item.name, fits, f"must be one of {', '.join(choices or ())}")
             check_finite(item.name, getattr(self, item.name))
         self._check("seed", 0 <= self.seed < 2**63, "must lie in 0..2^63 - 1")
         self._check("learning_rate", self.learning_rate > 0, "must be above 0")
         for name in ("anneal", "warmup", "decay"):
             self._check(name, 0 <= getattr(self, name) <= 1, "must lie in 0..1")
-
-    def _check(self, name: str, fits: bool, condition: str) -> None:
-        if not fits:
-            raise ValueError(f"{name} {condition}, got {getattr(self, name)}")
 
     def check_width(self, latents: int) -> None:
         """Every k of the schedule must be possible."""
@@ -114,7 +108,5 @@ class SAEConfig:
         )
 
     def identity(self) -> dict[str, Any]:
-        """The fields that must be equal when a run is resumed."""
-        free = {f.name for f in fields(self) if f.metadata.get("free")}
-        stored = {name: value for name, value in asdict(self).items() if name not in free}
-        return {**stored, "activations": list(self.activations)}
+        """The fields that must be equal when a run is resumed; JSON has lists, not tuples."""
+        return {**super().identity(), "activations": list(self.activations)}

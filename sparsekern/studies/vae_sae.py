@@ -8,18 +8,17 @@ final evaluation also with sampled z, which gives far lower ones.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import backend, describe
+from .. import backend
 from ..data import CountError, DSprites, load, rendered
 from ..metrics import UnitActivity
 from ..models.vae_sae import VAESAE, vae_sae_loss
@@ -27,7 +26,6 @@ from ..training import (
     SCHEDULES,
     LoopConfig,
     Outcome,
-    RunError,
     RunFolder,
     permuted_rows,
     scheduled_k,
@@ -35,18 +33,25 @@ from ..training import (
 )
 from ..training.runs import write_atomically
 from . import figures
-from .configs import option, usable_device
+from .configs import (
+    Report,
+    StudyConfig,
+    backends_of,
+    check_packages,
+    option,
+    read_config,
+    usable_device,
+)
 
 NAME = "vae-sae"
 EVALUATION_BATCH = 256
 SHOWN_IMAGES = 12
 LARGEST_SEED = 2**64 - 1  # of torch's generators
-NEEDED = ("filelock", "matplotlib", "safetensors", "tqdm")
 OPERATIONS = ("topk", "sparse_matmul", "sparse_matmul_backward", "count_active", "codes_to_dense")
 
 
 @dataclass(frozen=True)
-class VAESAEConfig:
+class VAESAEConfig(StudyConfig):
     """Everything that decides a run. Fields marked free may change when a run is resumed."""
 
     data: str | None = option(
@@ -85,10 +90,7 @@ class VAESAEConfig:
             "test_images", "log_every", "checkpoint_every",
         ):  # fmt: skip
             self._check(name, getattr(self, name) >= 1, "must be at least 1")
-        for item in fields(self):
-            choices = item.metadata.get("choices")
-            fits = choices is None or getattr(self, item.name) in choices
-            self._check(item.name, fits, f"must be one of {', '.join(choices or ())}")
+        self._check_choices()
         self._check("seed", 0 <= self.seed <= LARGEST_SEED, f"must lie in 0..{LARGEST_SEED}")
         # Both chains are false for NaN.
         fits = 0 < self.learning_rate < math.inf
@@ -98,32 +100,15 @@ class VAESAEConfig:
             fits = 1 <= getattr(self, name) <= self.units
             self._check(name, fits, f"must lie in 1..{self.units} (the number of units)")
 
-    def _check(self, name: str, fits: bool, condition: str) -> None:
-        if not fits:
-            raise ValueError(f"{name} {condition}, got {getattr(self, name)}")
-
     def loop(self) -> LoopConfig:
         """The part that the training loop needs."""
         names = {f.name for f in fields(LoopConfig)}
         return LoopConfig(**{name: value for name, value in asdict(self).items() if name in names})
 
-    def identity(self) -> dict[str, Any]:
-        """The fields that must be equal when a run is resumed."""
-        free = {f.name for f in fields(self) if f.metadata.get("free")}
-        return {name: value for name, value in asdict(self).items() if name not in free}
-
 
 Config = VAESAEConfig
 PRESETS: dict[str, dict[str, Any]] = {"default": {}}
 FILES = ("history.png", "reconstructions.png", "results.json", "metrics.jsonl")
-
-
-class Report(NamedTuple):
-    """What a run ends with."""
-
-    outcome: Outcome
-    results: dict[str, Any] | None
-    """Final measurements, or None when training was interrupted."""
 
 
 class _Task:
@@ -232,10 +217,7 @@ def run(config: VAESAEConfig, folder: str | Path, *, resume: bool = False) -> Re
         ModuleNotFoundError: the packages of the extra "data" are not installed.
     """
     folder = Path(folder)
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise ModuleNotFoundError(
-            f"{', '.join(missing)} not installed (pip install 'sparsekern[data]')"
-        )
+    check_packages()
     device = usable_device(config.device)
     with backend(config.backend):
         _probe(device)
@@ -286,7 +268,6 @@ def _results(
     mean = evaluate(model, test)
     sampled = evaluate(model, test, sample_seed=config.seed)
     device = test.device.type
-    rows = describe()["implementations"]
     return {
         "data": source,
         "test_images": len(test),
@@ -296,11 +277,7 @@ def _results(
         "steps": outcome.step,
         "images_per_second": outcome.examples_per_second,
         "device": device,
-        "backends": {
-            row["operation"]: row["backend"]
-            for row in rows
-            if row["device"] == device and row["operation"] in OPERATIONS
-        },
+        "backends": backends_of(OPERATIONS, device),
     }
 
 
@@ -353,10 +330,4 @@ def saved_config(folder: str | Path) -> VAESAEConfig:
     Raises:
         RunError: there is no run, or not one of this study.
     """
-    stored = RunFolder.read_config(folder)
-    if stored.get("study") != NAME:
-        raise RunError(f"{folder} holds a run of {stored.get('study')!r}, not of {NAME!r}")
-    try:
-        return VAESAEConfig(**stored["config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{folder} holds a config this version cannot read: {error}") from error
+    return read_config(folder, NAME, VAESAEConfig)
