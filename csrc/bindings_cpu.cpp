@@ -1,7 +1,7 @@
 // sparsekern._native: the CPU kernels as functions of addresses and sizes.
 //
 // Pointers travel as integers (0 is null); `context` is the number of threads. sparsekern._cuda has
-// the same functions with the same arguments.
+// the same functions with the same arguments, and more that tell the sizes of the workspaces it needs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -21,8 +21,6 @@ template <class T = void>
 T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
-
-int64_t no_workspace(int64_t, int64_t) { return 0; }
 
 void topk(Address x, int dtype, int64_t rows, int64_t n, int64_t row_stride, int64_t col_stride,
           int64_t k, int flags, Address values, Address indices, Address masked, Address counts,
@@ -106,8 +104,6 @@ std::map<std::string, std::string> build_info() {
 PYBIND11_MODULE(_native, m) {
   m.doc() = "CPU kernels of sparsekern; called through sparsekern.native.";
   const auto release = py::call_guard<py::gil_scoped_release>();
-  m.def("topk_workspace", [](int64_t, int64_t, int64_t, int) { return 0; });
-  m.def("transpose_workspace", &no_workspace);
   m.def("topk", &topk, release);
   m.def("codes_to_dense", &codes_to_dense, release);
   m.def("sparse_matmul", &sparse_matmul, release);

@@ -23,6 +23,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
+
+from ._direct import dispatcher_has_nothing_to_do
 
 NAMESPACE = "sparsekern"
 BACKENDS = ("auto", "reference", "native", "triton")
@@ -232,15 +235,20 @@ def define(
     if autocast is not None:
         for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             _definitions.impl(name, _autocast_rule(overload, autocast, device_type), key)
-    return _without_tangents(name, overload)
+    return _entrance(operation, overload)
 
 
-def _without_tangents(name: str, overload: Callable[..., Any]) -> Callable[..., Any]:
-    """The overload, refusing forward-mode differentiation, whose tangents torch would drop."""
-    forward_ad = torch.autograd.forward_ad
+def _entrance(operation: Operation, overload: Callable[..., Any]) -> Callable[..., Any]:
+    """What the public functions call: the implementation itself where torch's dispatcher has
+    nothing to do, else the overload.
+
+    Refuses forward-mode differentiation, whose tangents torch would drop.
+    """
 
     @functools.wraps(overload)
     def call(*args: Any) -> Any:
+        if dispatcher_has_nothing_to_do(args):
+            return operation(*args)
         if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
             for arg in args:
                 if (
@@ -248,7 +256,7 @@ def _without_tangents(name: str, overload: Callable[..., Any]) -> Callable[..., 
                     and forward_ad.unpack_dual(arg).tangent is not None
                 ):
                     raise NotImplementedError(
-                        f"{name}: there is no forward-mode derivative (torch.func.jvp, "
+                        f"{operation.name}: there is no forward-mode derivative (torch.func.jvp, "
                         "forward_ad); use torch.autograd.grad or backward"
                     )
         return overload(*args)

@@ -7,8 +7,8 @@ on a GPU.
 
 from __future__ import annotations
 
-import contextlib
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -26,18 +26,22 @@ def module_for(tensor: torch.Tensor) -> ModuleType:
     return module
 
 
-def context_for(tensor: torch.Tensor) -> int:
-    """torch's thread count for a CPU tensor, the current stream for a CUDA tensor."""
-    if tensor.device.type == "cpu":
-        return torch.get_num_threads()
-    return torch.cuda.current_stream(tensor.device).cuda_stream
+def launch(name: str, tensor: torch.Tensor, *args: Any) -> Any:
+    """Call a function of the compiled module for the tensor's device, with that device's context:
+    torch's thread count on a CPU, the current stream on a GPU."""
+    function = getattr(module_for(tensor), name)
+    if tensor.is_cuda:
+        with torch.cuda.device(tensor.device):
+            return function(*args, torch.cuda.current_stream(tensor.device).cuda_stream)
+    return function(*args, torch.get_num_threads())
 
 
-def on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    """Makes the tensor's GPU the current one for a launch; nothing to do on a CPU."""
-    if tensor.device.type == "cpu":
-        return contextlib.nullcontext()
-    return torch.cuda.device(tensor.device)
+def workspace(name: str, tensor: torch.Tensor, *sizes: int) -> torch.Tensor | None:
+    """Scratch memory of as many bytes as the module's function `name` asks for; a module without
+    that function needs none."""
+    size_of = vars(module_for(tensor)).get(name)
+    size = size_of(*sizes) if size_of else 0
+    return tensor.new_empty(size, dtype=torch.uint8) if size else None
 
 
 def pointer(tensor: torch.Tensor | None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..ops.checks import bad_index, check_range
-from . import DTYPE_TAGS, INDEX_TAGS, context_for, module_for, on_device_of, pointer
+from . import DTYPE_TAGS, INDEX_TAGS, launch, pointer
 
 
 def count_active(indices: torch.Tensor, n: int, values: torch.Tensor | None) -> torch.Tensor:
@@ -13,17 +13,17 @@ def count_active(indices: torch.Tensor, n: int, values: torch.Tensor | None) -> 
     if indices.device.type != "cpu":
         check_range("count_active", indices, n)
     counts = indices.new_zeros(n, dtype=torch.int64)
-    with on_device_of(indices):
-        wrong = module_for(indices).count_active(
-            indices.data_ptr(),
-            INDEX_TAGS[indices.dtype],
-            indices.numel(),
-            pointer(values),
-            0 if values is None else DTYPE_TAGS[values.dtype],
-            n,
-            counts.data_ptr(),
-            context_for(indices),
-        )
+    wrong = launch(
+        "count_active",
+        indices,
+        indices.data_ptr(),
+        INDEX_TAGS[indices.dtype],
+        indices.numel(),
+        pointer(values),
+        0 if values is None else DTYPE_TAGS[values.dtype],
+        n,
+        counts.data_ptr(),
+    )
     if wrong >= 0:
         raise bad_index("count_active", indices, wrong, n)
     return counts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import context_for, module_for, on_device_of
+from . import launch
 
 
 def adam_step(
@@ -23,18 +23,18 @@ def adam_step(
 ) -> None:
     """Contiguous float32 tensors of one shape ([rows, d] with unit_rows); all but grad change."""
     d = parameter.shape[-1] if parameter.dim() else 1
-    with on_device_of(parameter):
-        module_for(parameter).adam_step(
-            *(tensor.data_ptr() for tensor in (parameter, grad, mean, square)),
-            parameter.numel() // d,
-            d,
-            step_size,
-            new_mean,
-            beta2,
-            new_square,
-            root_scale,
-            eps,
-            weight_decay,
-            unit_rows,
-            context_for(parameter),
-        )
+    launch(
+        "adam_step",
+        parameter,
+        *(tensor.data_ptr() for tensor in (parameter, grad, mean, square)),
+        parameter.numel() // d,
+        d,
+        step_size,
+        new_mean,
+        beta2,
+        new_square,
+        root_scale,
+        eps,
+        weight_decay,
+        unit_rows,
+    )

@@ -6,7 +6,7 @@ import torch
 
 from ..ops.checks import bad_index
 from ..ops.sparse_matmul import empty_like_dictionary
-from . import DTYPE_TAGS, INDEX_TAGS, context_for, module_for, on_device_of, pointer
+from . import DTYPE_TAGS, INDEX_TAGS, launch, pointer, workspace
 
 
 def sparse_matmul(
@@ -17,23 +17,23 @@ def sparse_matmul(
     rows, k = values.shape
     n, d = weight.shape
     out = values.new_empty(rows, d)
-    with on_device_of(values):
-        wrong = module_for(values).sparse_matmul(
-            values.data_ptr(),
-            DTYPE_TAGS[values.dtype],
-            indices.data_ptr(),
-            INDEX_TAGS[indices.dtype],
-            rows,
-            k,
-            weight.data_ptr(),
-            DTYPE_TAGS[weight.dtype],
-            n,
-            d,
-            *weight.stride(),
-            pointer(bias),
-            out.data_ptr(),
-            context_for(values),
-        )
+    wrong = launch(
+        "sparse_matmul",
+        values,
+        values.data_ptr(),
+        DTYPE_TAGS[values.dtype],
+        indices.data_ptr(),
+        INDEX_TAGS[indices.dtype],
+        rows,
+        k,
+        weight.data_ptr(),
+        DTYPE_TAGS[weight.dtype],
+        n,
+        d,
+        *weight.stride(),
+        pointer(bias),
+        out.data_ptr(),
+    )
     if wrong >= 0:
         raise bad_index("sparse_matmul", indices, wrong, n)
     return out
@@ -42,7 +42,7 @@ def sparse_matmul(
 def transpose_codes(indices: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """indices [...] -> offsets int64 [n + 1] and positions int32 [codes]: the codes grouped by
     latent, in order."""
-    module, count = module_for(indices), indices.numel()
+    count = indices.numel()
     if count >= 2**31:
         raise ValueError(
             "sparse_matmul: one call takes fewer than 2^31 codes in its backward pass, "
@@ -50,19 +50,18 @@ def transpose_codes(indices: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.
         )
     offsets = indices.new_empty(n + 1, dtype=torch.int64)
     positions = indices.new_empty(count, dtype=torch.int32)
-    scratch_bytes = module.transpose_workspace(count, n)
-    scratch = indices.new_empty(scratch_bytes, dtype=torch.uint8) if scratch_bytes else None
-    with on_device_of(indices):
-        wrong = module.transpose_codes(
-            indices.data_ptr(),
-            INDEX_TAGS[indices.dtype],
-            count,
-            n,
-            offsets.data_ptr(),
-            positions.data_ptr(),
-            pointer(scratch),
-            context_for(indices),
-        )
+    scratch = workspace("transpose_workspace", indices, count, n)
+    wrong = launch(
+        "transpose_codes",
+        indices,
+        indices.data_ptr(),
+        INDEX_TAGS[indices.dtype],
+        count,
+        n,
+        offsets.data_ptr(),
+        positions.data_ptr(),
+        pointer(scratch),
+    )
     if wrong >= 0:
         raise bad_index("sparse_matmul", indices, wrong, n)
     return offsets, positions
@@ -86,23 +85,23 @@ def sparse_matmul_backward(
         offsets, positions = transpose_codes(indices, n)
     grad_values = torch.empty_like(values) if need_values else values.new_empty(0)
     grad_weight = empty_like_dictionary(weight) if need_weight else weight.new_empty(0)
-    with on_device_of(grad):
-        module_for(grad).sparse_matmul_backward(
-            grad.data_ptr(),
-            DTYPE_TAGS[grad.dtype],
-            values.data_ptr(),
-            rows,
-            k,
-            weight.data_ptr(),
-            DTYPE_TAGS[weight.dtype],
-            n,
-            d,
-            *weight.stride(),
-            offsets.data_ptr(),
-            positions.data_ptr(),
-            grad_values.data_ptr() if need_values else 0,
-            grad_weight.data_ptr() if need_weight else 0,
-            *(grad_weight.stride() if need_weight else (0, 0)),
-            context_for(grad),
-        )
+    launch(
+        "sparse_matmul_backward",
+        grad,
+        grad.data_ptr(),
+        DTYPE_TAGS[grad.dtype],
+        values.data_ptr(),
+        rows,
+        k,
+        weight.data_ptr(),
+        DTYPE_TAGS[weight.dtype],
+        n,
+        d,
+        *weight.stride(),
+        offsets.data_ptr(),
+        positions.data_ptr(),
+        grad_values.data_ptr() if need_values else 0,
+        grad_weight.data_ptr() if need_weight else 0,
+        *(grad_weight.stride() if need_weight else (0, 0)),
+    )
     return grad_values, grad_weight

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import DTYPE_TAGS, context_for, module_for, on_device_of, pointer
+from . import DTYPE_TAGS, launch, pointer, workspace
 
 SORTED, RELU, ABS = 1, 2, 4
 
@@ -30,29 +30,28 @@ def _select(
     x: torch.Tensor, k: int, flags: int, masked: torch.Tensor | None, count: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, n = x.shape
-    module, tag = module_for(x), DTYPE_TAGS[x.dtype]
+    tag = DTYPE_TAGS[x.dtype]
     values = x.new_empty(rows, k)
     indices = x.new_empty(rows, k, dtype=torch.int64)
-    counts = x.new_zeros(n if count else 0, dtype=torch.int64)
-    scratch_bytes = module.topk_workspace(rows, n, k, tag)
-    scratch = x.new_empty(scratch_bytes, dtype=torch.uint8) if scratch_bytes else None
-    with on_device_of(x):
-        module.topk(
-            x.data_ptr(),
-            tag,
-            rows,
-            n,
-            x.stride(0),
-            x.stride(1),
-            k,
-            flags,
-            values.data_ptr(),
-            indices.data_ptr(),
-            pointer(masked),
-            counts.data_ptr() if count else 0,
-            pointer(scratch),
-            context_for(x),
-        )
+    counts = x.new_zeros(n, dtype=torch.int64) if count else x.new_empty(0, dtype=torch.int64)
+    scratch = workspace("topk_workspace", x, rows, n, k, tag)
+    launch(
+        "topk",
+        x,
+        x.data_ptr(),
+        tag,
+        rows,
+        n,
+        x.stride(0),
+        x.stride(1),
+        k,
+        flags,
+        values.data_ptr(),
+        indices.data_ptr(),
+        pointer(masked),
+        counts.data_ptr() if count else 0,
+        pointer(scratch),
+    )
     return values, indices, counts
 
 
@@ -60,15 +59,15 @@ def codes_to_dense(values: torch.Tensor, indices: torch.Tensor, n: int) -> torch
     """values [rows, k], indices int64 [rows, k], unique within a row -> dense [rows, n]."""
     rows, k = values.shape
     dense = values.new_empty(rows, n)
-    with on_device_of(values):
-        module_for(values).codes_to_dense(
-            values.data_ptr(),
-            DTYPE_TAGS[values.dtype],
-            indices.data_ptr(),
-            rows,
-            k,
-            n,
-            dense.data_ptr(),
-            context_for(values),
-        )
+    launch(
+        "codes_to_dense",
+        values,
+        values.data_ptr(),
+        DTYPE_TAGS[values.dtype],
+        indices.data_ptr(),
+        rows,
+        k,
+        n,
+        dense.data_ptr(),
+    )
     return dense

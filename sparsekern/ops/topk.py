@@ -235,12 +235,10 @@ def _rows(backend: str, name: str, reference: Any) -> Any:
         if x.numel() == 0:
             return reference(x, k, *options)
         check_count(name, "k", k, x.shape[-1], "the size of the last dimension")
-        outputs = getattr(_library.kernels(backend, "topk"), name)(
-            x.reshape(-1, x.shape[-1]), k, *options
-        )
+        kernel = getattr(_library.kernels(backend, "topk"), name)
         if x.dim() == 2:
-            return outputs
-        *rows, counts = outputs
+            return kernel(x, k, *options)
+        *rows, counts = kernel(x.reshape(-1, x.shape[-1]), k, *options)
         return *(t.view(*x.shape[:-1], t.shape[-1]) for t in rows), counts
 
     return run

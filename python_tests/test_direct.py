@@ -1,0 +1,91 @@
+"""A call may skip torch's dispatcher only where the dispatcher would do nothing."""
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sparsekern
+from sparsekern._direct import dispatcher_has_nothing_to_do
+
+X = torch.tensor([[3.0, -1.0, 2.0, 0.5], [0.0, 7.0, -2.0, 1.0]])
+
+
+class SeesOperations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+class SeesFunctions(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen.append(getattr(func, "__name__", str(func)))
+        return func(*args, **(kwargs or {}))
+
+
+class Tagged(torch.Tensor):
+    pass
+
+
+def test_plain_tensors_without_gradients_need_no_dispatcher():
+    parameter = torch.nn.Parameter(X.clone())
+    assert dispatcher_has_nothing_to_do((X, 2, True, None))
+    with torch.no_grad():
+        assert dispatcher_has_nothing_to_do((parameter, X))
+    with torch.inference_mode():
+        assert dispatcher_has_nothing_to_do((X, 2))
+        assert dispatcher_has_nothing_to_do((torch.ones(2), 2))
+    assert not dispatcher_has_nothing_to_do((X, parameter))
+
+
+def test_modes_see_the_operation():
+    with SeesOperations() as operations:
+        sparsekern.topk(X, 2)
+    assert "sparsekern::topk" in operations.seen
+    with SeesFunctions() as functions:
+        sparsekern.topk(X, 2)
+    assert any("topk" in name for name in functions.seen)
+
+
+def test_profiler_sees_the_operation():
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        sparsekern.topk(X, 2)
+    assert "sparsekern::topk" in {event.key for event in profile.key_averages()}
+
+
+def test_tracing_records_the_operation():
+    graph = make_fx(lambda x: sparsekern.topk(x, 2).values)(X).graph
+    assert any("sparsekern.topk" in str(node.target) for node in graph.nodes)
+
+
+@pytest.mark.parametrize("call", [lambda x: sparsekern.topk(x, 2).values, sparsekern.nn.TopK(2)])
+def test_a_lazily_negated_view_keeps_its_sign(call):
+    negated = torch.complex(torch.zeros_like(X), X).conj().imag
+    assert negated.is_neg()
+    torch.testing.assert_close(call(negated), call(-X))
+
+
+def test_subclasses_and_meta_tensors_go_through_torch():
+    assert not dispatcher_has_nothing_to_do((X.to("meta"), 2))
+    assert sparsekern.topk(X.to("meta"), 2).values.shape == (2, 2)
+    tagged = X.as_subclass(Tagged)
+    torch.testing.assert_close(torch.Tensor(sparsekern.topk(tagged, 2).values), X.topk(2).values)
+
+
+def test_autocast_and_function_transforms_go_through_torch():
+    codes = sparsekern.topk(X, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not dispatcher_has_nothing_to_do((X, 2))
+        out = sparsekern.sparse_matmul(codes.values, codes.indices, torch.eye(4))
+    assert out.dtype == torch.bfloat16
+    rows = torch.vmap(lambda row: sparsekern.topk(row, 2).values)(X)
+    torch.testing.assert_close(rows, codes.values)
