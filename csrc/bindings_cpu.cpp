@@ -1,7 +1,8 @@
 // sparsekern._native: the CPU kernels as functions of addresses and sizes.
 //
 // Pointers travel as integers (0 is null); `context` is the number of threads. sparsekern._cuda has
-// the same functions with the same arguments, and more that tell the sizes of the workspaces it needs.
+// the same functions with the same arguments, and more that tell the sizes of the workspaces it
+// needs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

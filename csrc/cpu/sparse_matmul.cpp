@@ -1,6 +1,7 @@
 // Forward: sparse codes times a row-major dictionary. Column-major: sparse_matmul_columns.cpp.
 #include "sparse_matmul.h"
 
+#include <algorithm>
 #include <type_traits>
 
 #include "indices.h"
@@ -19,6 +20,8 @@ constexpr int64_t kTile = 1024;
 constexpr int kRowsAtOnce = 8;
 // Multiply-adds that pay for waking another thread.
 constexpr int64_t kWorkPerThread = 1 << 16;
+// Rows handed out at once, at most: enough to make the handing out cheap.
+constexpr int64_t kRowsAtMost = 8;
 
 // sums[0..width) += the next `Count` entries of the row, in their order.
 template <int Count, class Values, class Weight, class Index, class Scalar>
@@ -87,16 +90,28 @@ void multiply_row(const Product<Values, Weight, Index>& p, int64_t b, int64_t fe
   }
 }
 
+// Returns the position of the first index outside the dictionary, or -1. Rows are handed out a few
+// at a time, since the threads do not start at the same moment.
 template <class Values, class Weight, class Index>
-void multiply_rows(const Product<Values, Weight, Index>& p, int threads) {
+int64_t multiply_rows(const Product<Values, Weight, Index>& p, int threads) {
   const int team = useful_threads(threads, p.rows * (p.k + 1) * p.d, kWorkPerThread);
-#pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
+  const int64_t chunk = std::clamp<int64_t>(p.rows / (4 * team), 1, kRowsAtMost);
+  int64_t first_bad = p.rows * p.k;
+#pragma omp parallel for num_threads(team) schedule(dynamic, chunk) \
+    reduction(min : first_bad) if (team > 1)
   for (int64_t b = 0; b < p.rows; ++b) {
+    const int64_t end = (b + 1) * p.k;
+    const int64_t bad = first_bad_in_block(p.indices, b * p.k, end, p.n);
+    if (bad < end) {
+      if (bad < first_bad) first_bad = bad;
+      continue;
+    }
     for (int64_t feature = 0; feature < p.d; feature += kTile) {
       const int64_t left = p.d - feature;
       multiply_row(p, b, feature, left < kTile ? left : kTile);
     }
   }
+  return first_bad < p.rows * p.k ? first_bad : -1;
 }
 
 }  // namespace
@@ -107,8 +122,7 @@ int64_t sparse_matmul(const void* values, int dtype, const void* indices, int in
                       void* out, int threads) {
   return visit_indices(indices, index_tag, [&](auto* typed_indices) {
     using Index = std::remove_const_t<std::remove_pointer_t<decltype(typed_indices)>>;
-    const int64_t bad = first_bad_index(typed_indices, rows * k, n, threads);
-    if (bad >= 0 || rows == 0 || d == 0) return bad;
+    int64_t bad = -1;
     visit_types(dtype, weight_dtype, [&](auto value, auto weight_value) {
       using Values = decltype(value);
       using Weight = decltype(weight_value);
@@ -125,10 +139,11 @@ int64_t sparse_matmul(const void* values, int dtype, const void* indices, int in
                                                    static_cast<const Weight*>(bias),
                                                    static_cast<Values*>(out)};
       if (weight_stride_d == 1 || d == 1) {
-        multiply_rows(product, threads);
-      } else {
-        multiply_columns(product, threads);
+        bad = multiply_rows(product, threads);
+        return;
       }
+      bad = first_bad_index(typed_indices, rows * k, n, threads);
+      if (bad < 0 && rows > 0 && d > 0) multiply_columns(product, threads);
     });
     return bad;
   });

@@ -6,7 +6,7 @@
 // dtype tags: 0 float32, 1 bfloat16, 2 float16, 3 float64; index tags: 0 int64, 1 int32.
 // A weight element (i, f) lies at i * stride_n + f * stride_d; one of the strides is 1.
 // An int64_t result is -1, or the flat position of the first index outside 0..n-1; in that case
-// nothing was written.
+// the outputs are not to be used.
 #include <cstdint>
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {

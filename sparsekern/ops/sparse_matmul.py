@@ -194,6 +194,13 @@ def _backward_fake(
 # -- kernels take matrices -------------------------------------------------------------------------
 
 
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous matrix of a tensor's rows; the tensor itself where it is one."""
+    if tensor.dim() != 2:
+        tensor = tensor.reshape(-1, tensor.shape[-1])
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
 def _addressable(weight: torch.Tensor) -> torch.Tensor:
     """weight itself when one of its strides is 1, else a contiguous copy."""
     return weight if weight.stride(1) == 1 or column_major(weight) else weight.contiguous()
@@ -207,14 +214,10 @@ def _matrices(backend: str) -> Any:
             check_range("sparse_matmul", indices, weight.shape[0])
         if values.numel() == 0 or weight.numel() == 0:
             return sparse_matmul_reference(values, indices, weight, bias)
-        k = values.shape[-1]
-        out = _library.kernels(backend, "sparse_matmul").sparse_matmul(
-            values.reshape(-1, k).contiguous(),
-            indices.reshape(-1, k).contiguous(),
-            _addressable(weight),
-            None if bias is None else bias.contiguous(),
-        )
-        return out.view(*values.shape[:-1], weight.shape[1])
+        kernel = _library.kernels(backend, "sparse_matmul").sparse_matmul
+        bias = None if bias is None else bias.contiguous()
+        out = kernel(_rows(values), _rows(indices), _addressable(weight), bias)
+        return out if values.dim() == 2 else out.view(*values.shape[:-1], weight.shape[1])
 
     return run
 
@@ -233,13 +236,12 @@ def _backward_matrices(backend: str) -> Any:
             return sparse_matmul_backward_reference(
                 grad, values, indices, weight, need_values, need_weight
             )
-        d, k = weight.shape[1], values.shape[-1]
         grad_values, grad_weight = _library.kernels(
             backend, "sparse_matmul"
         ).sparse_matmul_backward(
-            grad.reshape(-1, d).contiguous(),
-            values.reshape(-1, k).contiguous(),
-            indices.reshape(-1, k).contiguous(),
+            _rows(grad),
+            _rows(values),
+            _rows(indices),
             _addressable(weight),
             need_values,
             need_weight,
@@ -361,10 +363,7 @@ def _backward_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
 
 def _autocast(args: Any, dtype: torch.dtype) -> Any:
     values, indices, weight, bias, *transposition = args
-    if torch.float64 in (
-        values.dtype,
-        weight.dtype,
-    ):  # as torch.matmul: autocast leaves float64 alone
+    if torch.float64 in (values.dtype, weight.dtype):  # as torch.matmul: left alone
         return args
     if weight.dtype not in (torch.float32, dtype):
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
