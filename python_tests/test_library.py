@@ -129,7 +129,7 @@ ALLOWED = {
     "ops": {"_library", "ops"},
     "native": {"_library", "native", "ops"},
     "kernels": {"kernels"},
-    "nn": {"ops"},
+    "nn": {"nn", "ops"},
     "optim": {"ops"},
     "metrics": {"ops"},
     "testing": set(),
