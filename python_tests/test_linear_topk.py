@@ -84,6 +84,24 @@ def test_only_the_given_latents_are_selected(target, sliced):
     testing.assert_same("indices", codes.indices, expected[1])
 
 
+GROUPS = [(2, 20, 4), (5, 40, 10), (20, 60, 20), (3, 33, 33), (1, 30, 7)]
+
+
+@pytest.mark.parametrize("sorted_", [False, True])
+def test_groups_are_selected_separately(target, counted, sliced, sorted_):
+    for groups, n, k in GROUPS:
+        x, weight, bias = whole(7, 4), whole(n, 4), whole(n)
+        moved = [t.to(target.device) for t in (x, weight, bias)]
+        codes = sparsekern.linear_topk(*moved, k, groups=groups, sorted=sorted_)
+        scores = F.linear(x, weight, bias).unflatten(1, (groups, n // groups))
+        order = scores.sort(dim=-1, descending=True, stable=True).indices[..., : k // groups]
+        order = order if sorted_ else order.sort(-1).values
+        starts = torch.arange(groups).unsqueeze(1) * (n // groups)
+        testing.assert_same("values", codes.values, scores.gather(-1, order).relu().flatten(1))
+        testing.assert_same("indices", codes.indices, (order + starts).flatten(1))
+        counted()
+
+
 @pytest.mark.parametrize("k", [4, 45], ids=["few", "more than the positive ones"])
 def test_gradients_equal_dense_autograd(target, counted, sliced, k):
     torch.manual_seed(k)
@@ -180,7 +198,7 @@ def test_operator_registration(target):
     for tensor in (x, weight, bias, scale):
         tensor.requires_grad_()
     for transpose in (False, True):
-        args = (x, weight, bias, 3, None, scale, None, True, False, transpose)
+        args = (x, weight, bias, 4, None, scale, None, 2, True, False, transpose)
         torch.library.opcheck(torch.ops.sparsekern.linear_topk.default, args)
     indices = torch.randint(0, 9, (4, 3), device=target.device)
     torch.library.opcheck(torch.ops.sparsekern.transpose_codes.default, (indices, 9))
@@ -261,6 +279,18 @@ BAD = {
         ValueError,
         r"latents must be \[M\] int64",
         lambda: sparsekern.linear_topk(X, WEIGHT, None, 2, latents=torch.tensor([1.0])),
+    ),
+    "groups that do not divide k": (
+        ValueError,
+        "groups must divide k = 4 and the number of latents 9, got 3",
+        lambda: sparsekern.linear_topk(X, WEIGHT, None, 4, groups=3),
+    ),
+    "groups of given latents": (
+        ValueError,
+        "groups must be 1 when latents is given",
+        lambda: sparsekern.linear_topk(
+            X, WEIGHT, None, 2, groups=2, latents=torch.tensor([1, 2, 4, 5])
+        ),
     ),
     "transposition": (
         ValueError,

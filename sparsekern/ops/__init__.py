@@ -2,6 +2,7 @@
 
 from .activity import count_active
 from .adam import adam_step
+from .linear_at import linear_at
 from .linear_topk import TransposedCodes, linear_topk
 from .sparse_matmul import sparse_matmul
 from .topk import Codes, CountedCodes, codes_to_dense, topk, topk_mask
@@ -15,6 +16,7 @@ __all__ = [
     "adam_step",
     "codes_to_dense",
     "count_active",
+    "linear_at",
     "linear_topk",
     "sparse_matmul",
     "topk",

@@ -8,7 +8,7 @@ the total order, slices come in ascending order of latents, so the result is the
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -50,6 +50,19 @@ class Layer:
             out.mul_(cut(self.scale))
 
 
+class Selection(NamedTuple):
+    """What to keep of each row: k / groups scores of each group of consecutive latents.
+
+    select: the backend's topk(x, k, sorted, relu, abs, count).
+    """
+
+    k: int
+    groups: int
+    relu: bool
+    sorted: bool
+    select: Any
+
+
 def rows_at_once(k: int) -> int:
     """How many rows share a buffer."""
     return max(1, BUFFER_ELEMENTS // max(SMALLEST_SLICE, 4 * k))
@@ -58,35 +71,87 @@ def rows_at_once(k: int) -> int:
 def select_rows(
     layer: Layer,
     rows: torch.Tensor,
-    k: int,
-    relu: bool,
-    sorted: bool,
-    select: Any,
+    wanted: Selection,
     values: torch.Tensor,
     indices: torch.Tensor,
 ) -> None:
     """Codes of some rows, into values and indices [rows, k]."""
-    count = len(rows)
-    width = min(layer.width, max(SMALLEST_SLICE, 4 * k, BUFFER_ELEMENTS // count))
+    count, k = len(rows), wanted.k // wanted.groups
+    group = layer.width // wanted.groups
+    width = min(layer.width, max(SMALLEST_SLICE, 4 * wanted.k, BUFFER_ELEMENTS // count))
     buffer = rows.new_empty(count * width)
-    if width == layer.width:
-        scores = buffer.view(count, width)
-        layer.scores(rows, 0, width, scores)
-        values[:], indices[:], _ = select(scores, k, sorted, relu, False, False)
+    if wanted.groups > 1 and group <= width:
+        whole = width // group
+        for first in range(0, wanted.groups, whole):
+            last = min(first + whole, wanted.groups)
+            codes = slice(first * k, last * k)
+            _select_groups(
+                layer, rows, wanted, range(first, last), buffer, values[:, codes], indices[:, codes]
+            )
         return
-    starts = range(0, layer.width, width)
-    kept = [min(k, layer.width - first) for first in starts]
-    slice_values = rows.new_empty(count, sum(kept))
-    slice_indices = indices.new_empty(count, sum(kept))
-    place = 0
-    for first, keep in zip(starts, kept, strict=True):
-        last = min(first + width, layer.width)
+    for at in range(wanted.groups):
+        codes = slice(at * k, (at + 1) * k)
+        _select_range(
+            layer, rows, wanted, at * group, (at + 1) * group, buffer,
+            values[:, codes], indices[:, codes],
+        )  # fmt: skip
+
+
+def _select_groups(
+    layer: Layer,
+    rows: torch.Tensor,
+    wanted: Selection,
+    groups: range,
+    buffer: torch.Tensor,
+    values: torch.Tensor,
+    indices: torch.Tensor,
+) -> None:
+    """Codes of some groups whose scores fit into the buffer: a group of a row is a row."""
+    count, k = len(rows), wanted.k // wanted.groups
+    group = layer.width // wanted.groups
+    scores = buffer[: count * len(groups) * group].view(count, len(groups) * group)
+    layer.scores(rows, groups.start * group, groups.stop * group, scores)
+    found, where, _ = wanted.select(
+        scores.view(count * len(groups), group), k, wanted.sorted, wanted.relu, False, False
+    )
+    values.copy_(found.view(count, len(groups) * k))
+    starts = torch.arange(groups.start, groups.stop, device=rows.device) * group
+    where.view(count, len(groups), k).add_(starts.unsqueeze(1))
+    indices.copy_(where.view(count, len(groups) * k))
+
+
+def _select_range(
+    layer: Layer,
+    rows: torch.Tensor,
+    wanted: Selection,
+    begin: int,
+    end: int,
+    buffer: torch.Tensor,
+    values: torch.Tensor,
+    indices: torch.Tensor,
+) -> None:
+    """Codes of the latents begin..end-1, slice by slice."""
+    count, k = values.shape
+    width = min(len(buffer) // count, end - begin)
+    slice_values: list[torch.Tensor] = []
+    slice_indices: list[torch.Tensor] = []
+    single = width == end - begin
+    for first in range(begin, end, width):
+        last = min(first + width, end)
         scores = buffer[: count * (last - first)].view(count, last - first)
         layer.scores(rows, first, last, scores)
-        found, where, _ = select(scores, min(keep, last - first), False, False, False, False)
-        end = place + found.shape[1]
-        slice_values[:, place:end] = found
-        torch.add(where, first, out=slice_indices[:, place:end])
-        place = end
-    values[:], where, _ = select(slice_values, k, sorted, relu, False, False)
-    torch.gather(slice_indices, 1, where, out=indices)
+        found, where, _ = wanted.select(
+            scores, min(k, last - first), single and wanted.sorted, single and wanted.relu,
+            False, False,
+        )  # fmt: skip
+        slice_values.append(found)
+        slice_indices.append(where.add_(first))
+    if single:
+        values.copy_(slice_values[0])
+        indices.copy_(slice_indices[0])
+        return
+    found, where, _ = wanted.select(
+        torch.cat(slice_values, 1), k, wanted.sorted, wanted.relu, False, False
+    )
+    values.copy_(found)
+    indices.copy_(torch.cat(slice_indices, 1).gather(1, where))

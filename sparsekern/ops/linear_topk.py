@@ -28,7 +28,7 @@ import torch
 
 from .. import _library
 from .checks import check_count, check_floating, check_same_device
-from .linear_slices import Layer, rows_at_once, select_rows
+from .linear_slices import Layer, Selection, rows_at_once, select_rows
 from .sparse_matmul import _sparse_matmul, _sparse_matmul_backward
 from .topk import Codes, topk_reference
 from .transposition import Transposition, _transpose_codes
@@ -49,7 +49,7 @@ Maybe = torch.Tensor | None
 @overload
 def linear_topk(
     x: Tensor, weight: Tensor, bias: Maybe, k: int, *, pre_bias: Maybe = ..., scale: Maybe = ...,
-    latents: Maybe = ..., relu: bool = ..., sorted: bool = ...,
+    latents: Maybe = ..., groups: int = ..., relu: bool = ..., sorted: bool = ...,
     return_transposition: Literal[False] = ...,
 ) -> Codes: ...  # fmt: skip
 
@@ -57,7 +57,8 @@ def linear_topk(
 @overload
 def linear_topk(
     x: Tensor, weight: Tensor, bias: Maybe, k: int, *, pre_bias: Maybe = ..., scale: Maybe = ...,
-    latents: Maybe = ..., relu: bool = ..., sorted: bool = ..., return_transposition: Literal[True],
+    latents: Maybe = ..., groups: int = ..., relu: bool = ..., sorted: bool = ...,
+    return_transposition: Literal[True],
 ) -> TransposedCodes: ...  # fmt: skip
 
 
@@ -70,6 +71,7 @@ def linear_topk(
     pre_bias: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
     latents: torch.Tensor | None = None,
+    groups: int = 1,
     relu: bool = True,
     sorted: bool = False,
     return_transposition: bool = False,
@@ -93,9 +95,11 @@ def linear_topk(
             decoder's rows. The values returned are scaled, too.
         latents: [M] int64, ascending: only these are computed and selected from (dead latents, for
             an auxiliary loss). Indices still count all N.
+        groups: select in so many groups of consecutive latents separately, k / groups from each;
+            divides k and N, and excludes `latents`. The codes come group by group.
         relu: set selected values <= 0 to zero; their slots and indices stay, without gradient.
-        sorted: True gives the largest first; False gives ascending indices, which is cheaper and
-            the order in which `sparse_matmul` reads the dictionary best.
+        sorted: True gives the largest first (of a group); False gives ascending indices, which is
+            cheaper and the order in which `sparse_matmul` reads the dictionary best.
         return_transposition: also return the transposition of the indices, which this operation's
             backward pass needs anyway, to be given to `sparse_matmul`.
 
@@ -123,18 +127,21 @@ def linear_topk(
         >>> values.tolist(), indices.tolist()
         ([[1.0, 0.0]], [[0, 2]])
     """
-    _check(x, weight, bias, pre_bias, scale, latents)
+    _check("linear_topk", x, weight, bias, pre_bias, scale, latents)
     width = weight.shape[0] if latents is None else latents.shape[0]
     what = "the number of latents" if latents is None else "the size of latents"
     k = check_count("linear_topk", "k", k, width, what)
-    arguments = (x, weight, bias, k, pre_bias, scale, latents, relu, sorted, return_transposition)
-    values, indices, *transposition = _linear_topk(*arguments)
+    groups = _check_groups(groups, k, width, latents)
+    values, indices, *transposition = _linear_topk(
+        x, weight, bias, k, pre_bias, scale, latents, groups, relu, sorted, return_transposition
+    )
     if return_transposition:
         return TransposedCodes(values, indices, Transposition(*transposition))
     return Codes(values, indices)
 
 
 def _check(
+    op: str,
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -142,7 +149,6 @@ def _check(
     scale: torch.Tensor | None,
     latents: torch.Tensor | None,
 ) -> None:
-    op = "linear_topk"
     check_floating(op, "x", x)
     check_floating(op, "weight", weight)
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
@@ -182,6 +188,20 @@ def _check(
     )
 
 
+def _check_groups(groups: int, k: int, width: int, latents: torch.Tensor | None) -> int:
+    if groups == 1:
+        return 1
+    op = "linear_topk"
+    groups = check_count(op, "groups", groups, k, "k")
+    if k % groups or width % groups:
+        raise ValueError(
+            f"{op}: groups must divide k = {k} and the number of latents {width}, got {groups}"
+        )
+    if latents is not None:
+        raise ValueError(f"{op}: groups must be 1 when latents is given, got {groups}")
+    return groups
+
+
 # -- reference -------------------------------------------------------------------------------------
 
 
@@ -203,6 +223,7 @@ def linear_topk_reference(
     pre_bias: torch.Tensor | None,
     scale: torch.Tensor | None,
     latents: torch.Tensor | None,
+    groups: int,
     relu: bool,
     sorted: bool,
     transpose: bool,
@@ -215,7 +236,10 @@ def linear_topk_reference(
     )
     if scale is not None:
         scores = scores * chosen(scale)
-    values, indices, _ = topk_reference(scores, k, sorted, relu, False, False)
+    grouped = scores.unflatten(-1, (groups, scores.shape[-1] // groups))
+    values, indices, _ = topk_reference(grouped, k // groups, sorted, relu, False, False)
+    indices = indices + torch.arange(groups, device=x.device).unsqueeze(1) * grouped.shape[-1]
+    values, indices = values.flatten(-2), indices.flatten(-2)
     if latents is not None:
         indices = latents[indices]
     return values, indices, *_transposed(indices, weight.shape[0], transpose)
@@ -233,23 +257,25 @@ def _slices(backend: str) -> Any:
         pre_bias: torch.Tensor | None,
         scale: torch.Tensor | None,
         latents: torch.Tensor | None,
+        groups: int,
         relu: bool,
         sorted: bool,
         transpose: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         if x.numel() == 0:
             return linear_topk_reference(
-                x, weight, bias, k, pre_bias, scale, latents, relu, sorted, transpose
+                x, weight, bias, k, pre_bias, scale, latents, groups, relu, sorted, transpose
             )
         select = _library.kernels(backend, "topk").topk
         rows = _centred(x.reshape(-1, x.shape[-1]), pre_bias).contiguous()
         values = rows.new_empty(len(rows), k)
         indices = rows.new_empty(len(rows), k, dtype=torch.int64)
         layer = Layer(weight, bias, scale, latents, rows.dtype)
+        selection = Selection(k, groups, relu, sorted, select)
         step = rows_at_once(k)
         for first in range(0, len(rows), step):
             part = slice(first, first + step)
-            select_rows(layer, rows[part], k, relu, sorted, select, values[part], indices[part])
+            select_rows(layer, rows[part], selection, values[part], indices[part])
         if latents is not None:
             indices = latents[indices]
         shape = (*x.shape[:-1], k)
@@ -270,6 +296,7 @@ def _fake(
     pre_bias: Any,
     scale: Any,
     latents: Any,
+    groups: int,
     relu: bool,
     sorted: bool,
     transpose: bool,
@@ -285,7 +312,7 @@ def _fake(
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, bias, _, pre_bias, scale, _, ctx.relu, _, ctx.transposed = inputs
+    x, weight, bias, _, pre_bias, scale, _, _, ctx.relu, _, ctx.transposed = inputs
     values, indices, offsets, positions = output
     ctx.mark_non_differentiable(indices, offsets, positions)
     ctx.save_for_backward(x, weight, bias, pre_bias, scale, values, indices, offsets, positions)
@@ -322,7 +349,7 @@ def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
         d_x = _sparse_matmul(g, indices, weight, None, *transposition)
         if need_pre_bias:
             d_pre_bias = -d_x.reshape(-1, d_x.shape[-1]).sum(0, dtype=pre_bias.dtype)
-    return d_x if need_x else None, d_weight, d_bias, None, d_pre_bias, d_scale, *[None] * 4
+    return d_x if need_x else None, d_weight, d_bias, None, d_pre_bias, d_scale, *[None] * 5
 
 
 def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -352,7 +379,7 @@ def _autocast(args: Any, dtype: torch.dtype) -> Any:
 _linear_topk = _library.define(
     "linear_topk",
     "(Tensor x, Tensor weight, Tensor? bias, SymInt k, Tensor? pre_bias, Tensor? scale,"
-    " Tensor? latents, bool relu, bool sorted, bool transpose)"
+    " Tensor? latents, SymInt groups, bool relu, bool sorted, bool transpose)"
     " -> (Tensor values, Tensor indices, Tensor offsets, Tensor positions)",
     reference=linear_topk_reference,
     implementations={"native": _slices("native"), "triton": _slices("triton")},
