@@ -62,6 +62,25 @@ def test_codes(target):
     assert (layer.codes(x).indices.diff(dim=-1) > 0).all()
 
 
+@pytest.mark.parametrize("post", [torch.relu, torch.tanh, None])
+def test_groups_are_selected_separately(target, post):
+    x = torch.randn(4, 5, 12, device=target.device)
+    counter = DeadNeuronCounter(12).to(target.device)
+    layer = TopK(6, post, groups=3, counter=counter)
+    parts = x.unflatten(-1, (3, 4))
+    expected = dense_topk(parts, 2, post or (lambda v: v)).flatten(-2)
+    testing.assert_same("dense", layer(x), expected)
+    fired = (expected != 0).reshape(-1, 12).any(0)
+    testing.assert_same("counter", counter.rows_since_fired == 0, fired)
+    for sort in (False, True):
+        values, indices = layer.codes(x, sorted=sort)
+        testing.assert_same("codes", torch.zeros_like(x).scatter(-1, indices, values), expected)
+    with pytest.raises(ValueError, match="multiple of groups = 3, got 4"):
+        layer.k = 4
+    with pytest.raises(ValueError, match="groups must divide the last dimension of x, 10, got 3"):
+        layer(x[..., :10])
+
+
 def test_k_changes_during_training():
     layer, x = TopK(5), torch.randn(3, 9)
     for k in (5, 2, 9):

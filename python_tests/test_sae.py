@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparsekern.models import SparseAutoencoder
-from sparsekern.models.sae import geometric_median
+from sparsekern.models.statistics import geometric_median
 
 F = torch.nn.functional
 

@@ -16,11 +16,12 @@ import sparsekern
 from sparsekern.cli import main
 from sparsekern.data import ActivationStore, synthetic, write_activations
 from sparsekern.models import SparseAutoencoder
-from sparsekern.models.sae import total_variance
+from sparsekern.models.statistics import total_variance
 from sparsekern.studies import sae
 from sparsekern.training import checkpoints
 
-KILLS = 6
+KILLS = 20
+LONG = {"epochs": 12}  # so that the run outlives its kills
 
 
 @pytest.fixture(scope="module")
@@ -100,15 +101,63 @@ def test_kernels_and_reference_agree(activations, tmp_path):
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-4, atol=1e-5)
 
 
+ACTIVATIONS = {
+    "groups": {"activation": "topk", "groups": 2, "k": 2, "k_start": 6},
+    "batchtopk": {"activation": "batchtopk"},
+    "jumprelu": {
+        "activation": "jumprelu", "threshold": 0.1, "bandwidth": 0.1, "sparsity_weight": 0.02,
+        "k_start": 0,
+    },
+    "relu": {"activation": "relu", "sparsity_weight": 0.1, "k_start": 0},
+    "prefixes": {"prefixes": (12, 24)},
+}  # fmt: skip
+
+
+def end_after(monkeypatch, steps):
+    """Interrupts a run, as Ctrl-C does, after so many steps."""
+    backward = sae._Task.backward
+
+    def counted(task, batch):
+        if task.step == steps:
+            signal.raise_signal(signal.SIGINT)
+        return backward(task, batch)
+
+    monkeypatch.setattr(sae._Task, "backward", counted)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation_trains_and_resumes(activations, tmp_path, name, monkeypatch):
+    changes = {**ACTIVATIONS[name], "auxk": 0}
+    report = sae.run(config(activations, **changes), tmp_path / "whole")
+    assert report.results["fvu"] < 0.4 and report.results["l0"] < 12
+    interrupted = tmp_path / "interrupted"
+    settings = config(activations, **changes)
+    end_after(monkeypatch, steps=100)
+    assert sae.run(settings, interrupted).results is None
+    monkeypatch.undo()
+    sae.run(settings, interrupted, resume=True)
+    assert_same_outcome(outcome(interrupted), outcome(tmp_path / "whole"))
+    measured = sae.evaluate_run(interrupted)
+    assert measured["l0"] == report.results["l0"]
+
+
 def command(activations, folder, resume):
     flags = []
-    for name, value in SMALL.items():
+    for name, value in {**SMALL, **LONG}.items():
         if name != "progress":
             flags += ["--" + name.replace("_", "-"), str(value)]
     start = ["--resume", str(folder), "--no-progress"]
     if not resume:
         start = ["--activations", activations, "--out", str(folder), *flags, "--no-progress"]
     return [sys.executable, "-m", "sparsekern", "train", "sae", *start]
+
+
+def wait_for_steps(process, metrics):
+    """Returns when the process has written metrics twice, or has ended."""
+    sizes = {metrics.stat().st_size if metrics.exists() else 0}
+    while process.poll() is None and len(sizes) < 3:
+        time.sleep(0.02)
+        sizes.add(metrics.stat().st_size if metrics.exists() else 0)
 
 
 def test_kills_at_random_moments_cost_nothing_but_time(activations, tmp_path):
@@ -118,28 +167,21 @@ def test_kills_at_random_moments_cost_nothing_but_time(activations, tmp_path):
     whole = subprocess.run(command(activations, tmp_path / "whole", False), capture_output=True)
     assert whole.returncode == 0, whole.stderr.decode()
     folder, chance = tmp_path / "killed", random.Random(3)
-    kills, began = 0, time.monotonic()
-    while kills < KILLS and time.monotonic() - began < 150:
-        resume = (folder / "config.json").exists()
-        process = subprocess.Popen(command(activations, folder, resume), stderr=subprocess.PIPE)
-        # most of a short run is the start of Python: wait for the first metrics, then a little
-        sizes = [0]
-        while process.poll() is None and time.monotonic() - began < 150:
-            metrics = folder / "metrics.jsonl"
-            sizes.append(metrics.stat().st_size if metrics.exists() else 0)
-            if len(sizes) > 2 and sizes[-1] != sizes[-2] and sizes[-2] != 0:
-                break
-            time.sleep(0.02)
-        time.sleep(chance.uniform(0, 0.3))
-        if process.poll() is not None:
-            break
+    for kill in range(KILLS):
+        process = subprocess.Popen(
+            command(activations, folder, (folder / "config.json").exists()), stderr=subprocess.PIPE
+        )
+        if kill % 5 == 0:  # at any moment of its start, which is most of a short run
+            time.sleep(chance.uniform(0, 4))
+        else:
+            wait_for_steps(process, folder / "metrics.jsonl")
+            time.sleep(chance.uniform(0, 0.1))
+        assert process.poll() is None, f"the run ended before kill {kill}"
         process.send_signal(signal.SIGKILL)
         process.wait()
-        kills += 1
         if (folder / "checkpoint.json").exists():
             tensors, facts = checkpoints.read_checkpoint(folder)
             assert facts["step"] > 0 and tensors
-    assert kills, "the run ended before it could be killed"
     done = subprocess.run(
         command(activations, folder, (folder / "config.json").exists()), capture_output=True
     )
@@ -231,6 +273,26 @@ BAD = {
     ),
     "share": (lambda good, tmp: ["--activations", good, "--decay", "2"], "decay must lie in 0..1"),
     "seed": (lambda good, tmp: ["--activations", good, "--seed", "-1"], "seed must lie in"),
+    "weight of nothing": (
+        lambda good, tmp: ["--activations", good, "--sparsity-weight", "0.1"],
+        "sparsity_weight must be 0 with --activation topk, got 0.1",
+    ),
+    "groups of relu": (
+        lambda good, tmp: ["--activations", good, "--activation", "relu", "--groups", "2"],
+        "groups must be 1 with --activation relu, got 2",
+    ),
+    "k between groups": (
+        lambda good, tmp: ["--activations", good, "--groups", "3"],
+        "k must be a multiple of groups = 3, got 32",
+    ),
+    "groups between latents": (
+        lambda good, tmp: ["--activations", good, "--groups", "3", "--k", "33"],
+        "groups must divide the number of latents 128, got 3",
+    ),
+    "prefixes": (
+        lambda good, tmp: ["--activations", good, "--prefixes", "64", "128"],
+        "prefixes must lie in 1..127",
+    ),
     "device": (lambda good, tmp: ["--activations", good, "--device", "nope"], "device 'nope'"),
 }
 

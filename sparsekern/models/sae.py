@@ -1,9 +1,16 @@
-"""The top-k sparse autoencoder, with its auxiliary losses.
+"""The sparse autoencoder, with its activations and auxiliary losses.
 
-    codes          = topk((x - decoder_bias) @ encoder.T + encoder_bias, k), then ReLU
+    codes          = activation((x - decoder_bias) @ encoder.T + encoder_bias)
     reconstruction = codes @ dictionary + decoder_bias
     FVU            = sum |x - reconstruction|^2 / sum |x - mean over the batch of x|^2
     total          = FVU + auxk_weight * AuxK + multi_weight * FVU of the multi_k largest codes
+                   + sparsity_weight * sparsity + sum over prefixes of the FVU of the prefix
+
+The activation is TopK (Gao et al. 2024), TopK in groups, BatchTopK (Bussmann et al. 2024, arXiv
+2412.06410), JumpReLU (Rajamanoharan et al. 2024, arXiv 2407.14435) or ReLU. `sparsity` is the mean
+number of active latents of a row for JumpReLU (its L0, with the straight-through gradient), and the
+mean sum of a row's codes for ReLU (L1). `prefixes` make a Matryoshka autoencoder (Bussmann et al.
+2025, arXiv 2503.17547): the reconstruction from the first latents alone has a loss, too.
 
 AuxK (Gao et al. 2024, arXiv 2406.04093, appendix A.2) lets dead latents explain what is left: with
 e = x - reconstruction, held constant, and e' the reconstruction of e by the auxk largest scores
@@ -18,19 +25,19 @@ The scores [B, N] are never stored, and the gradients of both matrices are sums 
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..nn import DeadNeuronCounter
+from ..nn import BatchTopK, DeadNeuronCounter, TopK
 from ..ops.checks import check_count
-from ..ops.linear_topk import linear_topk
-from ..ops.sparse_matmul import sparse_matmul
 from ..ops.topk import Codes
-
-MEDIAN_STEPS = 100
-MEDIAN_TOLERANCE = 1e-6
+from .decoding import Decoder
+from .encoding import Scores, Width, check_activation, encode
+from .statistics import at_least_float32, geometric_median, squared_error, total_variance
 
 
 class SAEOutput(NamedTuple):
@@ -42,27 +49,37 @@ class SAEOutput(NamedTuple):
 
 
 class SAELoss(NamedTuple):
-    """The loss and its parts, scalars: total = fvu + auxk_weight * auxk + multi_weight * multi."""
+    """The loss and its parts, scalars: total = fvu + auxk_weight * auxk + multi_weight * multi +
+    sparsity_weight * sparsity + prefixes."""
 
     total: Tensor
     fvu: Tensor
     auxk: Tensor
     multi: Tensor
+    sparsity: Tensor
+    prefixes: Tensor
 
 
 class SparseAutoencoder(nn.Module):
-    """A sparse autoencoder with k of N latents active.
+    """A sparse autoencoder with few of N latents active.
 
     Args:
         features: D, width of the activations it is trained on.
         latents: N, width of the sparse layer.
-        k: active latents per row, 1..N; change it during training through :attr:`k`.
+        k: active latents per row, 1..N; short for ``activation=TopK(k)``.
+        activation: `sparsekern.TopK`, `BatchTopK`, `JumpReLU` (one threshold a latent) or
+            `torch.nn.ReLU`, instead of k. It is applied to codes, not to all N scores, except where
+            many are active.
+        sparsity_weight: weight of the activation's own sparsity loss: L0 for JumpReLU, L1 for ReLU.
+        prefixes: numbers of first latents, ascending and below N, whose reconstructions have a loss
+            of their own (Matryoshka).
         auxk: dead latents per row in the auxiliary loss; 0 leaves it out. The paper takes a power
             of two near D / 2.
         auxk_weight: weight of that loss.
         multi_k: active latents per row in the second reconstruction; 0 leaves it out.
         multi_weight: weight of its FVU.
         dead_after: rows (tokens) without firing after which a latent is dead.
+        distributed: count dead latents over all processes (see `DeadNeuronCounter`).
         tied: one matrix for encoder and dictionary.
         scale_scores: rank and decode by scores times the norms of the dictionary's rows (SAELens'
             rescale_acts_by_decoder_norm): the dictionary may then have rows of any norm.
@@ -87,13 +104,17 @@ class SparseAutoencoder(nn.Module):
         self,
         features: int,
         latents: int,
-        k: int,
+        k: int | None = None,
         *,
+        activation: nn.Module | None = None,
+        sparsity_weight: float = 0.0,
+        prefixes: Sequence[int] = (),
         auxk: int = 0,
         auxk_weight: float = 1 / 32,
         multi_k: int = 0,
         multi_weight: float = 1 / 8,
         dead_after: int = 10_000_000,
+        distributed: bool = False,
         tied: bool = False,
         scale_scores: bool = False,
     ) -> None:
@@ -104,13 +125,25 @@ class SparseAutoencoder(nn.Module):
             if value:
                 check_count("SparseAutoencoder", name, value, latents, "the number of latents")
         check_count("SparseAutoencoder", "dead_after", dead_after, 2**62, "rows")
+        if (k is None) == (activation is None):
+            raise ValueError(
+                "SparseAutoencoder: one of k and activation must be given, "
+                f"got k = {k} and activation = {activation}"
+            )
+        _check_prefixes(prefixes, latents)
         dictionary = nn.functional.normalize(torch.randn(latents, features), dim=1)
         self.dictionary = nn.Parameter(dictionary)
         self.encoder = self.dictionary if tied else nn.Parameter(dictionary.clone())
         self.encoder_bias = nn.Parameter(torch.zeros(latents))
         self.decoder_bias = nn.Parameter(torch.zeros(features))
-        self.counter = DeadNeuronCounter(latents)
-        self.k = k
+        self.counter = DeadNeuronCounter(latents, distributed=distributed)
+        self.activation = TopK(1) if activation is None else activation
+        check_activation(self.activation, latents)
+        if k is not None:
+            self.k = k
+        self.sparsity_weight = sparsity_weight
+        self.prefixes = tuple(prefixes)
+        self._width = Width()
         self.auxk, self.auxk_weight = auxk, auxk_weight
         self.multi_k, self.multi_weight = multi_k, multi_weight
         self.dead_after = dead_after
@@ -118,14 +151,17 @@ class SparseAutoencoder(nn.Module):
 
     @property
     def k(self) -> int:
-        """Active latents per row."""
-        return self._kept.shape[1]
+        """Active latents per row (on average, for BatchTopK)."""
+        if not isinstance(self.activation, (TopK, BatchTopK)):
+            name = type(self.activation).__name__
+            raise AttributeError(f"SparseAutoencoder: {name} has no number of active latents k")
+        return self.activation.k
 
     @k.setter
     def k(self, k: int) -> None:
-        latents = len(self.dictionary)
-        k = check_count("SparseAutoencoder", "k", k, latents, "the number of latents")
-        self._kept = torch.empty(0, k)  # so that torch.compile sees it change: see TopK.k
+        self.activation.k = check_count(
+            "SparseAutoencoder", "k", k, len(self.dictionary), "the number of latents"
+        )
 
     @property
     def tied(self) -> bool:
@@ -137,89 +173,85 @@ class SparseAutoencoder(nn.Module):
     def _norms(self) -> Tensor | None:
         return self.dictionary.norm(dim=1) if self.scale_scores else None
 
-    def _unscaled(self, values: Tensor, indices: Tensor) -> Tensor:
-        """Scores times norms -> factors of the dictionary's rows."""
-        norms = self._norms()
-        return values if norms is None else values / norms[indices].to(values.dtype)
+    def _scores(self, x: Tensor) -> Scores:
+        return Scores(x, self.encoder, self.encoder_bias, self.decoder_bias, self._norms())
+
+    def _decoder(self) -> Decoder:
+        return Decoder(self.dictionary, self.decoder_bias, self._norms())
 
     def encode(self, x: Tensor, k: int | None = None) -> Codes:
-        """Codes of activations: x [..., D] -> values [..., k] and indices int64 [..., k].
+        """Codes of activations: x [..., D] -> values [..., w] and indices int64 [..., w].
 
         Args:
             x: floating point, of the parameters' dtype (or any, inside an autocast region).
-            k: another number of active latents than :attr:`k`.
+            k: keep the k largest instead of what the activation says.
+
+        Returns:
+            Codes(values, indices); w is k for TopK, else what the fullest row needs, zeros in
+            others.
         """
-        values, indices = linear_topk(
-            x,
-            self.encoder,
-            self.encoder_bias,
-            self.k if k is None else k,
-            pre_bias=self.decoder_bias,
-            scale=self._norms(),
-        )
-        return Codes(values, indices)
+        if k is not None:
+            return Codes(*self._scores(x).topk(k)[:2])
+        encoding = encode(self.activation, self._scores(x), self._width)
+        return Codes(encoding.values, encoding.indices)
 
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:
         """Reconstruction [..., D] of codes [..., k]."""
-        factors = self._unscaled(values, indices)
-        return sparse_matmul(factors, indices, self.dictionary, self.decoder_bias)
+        return self._decoder().sparse(values, indices)
 
     def forward(self, x: Tensor) -> SAEOutput:
         """Reconstruct x [..., D]."""
-        values, indices, transposition = linear_topk(
-            x,
-            self.encoder,
-            self.encoder_bias,
-            self.k,
-            pre_bias=self.decoder_bias,
-            scale=self._norms(),
-            return_transposition=True,
-        )
-        factors = self._unscaled(values, indices)
-        reconstruction = sparse_matmul(
-            factors, indices, self.dictionary, self.decoder_bias, transposition=transposition
-        )
-        if self.training:
-            self.counter.update(indices=indices, values=values.detach())
-        return SAEOutput(reconstruction, values, indices)
+        return self._reconstruct(x)[0]
 
-    def loss(self, x: Tensor, variance: Tensor | None = None) -> tuple[SAEOutput, SAELoss]:
+    def _reconstruct(self, x: Tensor) -> tuple[SAEOutput, Tensor, list[Tensor]]:
+        """The output, the sum of the activation's sparsity over the rows, and the reconstructions
+        of the prefixes."""
+        encoding = encode(self.activation, self._scores(x), self._width)
+        values, indices = encoding.values, encoding.indices
+        if self.training and encoding.dense:
+            self.counter.update(values.detach())
+        elif self.training:
+            self.counter.update(indices=indices, values=values.detach())
+        *prefixes, reconstruction = self._decoder()(encoding, self.prefixes)
+        return SAEOutput(reconstruction, values, indices), encoding.penalty, prefixes
+
+    def loss(
+        self, x: Tensor, variance: Tensor | None = None, rows: int | None = None
+    ) -> tuple[SAEOutput, SAELoss]:
         """Reconstruct x [..., D] and compare: (output, loss).
 
         Args:
             x: floating point.
-            variance: what the errors are divided by; None takes that of x. With the variance of a
-                whole batch, the losses of its parts add up to that of the batch (except that AuxK
-                takes the latents dead at each part).
+            variance: what the errors are divided by; None takes that of x.
+            rows: what the sparsity is divided by; None takes the rows of x. With variance and rows
+                of a whole batch, the losses of its parts add up to that of the batch (except that
+                AuxK takes the latents dead at each part, and BatchTopK the part as its batch).
         """
-        output = self(x)
+        output, penalty, partial = self._reconstruct(x)
         variance = total_variance(x) if variance is None else variance
+        rows = max(1, x.numel() // x.shape[-1]) if rows is None else rows
         fvu = squared_error(x, output.reconstruction) / variance
         auxk = self._auxk(x, output.reconstruction) / variance if self.auxk else fvu.new_zeros(())
         multi = self._multi(x) / variance if self.multi_k else fvu.new_zeros(())
+        sparsity = penalty / rows
+        prefixes = sum((squared_error(x, part) / variance for part in partial), fvu.new_zeros(()))
         total = fvu + self.auxk_weight * auxk + self.multi_weight * multi
-        return output, SAELoss(total, fvu, auxk, multi)
+        total = total + self.sparsity_weight * sparsity + prefixes
+        return output, SAELoss(total, fvu, auxk, multi, sparsity, prefixes)
 
     def _auxk(self, x: Tensor, reconstruction: Tensor) -> Tensor:
         """min(1, dead / auxk) * sum |e - e'|^2. Counting the dead latents waits for the device."""
         dead = self.counter.dead(self.dead_after).nonzero().squeeze(1)
         if len(dead) == 0:
-            return _at_least_float32(x.new_zeros(()))
+            return at_least_float32(x.new_zeros(()))
         residual = (x - reconstruction).detach()
-        values, indices = linear_topk(
-            x,
-            self.encoder,
-            self.encoder_bias,
-            min(self.auxk, len(dead)),
-            pre_bias=self.decoder_bias,
-            scale=self._norms(),
-            latents=dead,
-        )
-        estimate = sparse_matmul(self._unscaled(values, indices), indices, self.dictionary)
+        codes = self._scores(x).topk(min(self.auxk, len(dead)), latents=dead)
+        estimate = self._decoder().sparse(*codes, biased=False)
         return min(1.0, len(dead) / self.auxk) * squared_error(residual, estimate)
 
     def _multi(self, x: Tensor) -> Tensor:
-        return squared_error(x, self.decode(*self.encode(x, self.multi_k)))
+        codes = self._scores(x).topk(self.multi_k)
+        return squared_error(x, self._decoder().sparse(*codes))
 
     # -- the dictionary's norms --------------------------------------------------------------------
 
@@ -242,47 +274,8 @@ class SparseAutoencoder(nn.Module):
         self.decoder_bias.copy_(geometric_median(x))
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def total_variance(x: Tensor) -> Tensor:
-    """sum |x - mean over rows|^2 of x [..., D], a scalar of at least float32; never zero."""
-    rows = _at_least_float32(x.reshape(-1, x.shape[-1]))
-    return (rows - rows.mean(0)).square().sum().clamp_min(torch.finfo(torch.float32).tiny)
-
-
-def squared_error(x: Tensor, estimate: Tensor) -> Tensor:
-    """sum |x - estimate|^2 over everything, a scalar of at least float32."""
-    return (_at_least_float32(x) - _at_least_float32(estimate)).square().sum()
-
-
-@torch.no_grad()
-def geometric_median(
-    x: Tensor, steps: int = MEDIAN_STEPS, tolerance: float = MEDIAN_TOLERANCE
-) -> Tensor:
-    """The point with the least sum of distances to the rows of x [rows, D]: Weiszfeld's iteration.
-
-    Args:
-        x: at least one row, floating point.
-        steps: at most so many iterations.
-        tolerance: ends when the point moves by less than this share of the rows' mean distance.
-
-    Returns:
-        [D] of x's dtype.
-    """
-    if x.dim() != 2 or len(x) == 0:
-        raise ValueError(
-            f"geometric_median: x must be [rows, D] with at least one row, got {list(x.shape)}"
-        )
-    rows = _at_least_float32(x)
-    point = rows.mean(0)
-    for _ in range(steps):
-        distance = (rows - point).norm(dim=1)
-        weights = 1 / distance.clamp_min(1e-12)
-        moved = (weights @ rows) / weights.sum()
-        done = (moved - point).norm() <= tolerance * distance.mean()
-        point = moved
-        if done:
-            break
-    return point.to(x.dtype)
+def _check_prefixes(prefixes: Sequence[int], latents: int) -> None:
+    for prefix in prefixes:
+        check_count("SparseAutoencoder", "prefixes", prefix, latents - 1, "below the latents")
+    if any(first >= then for first, then in itertools.pairwise(prefixes)):
+        raise ValueError(f"SparseAutoencoder: prefixes must ascend, got {list(prefixes)}")

@@ -18,6 +18,10 @@ class DeadNeuronCounter(nn.Module):
 
     Args:
         n: number of latents, at least 1.
+        distributed: count the rows of all processes of torch.distributed's default group, which
+            must update together (data-parallel training): a latent then dies after so many rows of
+            the whole batch, and has fired when it did in any process. One all-reduce of n + 1
+            integers an update; without an initialized group it changes nothing.
         device: where the buffers live.
 
     Attributes:
@@ -33,8 +37,15 @@ class DeadNeuronCounter(nn.Module):
 
     rows_since_fired: torch.Tensor
 
-    def __init__(self, n: int, *, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        n: int,
+        *,
+        distributed: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
         super().__init__()
+        self.distributed = distributed
         self.n = check_count("DeadNeuronCounter", "n", n, 2**31 - 1, "the number of latents")
         self.register_buffer(
             "rows_since_fired", torch.zeros(self.n, dtype=torch.int64, device=device)
@@ -88,7 +99,12 @@ class DeadNeuronCounter(nn.Module):
                     f"{counts.dtype}"
                 )
             fired = counts > 0
-        self.rows_since_fired += rows
+        total: int | torch.Tensor = rows
+        if self.distributed and torch.distributed.is_initialized():
+            sums = torch.cat((fired.to(torch.int64), torch.full((1,), rows, device=fired.device)))
+            torch.distributed.all_reduce(sums)
+            fired, total = sums[:-1] > 0, sums[-1]
+        self.rows_since_fired += total
         self.rows_since_fired.masked_fill_(fired, 0)
 
     def _check_width(self, tensor: torch.Tensor, name: str) -> None:
@@ -119,4 +135,5 @@ class DeadNeuronCounter(nn.Module):
             self.rows_since_fired.masked_fill_(latents, 0)
 
     def extra_repr(self) -> str:
-        return f"n={self.n}"
+        distributed = ", distributed=True" if self.distributed else ""
+        return f"n={self.n}{distributed}"

@@ -33,6 +33,8 @@ class TopK(nn.Module):
             are. The default is ReLU, or None with abs=True. A bool here is taken as
             `use_sparse_activations`.
         abs: select by magnitude; values keep their sign.
+        groups: select in so many groups of neighbouring entries separately, k / groups in each;
+            must divide k and n.
         counter: a `DeadNeuronCounter` that is updated by each forward pass in training mode, from
             counts that the top-k kernel makes on its way.
         use_sparse_activations: return a sparse COO tensor (SAELens' form of the constructor).
@@ -61,6 +63,7 @@ class TopK(nn.Module):
         post: Post | bool | None = _UNSET,
         *,
         abs: bool = False,
+        groups: int = 1,
         counter: DeadNeuronCounter | None = None,
         use_sparse_activations: bool = False,
         postact_fn: Post | None = _UNSET,
@@ -79,6 +82,7 @@ class TopK(nn.Module):
             raise TypeError(f"TopK: post must be callable or None, got {post!r}")
         if counter is not None and not isinstance(counter, DeadNeuronCounter):
             raise TypeError(f"TopK: counter must be a DeadNeuronCounter or None, got {counter!r}")
+        self.groups = check_count("TopK", "groups", groups, 2**31 - 1, "the largest index")
         self.k = k
         self.post = post
         self.abs = abs
@@ -94,11 +98,19 @@ class TopK(nn.Module):
     def k(self, k: int) -> None:
         # The width of an empty tensor: torch.compile takes the integers of modules as constants,
         # and would compile again for every k of a schedule.
-        self._kept = torch.empty(0, check_count("TopK", "k", k, 2**31 - 1, "the largest index"))
+        k = check_count("TopK", "k", k, 2**31 - 1, "the largest index")
+        if k % self.groups:
+            raise ValueError(f"TopK: k must be a multiple of groups = {self.groups}, got {k}")
+        self._kept = torch.empty(0, k)
 
     @property
     def _fused_relu(self) -> bool:
         return isinstance(self.post, nn.ReLU) or self.post in (torch.relu, nn.functional.relu)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether values are selected as they are and then go through ReLU."""
+        return self._fused_relu and not self.abs
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., n] -> [..., n], dense (or sparse COO with use_sparse_activations)."""
@@ -107,28 +119,47 @@ class TopK(nn.Module):
         fused = self._fused_relu
         post = None if fused else self.post
         counter = self._active_counter(x)
+        single = self.groups == 1
+        grouped = x if single else self._split(x)
         masked, values, indices, counts = mask_with_codes(
-            x,
-            self.k,
+            grouped,
+            self.k // self.groups,
             relu=fused,
             abs=self.abs,
-            return_counts=counter is not None and post is None,
+            return_counts=counter is not None and post is None and single,
         )
         if post is not None:
             values = post(values)
-            masked = codes_to_dense(values, indices, x.shape[-1])
-        if counter is not None:
+            masked = codes_to_dense(values, indices, grouped.shape[-1])
+        if counter is not None and single:
             rows = x.numel() // x.shape[-1]
             if post is not None:
                 counts = count_active(indices, x.shape[-1], values.detach())
             counter.update(counts=counts, rows=rows)
-        return masked
+        elif counter is not None:
+            counter.update(masked.detach().flatten(-2))
+        return masked if single else masked.flatten(-2)
+
+    def _split(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., n] -> [..., groups, n / groups]."""
+        if x.shape[-1] % self.groups:
+            raise ValueError(
+                f"TopK: groups must divide the last dimension of x, {x.shape[-1]}, "
+                f"got {self.groups}"
+            )
+        return x.unflatten(-1, (self.groups, x.shape[-1] // self.groups))
 
     def codes(self, x: torch.Tensor, *, sorted: bool = False) -> Codes:
         """x [..., n] -> values [..., k] after `post` and indices int64 [..., k], ascending unless
-        sorted."""
+        sorted (then the largest of a group first)."""
         counter = self._active_counter(x)
-        values, indices = topk(x, self.k, sorted=sorted, relu=self._fused_relu, abs=self.abs)
+        grouped = x if self.groups == 1 else self._split(x)
+        values, indices = topk(
+            grouped, self.k // self.groups, sorted=sorted, relu=self._fused_relu, abs=self.abs
+        )
+        if self.groups > 1:
+            starts = torch.arange(self.groups, device=x.device).unsqueeze(1) * grouped.shape[-1]
+            values, indices = values.flatten(-2), (indices + starts).flatten(-2)
         if self.post is not None and not self._fused_relu:
             values = self.post(values)
         if counter is not None:
@@ -167,7 +198,8 @@ class TopK(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
-        return f"k={self.k}, abs={self.abs}, post={self.post}"
+        groups = f", groups={self.groups}" if self.groups > 1 else ""
+        return f"k={self.k}{groups}, abs={self.abs}, post={self.post}"
 
 
 def _post_named(name: str) -> nn.Module:

@@ -87,16 +87,30 @@ def _at(
     scale: torch.Tensor | None,
     transposition: Transposition | None,
 ) -> torch.Tensor:
-    grouped = transposition or (None, None)
-    shape = x.new_empty(indices.shape)  # of the result; its content is not read
-
-    def dots(rows: torch.Tensor, dictionary: torch.Tensor) -> torch.Tensor:
-        return _sparse_matmul_backward(rows, shape, indices, dictionary, True, False, *grouped)[0]
-
-    def entries(vector: torch.Tensor) -> torch.Tensor:
-        return dots(x.new_ones(*x.shape[:-1], 1), vector.unsqueeze(1))
-
-    scores = dots(_centred(x, pre_bias), weight)
+    scores = _dots(_centred(x, pre_bias), weight, indices, transposition)
     if bias is not None:
-        scores = scores + entries(bias)
-    return scores if scale is None else scores * entries(scale)
+        scores = scores + vector_at(bias.to(x.dtype), indices, transposition)
+    if scale is not None:
+        scores = scores * vector_at(scale.to(x.dtype), indices, transposition)
+    return scores
+
+
+def _dots(
+    rows: torch.Tensor,
+    dictionary: torch.Tensor,
+    indices: torch.Tensor,
+    transposition: Transposition | None,
+) -> torch.Tensor:
+    """rows [..., D], dictionary [N, D], indices [..., k] -> rows . dictionary[indices]."""
+    grouped = transposition or (None, None)
+    shape = rows.new_empty(indices.shape)  # of the result; its content is not read
+    return _sparse_matmul_backward(rows, shape, indices, dictionary, True, False, *grouped)[0]
+
+
+def vector_at(
+    vector: torch.Tensor, indices: torch.Tensor, transposition: Transposition | None = None
+) -> torch.Tensor:
+    """vector[indices] of a vector [N], with a gradient that is summed latent by latent: always in
+    the same order, and fast where latents repeat."""
+    ones = vector.new_ones(*indices.shape[:-1], 1)
+    return _dots(ones, vector.unsqueeze(1), indices, transposition)

@@ -56,7 +56,7 @@ def save_sae_history(path: Path, steps: Sequence[Mapping[str, Any]], batch_size:
 
     Args:
         path: the PNG.
-        steps: logged step records with step, fvu, l0, k and dead.
+        steps: logged step records with step, fvu, l0, dead and, where the activation has one, k.
         batch_size: tokens of a step.
     """
     figure = _new_figure(7, 7)
@@ -68,7 +68,8 @@ def save_sae_history(path: Path, steps: Sequence[Mapping[str, Any]], batch_size:
 
     line(panels[0], "fvu", "fraction of variance unexplained")
     panels[0].set(ylabel="FVU", yscale="log")
-    line(panels[1], "k", "k (latents kept)")
+    if steps and "k" in steps[0]:
+        line(panels[1], "k", "k (latents kept)")
     line(panels[1], "l0", "L0 (latents not zero)", linestyle="--")
     panels[1].set(ylabel="active latents", ylim=(0, None))
     line(panels[2], "dead", "dead latents", scale=100)

@@ -1,8 +1,9 @@
 """Training a sparse autoencoder on stored activations.
 
-One epoch is one pass over all tokens of the files, in the store's shuffled order. Learning rate and
-k are functions of the share of all steps that is done: the learning rate rises over `warmup`,
-stays, and falls to zero over `decay`; k falls from `k_start` to `k` over `anneal`.
+One epoch is one pass over all tokens of the files, in the store's shuffled order. Learning rate, k
+and the weight of the sparsity loss are functions of the share of all steps that is done: the
+learning rate rises over `warmup`, stays, and falls to zero over `decay`; k falls from `k_start` to
+`k` over `anneal`; the weight rises over `sparsity_warmup`.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .. import backend
+from .. import BatchTopK, JumpReLU, TopK, backend
 from ..data import ActivationStore
 from ..metrics import UnitActivity
-from ..models.sae import SparseAutoencoder, squared_error, total_variance
+from ..models import SparseAutoencoder
+from ..models.statistics import squared_error, total_variance
 from ..optim import Adam
 from ..training import Outcome, RunError, RunFolder, checkpoints, train
 from ..training.runs import write_atomically
@@ -75,7 +77,7 @@ class _Task:
         sums: dict[str, Tensor] = {}
         for part in batch.split(self.config.micro_batch or len(batch)):
             with _autocast(self.config, self.device):
-                output, loss = self.model.loss(part, variance=variance)
+                output, loss = self.model.loss(part, variance=variance, rows=len(batch))
             loss.total.backward()
             share = len(part) / len(batch)
             terms = {
@@ -83,17 +85,20 @@ class _Task:
                 "fvu": loss.fvu,
                 "auxk": loss.auxk,
                 "multi": loss.multi,
+                "sparsity": loss.sparsity,
+                "prefixes": loss.prefixes,
                 "l0": share * (output.values != 0).sum(-1).float().mean(),
                 "cosine": share * _cosine(part, output.reconstruction),
             }
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach()
         sums["dead"] = self.model.counter.fraction(self.config.dead_after)
-        sums["k"] = torch.tensor(float(self.model.k))
+        if self.config.counted:
+            sums["k"] = torch.tensor(float(self.model.k))
         return sums
 
     def _schedule(self, step: int) -> None:
-        """Learning rate and k of a step."""
+        """Learning rate, k and the weight of the sparsity loss at a step."""
         config = self.config
         total = max(1, config.epochs * self.steps_per_epoch)
         done = step / total
@@ -101,9 +106,12 @@ class _Task:
         fall = min(1.0, (1 - done) / config.decay) if config.decay else 1.0
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * rise * fall
-        start = config.k_start or config.k
-        way = min(1.0, done / config.anneal) if config.anneal else 1.0
-        self.model.k = round(start + (config.k - start) * way)
+        risen = min(1.0, done / config.sparsity_warmup) if config.sparsity_warmup else 1.0
+        self.model.sparsity_weight = config.sparsity_weight * risen
+        if config.counted:
+            start = (config.k_start or config.k) // config.groups
+            way = min(1.0, done / config.anneal) if config.anneal else 1.0
+            self.model.k = round(start + (config.k // config.groups - start) * way) * config.groups
 
     def evaluate(self, epoch: int) -> dict[str, float]:
         self._schedule((epoch + 1) * self.steps_per_epoch - 1)
@@ -125,7 +133,9 @@ def make_model(config: SAEConfig, store: ActivationStore) -> SparseAutoencoder:
         return SparseAutoencoder(
             store.features,
             latents,
-            config.k,
+            activation=_activation(config, latents),
+            sparsity_weight=config.sparsity_weight,
+            prefixes=config.prefixes,
             auxk=config.auxk,
             auxk_weight=config.auxk_weight,
             multi_k=config.multi_k,
@@ -136,8 +146,18 @@ def make_model(config: SAEConfig, store: ActivationStore) -> SparseAutoencoder:
         )
 
 
+def _activation(config: SAEConfig, latents: int) -> nn.Module:
+    if config.activation == "batchtopk":
+        return BatchTopK(config.k)
+    if config.activation == "jumprelu":
+        return JumpReLU(latents, threshold=config.threshold, bandwidth=config.bandwidth)
+    if config.activation == "relu":
+        return nn.ReLU()
+    return TopK(config.k, groups=config.groups)
+
+
 def _groups(config: SAEConfig, model: SparseAutoencoder) -> list[dict[str, Any]]:
-    rest = [model.encoder_bias, model.decoder_bias]
+    rest = [model.encoder_bias, model.decoder_bias, *model.activation.parameters()]
     if not config.tied:
         rest.append(model.encoder)
     return [
@@ -277,7 +297,7 @@ def _results(config: SAEConfig, task: _Task, outcome: Outcome) -> dict[str, Any]
         "tokens": task.store.tokens * config.epochs,
         "features": task.store.features,
         "latents": len(task.model.dictionary),
-        "k": task.model.k,
+        **({"k": task.model.k} if config.counted else {}),
         **evaluate(config, task.model, task.store, task.device),
         "steps": outcome.step,
         "tokens_per_second": outcome.examples_per_second,

@@ -36,7 +36,20 @@ class SAEConfig(StudyConfig):
         "refuse", "what to do about rows with NaN or infinities", choices=("refuse", "skip")
     )
     latents: int = option(0, "width of the sparse layer; 0 takes 8 times that of the activations")
-    k: int = option(32, "active latents per token")
+    activation: str = option(
+        "topk", "what makes scores sparse", choices=("topk", "batchtopk", "jumprelu", "relu")
+    )
+    k: int = option(32, "active latents per token (topk, and on average batchtopk)")
+    groups: int = option(1, "groups of latents that topk selects in separately")
+    threshold: float = option(0.001, "first threshold of jumprelu")
+    bandwidth: float = option(0.001, "width of the kernel of jumprelu's gradient")
+    sparsity_weight: float = option(
+        0.0, "weight of the loss on active latents (jumprelu, L0) or their values (relu, L1)"
+    )
+    sparsity_warmup: float = option(0.1, "share of the training over which that weight rises")
+    prefixes: tuple[int, ...] = option(
+        (), "numbers of first latents that reconstruct on their own (Matryoshka)", metavar="N"
+    )
     k_start: int = option(0, "active latents at the start of the schedule of k; 0 takes k")
     anneal: float = option(0.5, "share of the training over which k falls from k_start to k")
     epochs: int = option(1, "passes over the activations")
@@ -71,10 +84,11 @@ class SAEConfig(StudyConfig):
     def __post_init__(self) -> None:
         # JSON has lists
         object.__setattr__(self, "activations", tuple(self.activations))
+        object.__setattr__(self, "prefixes", tuple(self.prefixes))
         self._check("activations", bool(self.activations), "must name at least one file")
         for name in (
-            "k", "epochs", "batch_size", "dead_after", "eval_tokens", "buffer_rows", "log_every",
-            "checkpoint_tokens",
+            "k", "groups", "epochs", "batch_size", "dead_after", "eval_tokens", "buffer_rows",
+            "log_every", "checkpoint_tokens",
         ):  # fmt: skip
             self._check(name, getattr(self, name) >= 1, "must be at least 1")
         for name in ("latents", "k_start", "micro_batch", "auxk", "multi_k"):
@@ -84,8 +98,36 @@ class SAEConfig(StudyConfig):
             check_finite(item.name, getattr(self, item.name))
         self._check("seed", 0 <= self.seed < 2**63, "must lie in 0..2^63 - 1")
         self._check("learning_rate", self.learning_rate > 0, "must be above 0")
-        for name in ("anneal", "warmup", "decay"):
+        for name in ("threshold", "bandwidth"):
+            self._check(name, getattr(self, name) > 0, "must be above 0")
+        self._check("sparsity_weight", self.sparsity_weight >= 0, "must be at least 0")
+        self._check_activation()
+        for name in ("anneal", "warmup", "decay", "sparsity_warmup"):
             self._check(name, 0 <= getattr(self, name) <= 1, "must lie in 0..1")
+
+    def _check_activation(self) -> None:
+        """Options that only some activations have."""
+        penalized = self.activation in ("jumprelu", "relu")
+        self._check(
+            "sparsity_weight", penalized or self.sparsity_weight == 0,
+            f"must be 0 with --activation {self.activation}",
+        )  # fmt: skip
+        self._check(
+            "groups", self.activation == "topk" or self.groups == 1,
+            f"must be 1 with --activation {self.activation}",
+        )  # fmt: skip
+        self._check(
+            "k_start", not penalized or self.k_start == 0,
+            f"must be 0 with --activation {self.activation}, which has no k",
+        )  # fmt: skip
+        for name in ("k", "k_start"):
+            divides = getattr(self, name) % self.groups == 0
+            self._check(name, divides, f"must be a multiple of groups = {self.groups}")
+
+    @property
+    def counted(self) -> bool:
+        """Whether the activation keeps a given number k of latents."""
+        return self.activation in ("topk", "batchtopk")
 
     def check_width(self, latents: int) -> None:
         """Every k of the schedule must be possible."""
@@ -95,6 +137,10 @@ class SAEConfig(StudyConfig):
                 raise ValueError(
                     f"{name} must be at most {latents} (the number of latents), got {value}"
                 )
+        if latents % self.groups:
+            raise ValueError(
+                f"groups must divide the number of latents {latents}, got {self.groups}"
+            )
 
     def loop(self) -> LoopConfig:
         """The part that the training loop needs."""
@@ -109,4 +155,5 @@ class SAEConfig(StudyConfig):
 
     def identity(self) -> dict[str, Any]:
         """The fields that must be equal when a run is resumed; JSON has lists, not tuples."""
-        return {**super().identity(), "activations": list(self.activations)}
+        lists = {name: list(getattr(self, name)) for name in ("activations", "prefixes")}
+        return {**super().identity(), **lists}

@@ -1,0 +1,232 @@
+"""Every activation of the sparse autoencoder trains as the dense expression does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import sparsekern
+from sparsekern.models import SparseAutoencoder, encoding
+
+F = torch.nn.functional
+LATENTS = 40
+
+ACTIVATIONS = {
+    "TopK": lambda: sparsekern.TopK(5),
+    "TopK in groups": lambda: sparsekern.TopK(5, groups=5),
+    "BatchTopK": lambda: sparsekern.BatchTopK(4),
+    "BatchTopK of a fraction": lambda: sparsekern.BatchTopK(2.3),
+    "JumpReLU": lambda: sparsekern.JumpReLU(LATENTS, threshold=0.4, bandwidth=0.8),
+    "ReLU": nn.ReLU,
+}
+OPTIONS = {
+    "plain": {},
+    "sparsity and AuxK": {"sparsity_weight": 0.1, "auxk": 6, "auxk_weight": 0.7},
+    "decoder norms": {"scale_scores": True, "sparsity_weight": 0.1},
+    "prefixes": {"prefixes": (3, 10, 30)},
+    "prefixes, norms, tied": {"prefixes": (1, 39), "scale_scores": True, "tied": True},
+}
+
+
+@pytest.fixture(params=["sparse", "dense"])
+def path(request, monkeypatch):
+    """Codes however wide, found by a selection that has to grow; or dense scores from the start."""
+    monkeypatch.setattr(encoding, "NARROWEST", 0 if request.param == "sparse" else 1000)
+    return request.param
+
+
+def model_of(activation: nn.Module, **options) -> SparseAutoencoder:
+    torch.manual_seed(1)
+    model = SparseAutoencoder(6, LATENTS, activation=activation, **options).double()
+    with torch.no_grad():
+        for bias in (model.encoder_bias, model.decoder_bias):
+            bias.normal_(std=0.3)
+        if not model.tied:
+            model.encoder.add_(torch.randn_like(model.encoder), alpha=0.2)
+        model.dictionary.mul_(torch.rand(LATENTS, 1, dtype=torch.float64) + 0.5)
+    model.counter.rows_since_fired[:15] = model.dead_after + 1
+    model._width.value = 1
+    model.eval().activation.train()  # the activation trains, and nothing else changes
+    return model
+
+
+def rows(shape: tuple[int, ...] = (16,)) -> torch.Tensor:
+    return torch.randn(*shape, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def activated(layer: nn.Module, scores: torch.Tensor) -> torch.Tensor:
+    """The activation's definition, on all scores."""
+    if isinstance(layer, sparsekern.TopK):
+        groups = scores.unflatten(-1, (layer.groups, -1))
+        order = groups.sort(dim=-1, descending=True, stable=True).indices
+        kept = order[..., : layer.k // layer.groups]
+        mask = torch.zeros_like(groups).scatter(-1, kept, 1.0).flatten(-2)
+        return torch.where(mask > 0, scores.relu(), 0)
+    if isinstance(layer, sparsekern.BatchTopK):
+        total = int(layer.k * (scores.numel() // LATENTS))
+        kept = scores.flatten().sort(descending=True, stable=True).indices[:total]
+        mask = torch.zeros_like(scores).flatten().scatter(0, kept, 1.0).view_as(scores)
+        return torch.where(mask > 0, scores.relu(), 0)
+    return layer(scores)
+
+
+def dense_loss(model: SparseAutoencoder, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The docstring of the model with dense tensors and plain autograd."""
+    norms = model.dictionary.norm(dim=1) if model.scale_scores else torch.ones(())
+    scores = F.linear(x - model.decoder_bias, model.encoder, model.encoder_bias) * norms
+    codes = activated(model.activation, scores)
+    variance = (x - x.mean(0)).square().sum()
+
+    def error(last: int) -> torch.Tensor:
+        estimate = (codes / norms)[:, :last] @ model.dictionary[:last] + model.decoder_bias
+        return (x - estimate).square().sum() / variance
+
+    fvu = error(LATENTS)
+    prefixes = sum((error(prefix) for prefix in model.prefixes), torch.zeros(()))
+    auxk = sparsity = torch.zeros(())
+    if isinstance(model.activation, sparsekern.JumpReLU):
+        sparsity = model.activation.l0(scores)
+    elif isinstance(model.activation, nn.ReLU):
+        sparsity = codes.sum(-1).mean()
+    if model.auxk:
+        dead = model.counter.dead(model.dead_after)
+        among = torch.where(dead, scores, -torch.inf)
+        kept = among.topk(model.auxk).indices
+        mask = torch.zeros_like(scores).scatter(1, kept, 1.0)
+        estimate = torch.where(mask > 0, scores.relu(), 0) / norms @ model.dictionary
+        first = codes / norms @ model.dictionary + model.decoder_bias
+        auxk = ((x - first).detach() - estimate).square().sum() / variance
+    total = fvu + model.auxk_weight * auxk + model.sparsity_weight * sparsity + prefixes
+    return {"total": total, "fvu": fvu, "auxk": auxk, "sparsity": sparsity, "prefixes": prefixes}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_loss_and_gradients_equal_the_dense_model(path, name, options):
+    model = model_of(ACTIVATIONS[name](), **OPTIONS[options])
+    x = rows()
+    expected = dense_loss(model, x)
+    leaves = list(model.parameters())
+    wanted = torch.autograd.grad(expected["total"], leaves, allow_unused=True)
+    for _ in range(2):  # the second time with the width that the first one needed
+        loss = model.loss(x)[1]
+        for part, value in expected.items():
+            torch.testing.assert_close(
+                getattr(loss, part), value, check_dtype=False, msg=lambda m, p=part: f"{p}: {m}"
+            )
+        grads = torch.autograd.grad(loss.total, leaves, allow_unused=True)
+        for leaf, grad, right in zip(model.named_parameters(), grads, wanted, strict=True):
+            if right is None:
+                assert grad is None or not grad.any(), leaf[0]
+            else:
+                torch.testing.assert_close(
+                    grad, right, check_dtype=False, msg=lambda m, n=leaf[0]: f"{n}: {m}"
+                )
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_second_derivatives_equal_the_dense_model(path, name):
+    model = model_of(ACTIVATIONS[name](), sparsity_weight=0.1, scale_scores=True, prefixes=(9,))
+    x = rows()
+    leaves = list(model.parameters())
+
+    def second(total: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        first = torch.autograd.grad(total, leaves, create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in first), leaves)
+
+    wanted = second(dense_loss(model, x)["total"])
+    found = second(model.loss(x)[1].total)
+    for (leaf, _), grad, right in zip(model.named_parameters(), found, wanted, strict=True):
+        torch.testing.assert_close(
+            grad, right, check_dtype=False, msg=lambda m, n=leaf: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_codes_in_evaluation_equal_the_layers(path, name):
+    model = model_of(ACTIVATIONS[name]())
+    x = rows((3, 5))
+    model.loss(x)  # sets the threshold of BatchTopK
+    model.eval()
+    values, indices = model.encode(x)
+    scores = F.linear(x - model.decoder_bias, model.encoder, model.encoder_bias)
+    found = torch.zeros_like(scores).scatter_add(-1, indices, values)
+    layer = model.activation
+    torch.testing.assert_close(found, layer(scores) if not layer.training else None)
+    torch.testing.assert_close(model.decode(values, indices), model(x).reconstruction)
+
+
+def test_the_width_follows_what_the_fullest_row_needs(monkeypatch):
+    monkeypatch.setattr(encoding, "NARROWEST", 2)
+    model = model_of(nn.ReLU())
+    with torch.no_grad():
+        model.encoder_bias.fill_(-20.0)
+    model._width.value = 1
+    output = model(rows())
+    assert output.values.shape == (16, 1) and not output.values.any()
+    with torch.no_grad():
+        model.encoder_bias.fill_(0.3)
+    wide = model(rows())
+    assert wide.values.shape[1] == LATENTS, "one in two is exceeded: dense"
+    with torch.no_grad():
+        model.encoder_bias.fill_(-2.0)
+    model(rows())
+    narrow = model(rows())
+    assert narrow.values.shape[1] <= LATENTS // 2, "and is left again"
+
+
+def test_batch_topk_without_its_threshold_is_refused():
+    model = model_of(sparsekern.BatchTopK(4)).eval()
+    with pytest.raises(RuntimeError, match="threshold"):
+        model(rows())
+
+
+def test_the_threshold_is_saved_with_the_model():
+    model = model_of(sparsekern.BatchTopK(4))
+    model(rows())
+    other = model_of(sparsekern.BatchTopK(4))
+    other.load_state_dict(model.state_dict())
+    ours, theirs = model.eval()(rows()), other.eval()(rows())
+    torch.testing.assert_close(ours.reconstruction, theirs.reconstruction, rtol=0, atol=0)
+    state = model.state_dict()
+    del state["activation.threshold"]
+    with pytest.raises(RuntimeError, match="threshold"):
+        other.load_state_dict(state)
+
+
+def test_parts_of_a_batch_add_up():
+    model = model_of(
+        sparsekern.JumpReLU(LATENTS, threshold=0.4), sparsity_weight=0.1, prefixes=(9,)
+    )
+    x = rows()
+    whole = model.loss(x)[1].total
+    variance = (x - x.mean(0)).square().sum()
+    parts = [model.loss(part, variance=variance, rows=16)[1].total for part in x.split(5)]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+BAD = {
+    "neither": (ValueError, "one of k and activation", {}),
+    "both": (ValueError, "one of k and activation", {"k": 3, "activation": nn.ReLU()}),
+    "another layer": (TypeError, "activation must be one of TopK", {"activation": nn.GELU()}),
+    "by magnitude": (
+        ValueError,
+        "activation must have ReLU and no abs",
+        {"activation": sparsekern.TopK(3, abs=True)},
+    ),
+    "thresholds": (
+        ValueError,
+        r"must have 40 thresholds, one a latent, got \[7\]",
+        {"activation": sparsekern.JumpReLU(7)},
+    ),
+    "prefix": (ValueError, r"prefixes must lie in 1\.\.39", {"k": 3, "prefixes": (3, 40)}),
+    "order of prefixes": (ValueError, "prefixes must ascend", {"k": 3, "prefixes": (9, 9)}),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_named(name):
+    error, text, options = BAD[name]
+    with pytest.raises(error, match=text):
+        SparseAutoencoder(6, LATENTS, **options)

@@ -1,0 +1,56 @@
+"""Sums over rows that the losses of an autoencoder are made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MEDIAN_STEPS = 100
+MEDIAN_TOLERANCE = 1e-6
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32, or in its own dtype where that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def total_variance(x: Tensor) -> Tensor:
+    """sum |x - mean over rows|^2 of x [..., D], a scalar of at least float32; never zero."""
+    rows = at_least_float32(x.reshape(-1, x.shape[-1]))
+    return (rows - rows.mean(0)).square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def squared_error(x: Tensor, estimate: Tensor) -> Tensor:
+    """sum |x - estimate|^2 over everything, a scalar of at least float32."""
+    return (at_least_float32(x) - at_least_float32(estimate)).square().sum()
+
+
+@torch.no_grad()
+def geometric_median(
+    x: Tensor, steps: int = MEDIAN_STEPS, tolerance: float = MEDIAN_TOLERANCE
+) -> Tensor:
+    """The point with the least sum of distances to the rows of x [rows, D]: Weiszfeld's iteration.
+
+    Args:
+        x: at least one row, floating point.
+        steps: at most so many iterations.
+        tolerance: ends when the point moves by less than this share of the rows' mean distance.
+
+    Returns:
+        [D] of x's dtype.
+    """
+    if x.dim() != 2 or len(x) == 0:
+        raise ValueError(
+            f"geometric_median: x must be [rows, D] with at least one row, got {list(x.shape)}"
+        )
+    rows = at_least_float32(x)
+    point = rows.mean(0)
+    for _ in range(steps):
+        distance = (rows - point).norm(dim=1)
+        weights = 1 / distance.clamp_min(1e-12)
+        moved = (weights @ rows) / weights.sum()
+        done = (moved - point).norm() <= tolerance * distance.mean()
+        point = moved
+        if done:
+            break
+    return point.to(x.dtype)
