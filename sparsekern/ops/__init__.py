@@ -2,6 +2,7 @@
 
 from .activity import count_active
 from .adam import adam_step
+from .batch_topk import batch_topk
 from .linear_topk import TransposedCodes, linear_topk
 from .sparse_matmul import sparse_matmul
 from .topk import Codes, CountedCodes, codes_to_dense, topk, topk_mask
@@ -13,6 +14,7 @@ __all__ = [
     "TransposedCodes",
     "Transposition",
     "adam_step",
+    "batch_topk",
     "codes_to_dense",
     "count_active",
     "linear_topk",
