@@ -3,7 +3,7 @@
 import torch as _torch  # first: the native modules then share its OpenMP runtime
 
 from ._library import BackendUnavailableError, backend, describe
-from .nn import DeadNeuronCounter, TopK
+from .nn import BatchTopK, DeadNeuronCounter, JumpReLU, SparseLinear, TopK
 from .ops import (
     Codes,
     CountedCodes,
@@ -22,9 +22,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailableError",
+    "BatchTopK",
     "Codes",
     "CountedCodes",
     "DeadNeuronCounter",
+    "JumpReLU",
+    "SparseLinear",
     "TopK",
     "TransposedCodes",
     "Transposition",

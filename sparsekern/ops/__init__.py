@@ -3,6 +3,7 @@
 from .activity import count_active
 from .adam import adam_step
 from .batch_topk import batch_topk
+from .jumprelu import jumprelu, step
 from .linear_topk import TransposedCodes, linear_topk
 from .sparse_matmul import sparse_matmul
 from .topk import Codes, CountedCodes, codes_to_dense, topk, topk_mask
@@ -17,8 +18,10 @@ __all__ = [
     "batch_topk",
     "codes_to_dense",
     "count_active",
+    "jumprelu",
     "linear_topk",
     "sparse_matmul",
+    "step",
     "topk",
     "topk_mask",
     "transpose_codes",
