@@ -78,7 +78,7 @@ def test_groups_are_selected_separately(target, post):
     with pytest.raises(ValueError, match="multiple of groups = 3, got 4"):
         layer.k = 4
     with pytest.raises(ValueError, match="groups must divide the last dimension of x, 10, got 3"):
-        layer(x[..., :10])
+        TopK(6, groups=3)(x[..., :10])
 
 
 def test_k_changes_during_training():

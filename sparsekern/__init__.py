@@ -3,12 +3,13 @@
 import torch as _torch  # first: the native modules then share its OpenMP runtime
 
 from ._library import BackendUnavailableError, backend, describe
-from .nn import DeadNeuronCounter, TopK
+from .nn import BatchTopK, DeadNeuronCounter, JumpReLU, SparseLinear, TopK
 from .ops import (
     Codes,
     CountedCodes,
     TransposedCodes,
     Transposition,
+    batch_topk,
     count_active,
     linear_at,
     linear_topk,
@@ -22,13 +23,17 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailableError",
+    "BatchTopK",
     "Codes",
     "CountedCodes",
     "DeadNeuronCounter",
+    "JumpReLU",
+    "SparseLinear",
     "TopK",
     "TransposedCodes",
     "Transposition",
     "backend",
+    "batch_topk",
     "count_active",
     "describe",
     "linear_at",

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import BatchTopK, JumpReLU, TopK
-from ..ops.batch_topk import _first as first_of_list
-from ..ops.jumprelu import jumprelu, step
+from ..ops.batch_topk import first_of_list
+from ..ops.jumprelu import at_most, jumprelu, step
 from ..ops.linear_at import linear_at, vector_at
 from ..ops.linear_topk import TransposedCodes, linear_topk
 from ..ops.topk import Codes
@@ -172,7 +172,9 @@ def _batch_topk(layer: BatchTopK, scores: Scores, width: Width) -> Encoding:
             return _dense(scores, layer, width)
         indices, transposition = found
         z = scores.at(indices, transposition)
-        return Encoding(torch.where(z > threshold, z, 0), indices, transposition, _nothing(scores))
+        return Encoding(
+            torch.where(at_most(z, threshold), 0, z), indices, transposition, _nothing(scores)
+        )
     chosen = _largest_of_batch(layer, scores, width)
     if chosen is None:
         return _dense(scores, layer, width)
@@ -236,7 +238,7 @@ def _largest_of_batch(
         kept = _kept(values, layer.k)
         if not kept[..., -1].any():
             kept &= values > 0
-            layer.observe(torch.where(kept, values, torch.inf).amin())
+            layer.observe(values[kept])
             used = _fullest(kept, width)
             return indices[..., :used].contiguous(), kept[..., :used]
         k *= 2

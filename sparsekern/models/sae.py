@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import BatchTopK, DeadNeuronCounter, TopK
+from ..ops.batch_topk import check_share
 from ..ops.checks import check_count
 from ..ops.topk import Codes
 from .decoding import Decoder
@@ -150,18 +151,23 @@ class SparseAutoencoder(nn.Module):
         self.scale_scores = scale_scores
 
     @property
-    def k(self) -> int:
-        """Active latents per row (on average, for BatchTopK)."""
+    def k(self) -> int | float:
+        """Active latents per row, on average for BatchTopK; other activations have none."""
+        return self._counted().k
+
+    @k.setter
+    def k(self, k: int | float) -> None:
+        layer = self._counted()
+        check = check_count if isinstance(layer, TopK) else check_share
+        what = "the number of latents"
+        layer.k = check("SparseAutoencoder", "k", k, len(self.dictionary), what)
+
+    def _counted(self) -> TopK | BatchTopK:
+        """The activation, if it keeps a given number of latents."""
         if not isinstance(self.activation, (TopK, BatchTopK)):
             name = type(self.activation).__name__
             raise AttributeError(f"SparseAutoencoder: {name} has no number of active latents k")
-        return self.activation.k
-
-    @k.setter
-    def k(self, k: int) -> None:
-        self.activation.k = check_count(
-            "SparseAutoencoder", "k", k, len(self.dictionary), "the number of latents"
-        )
+        return self.activation
 
     @property
     def tied(self) -> bool:

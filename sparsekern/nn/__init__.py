@@ -1,6 +1,17 @@
-"""Layers: activations that keep few neurons alive, and the counter of dead ones."""
+"""Layers: activations that keep few neurons alive, a decoder of codes, a counter of dead ones."""
 
+from .batch_topk import BatchTopK
 from .counter import DeadNeuronCounter
+from .jumprelu import JumpReLU, jumprelu, step
+from .linear import SparseLinear
 from .topk import TopK
 
-__all__ = ["DeadNeuronCounter", "TopK"]
+__all__ = [
+    "BatchTopK",
+    "DeadNeuronCounter",
+    "JumpReLU",
+    "SparseLinear",
+    "TopK",
+    "jumprelu",
+    "step",
+]

@@ -107,6 +107,14 @@ class DeadNeuronCounter(nn.Module):
         self.rows_since_fired += total
         self.rows_since_fired.masked_fill_(fired, 0)
 
+    def check_columns(self, layer: str, x: torch.Tensor) -> None:
+        """Raise, in the name of a layer, where its input x [..., n] does not fit this counter."""
+        if isinstance(x, torch.Tensor) and x.shape[-1:] != (self.n,):
+            raise ValueError(
+                f"{layer}: the last dimension of x must be the counter's n = {self.n}, "
+                f"got {list(x.shape)}"
+            )
+
     def _check_width(self, tensor: torch.Tensor, name: str) -> None:
         if tensor.shape[-1] != self.n:
             raise ValueError(
@@ -137,3 +145,10 @@ class DeadNeuronCounter(nn.Module):
     def extra_repr(self) -> str:
         distributed = ", distributed=True" if self.distributed else ""
         return f"n={self.n}{distributed}"
+
+
+def check_counter(layer: str, counter: DeadNeuronCounter | None) -> DeadNeuronCounter | None:
+    """The counter of a layer, or None."""
+    if counter is not None and not isinstance(counter, DeadNeuronCounter):
+        raise TypeError(f"{layer}: counter must be a DeadNeuronCounter or None, got {counter!r}")
+    return counter

@@ -11,7 +11,7 @@ from torch import nn
 from ..ops.activity import count_active
 from ..ops.checks import check_count
 from ..ops.topk import Codes, codes_to_dense, mask_with_codes, topk
-from .counter import DeadNeuronCounter
+from .counter import DeadNeuronCounter, check_counter
 
 Post = Callable[[torch.Tensor], torch.Tensor]
 
@@ -80,13 +80,11 @@ class TopK(nn.Module):
             post = None if abs else nn.ReLU()
         if post is not None and not callable(post):
             raise TypeError(f"TopK: post must be callable or None, got {post!r}")
-        if counter is not None and not isinstance(counter, DeadNeuronCounter):
-            raise TypeError(f"TopK: counter must be a DeadNeuronCounter or None, got {counter!r}")
         self.groups = check_count("TopK", "groups", groups, 2**31 - 1, "the largest index")
         self.k = k
         self.post = post
         self.abs = abs
-        self.counter = counter
+        self.counter = check_counter("TopK", counter)
         self.use_sparse_activations = use_sparse_activations
 
     @property
@@ -169,11 +167,8 @@ class TopK(nn.Module):
     def _active_counter(self, x: torch.Tensor) -> DeadNeuronCounter | None:
         """The counter, if this pass has to be counted."""
         counter = self.counter if self.training else None
-        if counter is not None and isinstance(x, torch.Tensor) and x.shape[-1:] != (counter.n,):
-            raise ValueError(
-                f"TopK: the last dimension of x must be the counter's n = {counter.n}, "
-                f"got {list(x.shape)}"
-            )
+        if counter is not None:
+            counter.check_columns("TopK", x)
         return counter
 
     @classmethod

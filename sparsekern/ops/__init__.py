@@ -2,6 +2,8 @@
 
 from .activity import count_active
 from .adam import adam_step
+from .batch_topk import batch_topk
+from .jumprelu import jumprelu, step
 from .linear_at import linear_at
 from .linear_topk import TransposedCodes, linear_topk
 from .sparse_matmul import sparse_matmul
@@ -14,11 +16,14 @@ __all__ = [
     "TransposedCodes",
     "Transposition",
     "adam_step",
+    "batch_topk",
     "codes_to_dense",
     "count_active",
+    "jumprelu",
     "linear_at",
     "linear_topk",
     "sparse_matmul",
+    "step",
     "topk",
     "topk_mask",
     "transpose_codes",

@@ -3,6 +3,7 @@ rule and value."""
 
 from __future__ import annotations
 
+import numbers
 import operator
 from typing import Any
 
@@ -37,6 +38,16 @@ def check_count(op: str, name: str, value: int, upper: int, what: str) -> int:
     if not 1 <= value <= upper:
         raise ValueError(f"{op}: {name} must lie in 1..{upper} ({what}), got {value}")
     return value
+
+
+def check_above_zero(op: str, name: str, value: float) -> None:
+    """A finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(
+            f"{op}: {name} must be a number, got {value!r} of type {type(value).__name__}"
+        )
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{op}: {name} must be above 0 and finite, got {value}")
 
 
 def _index(op: str, name: str, value: Any) -> Any:
