@@ -26,8 +26,8 @@ The scores [B, N] are never stored, and the gradients of both matrices are sums 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -158,7 +158,7 @@ class SparseAutoencoder(nn.Module):
     @k.setter
     def k(self, k: int | float) -> None:
         layer = self._counted()
-        check = check_count if isinstance(layer, TopK) else check_share
+        check: Callable[..., Any] = check_count if isinstance(layer, TopK) else check_share
         what = "the number of latents"
         layer.k = check("SparseAutoencoder", "k", k, len(self.dictionary), what)
 
