@@ -107,11 +107,11 @@ def row_of(
         **_peak_fields("", peaks.get(target.backend)),
         **_peak_fields("peer_", peaks.get(target.peer)),
     }
-    rates = roofline(workload.device)
+    rates = roofline(workload.device) if problem.roof else {}
     reached = None
     if outcome.refused is None and ours and peer:
         gbps = problem.traffic / ours.median_ms / 1e6
-        fraction = gbps / rates[problem.roof]
+        fraction = gbps / rates[problem.roof] if problem.roof else None
         ratio = peer.median_ms / ours.median_ms
         figures = {
             "ratio": rounded(ratio),
@@ -168,11 +168,11 @@ def describe(row: Row) -> str:
         if row["requirement"].startswith("at most")
         else f"{row['ratio']:.2f}x as fast"
     )
-    peak_bytes = peak_of(row)
-    memory = "" if peak_bytes is None else f"; peak {peak_bytes / MIB:.1f} MiB"
+    peak_bytes, fraction = peak_of(row), row["roofline_fraction"]
+    rest = "" if fraction is None else f"; {fraction:.0%} of {row['roof']}"
+    rest += "" if peak_bytes is None else f"; peak {peak_bytes / MIB:.1f} MiB"
     verdict = {True: ": reached", False: ": MISSED", None: ""}[row["reached"]]
     return (
         f"{who} [{row['backend']}] {row['median_ms']:.4g} ms; {row['peer']} "
-        f"{row['peer_median_ms']:.4g} ms: {against} ({row['requirement']}{verdict}); "
-        f"{row['roofline_fraction']:.0%} of {row['roof']}{memory}"
+        f"{row['peer_median_ms']:.4g} ms: {against} ({row['requirement']}{verdict}){rest}"
     )

@@ -69,7 +69,7 @@ class Line:
             f"{ratio:.2f}x",
             target.requirement(),
             verdict if target.required else "",
-            f"{row['roofline_fraction']:.0%} of {row['roof']}",
+            f"{row['roofline_fraction']:.0%} of {row['roof']}" if row["roof"] else "",
             _size(peak_of(row) if target.beyond_gradients else row["peak_allocated_bytes"]),
             _size(row["peer_peak_allocated_bytes"]),
         )

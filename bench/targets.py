@@ -190,12 +190,13 @@ def _autoencoder() -> Iterable[Target]:
 
 def activation_store(rows: int, features: int, batch_size: int, dtype: str, pages: str) -> Target:
     """An epoch of shuffled batches from a float16 file [rows, features], as float16 or float32;
-    pages: "dropped" from the system's cache before each pass, or "cached"."""
+    pages: "dropped" from the system's cache before each pass, or "cached", which has no bar."""
     workload = Workload(
         "ActivationStore", batch_size, rows, 1, features, "float16",
         mode=f"to {dtype}", fill=f"pages {pages}",
     )  # fmt: skip
-    return Target(workload, "h5py in order", 0.5, backend="none", command=STORE)
+    bar = 0.5 if pages == "dropped" else None
+    return Target(workload, "h5py in order", bar, backend="none", command=STORE)
 
 
 def _store() -> Iterable[Target]:
