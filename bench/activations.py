@@ -1,33 +1,38 @@
 """Shuffled batches of the activation store against reading the same file in order.
 
-    PYTHONPATH=. python bench/activations.py --gigabytes 4
+    python bench/activations.py              append the two lines of the table
+    python bench/activations.py --dry-run    print, append nothing
 
 The file is written first, to the folder named (a disk, not memory), and removed at the end. Before
 each pass its pages are dropped from the system's cache, so that both read the disk. The peer reads
 into a preallocated array with h5py's read_direct, 16384 rows at a time, and does nothing else. Both
-passes add up the first feature, which checks that the same rows came.
+passes add up the first feature, which checks that the same rows came. Other sizes, and --cached,
+make rows of their own, which the table does not show.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from statistics import median
 
 import h5py
 import numpy as np
 import torch
-from checkout import sparsekern
+from checkout import RESULTS
+from measure import summary
+from problem import Problem
+from rows import Row, append
+from session import Outcome, describe, row_of
+from targets import STORE_BYTES, Target, activation_store
 
 from sparsekern.data import ActivationStore, write_activations
 
-BAR = 0.5
+DTYPES = ("float16", "float32")
 IN_ORDER_ROWS = 16384
 PIECE_ROWS = 65536
 
@@ -69,12 +74,12 @@ def shuffled(path: Path, batch_size: int, dtype: torch.dtype, seed: int) -> floa
 
 
 def measure(path: Path, batch_size: int, repeats: int, cached: bool) -> dict[str, list[float]]:
-    """Seconds of each pass, interleaved."""
-    passes = {
-        "in order": lambda seed: in_order(path),
-        "float16 batches": lambda seed: shuffled(path, batch_size, torch.float16, seed),
-        "float32 batches": lambda seed: shuffled(path, batch_size, torch.float32, seed),
-    }
+    """Seconds of each pass, interleaved: "in order", and shuffled batches by their dtype."""
+
+    def batches(dtype: str) -> Callable[[int], float]:
+        return lambda seed: shuffled(path, batch_size, getattr(torch, dtype), seed)
+
+    passes = {"in order": lambda seed: in_order(path), **{name: batches(name) for name in DTYPES}}
     seconds: dict[str, list[float]] = {name: [] for name in passes}
     expected = None
     for repeat in range(repeats):
@@ -91,16 +96,36 @@ def measure(path: Path, batch_size: int, repeats: int, cached: bool) -> dict[str
     return seconds
 
 
-def main() -> None:
-    """Writes the file, measures, prints the ratios and one JSON row."""
+def row(target: Target, seconds: dict[str, list[float]], dtype: str) -> Row:
+    """The row of one line, in the form that all benchmarks share."""
+    workload = target.workload
+    timings = {
+        name: summary([1e3 * time_ for time_ in seconds[which]])
+        for name, which in ((target.backend, dtype), (target.peer, "in order"))
+    }
+    problem = Problem(
+        ours=lambda: None,  # timed already
+        peers={},
+        check=lambda backend: 0.0,
+        traffic=2 * workload.n * workload.d,
+        formula="the file read once",
+        roof=None,
+    )
+    return row_of(problem, target, Outcome(None, 0.0, None), timings, {})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Writes the file, measures, prints a line for each dtype and appends its row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gigabytes", type=float, default=4.0)
+    parser.add_argument("--gigabytes", type=float, default=STORE_BYTES / 1e9)
     parser.add_argument("--features", type=int, default=768)
     parser.add_argument("--batch-size", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", default=".", help="where to write; on a disk")
     parser.add_argument("--cached", action="store_true", help="leave the pages in memory")
-    options = parser.parse_args()
+    parser.add_argument("--dry-run", action="store_true", help="append no rows")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    options = parser.parse_args(arguments)
     rows = max(1, int(options.gigabytes * 1e9 / (2 * options.features)))
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         path = Path(folder) / "activations.h5"
@@ -108,18 +133,13 @@ def main() -> None:
         if options.cached:
             in_order(path)
         seconds = measure(path, options.batch_size, options.repeats, options.cached)
-    medians = {name: median(times) for name, times in seconds.items()}
-    gigabytes = rows * options.features * 2 / 1e9
-    for name, time_ in medians.items():
-        ratio = medians["in order"] / time_
-        verdict = "" if name == "in order" else f"  {'reached' if ratio >= BAR else 'MISSED'}"
-        sys.stdout.write(
-            f"{name:16} {time_:8.3f} s {gigabytes / time_:7.2f} GB/s  {ratio:5.2f} of the speed "
-            f"in order{verdict}\n"
-        )
-    facts = {"version": sparsekern.__version__, "threads": torch.get_num_threads()}
-    row = {"gigabytes": gigabytes, **vars(options), **facts, "seconds": seconds}
-    sys.stdout.write(json.dumps(row) + "\n")
+    pages = "cached" if options.cached else "dropped"
+    sizes = (rows, options.features, options.batch_size)
+    made = [row(activation_store(*sizes, dtype, pages), seconds, dtype) for dtype in DTYPES]
+    if not options.dry_run:
+        append(options.results, made)
+    for one in made:
+        sys.stdout.write(f"{describe(one)}\n")
 
 
 if __name__ == "__main__":

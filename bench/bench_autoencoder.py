@@ -1,23 +1,32 @@
 """The encoder, a training step and the optimizer of a sparse autoencoder.
 
 linear_topk against the dense layer alone and with torch.topk; a step (forward and backward) of the
-autoencoder against the dense layer's forward pass alone; the Adam step on encoder and dictionary
+autoencoder against the dense layer's forward pass alone and the steps of other packages, whose
+reconstruction with the same weights has to be as good; the Adam step on encoder and dictionary
 against torch's fused Adam with the projection and the normalization as separate passes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
+import peers
 import torch
 from checkout import sparsekern, testing
 from measure import forced
 from problem import Problem, Tensors, worst_ratio
-from targets import Workload
+from targets import Workload, peers_of
 
 from sparsekern.models import SparseAutoencoder
+from sparsekern.models.sae import total_variance
 from sparsekern.ops.adam import adam_step, adam_step_reference
 
 OPS = ("linear_topk", "SparseAutoencoder", "adam_step")
 F = torch.nn.functional
+
+# How far the squared errors of two packages may be apart, relative: float32 sums of about 1e6
+# terms in different orders; one rounding of the reconstruction to bfloat16.
+AGREEMENT = {"float32": 1e-5, "bfloat16": 2.0**-8}
 
 
 def build(workload: Workload) -> Problem:
@@ -70,32 +79,23 @@ def _step(workload: Workload) -> Problem:
     x, weight, bias = _layer(workload)
     torch.manual_seed(0)
     model = SparseAutoencoder(workload.d, workload.n, workload.k).to(x.device)
+    with torch.no_grad():  # neither bias is zero, so that nobody can forget one
+        model.encoder_bias.copy_(bias)
+        model.decoder_bias.copy_(x[0] / 10)
     leaves = [model.encoder, model.encoder_bias, model.dictionary, model.decoder_bias]
-
-    def ours() -> Tensors:
-        return torch.autograd.grad(model.loss(x)[1].total, leaves)
+    ours = _gradients(workload, lambda: model.loss(x)[1].total, leaves)
+    names = [name for name in peers_of(workload) if name in peers.NAMES]
+    others = {name: peers.build(name, model, x) for name in names if not peers.trouble(name)}
 
     def check(backend: str) -> float:
-        with forced(backend):
-            actual = ours()
-        with forced("reference"):
-            plain = ours()
-        twin = SparseAutoencoder(workload.d, workload.n, workload.k).double().to(x.device)
-        twin.load_state_dict(model.state_dict())
-        named = [twin.encoder, twin.encoder_bias, twin.dictionary, twin.decoder_bias]
-        with forced("reference"):
-            truth = torch.autograd.grad(twin.loss(x.double())[1].total, named)
-        ratios = []
-        for ours_, right, rough in zip(actual, truth, plain, strict=True):
-            width = ours_.shape[-1]
-            parts = [t.reshape(-1, width) for t in (ours_, right.view_as(ours_), rough)]
-            ratios.append(worst_ratio(*parts, right.abs().amax().expand_as(parts[1])))
-        return max(ratios)
+        _check_agreement(workload, model, x, others)
+        return _error_ratio(workload, model, x, leaves, backend)
 
+    calls = {name: _gradients(workload, p.loss, p.parameters) for name, p in others.items()}
     gradients = 2 * weight.numel() * weight.element_size()
     return Problem(
         ours=ours,
-        peers={"F.linear forward": lambda: F.linear(x, weight, bias).detach()},
+        peers={"F.linear forward": lambda: F.linear(x, weight, bias).detach(), **calls},
         check=check,
         traffic=2 * gradients,
         formula="both matrices read, both gradients written",
@@ -103,6 +103,87 @@ def _step(workload: Workload) -> Problem:
         flops=2 * workload.rows * workload.n * workload.d,
         grad=True,
     )
+
+
+def _region(workload: Workload) -> torch.autocast:
+    dtype = getattr(torch, workload.autocast or "bfloat16")
+    return torch.autocast(workload.device, dtype, enabled=bool(workload.autocast))
+
+
+def _gradients(
+    workload: Workload, loss: Callable[[], torch.Tensor], parameters: Sequence[torch.Tensor]
+) -> Callable[[], Tensors]:
+    """A step: the loss, under autocast if the workload says so, and new gradients."""
+
+    def step() -> Tensors:
+        with _region(workload):
+            value = loss()
+        return torch.autograd.grad(value, parameters)
+
+    return step
+
+
+@torch.no_grad()
+def _check_agreement(
+    workload: Workload,
+    model: SparseAutoencoder,
+    x: torch.Tensor,
+    others: dict[str, peers.Peer],
+) -> None:
+    """AssertionError unless every peer's loss stands for the squared error of ours."""
+    if not others:
+        return
+    with _region(workload):
+        expected = (model.loss(x)[1].fvu * total_variance(x)).item()
+        found = {name: peer.loss().item() * peer.unit for name, peer in others.items()}
+    allowed = AGREEMENT[workload.autocast or workload.dtype]
+    for name, squared_error in found.items():
+        apart = abs(squared_error - expected) / expected
+        assert apart <= allowed, f"the squared error of {name} is {apart:.2g} from ours"
+
+
+def _error_ratio(
+    workload: Workload,
+    model: SparseAutoencoder,
+    x: torch.Tensor,
+    leaves: Sequence[torch.Tensor],
+    backend: str,
+) -> float:
+    """The worst error ratio of values and gradients, against float64 and float32 with the same
+    selection: what lies within a rounding of the k-th largest score may be selected or not."""
+    with forced(backend), _region(workload):
+        output, loss = model.loss(x)
+    dtype = output.values.dtype
+    actual = [g.to(dtype) for g in torch.autograd.grad(loss.total, leaves)]
+    with torch.no_grad():
+        rows = slice(0, 64)
+        encoder, encoder_bias, _, decoder_bias = (leaf.double() for leaf in leaves)
+        centred = x[rows].double() - decoder_bias
+        best = F.linear(centred, encoder, encoder_bias).topk(workload.k).values
+        scale = F.linear(centred.abs(), encoder.abs(), encoder_bias.abs()).amax(1, keepdim=True)
+        values = output.values[rows].sort(descending=True).values
+    truth, plain = (
+        _selected_gradients(leaves, x, output.indices, wide)
+        for wide in (torch.float64, torch.float32)
+    )
+    return max(testing.error_ratio(values, best, best, scale), *map(_ratio, actual, truth, plain))
+
+
+def _selected_gradients(
+    leaves: Sequence[torch.Tensor], x: torch.Tensor, indices: torch.Tensor, dtype: torch.dtype
+) -> Tensors:
+    """Gradients of the FVU in another dtype, the active latents being given: indices [B, k]."""
+    x, *leaves = (tensor.detach().to(dtype) for tensor in (x, *leaves))
+    encoder, encoder_bias, dictionary, decoder_bias = (leaf.requires_grad_() for leaf in leaves)
+    scores = torch.einsum("bkd,bd->bk", encoder[indices], x - decoder_bias) + encoder_bias[indices]
+    estimate = torch.einsum("bk,bkd->bd", scores.relu(), dictionary[indices]) + decoder_bias
+    return torch.autograd.grad((x - estimate).square().sum() / total_variance(x), leaves)
+
+
+def _ratio(actual: torch.Tensor, truth: torch.Tensor, plain: torch.Tensor) -> float:
+    """The error ratio of one gradient; its magnitude is that of its largest element."""
+    parts = [tensor.reshape(-1, tensor.shape[-1]) for tensor in (actual, truth, plain)]
+    return worst_ratio(*parts, truth.abs().amax().expand_as(parts[1]))
 
 
 def _adam(workload: Workload) -> Problem:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from checkout import RESULTS
 from measure import Effort, automatic, forced
+from peers import usable
 from problem import Problem
 from rows import append
 from session import SERVED_BY, describe, measure_workload
@@ -39,8 +40,9 @@ def jobs(ops: tuple[str, ...]) -> list[Job]:
     """All jobs of some operations that this machine can run."""
     devices = {"cpu"} | ({"cuda"} if torch.cuda.is_available() else set())
     found = []
-    for workload, lines in by_workload(TARGETS + EXTRAS).items():
-        if workload.op in ops and workload.device in devices:
+    targets, _ = usable(target for target in TARGETS + EXTRAS if target.workload.op in ops)
+    for workload, lines in by_workload(targets).items():
+        if workload.device in devices:
             for backend in dict.fromkeys(line.backend for line in lines):
                 chosen = tuple(line for line in lines if line.backend == backend)
                 found.append(Job(workload, backend, chosen))

@@ -21,9 +21,10 @@ class Problem:
 
     ours: the library's call, served by whichever backend is forced. peers: the same job by other
     means, by the names that the targets use. check: the error ratio of ours under a backend (0 for
-    exact results); raises AssertionError where the rule is broken. traffic: bytes that have to
-    move, by `formula`. roof: the rate of the roofline that bounds it. flops: operations, if any are
-    worth counting. grad: whether the calls run with autograd on.
+    exact results, at most 1 where the error rule holds); raises AssertionError where something else
+    is wrong. traffic: bytes that have to move, by `formula`. roof: the rate of the roofline that
+    bounds it, if one does. flops: operations, if any are worth counting. grad: whether the calls
+    run with autograd on.
     """
 
     ours: Callable[[], object]
@@ -31,7 +32,7 @@ class Problem:
     check: Callable[[str], float]
     traffic: int
     formula: str
-    roof: str
+    roof: str | None
     flops: int = 0
     grad: bool = False
 

@@ -4,6 +4,7 @@
     python bench/run.py --only topk         lines whose text contains "topk"
     python bench/run.py --dry-run           print, append nothing
 
+Lines whose peer is not installed are left out, and so are those of bench/activations.py.
 Exit codes: 0 done, 1 a kernel failed its check (it got no time), 2 nothing to measure.
 """
 
@@ -18,15 +19,20 @@ from pathlib import Path
 import torch
 from checkout import RESULTS, sparsekern
 from measure import Effort
+from peers import usable
 from rows import append
 from session import describe, measure_workload
-from targets import TARGETS, Target, by_workload
+from targets import RUN, TARGETS, Target, by_workload
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = _parser().parse_args(arguments)
-    targets = [target for target in TARGETS if _wanted(target, options)]
+    wanted = [target for target in TARGETS if _wanted(target, options)]
+    targets, notes = usable(target for target in wanted if target.command == RUN)
+    notes += sorted({f"{t.command} measures {t.workload.op}" for t in wanted if t.command != RUN})
+    for note in notes:
+        _say(note)
     if options.device != "cpu" and not torch.cuda.is_available():
         _say("the GPU lines are left out: torch sees no GPU")
     if not targets:

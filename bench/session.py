@@ -16,10 +16,11 @@ import torch
 from machine import facts
 from measure import Effort, Subject, Timing, automatic, forced, interleave
 from memory import Peak, peak
+from peers import release
 from problem import Problem
 from roofline import roofline
 from rows import Row, rounded
-from targets import ITSELF, Target, Workload
+from targets import MIB, Target, Workload, peak_of
 
 STEMS = (bench_topk, bench_sparse_matmul, bench_activity, bench_layers, bench_autoencoder)
 BUILDERS = {op: stem.build for stem in STEMS for op in stem.OPS}
@@ -78,31 +79,39 @@ def _measure(
             with forced(subject.backend):
                 subject.call()
                 peaks[subject.name] = peak(subject.call, workload.device)
-    return [_row(problem, target, checks[target.backend], timings, peaks) for target in targets]
+    return [row_of(problem, target, checks[target.backend], timings, peaks) for target in targets]
 
 
 def _checked(problem: Problem, backend: str) -> Outcome:
     try:
-        return Outcome(None, problem.check(backend), None)
+        ratio = problem.check(backend)
+        if ratio > 1:
+            return Outcome(None, ratio, f"error is {ratio:.3g} times what the error rule allows")
+        return Outcome(None, ratio, None)
     except Exception as error:  # a kernel that cannot be compiled or launched is refused as well
         return Outcome(None, None, f"{type(error).__name__}: {error}"[:500])
 
 
-def _row(
+def row_of(
     problem: Problem,
     target: Target,
     outcome: Outcome,
     timings: dict[str, Timing],
     peaks: dict[str, Peak],
 ) -> Row:
+    """The row of one line; timings and peaks are those of its backend and its peer, by name."""
     workload = target.workload
     ours, peer = timings.get(target.backend), timings.get(target.peer)
     figures: dict[str, Any] = dict.fromkeys(("ratio", "gbps", "tflops", "roofline_fraction"))
-    rates = roofline(workload.device)
+    memory = {
+        **_peak_fields("", peaks.get(target.backend)),
+        **_peak_fields("peer_", peaks.get(target.peer)),
+    }
+    rates = roofline(workload.device) if problem.roof else {}
     reached = None
     if outcome.refused is None and ours and peer:
         gbps = problem.traffic / ours.median_ms / 1e6
-        fraction = gbps / rates[problem.roof]
+        fraction = gbps / rates[problem.roof] if problem.roof else None
         ratio = peer.median_ms / ours.median_ms
         figures = {
             "ratio": rounded(ratio),
@@ -110,13 +119,14 @@ def _row(
             "tflops": rounded(problem.flops / ours.median_ms / 1e9) if problem.flops else None,
             "roofline_fraction": rounded(fraction),
         }
-        reached = None if target.bar is None else target.reached(ratio, fraction)
+        reached = target.reached(ratio, fraction, peak_of(memory)) if target.required else None
     return {
         **asdict(workload),
         "case": workload.case,
         "backend": target.backend,
         **_timing_fields("", ours if outcome.refused is None else None),
         "peer": target.peer,
+        "peer_version": release(target.peer),
         **_timing_fields("peer_", peer),
         **figures,
         "bar": target.bar,
@@ -126,8 +136,7 @@ def _row(
         "traffic_bytes": problem.traffic,
         "roof": problem.roof,
         "roofline": rates,
-        **_peak_fields("", peaks.get(target.backend)),
-        **_peak_fields("peer_", peaks.get(target.peer)),
+        **memory,
         "error_ratio": rounded(outcome.error_ratio),
         "refused": outcome.refused,
         **facts(workload.device),
@@ -151,16 +160,19 @@ def _peak_fields(prefix: str, found: Peak | None) -> Row:
 def describe(row: Row) -> str:
     """One line for a report while measuring."""
     who = f"{row['op']} {row['case']} {row['dtype']} {row['mode']} {row['fill']} {row['layout']}"
+    who += f" {row['autocast']} autocast" * bool(row["autocast"])
     if row["refused"]:
         return f"{who} [{row['backend']}] no time, failed its check: {row['refused']}"
     against = (
         f"{1 / row['ratio']:.2f}x its time"
-        if row["peer"] in (ITSELF, "x.amax")
+        if row["requirement"].startswith("at most")
         else f"{row['ratio']:.2f}x as fast"
     )
+    peak_bytes, fraction = peak_of(row), row["roofline_fraction"]
+    rest = "" if fraction is None else f"; {fraction:.0%} of {row['roof']}"
+    rest += "" if peak_bytes is None else f"; peak {peak_bytes / MIB:.1f} MiB"
     verdict = {True: ": reached", False: ": MISSED", None: ""}[row["reached"]]
     return (
         f"{who} [{row['backend']}] {row['median_ms']:.4g} ms; {row['peer']} "
-        f"{row['peer_median_ms']:.4g} ms: {against} ({row['requirement']}{verdict}); "
-        f"{row['roofline_fraction']:.0%} of {row['roof']}"
+        f"{row['peer_median_ms']:.4g} ms: {against} ({row['requirement']}{verdict}){rest}"
     )

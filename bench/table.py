@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rows import Row, load
-from targets import CPU_TARGETS, GPU_TARGETS, ITSELF, Target, key_of
+from targets import CPU_TARGETS, GPU_TARGETS, ITSELF, MIB, RUN, Target, key_of, peak_of
 
 RESULTS = Path(__file__).resolve().parent / "results"
 HEADER = (
@@ -39,12 +39,14 @@ class Line:
             return self.target.workload.device == "cuda"
         if self.row["refused"]:
             return False
-        return self.target.reached(self.row["ratio"], self.row["roofline_fraction"])
+        fraction = self.row["roofline_fraction"]
+        return self.target.reached(self.row["ratio"], fraction, peak_of(self.row))
 
     def cells(self) -> tuple[str, ...]:
         """What is printed, in the order of the header."""
         workload, target, row = self.target.workload, self.target, self.row
-        names = [workload.op, workload.dtype]
+        cast = f"{workload.autocast} autocast" if workload.autocast else workload.dtype
+        names = [workload.op, cast]
         names += [workload.mode] * (workload.mode != "forward")
         names += [target.backend] * (workload.device == "cuda")
         extras = [workload.fill] * (workload.fill != "normal")
@@ -66,9 +68,9 @@ class Line:
             f"{row['peer_median_ms']:.4g} ms",
             f"{ratio:.2f}x",
             target.requirement(),
-            "" if target.bar is None else verdict,
-            f"{row['roofline_fraction']:.0%} of {row['roof']}",
-            _size(row["peak_allocated_bytes"]),
+            verdict if target.required else "",
+            f"{row['roofline_fraction']:.0%} of {row['roof']}" if row["roof"] else "",
+            _size(peak_of(row) if target.beyond_gradients else row["peak_allocated_bytes"]),
             _size(row["peer_peak_allocated_bytes"]),
         )
 
@@ -76,7 +78,7 @@ class Line:
 def _size(count: int | None) -> str:
     if count is None:
         return ""
-    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
+    return f"{count / MIB:.1f} MiB" if count >= MIB else f"{count / 2**10:.1f} KiB"
 
 
 def newest(rows: Sequence[Row], machine: str | None = None) -> dict[tuple, Row]:
@@ -144,6 +146,22 @@ def provenance(lines: Sequence[Line]) -> list[str]:
     return said
 
 
+def origins(lines: Sequence[Line]) -> list[str]:
+    """Which command measures what, and which versions of other packages were compared."""
+    others: dict[str, list[str]] = {}
+    for line in lines:
+        if line.target.command != RUN and line.row:
+            others.setdefault(line.target.command, []).append(line.target.workload.op)
+    said = [f"{', '.join(dict.fromkeys(ops))}: `{command}`" for command, ops in others.items()]
+    text = f"Measured by `{RUN}`" + "".join(f"; {what}" for what in said) + "."
+    versions = {
+        f"{line.row['peer']} {line.row['peer_version']}"
+        for line in lines
+        if line.row and line.row.get("peer_version")
+    }
+    return [text] + [f"Packages compared with: {', '.join(sorted(versions))}."] * bool(versions)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description="Reprint the speed table from committed rows.")
@@ -157,9 +175,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines = [Line(target, found.get(target.key)) for target in targets]
     shown = worst_of_hard(lines) if options.markdown else lines
     bad = [line for line in lines if not line.good]
-    barred = [line for line in lines if line.target.bar is not None and line.row is not None]
+    barred = [line for line in lines if line.target.required and line.row is not None]
     reached = sum(line.good for line in barred)
-    text = [render(shown, options.markdown), "", *provenance(lines)]
+    text = [render(shown, options.markdown), "", *provenance(lines), *origins(lines)]
     text.append(f"{reached} of {len(barred)} measured bars reached.")
     if options.device != "cpu" and not any(t.key in found for t in GPU_TARGETS):
         text.append("The GPU lines were not measured on a GPU.")

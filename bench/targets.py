@@ -21,6 +21,10 @@ HARD = (
     ("ties", "bfloat16"),
 )
 ITSELF = "itself, normal data"
+RUN = "python bench/run.py"
+STORE = "python bench/activations.py"
+MIB = 2**20
+STORE_BYTES = 4 * 10**9
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Workload:
     fill: str = "normal"
     layout: str = "row-major"
     device: str = "cpu"
+    autocast: str = ""
 
     @property
     def case(self) -> str:
@@ -49,12 +54,20 @@ class Workload:
             return f"two {self.n} x {self.d} matrices"
         if self.op == "count_active":
             return f"{self.rows * self.k} codes n={self.n}"
+        if self.op == "ActivationStore":
+            return f"{self.n * self.d * 2 / 1e9:.3g} GB, d={self.d}, batches of {self.rows}"
         return f"B={self.rows} n={self.n} k={self.k}"
 
     def __str__(self) -> str:
         plain = {"forward", "normal", "row-major", "cpu"}
         extras = [e for e in (self.mode, self.fill, self.layout, self.device) if e not in plain]
+        extras += [f"{self.autocast} autocast"] * bool(self.autocast)
         return " ".join([self.op, self.case, self.dtype, *extras])
+
+    @property
+    def gradient_bytes(self) -> int:
+        """What the gradients of an autoencoder take: two matrices, two biases, in float32."""
+        return 4 * (2 * self.n * self.d + self.n + self.d)
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,8 @@ class Target:
     bar: the least ratio of the peer's time to ours; None reports without a requirement.
     at_most: the requirement reads "at most 1 / bar times the peer's time".
     roof_bar: the least fraction of the machine's own measured roofline.
+    beyond_gradients: the most bytes of extra memory at the peak, gradients not counted.
+    command: what measures the line.
     """
 
     workload: Workload
@@ -72,6 +87,8 @@ class Target:
     at_most: bool = False
     roof_bar: float | None = None
     backend: str = "native"
+    beyond_gradients: int | None = None
+    command: str = RUN
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -79,24 +96,44 @@ class Target:
         values = {f.name: getattr(self.workload, f.name) for f in fields(self.workload)}
         return key_of({**values, "backend": self.backend, "peer": self.peer})
 
+    @property
+    def required(self) -> bool:
+        """Whether the line has to reach anything."""
+        return self.bar is not None or self.beyond_gradients is not None
+
     def requirement(self) -> str:
         """The bar in words."""
-        if self.bar is None:
-            return "reported"
-        text = f"at most {1 / self.bar:g}x" if self.at_most else f"at least {self.bar:g}x"
-        return text if self.roof_bar is None else f"{text}, {self.roof_bar:.0%} of roofline"
+        said = []
+        if self.bar is not None:
+            said.append(f"at most {1 / self.bar:g}x" if self.at_most else f"at least {self.bar:g}x")
+        if self.roof_bar is not None:
+            said.append(f"{self.roof_bar:.0%} of roofline")
+        if self.beyond_gradients is not None:
+            said.append(f"peak at most gradients + {self.beyond_gradients / MIB:g} MiB")
+        return ", ".join(said) or "reported"
 
-    def reached(self, ratio: float, fraction: float | None) -> bool:
+    def reached(self, ratio: float, fraction: float | None, peak: int | None) -> bool:
         """Whether measured figures satisfy the line."""
         fast = self.bar is None or ratio >= self.bar
         near = self.roof_bar is None or (fraction is not None and fraction >= self.roof_bar)
-        return fast and near
+        small = self.beyond_gradients is None or (
+            peak is not None and peak <= self.workload.gradient_bytes + self.beyond_gradients
+        )
+        return fast and near and small
 
 
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
     """The fields that tell one line of measurements from another."""
-    names = [f.name for f in fields(Workload)]
-    return tuple(row[name] for name in (*names, "backend", "peer"))
+    # Rows are older than some fields, whose defaults then say what was measured.
+    about = (row.get(f.name, f.default) for f in fields(Workload))
+    return (*about, row["backend"], row["peer"])
+
+
+def peak_of(row: dict[str, Any]) -> int | None:
+    """The peak of our extra memory that a requirement is held to: the larger of torch's
+    allocations and the rise of the resident set, since either may miss something."""
+    figures = (row["peak_allocated_bytes"], row["peak_resident_bytes"])
+    return max((figure for figure in figures if figure is not None), default=None)
 
 
 def _topk(sizes: tuple[int, int, int], **more: Any) -> Workload:
@@ -140,8 +177,31 @@ def _autoencoder() -> Iterable[Target]:
         yield Target(encoder, "F.linear, torch.topk", 1)
     step = Workload("SparseAutoencoder", 1024, 16384, 32, 768, mode="forward+backward")
     yield Target(step, "F.linear forward", 1 / 1.35, at_most=True)
+    for autocast, sparse_bar in (("", 1.4), ("bfloat16", 1.5)):
+        cast = replace(step, autocast=autocast)
+        yield Target(cast, "eai-sparsify", sparse_bar)
+        yield Target(cast, "sae-lens", 5)
+        yield Target(cast, "dictionary-learning", 5)
+    wide = replace(step, n=131072, k=64)
+    yield Target(wide, "F.linear forward", beyond_gradients=128 * MIB)
     adam = Workload("adam_step", 1, 16384, 1, 768)
     yield Target(adam, "fused Adam, projection, normalization", 1.5)
+
+
+def activation_store(rows: int, features: int, batch_size: int, dtype: str, pages: str) -> Target:
+    """An epoch of shuffled batches from a float16 file [rows, features], as float16 or float32;
+    pages: "dropped" from the system's cache before each pass, or "cached", which has no bar."""
+    workload = Workload(
+        "ActivationStore", batch_size, rows, 1, features, "float16",
+        mode=f"to {dtype}", fill=f"pages {pages}",
+    )  # fmt: skip
+    bar = 0.5 if pages == "dropped" else None
+    return Target(workload, "h5py in order", bar, backend="none", command=STORE)
+
+
+def _store() -> Iterable[Target]:
+    for dtype in ("float16", "float32"):
+        yield activation_store(STORE_BYTES // (2 * 768), 768, 4096, dtype, "dropped")
 
 
 def _gpu() -> Iterable[Target]:
@@ -170,10 +230,15 @@ def _extras() -> Iterable[Target]:
     yield Target(Workload("count_active", 4096, 65536, 64), "torch.bincount")
 
 
-CPU_TARGETS = (*_cpu(), *_autoencoder())
+CPU_TARGETS = (*_cpu(), *_autoencoder(), *_store())
 GPU_TARGETS = tuple(_gpu())
 TARGETS = CPU_TARGETS + GPU_TARGETS
 EXTRAS = tuple(_extras())
+
+
+def peers_of(workload: Workload) -> list[str]:
+    """What the table compares a workload with."""
+    return [target.peer for target in TARGETS if target.workload == workload]
 
 
 def by_workload(targets: Iterable[Target]) -> dict[Workload, list[Target]]:
