@@ -15,7 +15,12 @@ from conftest import FLOATS
 import sparsekern
 from sparsekern import testing
 from sparsekern.ops import batch_topk as public
-from sparsekern.ops.batch_topk import batch_mask, batch_topk_reference, ordered_key
+from sparsekern.ops.batch_topk import (
+    batch_mask,
+    batch_topk_reference,
+    first_of_list,
+    ordered_key,
+)
 
 # Slow targets (a host thread per CUDA thread, an interpreter) take part of the sweep.
 THINNING = {"cuda-emulation": 9, "triton-interpreter": 9}
@@ -144,6 +149,18 @@ def test_keys_have_the_order_of_the_values(dtype):
     assert (equal[:, 0] == equal[:, 1]).all()
 
 
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
+def test_first_of_list(dtype):
+    """How a GPU selects among the candidates, on any device."""
+    for fill in testing.FILLS:
+        x = testing.fill_rows(fill, 1, 300).to(dtype)
+        for total in (1, 2, 77, 299, 300):
+            _, values, places = batch_topk_reference(x, total, False)
+            first = first_of_list(x[0], torch.arange(300) * 10, total)
+            testing.assert_same(fill, first[0], values)
+            testing.assert_same(fill, first[1], places * 10)
+
+
 def test_few_rows_are_read_again(monkeypatch):
     """Independent scores take one round of candidates; a row that owns everything one more."""
     if sparsekern._library.native_module("cpu")[0] is None:
@@ -159,11 +176,11 @@ def test_few_rows_are_read_again(monkeypatch):
     x = torch.randn(64, 500, generator=torch.Generator().manual_seed(0))
     with sparsekern.backend("native"):
         sparsekern.batch_topk(x, 16)
-        assert calls == [(64, 32)]
+        assert calls == [(64, 32), (1, 1024)]  # rows, then the list of candidates
         calls.clear()
         x[7] += 100
         sparsekern.batch_topk(x, 16)
-        assert calls == [(64, 32), (1, 500)]
+        assert calls == [(64, 32), (1, 1024), (1, 500), (1, 1024)]
 
 
 def test_float64(target):

@@ -93,6 +93,7 @@ def test_evaluation_without_a_threshold():
         layer(x)
     layer.load_state_dict(trained.state_dict())
     testing.assert_same("restored", layer(x), trained.eval()(x))
+    layer._known = True  # as on a GPU, where the host asks once
     layer.load_state_dict(BatchTopK(1).state_dict())  # one that was saved before training
     with pytest.raises(RuntimeError, match=message):
         layer(x)
@@ -208,7 +209,8 @@ def test_codes_of_batch_topk(target):
         testing.assert_same("codes", codes_to_dense(values, indices, 30), y)
         sparsekern.sparse_matmul(values, indices, weight).square().sum().backward()
         (y @ weight).square().sum().backward()
-        torch.testing.assert_close(sparse.grad, dense.grad)
+        # sums in another order
+        torch.testing.assert_close(sparse.grad, dense.grad, rtol=1e-4, atol=1e-4)
     silent = -torch.ones(3, 30, device=target.device)
     for x in (silent, silent[:0]):
         values, indices = layer.codes(x)
@@ -226,4 +228,4 @@ def test_inductor_trains_all_of_them():
         expected = torch.autograd.grad(model(x).square().sum(), weights)
         gradients = torch.autograd.grad(compiled(x).square().sum(), weights)
         for one, right in zip(gradients, expected, strict=True):
-            torch.testing.assert_close(one, right)
+            torch.testing.assert_close(one, right, rtol=1e-4, atol=1e-4)  # other order of sums

@@ -161,7 +161,7 @@ class BatchTopK(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> BatchTopK:
-        before = self.threshold
+        before, self._known = self.threshold, False
         super()._apply(fn, *args, **kwargs)
         if self.threshold.dtype != before.dtype:  # half(), to(dtype): too coarse for an average
             self.threshold = before.to(self.threshold.device)

@@ -160,9 +160,9 @@ def _largest(
     m = min(most, max(2 * share, share + 16))
     if m == n or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         positions = torch.arange(rows * n, device=x.device)
-        return first_of_list(x.reshape(-1), positions, total)
+        return _first(x.reshape(-1), positions, total, select)
     values, positions = _candidates(x, None, m, select)
-    values, positions = first_of_list(values, positions, total)
+    values, positions = _first(values, positions, total, select)
     starts = torch.arange(0, rows * n + 1, n, device=x.device)
     while m < most:
         filled = torch.searchsorted(positions, starts).diff() == m
@@ -174,7 +174,7 @@ def _largest(
         kept = ~filled[positions // n]
         values = torch.cat((values[kept], more_values))
         positions, order = torch.cat((positions[kept], more_positions)).sort()
-        values, positions = first_of_list(values[order], positions, total)
+        values, positions = _first(values[order], positions, total, select)
     return values, positions
 
 
@@ -186,7 +186,18 @@ def _candidates(
     values, columns, _ = select(rows, m, False, False, False, False)
     if chosen is None:
         chosen = torch.arange(len(rows), device=x.device)
-    return values.view(-1), (columns + chosen.unsqueeze(1) * x.shape[1]).view(-1)
+    return values.view(-1), columns.add_(chosen.unsqueeze(1) * x.shape[1]).view(-1)
+
+
+def _first(
+    values: torch.Tensor, positions: torch.Tensor, total: int, select: Callable[..., Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`first_of_list`, on a CPU as the top-k of a single row: three times as fast there, while on a
+    GPU one block would have the row to itself."""
+    if values.is_cuda:
+        return first_of_list(values, positions, total)
+    taken, chosen, _ = select(values.unsqueeze(0), total, False, False, False, False)
+    return taken.view(-1), positions[chosen.view(-1)]
 
 
 def first_of_list(
