@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Scores held at a time. Fewer slices make better products; measured in bench/ as "linear_topk".
-BUFFER_ELEMENTS = 8 << 20
+# Scores held at a time. Fewer slices make better products, measured in bench/ as "linear_topk"; but
+# blocks of 32 MiB or more are mapped anew by the C library, and cleared by the system, at each call.
+BUFFER_ELEMENTS = 7 << 20
 SMALLEST_SLICE = 4096
+WIDTH_STEP = 64
 
 
 class Layer:
@@ -78,7 +80,8 @@ def select_rows(
     """Codes of some rows, into values and indices [rows, k]."""
     count, k = len(rows), wanted.k // wanted.groups
     group = layer.width // wanted.groups
-    width = min(layer.width, max(SMALLEST_SLICE, 4 * wanted.k, BUFFER_ELEMENTS // count))
+    most = max(SMALLEST_SLICE, 4 * wanted.k, BUFFER_ELEMENTS // count)
+    width = _even(layer.width, most)
     buffer = rows.new_empty(count * width)
     if wanted.groups > 1 and group <= width:
         whole = width // group
@@ -95,6 +98,12 @@ def select_rows(
             layer, rows, wanted, at * group, (at + 1) * group, buffer,
             values[:, codes], indices[:, codes],
         )  # fmt: skip
+
+
+def _even(total: int, most: int) -> int:
+    """The width of slices of at most so many latents that are equally wide, up to a cache line."""
+    slices = -(-total // most)
+    return min(total, most, -(-total // (slices * WIDTH_STEP)) * WIDTH_STEP)
 
 
 def _select_groups(
