@@ -14,7 +14,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 readonly OUT_FOLDER=${1:-${OUT:-bench/out}}
 readonly TOTAL_SECONDS=525
 readonly TESTS=(python_tests/test_topk.py python_tests/test_sparse_matmul.py
-  python_tests/test_activity.py python_tests/test_nn.py)
+  python_tests/test_activity.py python_tests/test_nn.py python_tests/test_layers.py
+  python_tests/test_batch_topk.py python_tests/test_linear_topk.py python_tests/test_linear_at.py
+  python_tests/test_adam.py python_tests/test_sae.py)
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 MPLBACKEND=Agg
 
 mkdir -p "$OUT_FOLDER" || exit 2

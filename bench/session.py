@@ -12,6 +12,7 @@ import bench_autoencoder
 import bench_layers
 import bench_sparse_matmul
 import bench_topk
+import bench_training
 import torch
 from machine import facts
 from measure import Effort, Subject, Timing, automatic, forced, interleave
@@ -22,10 +23,21 @@ from roofline import roofline
 from rows import Row, rounded
 from targets import MIB, Target, Workload, peak_of
 
-STEMS = (bench_topk, bench_sparse_matmul, bench_activity, bench_layers, bench_autoencoder)
+STEMS = (
+    bench_topk,
+    bench_sparse_matmul,
+    bench_activity,
+    bench_layers,
+    bench_autoencoder,
+    bench_training,
+)
 BUILDERS = {op: stem.build for stem in STEMS for op in stem.OPS}
 # The operation whose automatic choice serves a layer.
-SERVED_BY = {"TopK": "topk_mask", "SparseAutoencoder": "linear_topk"}
+SERVED_BY = {
+    "TopK": "topk_mask",
+    "SparseAutoencoder": "linear_topk",
+    "training step": "linear_topk",
+}
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class Workload:
         """The sizes, in the order in which the operation's arguments name them."""
         if self.op == "sparse_matmul":
             return f"B={self.rows} k={self.k} n={self.n} d={self.d}"
-        if self.op in ("linear_topk", "SparseAutoencoder"):
+        if self.op in ("linear_topk", "SparseAutoencoder", "training step"):
             return f"B={self.rows} d={self.d} n={self.n} k={self.k}"
         if self.op == "adam_step":
             return f"two {self.n} x {self.d} matrices"
@@ -213,6 +213,19 @@ def _gpu() -> Iterable[Target]:
         yield Target(codes, "dense product", 4, backend=backend)
         backward = replace(codes, mode="backward")
         yield Target(backward, "two dense products", 4, backend=backend)
+        encoder = Workload("linear_topk", 8192, 131072, 64, 4096, dtype="bfloat16", device="cuda")
+        yield Target(encoder, "F.linear", 1 / 1.15, at_most=True, backend=backend)
+    step = Workload(
+        "training step", 8192, 131072, 64, 4096,
+        mode="forward+backward+optimizer", device="cuda", autocast="bfloat16",
+    )  # fmt: skip
+    yield Target(step, "eai-sparsify", 2)
+    yield Target(step, "dense, compiled", 3.5)
+    widest = Workload(
+        "SparseAutoencoder", 1024, 2**20, 64, 4096,
+        dtype="bfloat16", mode="forward+backward", device="cuda",
+    )  # fmt: skip
+    yield Target(widest, "F.linear forward")
 
 
 def _extras() -> Iterable[Target]:
@@ -227,6 +240,9 @@ def _extras() -> Iterable[Target]:
     yield Target(replace(half, mode="forward+backward"), "embedding_bag")
     layer = Workload("TopK", 512, 16384, 32, dtype="bfloat16", mode="forward+backward")
     yield Target(layer, "torch.topk, relu, scatter")
+    step = Workload("training step", 512, 8192, 32, 512, mode="forward+backward+optimizer")
+    yield Target(step, "dense, compiled")
+    yield Target(step, "eai-sparsify")
     yield Target(Workload("count_active", 4096, 65536, 64), "torch.bincount")
 
 
