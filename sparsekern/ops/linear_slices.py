@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 # Scores held at a time. Fewer slices make better products, measured in bench/ as "linear_topk"; but
-# blocks of 32 MiB or more are mapped anew by the C library, and cleared by the system, at each call.
+# blocks of 32 MiB or more are mapped anew by the C library, and cleared by the system, each time.
 BUFFER_ELEMENTS = 7 << 20
 SMALLEST_SLICE = 4096
 WIDTH_STEP = 64
