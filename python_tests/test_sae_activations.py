@@ -32,7 +32,7 @@ OPTIONS = {
 @pytest.fixture(params=["sparse", "dense"])
 def path(request, monkeypatch):
     """Codes however wide, found by a selection that has to grow; or dense scores from the start."""
-    monkeypatch.setattr(encoding, "NARROWEST", 0 if request.param == "sparse" else 1000)
+    monkeypatch.setattr(encoding, "NARROWEST", 1 if request.param == "sparse" else 1000)
     return request.param
 
 
@@ -155,6 +155,28 @@ def test_codes_in_evaluation_equal_the_layers(path, name):
     layer = model.activation
     torch.testing.assert_close(found, layer(scores) if not layer.training else None)
     torch.testing.assert_close(model.decode(values, indices), model(x).reconstruction)
+
+
+@pytest.mark.parametrize("shape", [(0,), (), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_no_rows_and_a_single_row(path, name, shape):
+    model = model_of(ACTIVATIONS[name](), prefixes=(7,))
+    output, loss = model.loss(rows(shape))
+    assert output.reconstruction.shape == (*shape, 6)
+    assert output.values.shape == output.indices.shape
+    loss.total.backward()
+    assert all(leaf.grad is not None for leaf in (model.encoder, model.dictionary))
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_nan_is_passed_on(path, name):
+    model = model_of(ACTIVATIONS[name]())
+    x = rows()
+    x[3, 1] = torch.nan
+    reconstruction = model(x).reconstruction
+    assert reconstruction[3].isnan().all()
+    if not isinstance(model.activation, sparsekern.BatchTopK):  # whose rows share a selection
+        assert not reconstruction[torch.arange(16) != 3].isnan().any()
 
 
 def test_the_width_follows_what_the_fullest_row_needs(monkeypatch):

@@ -78,7 +78,8 @@ def split_codes(
     level_ids = torch.arange(len(prefixes) + 1, device=indices.device)
     counts = (levels.unsqueeze(-1) == level_ids).sum(-2)  # [..., levels]
     starts = counts.cumsum(-1) - counts
-    widths = counts.flatten(0, -2).amax(0).tolist() if counts.numel() else [0] * len(level_ids)
+    per_row = counts.reshape(-1, len(level_ids))
+    widths = per_row.amax(0).tolist() if len(per_row) else [0] * len(level_ids)
     for level, width in enumerate(widths):
         slots = torch.arange(max(width, 1), device=indices.device)
         places = (starts[..., level, None] + slots).clamp_max(indices.shape[-1] - 1)

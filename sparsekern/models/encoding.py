@@ -217,7 +217,7 @@ def _above(
     n, k = scores.latents, width.value
     while k * NARROWEST <= n:
         values, indices = scores.largest(k)
-        above = values > floor
+        above = ~(values <= floor)  # NaN counts, and is passed on
         if not above[..., -1].any():
             used = _fullest(above, width)
             indices = indices[..., :used].contiguous()
@@ -237,7 +237,7 @@ def _largest_of_batch(
         values, indices = scores.largest(k)
         kept = _kept(values, layer.k)
         if not kept[..., -1].any():
-            kept &= values > 0
+            kept &= ~(values <= 0)
             layer.observe(values[kept])
             used = _fullest(kept, width)
             return indices[..., :used].contiguous(), kept[..., :used]
