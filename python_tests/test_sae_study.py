@@ -108,7 +108,7 @@ ACTIVATIONS = {
         "activation": "jumprelu", "threshold": 0.1, "bandwidth": 0.1, "sparsity_weight": 0.02,
         "k_start": 0,
     },
-    "relu": {"activation": "relu", "sparsity_weight": 0.1, "k_start": 0},
+    "relu": {"activation": "relu", "sparsity_weight": 0.3, "k_start": 0},
     "prefixes": {"prefixes": (12, 24)},
 }  # fmt: skip
 
