@@ -177,3 +177,34 @@ def test_bad_input_is_named(name):
     text, call = BAD[name]
     with pytest.raises(ValueError, match=text):
         call()
+
+
+def test_states_of_torchs_adam_load_and_step():
+    start, grad = torch.randn(5, 3), torch.randn(5, 3)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    torchs = torch.optim.Adam([theirs], lr=0.1)
+    optimizer = Adam([ours], lr=0.1)
+    theirs.grad = grad
+    torchs.step()
+    optimizer.load_state_dict(torchs.state_dict())
+    ours.data.copy_(theirs.data)
+    ours.grad = grad
+    torchs.step(), optimizer.step()
+    torch.testing.assert_close(ours, theirs)
+    for option in ("maximize", "amsgrad"):
+        other = torch.optim.Adam([torch.nn.Parameter(start)], **{option: True})
+        with pytest.raises(ValueError, match=f"{option} must be False, got True"):
+            optimizer.load_state_dict(other.state_dict())
+
+
+def test_autograd_notices_a_step():
+    parameter = torch.nn.Parameter(torch.randn(3, 2))
+    optimizer = Adam([parameter])
+    loss = (torch.randn(4, 3) @ parameter).square().sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    x = torch.randn(2, 4, requires_grad=True)
+    y = (x @ torch.randn(4, 3) @ parameter).sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()

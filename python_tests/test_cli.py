@@ -212,7 +212,7 @@ def test_the_largest_seed(tmp_path):
 def test_bad_folders(complete, tmp_path, capsys):
     before = snapshot(complete)
     assert "folder already holds a run" in failure(capsys, *TINY, "--out", complete)
-    assert "no run to resume in" in failure(capsys, "--resume", tmp_path)
+    assert "no run in" in failure(capsys, "--resume", tmp_path)
     (tmp_path / "file").write_text("")
     message = failure(capsys, *TINY, "--out", tmp_path / "file" / "run")
     assert message.startswith("cannot write to the run folder")

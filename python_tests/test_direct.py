@@ -78,6 +78,9 @@ def test_subclasses_and_meta_tensors_go_through_torch():
     assert not dispatcher_has_nothing_to_do((X.to("meta"), 2))
     assert sparsekern.topk(X.to("meta"), 2).values.shape == (2, 2)
     tagged = X.as_subclass(Tagged)
+    assert not dispatcher_has_nothing_to_do((tagged, 2))
+    with torch.no_grad():
+        assert type(sparsekern.topk(tagged, 2).values) is Tagged
     torch.testing.assert_close(torch.Tensor(sparsekern.topk(tagged, 2).values), X.topk(2).values)
 
 

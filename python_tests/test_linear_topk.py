@@ -315,5 +315,9 @@ def test_bad_input_is_named(name):
 def test_latents_out_of_range(target):
     if target.device != "cpu":
         pytest.skip("an index out of range is an assertion on the GPU; run on a CPU target")
-    with pytest.raises(IndexError):
-        sparsekern.linear_topk(X, WEIGHT, None, 2, latents=torch.tensor([1, 9]))
+    for wrong in ([1, 9], [-1, 3]):
+        with pytest.raises(IndexError, match=r"latents must lie in 0\.\.8"):
+            sparsekern.linear_topk(X, WEIGHT, None, 2, latents=torch.tensor(wrong))
+    for wrong in ([5, 3, 7], [3, 3, 4]):
+        with pytest.raises(ValueError, match="latents must ascend, each once, got"):
+            sparsekern.linear_topk(X, WEIGHT, None, 2, latents=torch.tensor(wrong))

@@ -249,3 +249,13 @@ def test_bad_input_is_named(name):
     error, text, call = BAD[name]
     with pytest.raises(error, match=text):
         call()
+
+
+def test_rows_that_do_not_differ_have_a_finite_loss():
+    """One row left over at the end of an epoch must not ruin the optimizer's state."""
+    model = model_of()
+    for x in (rows()[:1], rows()[:1].expand(8, 6), torch.zeros(3, 6, dtype=torch.float64)):
+        loss = model.loss(x)[1]
+        loss.total.backward()
+        assert loss.fvu < 1e3, loss.fvu
+        assert all(leaf.grad.isfinite().all() for leaf in model.parameters())

@@ -46,7 +46,7 @@ def model_of(activation: nn.Module, **options) -> SparseAutoencoder:
             model.encoder.add_(torch.randn_like(model.encoder), alpha=0.2)
         model.dictionary.mul_(torch.rand(LATENTS, 1, dtype=torch.float64) + 0.5)
     model.counter.rows_since_fired[:15] = model.dead_after + 1
-    model._width.value = 1
+    model._width.count = 0
     model.eval().activation.train()  # the activation trains, and nothing else changes
     return model
 
@@ -184,7 +184,7 @@ def test_the_width_follows_what_the_fullest_row_needs(monkeypatch):
     model = model_of(nn.ReLU())
     with torch.no_grad():
         model.encoder_bias.fill_(-20.0)
-    model._width.value = 1
+    model._width.count = 0
     output = model(rows())
     assert output.values.shape == (16, 1) and not output.values.any()
     with torch.no_grad():
@@ -196,6 +196,35 @@ def test_the_width_follows_what_the_fullest_row_needs(monkeypatch):
     model(rows())
     narrow = model(rows())
     assert narrow.values.shape[1] <= LATENTS // 2, "and is left again"
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_what_came_before_does_not_matter(name, monkeypatch):
+    """The way to the codes follows from the input alone: a resumed run has the same bits."""
+    monkeypatch.setattr(encoding, "NARROWEST", 2)
+    model = model_of(ACTIVATIONS[name]())
+    for shift in (-3.0, -1.0, 0.5):
+        with torch.no_grad():
+            model.encoder_bias.fill_(shift)
+        found = []
+        for count in (0, 7, 15, LATENTS):
+            model._width.count = count
+            output, loss = model.loss(rows())
+            gradient = torch.autograd.grad(loss.total, model.encoder)[0]
+            found.append((output.values, output.indices, gradient))
+        for other in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_batch_topk_in_evaluation_does_not_round_its_threshold():
+    model = SparseAutoencoder(16, 2048, activation=sparsekern.BatchTopK(4)).eval()
+    model.activation.threshold.fill_(2.01)
+    x = 3 * torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        alone = torch.stack([(model(row.unsqueeze(0)).values != 0).sum() for row in x])
+        dense = (model.activation(model._scores(x).all()) != 0).sum(-1)
+    assert (alone != dense).float().mean() < 0.2, "single rows lose latents"
+    assert (alone - dense).abs().max() <= 2
 
 
 def test_batch_topk_without_its_threshold_is_refused():
@@ -237,6 +266,16 @@ BAD = {
         "activation must have ReLU and no abs",
         {"activation": sparsekern.TopK(3, abs=True)},
     ),
+    "k above the latents": (
+        ValueError,
+        "k must be at most 40, the latents, got 41",
+        {"activation": sparsekern.BatchTopK(41)},
+    ),
+    "a counter": (
+        ValueError,
+        "activation must have no counter",
+        {"activation": sparsekern.TopK(3, counter=sparsekern.DeadNeuronCounter(LATENTS))},
+    ),
     "thresholds": (
         ValueError,
         r"must have 40 thresholds, one a latent, got \[7\]",
@@ -252,3 +291,16 @@ def test_bad_input_is_named(name):
     error, text, options = BAD[name]
     with pytest.raises(error, match=text):
         SparseAutoencoder(6, LATENTS, **options)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_bad_activations_are_named_on_every_path(path, name):
+    model = model_of(ACTIVATIONS[name]())
+    for x, error, text in (
+        (rows()[:, :5], ValueError, r"weight must be \[latents, 5\]"),
+        (rows().float(), TypeError, "weight must have x's dtype"),
+        (rows().long(), TypeError, "x must be float32"),
+        (rows()[0, 0], ValueError, "x must have at least one dimension"),
+    ):
+        with pytest.raises(error, match=f"^SparseAutoencoder: {text}"):
+            model(x)

@@ -30,13 +30,14 @@ _STOPS = ~_PASSED_ON
 _keys_of = torch._C._dispatch_keys
 _included = torch._C._dispatch_tls_local_include_set
 _excluded = torch._C._dispatch_tls_local_exclude_set
-_function_mode = torch._C._is_torch_function_mode_enabled
+_overridden = torch.overrides.has_torch_function
 _profiling = torch._C._autograd._profiler_enabled
 
 
 def dispatcher_has_nothing_to_do(args: tuple[Any, ...]) -> bool:
     """True when the dispatcher would hand a call with these arguments straight to the kernel."""
-    if torch.compiler.is_compiling() or _function_mode() or _profiling():
+    # Overrides: of tensor subclasses, and of modes.
+    if torch.compiler.is_compiling() or _overridden(args) or _profiling():
         return False
     if forward_ad._current_level >= 0:
         return False

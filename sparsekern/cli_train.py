@@ -23,7 +23,7 @@ STUDIES = {
     "sae": (
         "sparse autoencoder on stored activations",
         (
-            "Trains a top-k sparse autoencoder on files of activations; 'sparsekern data "
+            "Trains a sparse autoencoder on files of activations; 'sparsekern data "
             "activations' makes such files."
         ),
     ),

@@ -81,6 +81,16 @@ class Adam(torch.optim.Optimizer):
                     f"got {list(parameter.shape)}"
                 )
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As in torch; groups of a torch.optim.Adam have no unit_rows, and must not ask for what
+        this optimizer does not do."""
+        for group in state.get("param_groups", ()):
+            for option in ("amsgrad", "maximize"):
+                if group.get(option):
+                    raise ValueError(f"Adam: {option} must be False, got {group[option]}")
+            group.setdefault("unit_rows", False)
+        super().__setstate__(state)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step for every parameter that has a gradient; returns what the closure returns."""
@@ -115,3 +125,6 @@ class Adam(torch.optim.Optimizer):
             step=int(state["step"]),
             unit_rows=group["unit_rows"],
         )
+        # So that autograd notices where an older value was still needed.
+        changed = (parameter, state["exp_avg"], state["exp_avg_sq"])
+        torch.autograd.graph.increment_version(changed)

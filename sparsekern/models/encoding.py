@@ -6,9 +6,10 @@ again as a part of the graph (ops/linear_at.py), and the activation is applied t
 latent that is not active passes nothing on, these are the gradients of the dense expression.
 
 TopK keeps a fixed number of latents in each row. For the others the number differs from row to row,
-so the selection takes the largest `width` scores of each row and looks at the last of them: if it
-still qualifies, the row may have more, and the selection is made again with twice the width. When a
-row needs more than one in NARROWEST latents, the dense expression is faster, and is what is used.
+so the selection takes the largest scores of each row, as many as the last selections needed, and
+looks at the last of them: if it still qualifies, the row may have more, and the selection is made
+again with twice as many. When some row has more than one in NARROWEST latents active, the dense
+expression is faster, and is what is used. Which of the two it is follows from the input alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import BatchTopK, JumpReLU, TopK
-from ..ops.batch_topk import first_of_list
+from ..ops.batch_topk import batch_topk, first_of_list, kept_in_all
 from ..ops.jumprelu import at_most, jumprelu, step
 from ..ops.linear_at import linear_at, vector_at
 from ..ops.linear_topk import TransposedCodes, linear_topk
@@ -30,6 +31,7 @@ from ..ops.transposition import Transposition, transpose_codes
 
 # Dense scores win when rows need more than one latent in so many; measured on a CPU.
 NARROWEST = 8
+SMALLEST_SCALE = 1e-20
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,16 @@ class Scores:
 
     def all(self) -> Tensor:
         """All of them, [..., N]."""
-        scores = nn.functional.linear(self.x - self.pre_bias, self.weight, self.bias)
-        return scores if self.scale is None else scores * self.scale
+        dtype = self.x.dtype
+        centred = (self.x - self.pre_bias).to(dtype)
+        scores = nn.functional.linear(centred, self.weight.to(dtype), self.bias.to(dtype))
+        return scores if self.scale is None else scores * self.scale.to(scores.dtype)
 
     def lowered(self, threshold: Tensor) -> Scores:
-        """Scores minus a threshold [N] of each latent."""
-        offset = threshold if self.scale is None else threshold / self.scale
+        """Scores minus a threshold [N] of each latent (scores of scale zero stay zero)."""
+        offset = threshold
+        if self.scale is not None:
+            offset = threshold / self.scale.clamp_min(SMALLEST_SCALE)
         return replace(self, bias=self.bias - offset)
 
 
@@ -97,13 +103,18 @@ class Encoding(NamedTuple):
 
 @dataclass
 class Width:
-    """How many latents of a row a selection begins with; follows what the last ones needed."""
+    """How many latents the fullest row had the last time. It decides where a search begins, not
+    what it finds."""
 
-    value: int = 64
+    count: int = 48
 
-    def needed(self, count: int) -> None:
-        """Take note of the largest number of latents that a row had."""
-        self.value = count + count // 4 + 8
+    def first(self, most: int) -> int:
+        """How many latents of a row to look at first."""
+        return min(self.count + self.count // 4 + 8, most)
+
+    def dense(self, latents: int) -> bool:
+        """Whether dense scores were faster the last time."""
+        return self.count * NARROWEST > latents
 
 
 def encode(layer: nn.Module, scores: Scores, width: Width) -> Encoding:
@@ -124,6 +135,11 @@ def check_activation(layer: nn.Module, latents: int) -> None:
         raise TypeError(f"{op}: activation must be one of {known}, got {type(layer).__name__}")
     if isinstance(layer, TopK) and not layer.is_plain:
         raise ValueError(f"{op}: activation must have ReLU and no abs, got {layer}")
+    if isinstance(layer, (TopK, BatchTopK)):
+        if layer.counter is not None:
+            raise ValueError(f"{op}: activation must have no counter, since the model has one")
+        if layer.k > latents:
+            raise ValueError(f"{op}: k must be at most {latents}, the latents, got {layer.k}")
     if isinstance(layer, JumpReLU) and layer.log_threshold.shape != (latents,):
         raise ValueError(
             f"{op}: activation must have {latents} thresholds, one a latent, "
@@ -135,49 +151,48 @@ def _nothing(scores: Scores) -> Tensor:
     return torch.zeros((), device=scores.x.device)
 
 
-def _topk(layer: TopK, scores: Scores, width: Width) -> Encoding:
+def _topk(layer: TopK, scores: Scores, _: Width) -> Encoding:
     codes = scores.topk(layer.k, groups=layer.groups)
     return Encoding(*codes, _nothing(scores))
 
 
-def _relu(layer: nn.ReLU, scores: Scores, width: Width) -> Encoding:
+def _relu(_: nn.ReLU, scores: Scores, width: Width) -> Encoding:
     found = _above(scores, 0.0, width)
-    if found is None:
-        encoding = _dense(scores, torch.relu, width)
-        return encoding._replace(penalty=_total(encoding.values))
-    indices, transposition = found
-    values = scores.at(indices, transposition).relu()
-    return Encoding(values, indices, transposition, _total(values))
+    if isinstance(found, Tensor):
+        values = found.relu()
+        return _dense(values)._replace(penalty=_total(values))
+    values = scores.at(*found).relu()
+    return Encoding(values, *found, _total(values))
 
 
 def _jumprelu(layer: JumpReLU, scores: Scores, width: Width) -> Encoding:
     # The pseudo-derivative reaches half a bandwidth below the threshold.
     theta = layer.threshold
-    found = _above(scores.lowered(theta.detach()), -layer.bandwidth / 2, width)
-    if found is None:
-        dense = scores.all()
-        penalty = _total(step(dense, theta, layer.bandwidth))
-        return _dense(scores, layer, width, dense)._replace(penalty=penalty)
-    indices, transposition = found
-    z, limit = scores.at(indices, transposition), vector_at(theta, indices, transposition)
+    found = _above(scores, -layer.bandwidth / 2, width, theta.detach())
+    if isinstance(found, Tensor):
+        penalty = _total(step(found, theta, layer.bandwidth))
+        return _dense(layer(found))._replace(penalty=penalty)
+    z, limit = scores.at(*found), vector_at(theta, *found)
     values = jumprelu(z, limit, layer.bandwidth)
-    return Encoding(values, indices, transposition, _total(step(z, limit, layer.bandwidth)))
+    return Encoding(values, *found, _total(step(z, limit, layer.bandwidth)))
 
 
 def _batch_topk(layer: BatchTopK, scores: Scores, width: Width) -> Encoding:
-    if not layer.training:
-        threshold = layer.known_threshold()
-        found = _above(scores, threshold, width)
-        if found is None:
-            return _dense(scores, layer, width)
-        indices, transposition = found
-        z = scores.at(indices, transposition)
-        return Encoding(
-            torch.where(at_most(z, threshold), 0, z), indices, transposition, _nothing(scores)
-        )
-    chosen = _largest_of_batch(layer, scores, width)
+    if layer.training:
+        return _trained_batch_topk(layer, scores, width)
+    threshold = layer.known_threshold()
+    found = _above(scores, threshold, width)
+    if isinstance(found, Tensor):
+        return _dense(layer(found))
+    z = scores.at(*found)
+    return Encoding(torch.where(at_most(z, threshold), 0, z), *found, _nothing(scores))
+
+
+def _trained_batch_topk(layer: BatchTopK, scores: Scores, width: Width) -> Encoding:
+    dense = scores.all() if width.dense(scores.latents) else None
+    chosen = _largest_of_batch(layer, scores, width, dense)
     if chosen is None:
-        return _dense(scores, layer, width)
+        return _dense(layer(scores.all() if dense is None else dense))
     indices, kept = chosen
     transposition = transpose_codes(indices, scores.latents)
     values = torch.where(kept, scores.at(indices, transposition).relu(), 0)
@@ -196,53 +211,79 @@ def _total(values: Tensor) -> Tensor:
     return values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
 
 
-def _dense(
-    scores: Scores,
-    activation: Callable[[Tensor], Tensor],
-    width: Width,
-    dense: Tensor | None = None,
-) -> Encoding:
-    values = activation(scores.all() if dense is None else dense)
-    _fullest(values.detach() != 0, width)
-    indices = torch.arange(scores.latents, device=values.device).expand(values.shape)
-    return Encoding(values, indices, None, _nothing(scores), dense=True)
+def _dense(values: Tensor) -> Encoding:
+    indices = torch.arange(values.shape[-1], device=values.device).expand(values.shape)
+    nothing = torch.zeros((), device=values.device)
+    return Encoding(values, indices, None, nothing, dense=True)
 
 
-@torch.no_grad()
 def _above(
-    scores: Scores, floor: float | Tensor, width: Width
-) -> tuple[Tensor, Transposition] | None:
-    """Indices that contain every score above a floor, as wide as the fullest row needs; None where
-    dense scores are faster."""
-    n, k = scores.latents, width.value
-    while k * NARROWEST <= n:
-        values, indices = scores.largest(k)
-        above = ~(values <= floor)  # NaN counts, and is passed on
+    scores: Scores, floor: float | Tensor, width: Width, theta: Tensor | None = None
+) -> tuple[Tensor, Transposition] | Tensor:
+    """Indices, with their transposition, that contain every score above a floor (with theta [N]:
+    every score that is above it when theta is subtracted), as wide as the fullest row needs; or all
+    scores, where that is faster."""
+    n = scores.latents
+    # One element: a number, or a 0-d tensor, would be rounded to the scores' dtype.
+    wide = torch.promote_types(scores.x.dtype, torch.float32)
+    floor = torch.as_tensor(floor, dtype=wide, device=scores.x.device).reshape(1)
+    if width.dense(n):
+        dense = scores.all()
+        seen = dense.detach() if theta is None else dense.detach() - theta
+        width.count = _fullest(~at_most(seen, floor))
+        if width.dense(n):
+            return dense
+    searched = scores if theta is None else scores.lowered(theta)
+    most = min(n, n // NARROWEST + 1)
+    k = width.first(most)
+    while True:
+        values, indices = searched.largest(k)
+        above = ~at_most(values, floor)  # NaN counts, and is passed on
         if not above[..., -1].any():
-            used = _fullest(above, width)
-            indices = indices[..., :used].contiguous()
-            return indices, transpose_codes(indices, n)
-        k *= 2
-    return None
+            width.count = _fullest(above)
+            break
+        if k == most:
+            width.count = most
+            break
+        k = min(2 * k, most)
+    if width.dense(n):
+        return scores.all()
+    indices = indices[..., : max(width.count, 1)].contiguous()
+    return indices, transpose_codes(indices, n)
 
 
 @torch.no_grad()
 def _largest_of_batch(
-    layer: BatchTopK, scores: Scores, width: Width
+    layer: BatchTopK, scores: Scores, width: Width, dense: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
     """Indices and which of them are among the k B largest scores of the batch; None where dense
     scores are faster."""
-    n, k = scores.latents, max(width.value, int(layer.k) + 1)
-    while k * NARROWEST <= n:
+    n = scores.latents
+    if dense is not None:
+        kept = batch_topk(dense.detach(), layer.k, relu=True) != 0
+        width.count = _fullest(kept)
+        if width.dense(n):
+            return None
+    most = min(n, n // NARROWEST + 1)
+    if int(layer.k) >= most:
+        width.count = most
+        return None
+    k = max(width.first(most), int(layer.k) + 1)
+    while True:
         values, indices = scores.largest(k)
-        kept = _kept(values, layer.k)
+        kept = _kept(values, layer.k) & ~(values <= 0)
         if not kept[..., -1].any():
-            kept &= ~(values <= 0)
-            layer.observe(values[kept])
-            used = _fullest(kept, width)
-            return indices[..., :used].contiguous(), kept[..., :used]
-        k *= 2
-    return None
+            width.count = _fullest(kept)
+            break
+        if k == most:
+            width.count = most
+            return None
+        k = min(2 * k, most)
+    if width.dense(n):
+        return None
+    layer.observe(values[kept])
+    used = max(width.count, 1)
+    return indices[..., :used].contiguous(), kept[..., :used]
 
 
 def _kept(candidates: Tensor, k: float) -> Tensor:
@@ -250,14 +291,13 @@ def _kept(candidates: Tensor, k: float) -> Tensor:
     flat = candidates.reshape(-1)
     rows = flat.numel() // candidates.shape[-1]
     kept = torch.zeros_like(flat, dtype=torch.bool)
-    if total := int(k * rows):
+    if rows > 0:
+        total = kept_in_all("BatchTopK", k, rows)
         places = torch.arange(len(flat), device=flat.device)
         kept[first_of_list(flat, places, total)[1]] = True
     return kept.view(candidates.shape)
 
 
-def _fullest(active: Tensor, width: Width) -> int:
-    """The largest number of active latents in a row, at least 1."""
-    count = int(active.sum(-1).max()) if active.numel() else 0
-    width.needed(count)
-    return max(count, 1)
+def _fullest(active: Tensor) -> int:
+    """The largest number of active latents in a row."""
+    return int(active.sum(-1).max()) if active.numel() else 0

@@ -35,14 +35,19 @@ from torch import Tensor, nn
 from ..nn import BatchTopK, DeadNeuronCounter, TopK
 from ..ops.batch_topk import check_share
 from ..ops.checks import check_count
+from ..ops.linear_checks import check_layer
 from ..ops.topk import Codes
 from .decoding import Decoder
 from .encoding import Scores, Width, check_activation, encode
 from .statistics import at_least_float32, geometric_median, squared_error, total_variance
 
+# Squares of norms below this count as this.
+SMALLEST_NORM = 1e-30
+
 
 class SAEOutput(NamedTuple):
-    """What a forward pass gives: reconstruction [..., D], values [..., k] and indices [..., k]."""
+    """What a forward pass gives: reconstruction [..., D], values [..., w] and indices [..., w]: for
+    TopK w = k and indices ascend; for others see :meth:`SparseAutoencoder.encode`."""
 
     reconstruction: Tensor
     values: Tensor
@@ -88,7 +93,8 @@ class SparseAutoencoder(nn.Module):
     Attributes:
         encoder [N, D], encoder_bias [N], dictionary [N, D], decoder_bias [D]: the parameters. The
             dictionary's rows begin with norm 1, the encoder as its copy.
-        counter: the :class:`DeadNeuronCounter`, updated by each forward pass in training mode.
+        counter: the :class:`DeadNeuronCounter`, updated by each forward pass in training mode
+            (twice for what gradient checkpointing computes twice).
 
     Raises:
         ValueError, TypeError: a size is not an integer or out of its range.
@@ -166,7 +172,7 @@ class SparseAutoencoder(nn.Module):
         """The activation, if it keeps a given number of latents."""
         if not isinstance(self.activation, (TopK, BatchTopK)):
             name = type(self.activation).__name__
-            raise AttributeError(f"SparseAutoencoder: {name} has no number of active latents k")
+            raise TypeError(f"SparseAutoencoder: {name} has no number of active latents k")
         return self.activation
 
     @property
@@ -180,6 +186,9 @@ class SparseAutoencoder(nn.Module):
         return self.dictionary.norm(dim=1) if self.scale_scores else None
 
     def _scores(self, x: Tensor) -> Scores:
+        check_layer(
+            "SparseAutoencoder", x, self.encoder, self.encoder_bias, self.decoder_bias, None, None
+        )
         return Scores(x, self.encoder, self.encoder_bias, self.decoder_bias, self._norms())
 
     def _decoder(self) -> Decoder:
@@ -193,8 +202,9 @@ class SparseAutoencoder(nn.Module):
             k: keep the k largest instead of what the activation says.
 
         Returns:
-            Codes(values, indices); w is k for TopK, else what the fullest row needs, zeros in
-            others.
+            Codes(values, indices); for TopK w is k and indices ascend; for the others w is what the
+            fullest row needs, the largest scores come first, and rows with fewer active latents
+            end in zeros.
         """
         if k is not None:
             return Codes(*self._scores(x).topk(k)[:2])
@@ -271,7 +281,8 @@ class SparseAutoencoder(nn.Module):
         """Subtract from the dictionary's gradient what would only change the norms of its rows."""
         gradient, rows = self.dictionary.grad, self.dictionary
         if gradient is not None:
-            share = (gradient * rows).sum(1, keepdim=True) / rows.square().sum(1, keepdim=True)
+            share = (gradient * rows).sum(1, keepdim=True)
+            share /= rows.square().sum(1, keepdim=True).clamp_min(SMALLEST_NORM)
             gradient.sub_(share * rows)
 
     @torch.no_grad()

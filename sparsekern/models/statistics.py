@@ -15,9 +15,16 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def total_variance(x: Tensor) -> Tensor:
-    """sum |x - mean over rows|^2 of x [..., D], a scalar of at least float32; never zero."""
+    """sum |x - mean over rows|^2 of x [..., D], a scalar of at least float32.
+
+    Where the rows do not differ (one row, or equal ones) it is sum |x|^2, and 1 if that is zero,
+    so that a loss divided by it stays of its usual size.
+    """
     rows = at_least_float32(x.reshape(-1, x.shape[-1]))
-    return (rows - rows.mean(0)).square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+    spread, energy = (rows - rows.mean(0)).square().sum(), rows.square().sum()
+    rounding = torch.finfo(rows.dtype).eps * energy
+    scale = torch.where(spread > rounding, spread, energy)
+    return torch.where(scale == 0, 1.0, scale)
 
 
 def squared_error(x: Tensor, estimate: Tensor) -> Tensor:

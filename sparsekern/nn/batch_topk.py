@@ -58,6 +58,10 @@ class BatchTopK(nn.Module):
         evaluation once after a state_dict was loaded (compiled code never waits: the device reports
         a threshold that is not set).
 
+        The threshold follows a falling k over about 1 / (1 - momentum) batches: let training end
+        with so many at the last k. In data-parallel training, a batch and its threshold are those
+        of one process.
+
     Source: Bussmann, Leask and Nanda 2024, BatchTopK sparse autoencoders (arXiv 2412.06410),
     section 3; the average over batches stands for the expectation in its equation for theta.
 

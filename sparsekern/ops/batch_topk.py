@@ -85,10 +85,16 @@ def batch_mask(
     n = x.shape[-1]
     k = check_share(op, "k", k, n, "the size of the last dimension")
     rows = math.prod(x.shape[:-1])
-    total = int(k * rows)
-    if total < 1 and rows > 0:
-        raise ValueError(f"{op}: k must keep at least one element of {rows} rows, got {k}")
+    total = kept_in_all(op, k, rows) if rows > 0 else 0
     return _batch_topk(x, total, relu)
+
+
+def kept_in_all(op: str, k: int | float, rows: int) -> int:
+    """k * rows, rounded down and at least 1."""
+    total = int(k * rows)
+    if total < 1:
+        raise ValueError(f"{op}: k must keep at least one element of {rows} rows, got {k}")
+    return total
 
 
 def check_share(op: str, name: str, k: int | float, upper: int, what: str) -> int | float:

@@ -91,16 +91,18 @@ def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
         raise ValueError(f"{op}: all tensors must be on one device, got {listed}")
 
 
-def bad_index(op: str, indices: torch.Tensor, position: int, n: int) -> IndexError:
+def bad_index(
+    op: str, indices: torch.Tensor, position: int, n: int, name: str = "indices"
+) -> IndexError:
     """The error for an index outside 0..n-1 at a flat position."""
     value = indices.reshape(-1)[position].item()
     return IndexError(
-        f"{op}: indices must lie in 0..{n - 1} (the latents of the dictionary), "
+        f"{op}: {name} must lie in 0..{n - 1} (the latents of the dictionary), "
         f"got {value} at flat position {position}"
     )
 
 
-def check_range(op: str, indices: torch.Tensor, n: int) -> None:
+def check_range(op: str, indices: torch.Tensor, n: int, name: str = "indices") -> None:
     """Every index in 0..n-1: always on the CPU; on other devices, where it synchronises, only in
     debug mode."""
     if indices.device.type != "cpu" and not debug_checks():
@@ -110,4 +112,5 @@ def check_range(op: str, indices: torch.Tensor, n: int) -> None:
     low, high = torch.aminmax(indices)
     if low < 0 or high >= n:
         wrong = (indices < 0) | (indices >= n)
-        raise bad_index(op, indices, int(wrong.reshape(-1).to(torch.uint8).argmax()), n)
+        position = int(wrong.reshape(-1).to(torch.uint8).argmax())
+        raise bad_index(op, indices, position, n, name)

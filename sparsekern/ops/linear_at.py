@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 
 from .checks import check_codes
-from .linear_topk import _centred, _check
+from .linear_checks import check_layer
+from .linear_topk import _centred
 from .sparse_matmul import _sparse_matmul_backward
 from .transposition import Transposition, check_transposition
 
@@ -63,7 +64,7 @@ def linear_at(
         [[-1.0, -2.0]]
     """
     op = "linear_at"
-    _check(op, x, weight, bias, pre_bias, scale, None)
+    check_layer(op, x, weight, bias, pre_bias, scale, None)
     check_codes(op, None, indices)
     if indices.shape[:-1] != x.shape[:-1]:
         raise ValueError(

@@ -34,6 +34,8 @@ class Layer:
         self.latents = latents
         self.dtype = dtype
         self.width = weight.shape[0] if latents is None else latents.shape[0]
+        # elements of a latent's row that a slice has to copy first
+        self.copied = weight.shape[1] if latents is not None or weight.dtype != dtype else 0
 
     def scores(self, rows: torch.Tensor, first: int, last: int, out: torch.Tensor) -> None:
         """Write the scores of latents first..last-1 to out [rows, last - first]."""
@@ -80,7 +82,7 @@ def select_rows(
     """Codes of some rows, into values and indices [rows, k]."""
     count, k = len(rows), wanted.k // wanted.groups
     group = layer.width // wanted.groups
-    most = max(SMALLEST_SLICE, 4 * wanted.k, BUFFER_ELEMENTS // count)
+    most = max(SMALLEST_SLICE, 4 * wanted.k, BUFFER_ELEMENTS // max(count, layer.copied))
     width = _even(layer.width, most)
     buffer = rows.new_empty(count * width)
     if wanted.groups > 1 and group <= width:

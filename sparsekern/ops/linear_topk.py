@@ -27,7 +27,8 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 
 from .. import _library
-from .checks import check_count, check_floating, check_same_device
+from .checks import check_count
+from .linear_checks import check_groups, check_latents, check_layer
 from .linear_slices import Layer, Selection, rows_at_once, select_rows
 from .sparse_matmul import _sparse_matmul, _sparse_matmul_backward
 from .topk import Codes, topk_reference
@@ -116,8 +117,9 @@ def linear_topk(
     Note:
         Ranked are the scores in x's dtype, as the dense expression has them; products may differ
         from it in the last bits, so that scores that close may change places. Equal scores are
-        ordered by index. Memory: a buffer of at most 64 MB (float32), and k codes per slice of
-        latents; never [B, N], and never [B, k, D] in the backward pass.
+        ordered by index. Memory: buffers of at most 7 Mi scores (and as many weights, where they
+        have to be converted or gathered), and k codes per slice of latents; never [B, N], and
+        never [B, k, D] in the backward pass.
 
     Example:
         >>> import torch, sparsekern
@@ -127,79 +129,17 @@ def linear_topk(
         >>> values.tolist(), indices.tolist()
         ([[1.0, 0.0]], [[0, 2]])
     """
-    _check("linear_topk", x, weight, bias, pre_bias, scale, latents)
+    check_layer("linear_topk", x, weight, bias, pre_bias, scale, latents)
     width = weight.shape[0] if latents is None else latents.shape[0]
     what = "the number of latents" if latents is None else "the size of latents"
     k = check_count("linear_topk", "k", k, width, what)
-    groups = _check_groups(groups, k, width, latents)
+    groups = check_groups(groups, k, width, latents)
     values, indices, *transposition = _linear_topk(
         x, weight, bias, k, pre_bias, scale, latents, groups, relu, sorted, return_transposition
     )
     if return_transposition:
         return TransposedCodes(values, indices, Transposition(*transposition))
     return Codes(values, indices)
-
-
-def _check(
-    op: str,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    pre_bias: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    latents: torch.Tensor | None,
-) -> None:
-    check_floating(op, "x", x)
-    check_floating(op, "weight", weight)
-    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
-        raise ValueError(
-            f"{op}: weight must be [latents, {x.shape[-1]}] for x {list(x.shape)}, "
-            f"got shape {list(weight.shape)}"
-        )
-    if not torch.is_autocast_enabled(x.device.type):
-        mixed = weight.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
-        if weight.dtype != x.dtype and not mixed:
-            raise TypeError(
-                f"{op}: weight must have x's dtype {x.dtype} or be float32 with a 16-bit x, "
-                f"got {weight.dtype}"
-            )
-    elif (weight.dtype == torch.float64) != (x.dtype == torch.float64):
-        raise TypeError(
-            f"{op}: autocast leaves float64 alone, so both or none of x and weight must have it, "
-            f"got {x.dtype} and {weight.dtype}"
-        )
-    n, d = weight.shape
-    for name, vector, size in (("bias", bias, n), ("pre_bias", pre_bias, d), ("scale", scale, n)):
-        if vector is None:
-            continue
-        check_floating(op, name, vector)
-        if vector.shape != (size,):
-            raise ValueError(f"{op}: {name} must be [{size}], got {list(vector.shape)}")
-        if vector.dtype != weight.dtype:
-            raise TypeError(
-                f"{op}: {name} must have weight's dtype {weight.dtype}, got {vector.dtype}"
-            )
-    if latents is not None and (latents.dtype != torch.int64 or latents.dim() != 1):
-        raise ValueError(
-            f"{op}: latents must be [M] int64, got {list(latents.shape)} of {latents.dtype}"
-        )
-    check_same_device(
-        op, x=x, weight=weight, bias=bias, pre_bias=pre_bias, scale=scale, latents=latents
-    )
-
-
-def _check_groups(groups: int, k: int, width: int, latents: torch.Tensor | None) -> int:
-    if groups == 1:
-        return 1
-    op = "linear_topk"
-    groups = check_count(op, "groups", groups, k, "k")
-    if k % groups or width % groups:
-        raise ValueError(
-            f"{op}: groups must divide k = {k} and the number of latents {width}, got {groups}"
-        )
-    if latents is not None:
-        raise ValueError(f"{op}: groups must be 1 when latents is given, got {groups}")
-    return groups
 
 
 # -- reference -------------------------------------------------------------------------------------
@@ -228,6 +168,8 @@ def linear_topk_reference(
     sorted: bool,
     transpose: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    check_latents(latents, weight.shape[0])
+
     def chosen(tensor: torch.Tensor) -> torch.Tensor:
         return (tensor if latents is None else tensor[latents]).to(x.dtype)
 
@@ -266,6 +208,7 @@ def _slices(backend: str) -> Any:
             return linear_topk_reference(
                 x, weight, bias, k, pre_bias, scale, latents, groups, relu, sorted, transpose
             )
+        check_latents(latents, weight.shape[0])
         select = _library.kernels(backend, "topk").topk
         rows = _centred(x.reshape(-1, x.shape[-1]), pre_bias).contiguous()
         values = rows.new_empty(len(rows), k)

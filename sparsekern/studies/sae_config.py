@@ -33,7 +33,10 @@ class SAEConfig(StudyConfig):
     )
     dataset: str = option("activations", "name of the dataset in HDF5 files", metavar="NAME")
     nonfinite: str = option(
-        "refuse", "what to do about rows with NaN or infinities", choices=("refuse", "skip")
+        "refuse",
+        "what to do about rows with NaN or infinities",
+        choices=("refuse", "skip"),
+        free=True,
     )
     latents: int = option(0, "width of the sparse layer; 0 takes 8 times that of the activations")
     activation: str = option(

@@ -100,7 +100,7 @@ class RunFolder:
         try:
             config = json.loads((path / CONFIG).read_text())
         except FileNotFoundError as error:
-            raise RunError(f"no run to resume in {path}: {CONFIG} not found") from error
+            raise RunError(f"no run in {path}: {CONFIG} not found") from error
         except (OSError, ValueError) as error:
             raise RunError(f"cannot read {path / CONFIG}: {error}") from error
         if not isinstance(config, dict):
