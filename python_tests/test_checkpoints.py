@@ -29,7 +29,7 @@ def test_a_folder_with_a_run_is_not_used_again(complete):
 
 
 def test_resuming_needs_a_run(tmp_path):
-    with pytest.raises(RunError, match=f"no run to resume in {tmp_path}: config.json not found"):
+    with pytest.raises(RunError, match=f"no run in {tmp_path}: config.json not found"):
         resume(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(RunError, match="cannot read"):
