@@ -104,6 +104,8 @@ def test_kernels_and_reference_agree(activations, tmp_path):
 ACTIVATIONS = {
     "groups": {"activation": "topk", "groups": 2, "k": 2, "k_start": 6},
     "batchtopk": {"activation": "batchtopk"},
+    # wide enough for sparse codes, and now and then for dense ones
+    "wide batchtopk": {"activation": "batchtopk", "latents": 256, "k_start": 24},
     "jumprelu": {
         "activation": "jumprelu", "threshold": 0.1, "bandwidth": 0.1, "sparsity_weight": 0.02,
         "k_start": 0,
@@ -129,7 +131,8 @@ def end_after(monkeypatch, steps):
 def test_every_activation_trains_and_resumes(activations, tmp_path, name, monkeypatch):
     changes = {**ACTIVATIONS[name], "auxk": 0}
     report = sae.run(config(activations, **changes), tmp_path / "whole")
-    assert report.results["fvu"] < 0.4 and report.results["l0"] < 12
+    assert report.results["fvu"] < (0.7 if name.startswith("wide") else 0.4)
+    assert report.results["l0"] < 12
     interrupted = tmp_path / "interrupted"
     settings = config(activations, **changes)
     end_after(monkeypatch, steps=100)
