@@ -171,8 +171,9 @@ def test_calibration_on_frames_of_the_published_animation(frames):
     images = shapes3d.render(np.array(FRAMES)).astype(float)
     error = np.abs(images - frames).mean((1, 2, 3))
     print(f"mean absolute error of 255: {error.mean():.2f}, by frame {np.round(error, 1).tolist()}")
-    assert error.mean() <= 5.5
-    assert error.max() <= 8
+    # What is left is mostly outlines: the frames were cropped about half a pixel off, each its way.
+    assert error.mean() <= 5
+    assert error.max() <= 6.5
 
 
 def test_rendered_subsets_are_deterministic_and_nested():

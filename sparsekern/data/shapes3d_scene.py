@@ -19,39 +19,39 @@ SIDE = 64
 SKY, FLOOR, WALL, OBJECT = range(4)
 CUBE, CYLINDER, SPHERE, CAPSULE = range(4)
 
-CAMERA_HEIGHT = 0.2802
-PITCH_DEGREES = 0.2197  # downwards
-FOCAL_PIXELS = 72.42
-CENTRE_COLUMN = 32.24  # where the middle of the view is
-TURN_PER_DEGREE = 0.9466  # of the label; the frames ask for less than the full +-30 degrees
-SCALE_POWER = 1.1401  # lengths go with scale ** SCALE_POWER
+CAMERA_HEIGHT = 0.2870
+PITCH_DEGREES = 0.4626  # downwards
+FOCAL_PIXELS = 72.61
+CENTRE_COLUMN = 32.37  # where the middle of the view is
+TURN_PER_DEGREE = 0.9725  # of the label; the frames ask for less than the full +-30 degrees
+SCALE_POWER = 1.1755  # lengths go with scale ** SCALE_POWER
 
-BACK, LEFT, RIGHT = 1.4013, 1.3185, 1.3142  # distances of the walls from the origin
-WALL_HEIGHT = 0.7606
+BACK, LEFT, RIGHT = 1.3947, 1.3303, 1.3228  # distances of the walls from the origin
+WALL_HEIGHT = 0.7533
 
 # Radius (half a side for the cube) and height at scale 1.
 DIMENSIONS = {
-    CUBE: (0.1469, 2 * 0.1469),
-    CYLINDER: (0.1508, 0.2952),
-    SPHERE: (0.1654, 2 * 0.1654),
-    CAPSULE: (0.1278, 0.5204),
+    CUBE: (0.1466, 2 * 0.1466),
+    CYLINDER: (0.1490, 0.2972),
+    SPHERE: (0.1676, 2 * 0.1676),
+    CAPSULE: (0.1285, 0.5143),
 }
 
 # Where the sun stands, not normalised. It shines on the floor and the object, not on the walls.
-LIGHT = (-0.2380, 0.1367, 1.0)
-AMBIENT, HEADLIGHT, SUN = 0.3264, 0.5331, 0.7559
-GAINS = (0.0, 1.1672, 1.1912, 1.1109)  # of sky, floor, wall, object
-SIDE_WALL_GAIN = 0.9158  # on top of the wall's
-HEADLIGHT_PARALLEL = 0.6157  # share of the headlight that shines along the view, not from the eye
-SHINE = 0.1125  # white that the sun adds to the object, of 255
-SPOT = (-0.6311, 0.2559)  # the sun is strongest here on the floor
-SPOT_FALLOFF = 0.6139  # and falls off with exp(-SPOT_FALLOFF * distance ** 2)
+LIGHT = (-0.2582, 0.1514, 1.0)
+AMBIENT, HEADLIGHT, SUN = 0.3088, 0.5957, 0.9050
+GAINS = (0.0, 1.0518, 1.1314, 1.0563)  # of sky, floor, wall, object
+SIDE_WALL_GAIN = 0.9761  # on top of the wall's
+HEADLIGHT_PARALLEL = 0.7395  # share of the headlight that shines along the view, not from the eye
+SHINE = 0.1054  # white that the sun adds to the object, of 1
+SPOT = (-0.6200, 0.2228)  # the sun is strongest here on the floor
+SPOT_FALLOFF = 0.5646  # and falls off with exp(-SPOT_FALLOFF * distance ** 2)
 
 TOO_NEAR = 1e-4  # hits closer than this are the surface that a shadow ray starts from
 
 
 class Traced(NamedTuple):
-    """What each ray hits (region), how bright that is (factor) and the white added, [P, R / P]."""
+    """What each ray hits, how bright that is, and the white added (of 1), each [P, R / P]."""
 
     region: np.ndarray
     factor: np.ndarray
