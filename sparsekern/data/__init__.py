@@ -3,7 +3,8 @@
 from .activation_sources import capture, convert, synthetic
 from .activation_writing import write_activations
 from .activations import ActivationStore
-from .dsprites import CountError, DataError, DSprites, load, rendered
+from .dsprites import DSprites, load, rendered
+from .factors import CountError, DataError
 
 __all__ = [
     "ActivationStore",

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .dsprites import DataError
+from .factors import DataError
 
 ACTIVATIONS = "activations"
 DIRECTIONS = "directions"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .activation_files import ACTIVATIONS, require
 from .activation_writing import check_new, write_activations
 from .activations import ActivationStore
-from .dsprites import DataError
+from .factors import DataError
 
 CONVERT_ROWS = 16384
 # The sampling keys of a piece, [rows, latents] in float32, take 64 MiB.

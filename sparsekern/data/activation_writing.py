@@ -19,7 +19,7 @@ from torch import Tensor
 from .activation_files import ACTIVATIONS, DIRECTIONS, require
 from .activation_order import BLOCK_BYTES
 from .activations import nonfinite_rows
-from .dsprites import DataError
+from .factors import DataError
 
 STORED = (torch.float32, torch.float16, torch.bfloat16)
 

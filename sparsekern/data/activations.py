@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .activation_files import ACTIVATIONS, ActivationFile, open_activations, require
 from .activation_order import EpochPlan, block_rows, plan
-from .dsprites import DataError
+from .factors import DataError
 from .prefetch import prefetched
 
 NONFINITE = ("refuse", "skip")

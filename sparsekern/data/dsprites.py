@@ -24,6 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
+from . import factors
+from .factors import DataError, checked_classes, gather, subset
+
 FACTORS = ("color", "shape", "scale", "orientation", "posX", "posY")
 SIZES = (1, 3, 6, 40, 32, 32)
 BASES = (737280, 245760, 40960, 1024, 32, 1)
@@ -48,14 +51,6 @@ WINDOW_MARGIN = 14
 WINDOW = 29
 RENDER_BLOCK = 2048
 READ_BLOCK = 4096
-
-
-class DataError(ValueError):
-    """A data file is missing, damaged, or not laid out as expected."""
-
-
-class CountError(DataError):
-    """A data set has fewer images than were asked for."""
 
 
 @dataclass(frozen=True)
@@ -107,17 +102,12 @@ class DSprites:
 
 def classes_of(indices: np.ndarray) -> np.ndarray:
     """Factor classes int64 ``[n, 6]`` of image numbers ``[n]`` in 0..737279."""
-    indices = np.asarray(indices, dtype=np.int64)
-    if indices.size and (indices.min() < 0 or indices.max() >= COUNT):
-        raise ValueError(
-            f"classes_of: indices must lie in 0..{COUNT - 1}, got {indices.min()}..{indices.max()}"
-        )
-    return indices[:, None] // np.array(BASES) % np.array(SIZES)
+    return factors.classes_of(indices, SIZES)
 
 
 def index_of(classes: np.ndarray) -> np.ndarray:
     """Image numbers int64 ``[n]`` of factor classes ``[n, 6]``."""
-    return _checked_classes("index_of", classes) @ np.array(BASES)
+    return checked_classes("index_of", classes, SIZES) @ np.array(BASES)
 
 
 def values_of(classes: np.ndarray) -> np.ndarray:
@@ -126,7 +116,7 @@ def values_of(classes: np.ndarray) -> np.ndarray:
     color 1; shape 1 square, 2 ellipse, 3 heart; scale 0.5..1; orientation 0..2 pi in radians, both
     ends included (classes 0 and 39 look the same); posX and posY 0..1.
     """
-    classes = _checked_classes("values_of", classes)
+    classes = checked_classes("values_of", classes, SIZES)
     tables = (
         np.array([1.0]),
         np.array([1.0, 2.0, 3.0]),
@@ -138,21 +128,9 @@ def values_of(classes: np.ndarray) -> np.ndarray:
     return np.stack([table[classes[:, i]] for i, table in enumerate(tables)], axis=1)
 
 
-def _checked_classes(function: str, classes: np.ndarray) -> np.ndarray:
-    classes = np.asarray(classes)
-    if classes.ndim != 2 or classes.shape[1] != len(SIZES) or classes.dtype.kind not in "iu":
-        raise ValueError(
-            f"{function}: classes must be integers of shape [n, {len(SIZES)}], "
-            f"got {classes.dtype} {list(classes.shape)}"
-        )
-    if ((classes < 0) | (classes >= np.array(SIZES))).any():
-        raise ValueError(f"{function}: classes must lie below {list(SIZES)} per factor")
-    return classes.astype(np.int64, copy=False)
-
-
 def render(classes: np.ndarray) -> np.ndarray:
     """Draws images uint8 ``[n, 64, 64]`` of factor classes ``[n, 6]``; about 50 us an image."""
-    classes = _checked_classes("render", classes)
+    classes = checked_classes("render", classes, SIZES)
     images = np.zeros((len(classes), SIDE, SIDE), np.uint8)
     for shape, inside in enumerate((_in_square, _in_ellipse, _in_heart)):
         rows = np.flatnonzero(classes[:, 1] == shape)
@@ -213,19 +191,9 @@ def rendered(count: int | None = None, *, seed: int = 0) -> DSprites:
     Raises:
         CountError: count is out of range.
     """
-    indices = _subset("rendered", COUNT, count, seed)
+    indices = subset("rendered", COUNT, count, seed)
     classes = classes_of(np.arange(COUNT) if indices is None else indices)
     return DSprites(render(classes), classes, "rendered dSprites-compatible images (calibrated)")
-
-
-def _subset(function: str, available: int, count: int | None, seed: int) -> np.ndarray | None:
-    if count is None:
-        return None
-    if not 1 <= count <= available:
-        raise CountError(
-            f"{function}: count must lie in 1..{available} (the number of images), got {count}"
-        )
-    return np.random.default_rng(seed).permutation(available)[:count]
 
 
 def load(path: str | Path, count: int | None = None, *, seed: int = 0) -> DSprites:
@@ -352,9 +320,9 @@ def _read(path: Path, fields: _NpzFields | _Hdf5Fields, count: int | None, seed:
             f"data file has another layout: {path}: {classes_name} must be integers "
             f"[{n}, {len(SIZES)}], got {classes_dtype} {list(classes_shape)}"
         )
-    wanted = _subset(f"data file {path}", n, count, seed)
-    images = _gather(fields.blocks(images_name), wanted, images_shape[1:], images_dtype)
-    classes = _gather(fields.blocks(classes_name), wanted, classes_shape[1:], classes_dtype)
+    wanted = subset(f"data file {path}", n, count, seed)
+    images = gather(fields.blocks(images_name), wanted, images_shape[1:], images_dtype)
+    classes = gather(fields.blocks(classes_name), wanted, classes_shape[1:], classes_dtype)
     classes = classes.astype(np.int64)
     if images.size and images.max() > 1:
         raise DataError(
@@ -366,22 +334,3 @@ def _read(path: Path, fields: _NpzFields | _Hdf5Fields, count: int | None, seed:
             f"data file has another layout: {path}: {classes_name} must lie below {list(SIZES)}"
         )
     return DSprites(images, classes, str(path))
-
-
-def _gather(
-    blocks: Iterator[np.ndarray],
-    wanted: np.ndarray | None,
-    row_shape: tuple[int, ...],
-    dtype: np.dtype,
-) -> np.ndarray:
-    """The wanted rows, in the wanted order, of an array that comes in blocks of rows."""
-    if wanted is None:
-        return np.concatenate(list(blocks))
-    order = np.argsort(wanted, kind="stable")
-    ascending = wanted[order]
-    out, start = np.empty((len(wanted), *row_shape), dtype), 0
-    for block in blocks:
-        first, last = np.searchsorted(ascending, [start, start + len(block)])
-        out[order[first:last]] = block[ascending[first:last] - start]
-        start += len(block)
-    return out
