@@ -15,7 +15,7 @@ import peers
 import torch
 from checkout import sparsekern, testing
 from measure import forced
-from problem import Problem, Tensors, worst_ratio
+from problem import Problem, Tensors, region, worst_ratio
 from targets import Workload, peers_of
 
 from sparsekern.models import SparseAutoencoder
@@ -111,18 +111,13 @@ def _step(workload: Workload) -> Problem:
     )
 
 
-def _region(workload: Workload) -> torch.autocast:
-    dtype = getattr(torch, workload.autocast or "bfloat16")
-    return torch.autocast(workload.device, dtype, enabled=bool(workload.autocast))
-
-
 def _gradients(
     workload: Workload, loss: Callable[[], torch.Tensor], parameters: Sequence[torch.Tensor]
 ) -> Callable[[], Tensors]:
     """A step: the loss, under autocast if the workload says so, and new gradients."""
 
     def step() -> Tensors:
-        with _region(workload):
+        with region(workload):
             value = loss()
         return torch.autograd.grad(value, parameters)
 
@@ -139,7 +134,7 @@ def _check_agreement(
     """AssertionError unless every peer's loss stands for the squared error of ours."""
     if not others:
         return
-    with _region(workload):
+    with region(workload):
         expected = (model.loss(x)[1].fvu * total_variance(x)).item()
         found = {name: peer.loss().item() * peer.unit for name, peer in others.items()}
     allowed = AGREEMENT[workload.autocast or workload.dtype]
@@ -157,7 +152,7 @@ def _error_ratio(
 ) -> float:
     """The worst error ratio of values and gradients, against float64 and float32 with the same
     selection: what lies within a rounding of the k-th largest score may be selected or not."""
-    with forced(backend), _region(workload):
+    with forced(backend), region(workload):
         output, loss = model.loss(x)
     dtype = output.values.dtype
     actual = [g.to(dtype) for g in torch.autograd.grad(loss.total, leaves)]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import peers
 import torch
 from measure import forced
-from problem import Problem
+from problem import Problem, region
 from targets import Workload
 
 from sparsekern.models import SparseAutoencoder
@@ -82,11 +82,6 @@ def build(workload: Workload) -> Problem:
     )
 
 
-def _region(workload: Workload) -> torch.autocast:
-    dtype = getattr(torch, workload.autocast or "bfloat16")
-    return torch.autocast(workload.device, dtype, enabled=bool(workload.autocast))
-
-
 def _ours(
     workload: Workload, model: SparseAutoencoder, x: torch.Tensor
 ) -> Callable[[], torch.Tensor]:
@@ -96,7 +91,7 @@ def _ours(
 
     def step() -> torch.Tensor:
         optimizer.zero_grad(set_to_none=True)
-        with _region(workload):
+        with region(workload):
             loss = model.loss(x)[1].total
         loss.backward()
         optimizer.step()
@@ -134,7 +129,7 @@ def _with_adam(
 
     def step() -> torch.Tensor:
         optimizer.zero_grad(set_to_none=True)
-        with _region(workload):
+        with region(workload):
             loss = loss_of()
         loss.backward()
         if before is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from checkout import testing
 from measure import forced
+from targets import Workload
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -35,6 +36,12 @@ class Problem:
     roof: str | None
     flops: int = 0
     grad: bool = False
+
+
+def region(workload: Workload) -> torch.autocast:
+    """The autocast region that a workload asks for; one that does nothing if it asks for none."""
+    dtype = getattr(torch, workload.autocast or "bfloat16")
+    return torch.autocast(workload.device, dtype, enabled=bool(workload.autocast))
 
 
 def check_exact(what: str, call: Callable[[], Tensors], backend: str) -> float:

@@ -1,9 +1,9 @@
 """Whether a call may skip torch's dispatcher.
 
-The dispatcher reaches a kernel through several layers of Python, which cost more than
-some of the kernels here. It can be skipped when it would do nothing: no gradient is recorded, and
-none of the keys that it would visit (functorch, autocast, tracing, modes, subclasses, lazy
-negation, ...) is set, neither on a tensor nor on this thread.
+The dispatcher reaches a kernel through several layers of Python, which cost more than some of the
+kernels here. It can be skipped when it would do nothing: no gradient is recorded, and none of the
+keys that it would visit (functorch, autocast, tracing, modes, subclasses, lazy negation, ...) is
+set, neither on a tensor nor on this thread.
 """
 
 from __future__ import annotations

@@ -147,13 +147,13 @@ def check_activation(layer: nn.Module, latents: int) -> None:
         )
 
 
-def _nothing(scores: Scores) -> Tensor:
-    return torch.zeros((), device=scores.x.device)
+def _nothing(like: Tensor) -> Tensor:
+    return torch.zeros((), device=like.device)
 
 
 def _topk(layer: TopK, scores: Scores, _: Width) -> Encoding:
     codes = scores.topk(layer.k, groups=layer.groups)
-    return Encoding(*codes, _nothing(scores))
+    return Encoding(*codes, _nothing(scores.x))
 
 
 def _relu(_: nn.ReLU, scores: Scores, width: Width) -> Encoding:
@@ -185,7 +185,7 @@ def _batch_topk(layer: BatchTopK, scores: Scores, width: Width) -> Encoding:
     if isinstance(found, Tensor):
         return _dense(layer(found))
     z = scores.at(*found)
-    return Encoding(torch.where(at_most(z, threshold), 0, z), *found, _nothing(scores))
+    return Encoding(torch.where(at_most(z, threshold), 0, z), *found, _nothing(scores.x))
 
 
 def _trained_batch_topk(layer: BatchTopK, scores: Scores, width: Width) -> Encoding:
@@ -196,7 +196,7 @@ def _trained_batch_topk(layer: BatchTopK, scores: Scores, width: Width) -> Encod
     indices, kept = chosen
     transposition = transpose_codes(indices, scores.latents)
     values = torch.where(kept, scores.at(indices, transposition).relu(), 0)
-    return Encoding(values, indices, transposition, _nothing(scores))
+    return Encoding(values, indices, transposition, _nothing(scores.x))
 
 
 _ENCODERS: dict[type[nn.Module], Callable[..., Encoding]] = {
@@ -213,8 +213,7 @@ def _total(values: Tensor) -> Tensor:
 
 def _dense(values: Tensor) -> Encoding:
     indices = torch.arange(values.shape[-1], device=values.device).expand(values.shape)
-    nothing = torch.zeros((), device=values.device)
-    return Encoding(values, indices, None, nothing, dense=True)
+    return Encoding(values, indices, None, _nothing(values), dense=True)
 
 
 def _above(
@@ -234,21 +233,10 @@ def _above(
         if width.dense(n):
             return dense
     searched = scores if theta is None else scores.lowered(theta)
-    most = min(n, n // NARROWEST + 1)
-    k = width.first(most)
-    while True:
-        values, indices = searched.largest(k)
-        above = ~at_most(values, floor)  # NaN counts, and is passed on
-        if not above[..., -1].any():
-            width.count = _fullest(above)
-            break
-        if k == most:
-            width.count = most
-            break
-        k = min(2 * k, most)
-    if width.dense(n):
+    found = _search(searched, lambda values: ~at_most(values, floor), width)
+    if found is None:
         return scores.all()
-    indices = indices[..., : max(width.count, 1)].contiguous()
+    indices = found[1]
     return indices, transpose_codes(indices, n)
 
 
@@ -264,26 +252,49 @@ def _largest_of_batch(
         width.count = _fullest(kept)
         if width.dense(n):
             return None
-    most = min(n, n // NARROWEST + 1)
-    if int(layer.k) >= most:
-        width.count = most
+    least = int(layer.k) + 1
+    if least > _most(n):
+        width.count = _most(n)
         return None
-    k = max(width.first(most), int(layer.k) + 1)
+    found = _search(scores, lambda values: _kept(values, layer.k) & ~(values <= 0), width, least)
+    if found is None:
+        return None
+    values, indices, kept = found
+    layer.observe(values[kept])
+    return indices, kept
+
+
+def _most(latents: int) -> int:
+    """How many latents of a row are looked at before dense scores are taken."""
+    return min(latents, latents // NARROWEST + 1)
+
+
+@torch.no_grad()
+def _search(
+    scores: Scores, active: Callable[[Tensor], Tensor], width: Width, least: int = 1
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The largest scores of each row, with indices and which of them are active, as wide as the
+    fullest row needs; None where dense scores are faster.
+
+    active: of scores, largest first, which are active; in a row, all before one that is. NaN
+    counts, and is passed on.
+    """
+    most = _most(scores.latents)
+    k = max(width.first(most), least)
     while True:
         values, indices = scores.largest(k)
-        kept = _kept(values, layer.k) & ~(values <= 0)
-        if not kept[..., -1].any():
-            width.count = _fullest(kept)
+        found = active(values)
+        if not found[..., -1].any():
+            width.count = _fullest(found)
             break
         if k == most:
             width.count = most
             return None
         k = min(2 * k, most)
-    if width.dense(n):
+    if width.dense(scores.latents):
         return None
-    layer.observe(values[kept])
-    used = max(width.count, 1)
-    return indices[..., :used].contiguous(), kept[..., :used]
+    used = slice(0, max(width.count, 1))
+    return values[..., used], indices[..., used].contiguous(), found[..., used]
 
 
 def _kept(candidates: Tensor, k: float) -> Tensor:
