@@ -83,6 +83,26 @@ def check_codes(op: str, values: torch.Tensor | None, indices: torch.Tensor) -> 
     check_same_device(op, values=values, indices=indices)
 
 
+def check_weight_dtype(
+    op: str, tensor: torch.Tensor, weight: torch.Tensor, name: str, whose: str, short: str
+) -> None:
+    """A weight of the tensor's dtype, or float32 with a 16-bit tensor; under autocast, which casts
+    the rest, both or none in float64. whose, short: the tensor in the message, as its owner and
+    with 16 bits."""
+    if not torch.is_autocast_enabled(tensor.device.type):
+        mixed = weight.dtype == torch.float32 and tensor.dtype in (torch.bfloat16, torch.float16)
+        if weight.dtype != tensor.dtype and not mixed:
+            raise TypeError(
+                f"{op}: weight must have {whose} dtype {tensor.dtype} or be float32 with {short}, "
+                f"got {weight.dtype}"
+            )
+    elif (weight.dtype == torch.float64) != (tensor.dtype == torch.float64):
+        raise TypeError(
+            f"{op}: autocast leaves float64 alone, so both or none of {name} and weight must have "
+            f"it, got {tensor.dtype} and {weight.dtype}"
+        )
+
+
 def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
     """All given tensors on one device."""
     devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}

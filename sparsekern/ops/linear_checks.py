@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .._library import debug_checks
-from .checks import check_count, check_floating, check_range, check_same_device
+from .checks import check_count, check_floating, check_range, check_same_device, check_weight_dtype
 
 
 def check_layer(
@@ -25,18 +25,7 @@ def check_layer(
             f"{op}: weight must be [latents, {x.shape[-1]}] for x {list(x.shape)}, "
             f"got shape {list(weight.shape)}"
         )
-    if not torch.is_autocast_enabled(x.device.type):
-        mixed = weight.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
-        if weight.dtype != x.dtype and not mixed:
-            raise TypeError(
-                f"{op}: weight must have x's dtype {x.dtype} or be float32 with a 16-bit x, "
-                f"got {weight.dtype}"
-            )
-    elif (weight.dtype == torch.float64) != (x.dtype == torch.float64):
-        raise TypeError(
-            f"{op}: autocast leaves float64 alone, so both or none of x and weight must have it, "
-            f"got {x.dtype} and {weight.dtype}"
-        )
+    check_weight_dtype(op, x, weight, "x", "x's", "a 16-bit x")
     n, d = weight.shape
     for name, vector, size in (("bias", bias, n), ("pre_bias", pre_bias, d), ("scale", scale, n)):
         if vector is None:

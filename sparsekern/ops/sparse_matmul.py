@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from .. import _library
-from .checks import check_codes, check_floating, check_range, check_same_device
+from .checks import check_codes, check_floating, check_range, check_same_device, check_weight_dtype
 from .transposition import Transposition, check_transposition
 
 
@@ -94,18 +94,7 @@ def _check_dictionary(
             f"{op}: weight must be [latents, features], got shape {list(weight.shape)}"
         )
     check_same_device(op, values=values, weight=weight, bias=bias)
-    if not torch.is_autocast_enabled(values.device.type):
-        mixed = weight.dtype == torch.float32 and values.dtype in (torch.bfloat16, torch.float16)
-        if weight.dtype != values.dtype and not mixed:
-            raise TypeError(
-                f"{op}: weight must have values' dtype {values.dtype} or be float32 with 16-bit "
-                f"values, got {weight.dtype}"
-            )
-    elif (weight.dtype == torch.float64) != (values.dtype == torch.float64):
-        raise TypeError(
-            f"{op}: autocast leaves float64 alone, so both or none of values and weight must have "
-            f"it, got {values.dtype} and {weight.dtype}"
-        )
+    check_weight_dtype(op, values, weight, "values", "values'", "16-bit values")
     if bias is not None and bias.shape != weight.shape[1:]:
         raise ValueError(f"{op}: bias must be [{weight.shape[1]}], got {list(bias.shape)}")
     if bias is not None and bias.dtype != weight.dtype:
