@@ -37,7 +37,7 @@ X86_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c",
 }
-ONCE = {"dispatch.cpp", "memory.cpp"}  # not compiled per instruction set
+ONCE = {"dispatch.cpp", "kept_memory.cpp", "memory.cpp"}  # not compiled per instruction set
 CUDA_ARCHS = ("80", "90", "100")
 PROGRAMS = {path.name for path in (CSRC / "cpu").glob("driver*.cpp")}  # stand-alone test programs
 REPORTED = 300  # characters of a compiler's message in the build report

@@ -25,6 +25,7 @@ FUNCTIONS = (
     "count_active",
     "topk",
     "adam_step",
+    "kept_memory",
 )
 
 pytestmark = [

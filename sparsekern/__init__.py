@@ -3,6 +3,7 @@
 import torch as _torch  # first: the native modules then share its OpenMP runtime
 
 from ._library import BackendUnavailableError, backend, describe
+from .native import empty_cache
 from .nn import BatchTopK, DeadNeuronCounter, JumpReLU, SparseLinear, TopK
 from .ops import (
     Codes,
@@ -36,6 +37,7 @@ __all__ = [
     "batch_topk",
     "count_active",
     "describe",
+    "empty_cache",
     "linear_at",
     "linear_topk",
     "sparse_matmul",

@@ -368,6 +368,7 @@ int main() {
     mismatches += sparsekern::cpu::check_topk(kernels[i], &cases["topk"]);
     mismatches += sparsekern::cpu::check_adam(kernels[i], &cases["adam_step"]);
   }
+  mismatches += sparsekern::cpu::check_kept_memory(&cases["kept_memory"]);
   for (const auto& [function, count] : cases)
     std::printf("%s: %d cases\n", function.c_str(), count);
   std::printf("%d mismatches\n", mismatches);

@@ -7,6 +7,7 @@ on a GPU.
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 from typing import Any
 
@@ -16,6 +17,8 @@ from .. import _library
 
 DTYPE_TAGS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 INDEX_TAGS = {torch.int64: 0, torch.int32: 1}
+# From here on malloc of glibc maps a block anew each time, whatever was freed before.
+KEPT_FROM = 32 << 20
 
 
 def module_for(tensor: torch.Tensor) -> ModuleType:
@@ -42,6 +45,27 @@ def workspace(name: str, tensor: torch.Tensor, *sizes: int) -> torch.Tensor | No
     size_of = vars(module_for(tensor)).get(name)
     size = size_of(*sizes) if size_of else 0
     return tensor.new_empty(size, dtype=torch.uint8) if size else None
+
+
+def new_output(like: torch.Tensor, *shape: int) -> torch.Tensor:
+    """An empty tensor of like's dtype and device for a result.
+
+    On a CPU a large one lies in memory that is kept for the next of its size when it is freed (see
+    csrc/cpu/kept_memory.h): a training step makes the same ones every time.
+    """
+    count = math.prod(shape)
+    if count * like.itemsize < KEPT_FROM or like.device.type != "cpu":
+        return like.new_empty(shape)
+    block = module_for(like).KeptBlock(count * like.itemsize)
+    return torch.frombuffer(block, dtype=like.dtype).view(shape)
+
+
+def empty_cache() -> None:
+    """Give the memory of freed large outputs on the CPU back to the system; up to 2 GiB of it is
+    kept for the next outputs of the same sizes. torch.cuda.empty_cache() is the same for GPUs."""
+    module, _ = _library.native_module("cpu")
+    if module is not None:
+        module.release_kept()
 
 
 def pointer(tensor: torch.Tensor | None) -> int:

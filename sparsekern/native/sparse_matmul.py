@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..ops.checks import bad_index
-from ..ops.sparse_matmul import empty_like_dictionary
-from . import DTYPE_TAGS, INDEX_TAGS, launch, pointer, workspace
+from ..ops.sparse_matmul import column_major
+from . import DTYPE_TAGS, INDEX_TAGS, launch, new_output, pointer, workspace
 
 
 def sparse_matmul(
@@ -84,7 +84,12 @@ def sparse_matmul_backward(
     if offsets is None or positions is None:
         offsets, positions = transpose_codes(indices, n)
     grad_values = torch.empty_like(values) if need_values else values.new_empty(0)
-    grad_weight = empty_like_dictionary(weight) if need_weight else weight.new_empty(0)
+    if not need_weight:
+        grad_weight = weight.new_empty(0)
+    elif column_major(weight):
+        grad_weight = new_output(weight, d, n).t()
+    else:
+        grad_weight = new_output(weight, n, d)
     launch(
         "sparse_matmul_backward",
         grad,

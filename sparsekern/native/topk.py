@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import DTYPE_TAGS, launch, pointer, workspace
+from . import DTYPE_TAGS, launch, new_output, pointer, workspace
 
 SORTED, RELU, ABS = 1, 2, 4
 
@@ -22,7 +22,7 @@ def topk_mask(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """x [rows, n], any strides -> masked [rows, n] and the codes behind it, in ascending index
     order."""
-    masked = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    masked = new_output(x, *x.shape)
     return masked, *_select(x, k, relu * RELU + abs * ABS, masked, count)
 
 
@@ -58,7 +58,7 @@ def _select(
 def codes_to_dense(values: torch.Tensor, indices: torch.Tensor, n: int) -> torch.Tensor:
     """values [rows, k], indices int64 [rows, k], unique within a row -> dense [rows, n]."""
     rows, k = values.shape
-    dense = values.new_empty(rows, n)
+    dense = new_output(values, rows, n)
     launch(
         "codes_to_dense",
         values,
