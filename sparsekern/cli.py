@@ -1,4 +1,5 @@
-"""The command ``sparsekern``: ``train`` and ``eval`` models, make ``data``, ``info`` on all this.
+"""The command ``sparsekern``: ``train`` and ``eval`` models, ``reproduce`` studies, make ``data``,
+``info`` on all this.
 
 Exit codes: 0 done, 2 bad input (one line on stderr says what), 128 + signal when interrupted.
 """
@@ -29,21 +30,13 @@ def _error_line(command: str, message: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code; ``arguments`` defaults to the process's."""
-    from . import BackendUnavailableError
-    from .training import CheckpointError, RunError, TrainingError
-
     options, unknown = _parser().parse_known_args(arguments)
     if unknown:
         sys.stderr.write(_error_line(options.command, f"unknown arguments: {' '.join(unknown)}"))
         return 2
-    # ValueError: bad values and data files. OSError: a full disk, for one.
-    expected = (
-        BackendUnavailableError, CheckpointError, ModuleNotFoundError, OSError, RunError,
-        TrainingError, ValueError,
-    )  # fmt: skip
     try:
         return options.function(options)
-    except expected as error:
+    except expected_errors() as error:
         sys.stderr.write(_error_line(options.command, str(error)))
         return 2
     except KeyboardInterrupt:
@@ -51,9 +44,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def expected_errors() -> tuple[type[Exception], ...]:
+    """What bad input, a full disk or a missing package raise: reported in a line, not a trace."""
+    from . import BackendUnavailableError
+    from .training import CheckpointError, RunError, TrainingError
+
+    return (
+        BackendUnavailableError, CheckpointError, ModuleNotFoundError, OSError, RunError,
+        TrainingError, ValueError,
+    )  # fmt: skip
+
+
 def _parser() -> argparse.ArgumentParser:
     from . import __version__
     from .cli_data import add_data
+    from .cli_reproduce import add_reproduce
     from .cli_train import add_eval, add_train
 
     parser = _Parser(
@@ -65,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_train(commands)
     add_eval(commands)
+    add_reproduce(commands)
     add_data(commands)
 
     info = commands.add_parser(

@@ -1,5 +1,6 @@
 """Data sets with known factors, rendered here or read from files, and stores of activations."""
 
+from . import dsprites, shapes3d
 from .activation_sources import capture, convert, synthetic
 from .activation_writing import write_activations
 from .activations import ActivationStore
@@ -13,8 +14,10 @@ __all__ = [
     "DataError",
     "capture",
     "convert",
+    "dsprites",
     "load",
     "rendered",
+    "shapes3d",
     "synthetic",
     "write_activations",
 ]

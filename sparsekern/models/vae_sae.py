@@ -1,8 +1,11 @@
-"""The VAE-SAE hybrid: a convolutional VAE whose decoder reads its latents through a sparse layer.
+"""The VAE-SAE hybrid: a convolutional VAE with a sparse layer, at one of three places.
 
-    images -> convolutions -> mean, log variance of z ~ N(mean, variance)          [Z = 10]
-    z -> linear -> 500 units -> TopK -> ReLU = codes                               [N = 500, K = k]
-    codes -> sparse dictionary -> ReLU -> linear -> transposed convolutions -> Bernoulli logits
+    images -> convolutions -> features [hidden] -> mean, log variance of z ~ N(mean, variance)   [Z]
+    z -> hidden -> transposed convolutions -> Bernoulli logits of the pixels
+
+    placement "decoder"   z -> sparse layer -> hidden
+    placement "code"      z -> sparse layer -> another z -> hidden
+    placement "encoder"   features -> sparse layer -> mean, log variance
 
 "Fundamental Limits of Neural Network Sparsification" (arXiv 2603.18056) publishes neither layers
 nor losses, only the width that follows from "500 to 50 active neurons" and "90 % reduction". So
@@ -24,28 +27,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn import DeadNeuronCounter, TopK
-from ..ops.sparse_matmul import sparse_matmul
-from ..ops.topk import codes_to_dense
+from ..nn import DeadNeuronCounter
+from .bottleneck import BottleneckOutput, SparseBottleneck
 
-SIDE = 64
-# Above this share of active units a dense product costs less than picking rows of the dictionary.
-DENSE_SHARE = 0.25
+PLACEMENTS = ("decoder", "code", "encoder")
+# Four convolutions halve the side four times.
+SHRINKING = 16
 
 
 class VAESAEOutput(NamedTuple):
     """What a forward pass gives, for a batch of B images."""
 
     logits: Tensor
-    """Bernoulli logits of the pixels, [B, C, 64, 64]."""
+    """Bernoulli logits of the pixels, [B, C, side, side]."""
     mean: Tensor
     """Posterior mean, [B, Z]."""
     log_variance: Tensor
     """Posterior log variance, [B, Z]."""
-    values: Tensor
-    """Activations of the selected units after ReLU, [B, k]."""
-    indices: Tensor
-    """Which units these are, int64 [B, k]."""
+    sparse: BottleneckOutput
+    """What went through the sparse layer."""
+
+    @property
+    def values(self) -> Tensor:
+        """Activations of the selected units, [B, k]; of all, [B, N], where indices is None."""
+        return self.sparse.values
+
+    @property
+    def indices(self) -> Tensor | None:
+        """Which units these are, int64 [B, k]; None for all, in order."""
+        return self.sparse.indices
 
 
 class VAESAELoss(NamedTuple):
@@ -60,7 +70,7 @@ class VAESAELoss(NamedTuple):
 
 
 class VAESAE(nn.Module):
-    """VAE with a sparse layer between its latents and its decoder.
+    """VAE with a sparse layer.
 
     Args:
         channels: C, colour channels of the images.
@@ -70,12 +80,14 @@ class VAESAE(nn.Module):
         hidden: width of the dense layers.
         width: channels of the outer convolutions; the inner ones have twice as many.
         mean_pixel: mean of the training images' pixels, inside 0..1.
+        side: of the images, a multiple of 16.
+        placement: of the sparse layer: "decoder", "code" or "encoder", see the module.
+        sparsifier, standardize, tied: see :class:`SparseBottleneck`; tied needs placement "code".
 
     Raises:
-        ValueError: k or mean_pixel is out of its range.
+        ValueError: an argument is out of its range.
 
-    In training mode each forward pass tells :attr:`activity` which units fired; so do direct calls
-    of :meth:`codes`.
+    In training mode each forward pass tells :attr:`activity` which units fired.
 
     Example:
         >>> import torch
@@ -94,29 +106,54 @@ class VAESAE(nn.Module):
         hidden: int = 256,
         width: int = 16,
         mean_pixel: float = 0.5,
+        *,
+        side: int = 64,
+        placement: str = "decoder",
+        sparsifier: str = "topk",
+        standardize: bool = False,
+        tied: bool = False,
     ) -> None:
         super().__init__()
+        op = "VAESAE"
         if not 0 < mean_pixel < 1:
-            raise ValueError(f"VAESAE: mean_pixel must lie inside 0..1, got {mean_pixel}")
+            raise ValueError(f"{op}: mean_pixel must lie inside 0..1, got {mean_pixel}")
+        if side < SHRINKING or side % SHRINKING:
+            raise ValueError(f"{op}: side must be a multiple of {SHRINKING}, got {side}")
+        if placement not in PLACEMENTS:
+            known = ", ".join(PLACEMENTS)
+            raise ValueError(f"{op}: placement must be one of {known}, got {placement!r}")
+        if tied and placement != "code":
+            raise ValueError(
+                f"{op}: tied needs placement 'code', whose sparse layer has as many outputs as "
+                f"inputs, got {placement!r}"
+            )
+        self.placement = placement
         sizes = (channels, width, width, 2 * width, 2 * width)
-        flat = sizes[-1] * (SIDE // 16) ** 2
+        small = side // SHRINKING
+        flat = sizes[-1] * small**2
+        inputs, outputs = {
+            "decoder": (latents, hidden),
+            "code": (latents, latents),
+            "encoder": (hidden, 2 * latents),
+        }[placement]
         self.encoder = nn.Sequential(
             *_convolutions(nn.Conv2d, sizes),
             nn.ReLU(),
             nn.Flatten(),
             nn.Linear(flat, hidden),
             nn.ReLU(),
-            nn.Linear(hidden, 2 * latents),
         )
-        self.to_units = nn.Linear(latents, units)
-        self.sparsity = TopK(k, counter=DeadNeuronCounter(units))
-        self.dictionary = nn.Parameter(torch.empty(units, hidden))
-        self.dictionary_bias = nn.Parameter(torch.zeros(hidden))
+        self.bottleneck = SparseBottleneck(
+            inputs, units, outputs, k, sparsifier=sparsifier, standardize=standardize, tied=tied
+        )
+        plain = nn.Identity()
+        self.to_posterior = plain if placement == "encoder" else nn.Linear(hidden, 2 * latents)
+        self.from_code = plain if placement == "decoder" else nn.Linear(latents, hidden)
         self.decoder = nn.Sequential(
             nn.ReLU(),
             nn.Linear(hidden, flat),
             nn.ReLU(),
-            nn.Unflatten(1, (sizes[-1], SIDE // 16, SIDE // 16)),
+            nn.Unflatten(1, (sizes[-1], small, small)),
             *_convolutions(nn.ConvTranspose2d, sizes[::-1]),
         )
         self._initialize(mean_pixel)
@@ -124,7 +161,7 @@ class VAESAE(nn.Module):
     @torch.no_grad()
     def _initialize(self, mean_pixel: float) -> None:
         """Keeps the variance of the signal from layer to layer: std^2 = gain / fan-in."""
-        linear_outputs = (self.encoder[-1], self.decoder[-1])
+        linear_outputs = (self.to_posterior, self.decoder[-1])
         logit = math.log(mean_pixel / (1 - mean_pixel))
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
@@ -137,57 +174,55 @@ class VAESAE(nn.Module):
                 nn.init.normal_(layer.weight, std=math.sqrt(gain / fan_in))
                 if layer.bias is not None:
                     nn.init.constant_(layer.bias, logit if layer is self.decoder[-1] else 0)
-        nn.init.normal_(self.dictionary, std=math.sqrt(2 / len(self.dictionary)))
+        self.bottleneck.reset_parameters(gain=2 if self.placement == "decoder" else 1)
 
     @property
     def k(self) -> int:
         """Active units per image."""
-        return self.sparsity.k
+        return self.bottleneck.k
 
     @k.setter
     def k(self, value: int) -> None:
-        self.sparsity.k = value
+        self.bottleneck.k = value
+
+    @property
+    def units(self) -> int:
+        """N."""
+        return self.bottleneck.units
 
     @property
     def activity(self) -> DeadNeuronCounter:
         """Training rows since each unit last fired."""
-        counter = self.sparsity.counter
-        if counter is None:
-            raise RuntimeError("VAESAE: the counter of the sparse layer was taken away")
-        return counter
-
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Posterior mean and log variance, [B, Z] each, of images in 0..1 [B, C, 64, 64]."""
-        mean, log_variance = self.encoder(images).chunk(2, dim=1)
-        return mean, log_variance
-
-    def codes(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes of the sparse layer, values [B, k] and indices int64 [B, k], for z [B, Z]."""
-        return self.sparsity.codes(self.to_units(z))
-
-    def decode(self, values: Tensor, indices: Tensor) -> Tensor:
-        """Pixel logits [B, C, 64, 64] of codes [B, k]."""
-        units = len(self.dictionary)
-        if values.shape[-1] > DENSE_SHARE * units:
-            hidden = codes_to_dense(values, indices, units) @ self.dictionary + self.dictionary_bias
-        else:
-            hidden = sparse_matmul(values, indices, self.dictionary, self.dictionary_bias)
-        return self.decoder(hidden)
+        return self.bottleneck.activity
 
     def forward(self, images: Tensor, *, sample: bool | None = None) -> VAESAEOutput:
         """Encodes, sparsifies and decodes.
 
         Args:
-            images: [B, C, 64, 64] in 0..1, of the parameters' dtype.
+            images: [B, C, side, side] in 0..1, of the parameters' dtype.
             sample: draw z from the posterior with torch's generator, or use its mean; by default
                 draws in training mode only.
         """
-        mean, log_variance = self.encode(images)
+        features = self.encoder(images)
+        sparse = None
+        if self.placement == "encoder":
+            sparse = self.bottleneck(features)
+            features = sparse.output
+        mean, log_variance = self.to_posterior(features).chunk(2, dim=1)
         z = mean
         if self.training if sample is None else sample:
             z = reparameterize(mean, log_variance)
-        values, indices = self.codes(z)
-        return VAESAEOutput(self.decode(values, indices), mean, log_variance, values, indices)
+        if sparse is None:
+            sparse = self.bottleneck(z)
+            z = sparse.output
+        logits = self.decoder(self.from_code(z))
+        return VAESAEOutput(logits, mean, log_variance, sparse)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Pixel logits [B, C, side, side] of z [B, Z]."""
+        if self.placement != "encoder":
+            z = self.bottleneck(z).output
+        return self.decoder(self.from_code(z))
 
 
 def reparameterize(mean: Tensor, log_variance: Tensor) -> Tensor:
@@ -207,7 +242,7 @@ def vae_sae_loss(output: VAESAEOutput, images: Tensor, beta: float = 1.0) -> VAE
 
     Args:
         output: of :class:`VAESAE` for these images.
-        images: [B, C, 64, 64] in 0..1.
+        images: [B, C, side, side] in 0..1.
         beta: weight of the divergence.
     """
     rows = len(images)

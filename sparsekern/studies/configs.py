@@ -59,7 +59,7 @@ class StudyConfig:
         for item in fields(self):
             choices = item.metadata.get("choices")
             fits = choices is None or getattr(self, item.name) in choices
-            self._check(item.name, fits, f"must be one of {', '.join(choices or ())}")
+            self._check(item.name, fits, f"must be one of {', '.join(map(str, choices or ()))}")
 
     def identity(self) -> dict[str, Any]:
         """The fields that must be equal when a run is resumed."""

@@ -1,0 +1,182 @@
+"""The cells of the reproduction: data set x arm x seed, each a run of its own.
+
+arms of the study       topk, l1, each with 100 more epochs after the schedule
+controls                dense: never sparsified; fixed: k = 50 from the first epoch
+cures                   topk, and something that keeps units alive or brings them back
+placements, schedules   topk with one choice of the protocol made otherwise
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+from .config import VAESAEConfig
+
+EXTRA_EPOCHS = 100
+
+
+class Arm(NamedTuple):
+    """One way to train."""
+
+    group: str
+    """study, control, cure, placement or schedule."""
+    text: str
+    """What it is, for the report."""
+    changes: dict[str, Any]
+    """Fields of the config that differ from the protocol's, or functions of the protocol's fields
+    that give them."""
+
+
+ARMS: dict[str, Arm] = {
+    "topk": Arm("study", "Top-k, k from 500 to 50", {"extra_epochs": EXTRA_EPOCHS}),
+    "l1": Arm(
+        "study",
+        "L1, steered so that L0 follows the same schedule",
+        {"sparsifier": "l1", "extra_epochs": EXTRA_EPOCHS},
+    ),
+    "dense": Arm("control", "never sparsified", {"k_end": itemgetter("k_start")}),
+    "fixed": Arm("control", "the final k from the first epoch", {"k_start": itemgetter("k_end")}),
+    "standardize": Arm("cure", "standardized input of the sparse layer", {"standardize": True}),
+    "auxk": Arm("cure", "auxiliary loss of dead units (AuxK on scores)", {"revival": "auxk"}),
+    "resample": Arm("cure", "dead units get new weights", {"revival": "resample"}),
+    "homeostasis": Arm("cure", "biases of dead units rise", {"revival": "homeostasis"}),
+    "warm": Arm(
+        "cure",
+        "a fifth of the epochs at the first k, then the schedule",
+        {"warm_epochs": lambda protocol: protocol["epochs"] // 5},
+    ),
+    "cured": Arm(
+        "cure",
+        "standardized input and new weights for dead units",
+        {"standardize": True, "revival": "resample"},
+    ),
+    "magnitude": Arm("schedule", "Top-k by magnitude", {"sparsifier": "magnitude"}),
+    "cosine": Arm("schedule", "cosine schedule", {"schedule": "cosine"}),
+    "geometric": Arm("schedule", "geometric schedule", {"schedule": "geometric"}),
+    "step": Arm("schedule", "ten steps", {"schedule": "step"}),
+    "gated": Arm("schedule", "validation-gated schedule", {"schedule": "gated"}),
+    "decoder": Arm("placement", "sparse layer between z and decoder", {"placement": "decoder"}),
+    "encoder": Arm("placement", "sparse layer inside the encoder", {"placement": "encoder"}),
+    "code": Arm("placement", "sparse layer from z to z", {"placement": "code"}),
+    "tied": Arm(
+        "cure",
+        "sparse layer from z to z, dictionary started as the transposed first layer",
+        {"placement": "code", "tied": True},
+    ),
+}
+STUDY = ("topk", "l1")
+CONTROLS = ("dense", "fixed")
+CURES = tuple(name for name, arm in ARMS.items() if arm.group == "cure")
+
+# Of the protocol; the first is what "sparsekern train vae-sae" does with images half as wide.
+PRESETS: dict[str, dict[str, Any]] = {
+    "small": {"side": 32, "images": 3072, "eval_images": 1024, "mig_every": 5},
+    "full": {
+        "images": 716_800,
+        "eval_images": 10_240,
+        "test_images": 10_240,
+        "batch_size": 256,
+        "width": 32,
+        "dead_after": 716_800,
+        "mig_every": 5,
+        "precision": "bfloat16",
+        "compile": True,
+        "log_every": 100,
+        "checkpoint_every": 100_000,
+    },
+}
+# Where a set has fewer images than a preset asks for.
+FEWER: dict[tuple[str, str], dict[str, Any]] = {
+    ("full", "shapes3d"): {"images": 459_520, "dead_after": 459_520},
+}
+SEEDS = {"small": 2, "full": 3}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid."""
+
+    dataset: str
+    arm: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.dataset}-{self.arm}-{self.seed}"
+
+
+def cells(datasets: Iterable[str], arms: Iterable[str], seeds: Iterable[int]) -> list[Cell]:
+    """The cells of a grid, those of the study first, then by arm, so that a report of an
+    interrupted reproduction says as much as can be said."""
+    wanted = list(arms)
+    order = [*(a for a in ARMS if a in wanted)]
+    return [Cell(d, a, s) for a in order for s in seeds for d in datasets]
+
+
+def cell_config(
+    cell: Cell, preset: str, overrides: Mapping[str, Any], data: str | None
+) -> VAESAEConfig:
+    """The config of a cell: the preset, then the overrides, then what the arm changes.
+
+    Raises:
+        ValueError: the settings do not fit together.
+    """
+    defaults = {item.name: item.default for item in fields(VAESAEConfig)}
+    preset_changes = {**PRESETS[preset], **FEWER.get((preset, cell.dataset), {})}
+    base = {**defaults, **preset_changes, **overrides}
+    for name, value in ARMS[cell.arm].changes.items():
+        # Extra epochs are a length, which may be another one; anything else makes the arm.
+        if name != "extra_epochs" or name not in overrides:
+            base[name] = value(base) if callable(value) else value
+    if ARMS[cell.arm].group != "study":
+        base["extra_epochs"] = 0
+    return VAESAEConfig(
+        **{**base, "dataset": cell.dataset, "seed": cell.seed, "data": data, "progress": False}
+    )
+
+
+def parsed_overrides(settings: Sequence[str]) -> dict[str, Any]:
+    """NAME=VALUE pairs as fields of the config.
+
+    Raises:
+        ValueError: an unknown name, a value of the wrong type, or a field that the grid sets.
+    """
+    kinds = typing.get_type_hints(VAESAEConfig)
+    taken = {"dataset", "data", "seed", "progress"}
+    found: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        name = name.replace("-", "_")
+        if not equals or name not in kinds or name in taken:
+            known = ", ".join(sorted(set(kinds) - taken))
+            raise ValueError(f"--set must be NAME=VALUE with NAME one of {known}, got {setting!r}")
+        try:
+            found[name] = _parsed(kinds[name], text)
+        except ValueError:
+            raise ValueError(f"--set {name} must be {kinds[name].__name__}, got {text!r}") from None
+    return found
+
+
+def _parsed(kind: Any, text: str) -> Any:
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(text)
+        return text.lower() == "true"
+    return kind(text)
+
+
+def checked_names(option: str, names: Sequence[str], known: Sequence[str]) -> list[str]:
+    """The names without repetitions.
+
+    Raises:
+        ValueError: one is unknown.
+    """
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{option} must be among {', '.join(known)}, got {name!r}")
+    return list(dict.fromkeys(names))

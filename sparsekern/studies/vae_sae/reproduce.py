@@ -1,0 +1,155 @@
+"""The reproduction of the study by one command: a grid of cells and a report on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ...training import RunError
+from ...training.runs import write_atomically
+from ..configs import check_packages, usable_device
+from . import grid, report
+from .config import DATASETS, VAESAEConfig
+from .grid import Cell, cell_config, cells, checked_names, parsed_overrides
+from .runner import Ended, is_finished, read_cells, run_cells, usable_processors
+
+REQUEST = "reproduction.json"
+LOCK = "lock"
+GROUPS = {
+    "study": grid.STUDY,
+    "controls": grid.CONTROLS,
+    "cures": grid.CURES,
+    "all": tuple(grid.ARMS),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to reproduce."""
+
+    preset: str
+    datasets: tuple[str, ...]
+    arms: tuple[str, ...]
+    seeds: int
+    """Seeds 0..seeds-1."""
+    data: Mapping[str, str]
+    """Published files, by data set."""
+    overrides: Mapping[str, Any]
+    """Fields of the config that differ from the preset."""
+
+    @classmethod
+    def from_options(
+        cls,
+        preset: str,
+        datasets: Sequence[str],
+        arms: Sequence[str],
+        seeds: int | None,
+        data: Sequence[str],
+        settings: Sequence[str],
+    ) -> Request:
+        """A request in the words of the command line.
+
+        Raises:
+            ValueError: an unknown name or a value out of its range.
+        """
+        names = [name for arm in arms for name in GROUPS.get(arm, (arm,))]
+        seeds = grid.SEEDS[preset] if seeds is None else seeds
+        if seeds < 1:
+            raise ValueError(f"--seeds must be at least 1, got {seeds}")
+        sets = checked_names("--datasets", datasets, DATASETS)
+        files = {}
+        for item in data:
+            name, equals, path = item.partition("=")
+            if not equals or name not in DATASETS or not path:
+                known = ", ".join(DATASETS)
+                raise ValueError(f"--data must be SET=FILE with SET one of {known}, got {item!r}")
+            files[name] = path
+        return cls(
+            preset,
+            tuple(sets),
+            tuple(checked_names("--arms", names, tuple(grid.ARMS))),
+            seeds,
+            files,
+            parsed_overrides(settings),
+        )
+
+    def configs(self) -> dict[Cell, VAESAEConfig]:
+        """What each cell runs."""
+        wanted = cells(self.datasets, self.arms, range(self.seeds))
+        return {
+            cell: cell_config(cell, self.preset, self.overrides, self.data.get(cell.dataset))
+            for cell in wanted
+        }
+
+
+def reproduce(
+    request: Request, folder: str | Path, *, jobs: int | None = None, progress: bool = True
+) -> Ended:
+    """Runs what is not finished yet and writes the report on everything that is.
+
+    Args:
+        request: what to run.
+        folder: of the report; an earlier reproduction there is continued, and must have been asked
+            for with the same preset, settings and data files.
+        jobs: cells at a time; by default one for each processor, or one with a GPU.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: settings that do not fit together.
+        RunError: the folder is in use, or holds something else.
+    """
+    check_packages()
+    configs = request.configs()
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {jobs}")
+    device = usable_device(next(iter(configs.values())).device)
+    jobs = jobs or (1 if device.type == "cuda" else usable_processors())
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunError(f"another process is writing the report in {folder}") from error
+    with lock:
+        asked = _merged(request, folder)
+        for cell, config in configs.items():
+            is_finished(folder, cell, config)
+        text = json.dumps(asked, indent=2) + "\n"
+        write_atomically(folder / REQUEST, text.encode())
+        ended = run_cells(folder, configs, jobs=jobs, progress=progress)
+        everything = cells(asked["datasets"], asked["arms"], range(asked["seeds"]))
+        found = read_cells(folder, everything)
+        if found:
+            report.write(folder, asked, found, failed=ended.failed, total=len(everything))
+    return ended
+
+
+def _merged(request: Request, folder: Path) -> dict[str, Any]:
+    """The request together with earlier ones in the folder, JSON types."""
+    new = json.loads(json.dumps(asdict(request)))
+    path = folder / REQUEST
+    if not path.exists():
+        strangers = [p.name for p in folder.iterdir() if p.name not in (LOCK, ".new")]
+        if strangers:
+            raise RunError(f"folder is not empty: {folder} holds {sorted(strangers)[0]}")
+        return new
+    try:
+        old = json.loads(path.read_text())
+        for name in ("preset", "overrides", "data"):
+            if old[name] != new[name]:
+                raise RunError(
+                    f"{folder} holds a reproduction with {name} {old[name]!r}, not {new[name]!r}: "
+                    "name another folder"
+                )
+        for name in ("datasets", "arms"):
+            new[name] = list(dict.fromkeys([*old[name], *new[name]]))
+        new["seeds"] = max(old["seeds"], new["seeds"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path} is damaged: {error}") from error
+    return new
