@@ -17,7 +17,7 @@ from ...ops.topk import topk
 AUX_K = 64
 # The auxiliary codes are to say this share of the output's spread.
 AUX_SHARE = 0.3
-# The share of the scores' spread by which a dead unit's bias rises in a step.
+# The share of the mean activation by which a dead unit's bias rises in a step.
 BIAS_RATE = 0.01
 RESAMPLE_EVERY = 64
 
@@ -56,7 +56,7 @@ def auxiliary_loss(layer: SparseBottleneck, sparse: BottleneckOutput, dead: Tens
 def raise_biases(layer: SparseBottleneck, sparse: BottleneckOutput, dead: Tensor) -> None:
     """Homeostasis: the biases of dead units rise in each step until they fire."""
     bias = layer.to_units.bias
-    bias.add_(dead * (BIAS_RATE * sparse.scores.detach().float().std()))
+    bias.add_(dead * (BIAS_RATE * sparse.values.detach().float().abs().mean()))
 
 
 @torch.no_grad()
