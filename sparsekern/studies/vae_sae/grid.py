@@ -81,7 +81,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "images": 716_800,
         "eval_images": 10_240,
         "test_images": 10_240,
-        "batch_size": 256,
+        "batch_size": 1024,
         "width": 32,
         "dead_after": 716_800,
         "mig_every": 5,

@@ -20,6 +20,9 @@ AUX_SHARE = 0.3
 # The share of the mean activation by which a dead unit's bias rises in a step.
 BIAS_RATE = 0.01
 RESAMPLE_EVERY = 64
+# Norm of a new row of the dictionary, as a share of the living rows' mean: larger ones disturb what
+# the others have learnt.
+ANSWER_SHARE = 0.1
 
 
 def residual(sparse: BottleneckOutput) -> Tensor:
@@ -80,7 +83,8 @@ def resample(
     inputs = inputs / inputs.norm(dim=1, keepdim=True).clamp_min(1e-12)
     answers = rows[drawn] / rows[drawn].norm(dim=1, keepdim=True).clamp_min(1e-12)
     _replace(weight, inputs * _mean_norm(weight, alive), dead, optimizer)
-    _replace(dictionary, answers * _mean_norm(dictionary, alive), dead, optimizer)
+    size = ANSWER_SHARE * _mean_norm(dictionary, alive)
+    _replace(dictionary, answers * size, dead, optimizer)
     mean_bias = (bias * alive).sum() / alive.sum().clamp_min(1)
     _replace(bias, mean_bias.expand_as(bias), dead, optimizer)
     layer.activity.reset(dead)
