@@ -10,6 +10,7 @@ from __future__ import annotations
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -179,6 +180,24 @@ def gather(
     return out
 
 
+@contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """Runs torch's operations on the CPU in the calling thread alone.
+
+    Drawing takes many operations of some 20 us, each on what fits a core's cache. To share those
+    out gains nothing, and where another process keeps a core busy, each waits for the slowest.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @dataclass(frozen=True)
 class FactorImages:
     """Images with their factors; the data sets derive from it.
@@ -275,7 +294,7 @@ class FactorImages:
         """Draws the images uint8 ``[..., *image_shape]`` of classes ``[..., f]``; see the sets."""
         as_tensor = isinstance(classes, Tensor)
         found = cls.factors.checked("render", classes if as_tensor else np.asarray(classes))
-        with torch.no_grad():
+        with torch.no_grad(), _one_thread(found.device):
             images = cls.draw(found.reshape(-1, found.shape[-1]))
         images = images.view(*found.shape[:-1], *cls.image_shape)
         return images if as_tensor else images.numpy()
