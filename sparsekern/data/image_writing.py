@@ -32,7 +32,8 @@ from .._system import require, stop_signals, sync
 from . import image_files
 from .factors import DataError, FactorImages, subset
 
-CHUNK_ROWS = 2048  # 8 MB of dSprites, 25 MB of Shapes3D
+CHUNK_ROWS = 1024  # 4 MB of dSprites, 13 MB of Shapes3D
+LEVEL = 1  # of the chunks, which are soon gone
 BLOCK_ROWS = 65536  # of the factors, which are small
 SETTINGS, LOCK, WHOLE, MOVED = "settings.json", "lock", "whole", "moved"
 # Of this folder's layout and of what the images look like; another number starts anew.
@@ -202,9 +203,12 @@ class _Writer:
     def _draw(self) -> None:
         for start in self._starts("rendering"):
             if not self._chunk(start).exists():
-                numbers = self.indices[start : start + self.chunk_rows]
-                images = np.asarray(self.kind.render(self.kind.factors.classes_of(numbers)))
-                self._create(self._chunk(start), zlib.compress(images.data, image_files.LEVEL))
+                self._create(self._chunk(start), self._drawn(start))
+
+    def _drawn(self, start: int) -> bytes:
+        numbers = self.indices[start : start + self.chunk_rows]
+        images = np.asarray(self.kind.render(self.kind.factors.classes_of(numbers)))
+        return zlib.compress(images.data, LEVEL)
 
     def _pack(self) -> None:
         """Makes the file of the chunks."""
