@@ -369,6 +369,21 @@ def test_a_full_disk_keeps_what_is_complete(tmp_path, monkeypatch):
     assert dsprites.write(path, 20, seed=5, chunk_rows=4) == 20
 
 
+def test_a_file_that_will_not_fit_is_not_packed(tmp_path, monkeypatch):
+    path, usage = tmp_path / "s.h5", image_writing.shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            image_writing.shutil, "disk_usage", lambda path: usage._replace(free=1_050_000)
+        )
+        message = (
+            f"cannot write {path}: .*No space left on device: packing needs 1 MB, 1 MB are free"
+        )
+        with pytest.raises(DataError, match=message):
+            shapes3d.write(path, 3)
+    assert not path.exists() and not (parts(path) / "packed").exists()
+    assert shapes3d.write(path, 3) == 3
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

@@ -138,6 +138,12 @@ class Factors:
         return found
 
 
+def check_seed(function: str, seed: int) -> None:
+    """ValueError if the seed is negative."""
+    if seed < 0:
+        raise ValueError(f"{function}: seed must be at least 0, got {seed}")
+
+
 def subset(function: str, available: int, count: int | None, seed: int) -> np.ndarray | None:
     """Numbers of a random subset; ``None`` for all. That of n images is the front of n + 1's.
 
@@ -145,8 +151,7 @@ def subset(function: str, available: int, count: int | None, seed: int) -> np.nd
         CountError: count is out of range.
         ValueError: seed is negative.
     """
-    if seed < 0:
-        raise ValueError(f"{function}: seed must be at least 0, got {seed}")
+    check_seed(function, seed)
     if count is None:
         return None
     if not 1 <= count <= available:
@@ -313,6 +318,7 @@ class FactorImages:
     def load(cls, path: str | Path, count: int | None, seed: int) -> Self:
         """Images from a file, or a random subset of them; see the sets."""
         path = Path(path)
+        check_seed("load", seed)
         if not path.is_file():
             raise DataError(f"data file not found: {path}")
         another = f"data file has another layout: {path}"

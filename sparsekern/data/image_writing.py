@@ -17,6 +17,7 @@ the settings, so a file is the same to the bit however often its writing was int
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -35,12 +36,13 @@ from .factors import DataError, FactorImages, subset
 CHUNK_ROWS = 1024  # 4 MB of dSprites, 13 MB of Shapes3D
 LEVEL = 1  # of the chunks, which are soon gone
 BLOCK_ROWS = 65536  # of the factors, which are small
+SPARE_BYTES = 1 << 20  # what a file holds beside its arrays
 SETTINGS, LOCK, WHOLE, MOVED = "settings.json", "lock", "whole", "moved"
 # Of this folder's layout and of what the images look like; another number starts anew.
 FORMAT = 1
 
 
-class WritingInterrupted(RuntimeError):  # noqa: N818  # it is no error
+class WritingInterrupted(Exception):  # noqa: N818  # it is no error
     """A signal ended the writing; ``signal`` is its number. The same call goes on."""
 
     def __init__(self, message: str, signal: int) -> None:
@@ -106,6 +108,8 @@ class _Writer:
             if self.path.exists():
                 self._leave()
                 return
+            # Of an earlier file, which was taken away.
+            (self.parts / MOVED).unlink(missing_ok=True)
             self._check_settings()
             if not (self.parts / WHOLE).exists():
                 self._draw()
@@ -171,10 +175,14 @@ class _Writer:
     def _create(self, path: Path, content: bytes) -> None:
         """A file that has its name only when its content is on the disk."""
         temporary = path.with_name("new")
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
         os.replace(temporary, path)
         sync(path.parent)
 
@@ -212,6 +220,7 @@ class _Writer:
 
     def _pack(self) -> None:
         """Makes the file of the chunks."""
+        self._check_space()
         shape = (len(self.indices), *self.kind.image_shape)
         images = image_files.Column(shape, np.dtype(np.uint8), self._images())
         arrays = self.kind.arrays(self.suffix, images, self._classes)
@@ -219,12 +228,28 @@ class _Writer:
         try:
             image_files.pack(temporary, self.suffix, arrays, self.kind.metadata)
             self._stop_if_asked()
+        except RuntimeError as error:
+            # What HDF5 raises when a disk is full as it closes a file.
+            temporary.unlink(missing_ok=True)
+            raise OSError(str(error)) from error
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         sync(temporary)
         os.replace(temporary, self.parts / WHOLE)
         sync(self.parts)
+
+    def _check_space(self) -> None:
+        """Raises OSError where the packed file may not fit: HDF5 can crash on a full disk."""
+        factors = 2 * 8 * len(self.kind.factors.names) * len(self.indices)
+        # The chunks are packed less tightly than the file will be.
+        held = sum(chunk.stat().st_size for chunk in self.parts.glob("*.z"))
+        needed, free = held + factors + SPARE_BYTES, shutil.disk_usage(self.parts).free
+        if free < needed:
+            raise OSError(
+                errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: packing needs {needed / 1e6:.0f} MB, "
+                f"{free / 1e6:.0f} MB are free",
+            )  # fmt: skip
 
     def _classes(self) -> Iterator[np.ndarray]:
         for start in range(0, len(self.indices), BLOCK_ROWS):
