@@ -57,7 +57,7 @@ def read(config: VAESAEConfig, device: torch.device) -> Parts:
     except CountError as error:
         flags = (f"--{name.replace('_', '-')} {size}" for name, size in sizes.items())
         raise CountError(f"{error} ({' + '.join(flags)})") from error
-    digest = hashlib.sha256(data.images.tobytes()).hexdigest()[:16]
+    digest = hashlib.sha256(np.ascontiguousarray(data.images).data).hexdigest()[:16]
     training, held_out, test = (
         _part(part, config.side, device) for part in data.split(*sizes.values())
     )
@@ -82,6 +82,11 @@ def shrunk(images: Tensor, side: int) -> Tensor:
     squares = images.view(n, channels, side, factor, side, factor)
     sums = squares.sum((3, 5), dtype=torch.int32)
     return ((sums + factor**2 // 2) // factor**2).to(torch.uint8)
+
+
+def mean_pixel(images: Tensor) -> float:
+    """Of uint8 0..255, as a share of 255; without a copy of the images in another type."""
+    return int(images.sum(dtype=torch.int64)) / (255 * images.numel())
 
 
 def pixels(images: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from .. import figures
 from ..configs import Report, backends_of, check_packages, read_config, usable_device
 from . import measures
 from .config import VAESAEConfig
-from .images import Part, Parts, pixels, read
+from .images import Part, Parts, mean_pixel, pixels, read
 from .task import VAESAETask, make_model
 
 NAME = "vae-sae"
@@ -104,8 +104,7 @@ def _results(task: VAESAETask, place: RunFolder, outcome: Outcome) -> dict[str, 
 def _untrained(config: VAESAEConfig, parts: Parts) -> dict[str, Any]:
     """The measurements of the model before its first step: what random weights give."""
     images = parts.training.images
-    mean_pixel = float(images.double().mean() / 255)
-    model = make_model(config, images.shape[1], mean_pixel).to(images.device).eval()
+    model = make_model(config, images.shape[1], mean_pixel(images)).to(images.device).eval()
     return measures.measure(model, parts.test, config.seed)
 
 

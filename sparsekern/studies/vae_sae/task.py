@@ -12,7 +12,7 @@ from ...models.vae_sae import VAESAE, VAESAEOutput, vae_sae_loss
 from ...training import permuted_rows, scheduled_k
 from . import measures, revival
 from .config import GATED, VAESAEConfig
-from .images import Parts, pixels
+from .images import Parts, mean_pixel, pixels
 from .sparsity import L1Steering, ValidationGate
 
 
@@ -71,8 +71,7 @@ class VAESAETask:
         images = parts.training.images
         self.device = images.device
         self.examples = len(images)
-        mean_pixel = float(images.double().mean() / 255)
-        model = make_model(config, images.shape[1], mean_pixel)
+        model = make_model(config, images.shape[1], mean_pixel(images))
         self.model = Trained(model, config).to(self.device)
         self.vae = model
         if config.compile:
