@@ -80,8 +80,8 @@ def _fill(document: Document, folder: Path, measured: Measured, asked: Mapping[s
     sections.looks(document, measured, folder)
     report_arms.cures(document, measured)
     report_arms.sensitivity(document, measured, asked)
-    sections.reading(document, measured)
-    sections.protocol(document, measured)
+    sections.reading(document, measured, asked)
+    sections.protocol(document, measured, asked)
     document.add(
         Heading("Raw results"),
         Items(

@@ -6,8 +6,9 @@ rule of reading, not a test of significance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
+from ...metrics import DEAD_THRESHOLDS
 from .report_figures import SETS, by_k, definition, named
 from .report_numbers import (
     CURED_BELOW,
@@ -31,10 +32,11 @@ from .report_numbers import (
 SEEDS_FOR_SPREAD = 3
 
 
-def conclusions(measured: Measured) -> list[str]:
-    """Sentences about each data set, then about both."""
-    found = [text for dataset in measured.datasets for text in _of_dataset(measured, dataset)]
-    return [*found, *_orderings(measured), *_cures(measured)]
+def conclusions(measured: Measured) -> dict[str, list[str]]:
+    """Sentences by what they are about: each data set, then the study's claims and the cures."""
+    found = {SETS[dataset]: list(_of_dataset(measured, dataset)) for dataset in measured.datasets}
+    found["The study's orderings, and the cures"] = [*_orderings(measured), *_cures(measured)]
+    return {title: texts for title, texts in found.items() if texts}
 
 
 def _of_dataset(measured: Measured, dataset: str) -> Iterator[str]:
@@ -51,7 +53,7 @@ def _of_dataset(measured: Measured, dataset: str) -> Iterator[str]:
     )
     for part in parts:
         for text in part(measured, dataset):
-            yield f"{SETS[dataset]}: {text}"
+            yield text[0].upper() + text[1:]
 
 
 def points(difference: Spread) -> str:
@@ -94,7 +96,7 @@ def _by_phase(measured: Measured, dataset: str) -> Iterator[str]:
         size = _part_in_words(early / total)
         yield (
             f"under {named(arm)}, of all units, these died for good: {words}. So {size} of the "
-            f"deaths ({100 * early / total:.0f} %) came before k had fallen by a tenth."
+            f"deaths ({100 * early / total:.0f} %) came early, before k had fallen by a tenth."
         )
 
 
@@ -112,9 +114,11 @@ def _by_schedule(measured: Measured, dataset: str) -> Iterator[str]:
         difference = measured.difference(dataset, arm, "dense", never)
         if difference is None:
             continue
+        share = difference.mean / max(measured.known(dataset, arm, never).mean, 1e-9)
         rule = {
             None: "with 1 seed there is no spread to compare this with",
-            1: "more than its spread over the seeds, so this part is due to sparsification",
+            1: f"more than its spread over the seeds, so this part, {100 * min(share, 1):.0f} % of "
+            "the dead units, is due to sparsification",
             0: "within its spread over the seeds, so no part is shown to be due to sparsification",
             -1: "sparsification left fewer units dead than training without it",
         }[compared(difference)]
@@ -241,7 +245,7 @@ def _steered(measured: Measured, dataset: str) -> Iterator[str]:
         return
     off = []
     for seed, content in cells.items():
-        k, l0 = content["config"]["k_end"], content["results"]["schedule"]["l0"]
+        k, l0 = (content["results"]["schedule"][name] for name in ("k", "l0"))
         if abs(l0 - k) > L0_TOLERANCE * k:
             off.append(f"seed {seed}: {l0:.1f} for k = {k}")
     if off:
@@ -281,25 +285,25 @@ def _orderings(measured: Measured) -> Iterator[str]:
         one = measured.spread("shapes3d", arm, never)
         two = measured.spread("dsprites", arm, never)
         if one and two:
-            place = f"under {named(arm)}, Shapes3D has more dead units than dSprites"
+            place = f"Shapes3D has more dead units than dSprites under {named(arm)}"
             yield _ordering(place, one, two)
     for dataset in measured.datasets:
         one = measured.spread(dataset, "l1", never)
         two = measured.spread(dataset, "topk", never)
         if one and two:
-            yield _ordering(f"on {SETS[dataset]}, L1 leaves more dead units than Top-k", one, two)
+            yield _ordering(f"L1 leaves more dead units than Top-k on {SETS[dataset]}", one, two)
 
 
 def _ordering(claim: str, one: Spread, two: Spread) -> str:
     numbers = f"{one.percent()} against {two.percent()} %"
     sd = larger_sd(one, two)
-    text = f"The study's ordering that {claim}"
+    text = f"That {claim}"
     if sd is None:
         way = "has the same" if one.mean > two.mean else "does not have that"
-        return f"{text}: 1 seed, which {way} direction ({numbers}); there is no spread to judge by."
+        return f"{text}: 1 seed {way} direction ({numbers}); there is no spread to judge by."
     if abs(one.mean - two.mean) <= sd:
-        return f"{text}, is neither seen nor reversed: {numbers}, within the spread."
-    return f"{text}, is {'seen' if one.mean > two.mean else 'reversed'} here: {numbers}."
+        return f"{text} is neither seen nor reversed: {numbers}, within the spread."
+    return f"{text} is {'seen' if one.mean > two.mean else 'reversed'} here: {numbers}."
 
 
 def _cures(measured: Measured) -> Iterator[str]:
@@ -322,8 +326,13 @@ def _cures(measured: Measured) -> Iterator[str]:
         yield f"No cure that was run reaches {rule}, as far as the seeds can tell."
 
 
-def limits(measured: Measured) -> list[str]:
-    """What cannot be concluded."""
+def limits(measured: Measured, changed: Mapping[str, str]) -> list[str]:
+    """What cannot be concluded.
+
+    Args:
+        measured: the cells.
+        changed: settings that differ from the preset, with what they would be.
+    """
     contents = list(measured.cells.values())
     configs = [c["config"] for c in contents]
     counts = {
@@ -334,10 +343,13 @@ def limits(measured: Measured) -> list[str]:
         (
             "Only the abstract of the study is public. Layers, losses, the place of the sparse "
             "layer, the definition of a dead unit and every field without the abstract as its "
-            "source below are declared by us, so a difference from the published rates neither confirms nor "
-            "refutes them."
+            "source below are declared by us, so a difference from the published rates neither "
+            "confirms nor refutes them."
         ),
     ]
+    if changed:
+        words = ", ".join(f"{name} (the preset has {value})" for name, value in changed.items())
+        found.append(f"Settings were changed, so this is not the preset's protocol: {words}.")
     if min(counts) < SEEDS_FOR_SPREAD:
         found.append(
             f"Some arms have {seeds(min(counts))}. With fewer than {SEEDS_FOR_SPREAD} a standard "
@@ -360,6 +372,12 @@ def limits(measured: Measured) -> list[str]:
         found.append(
             f"The images of {' and '.join(SETS[d] for d in drawn)} are rendered, compatible ones, "
             "not the published files."
+        )
+    tests = min(content["results"]["test_images"] for content in contents)
+    finest = min(DEAD_THRESHOLDS)
+    if tests * finest <= 1:
+        found.append(
+            f"On {tests} test images, a frequency below {finest:g} is the same as never active."
         )
     found += [
         (

@@ -83,6 +83,9 @@ def _plain(panel: Any) -> None:
     panel.grid(alpha=0.25, linewidth=0.6)
     panel.spines[["top", "right"]].set_visible(False)
     panel.tick_params(labelsize=8)
+    panel.title.set_fontsize(10)
+    panel.xaxis.label.set_fontsize(9)
+    panel.yaxis.label.set_fontsize(9)
 
 
 def _band(panel: Any, arm: str, x: Sequence[float], runs: Sequence[Sequence[float]]) -> None:
@@ -117,7 +120,7 @@ def dead_by_epoch(measured: Measured) -> bytes:
         panel.set(title=SETS[dataset], xlabel="epoch", ylim=(-2, 102))
         panel.xaxis.get_major_locator().set_params(integer=True)
         _plain(panel)
-    panels[0, 0].set_ylabel("never active units (%)")
+    panels[0, 0].set_ylabel("never active units (%)", fontsize=9)
     _legend_below(figure, panels)
     return _png(figure)
 
@@ -156,7 +159,7 @@ def dead_by_k(measured: Measured) -> bytes:
         panel.set(title=SETS[dataset], xlabel="k (units kept, falls to the right)", ylim=(-2, 102))
         panel.invert_xaxis()
         _plain(panel)
-    panels[0, 0].set_ylabel("never active units (%)")
+    panels[0, 0].set_ylabel("never active units (%)", fontsize=9)
     _legend_below(figure, panels)
     return _png(figure)
 
@@ -182,7 +185,7 @@ def mig_by_k(measured: Measured) -> bytes:
         panel.set_ylim(0, None)
         panel.invert_xaxis()
         _plain(panel)
-    panels[0, 0].set_ylabel("MIG of the mean code (0 to 1)")
+    panels[0, 0].set_ylabel("MIG of the mean code (0 to 1)", fontsize=9)
     _legend_below(figure, panels, 5)
     return _png(figure)
 
@@ -218,8 +221,8 @@ def panel_map(measured: Measured, dataset: str) -> bytes:
         panel.text(
             column, row, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=7.5
         )
-    figure.colorbar(shown, ax=panel, label="dead units (%)", pad=0.01)
-    panel.set_title(SETS[dataset])
+    figure.colorbar(shown, ax=panel, pad=0.01).set_label("dead units (%)", fontsize=9)
+    panel.set_title(SETS[dataset], fontsize=10)
     return _png(figure)
 
 
@@ -266,6 +269,7 @@ def _death_panel(panel: Any, contents: Sequence[Content]) -> None:
     panel.set_xlim(edges[0], edges[-1])
     panel.set_ylim(0, max(1.0, 1.1 * total.max()))
     if not total.any():
+        panel.set_yticks([0])
         panel.text(0.5, 0.5, "no dead units", ha="center", transform=panel.transAxes, fontsize=8)
     step = max(1, len(records) // 5)
     ticks = list(range(1, len(records) + 1, step))
@@ -289,7 +293,7 @@ def selectivity(measured: Measured) -> bytes:
         panel.set(title=SETS[dataset], xlabel="selectivity (0 to 1)", ylim=(0, 101))
         panel.set_xlim(0, None)
         _plain(panel)
-    panels[0, 0].set_ylabel("living units at most\nas selective (%)")
+    panels[0, 0].set_ylabel("living units at most\nas selective (%)", fontsize=9)
     _legend_below(figure, panels, 5)
     return _png(figure)
 
@@ -330,6 +334,6 @@ def pareto(measured: Measured) -> bytes:
         panel.set(title=SETS[dataset], xlabel="reconstruction (nats per image)")
         panel.set_ylim(bottom=-2)
         _plain(panel)
-    panels[0, 0].set_ylabel("never active units (%)")
+    panels[0, 0].set_ylabel("never active units (%)", fontsize=9)
     _legend_below(figure, panels)
     return _png(figure)

@@ -138,7 +138,7 @@ def traversals(seen: Seen, dataset: str) -> bytes:
     for row, (latent, divergence) in enumerate(zip(seen.latents, seen.divergences, strict=True)):
         for panel, picture in zip(panels[row], seen.traversals[row], strict=True):
             _show(panel, picture)
-        panels[row, 0].set_ylabel(f"z{latent}\nKL {divergence:.1f}", fontsize=8)
+        panels[row, 0].set_ylabel(f"z{latent}\nKL {divergence:.2f}", fontsize=8)
     for panel, value in zip(panels[-1], np.linspace(-2, 2, steps), strict=True):
         panel.set_xlabel(f"{value:.1f}", fontsize=8)
     figure.suptitle(SETS[dataset], fontsize=10)

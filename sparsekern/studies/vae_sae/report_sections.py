@@ -12,7 +12,7 @@ from ...data import DataError
 from ...training.checkpoints import CheckpointError
 from . import report_figures as figures
 from . import report_pictures as pictures
-from .grid import Cell
+from .grid import Cell, cell_config
 from .report_conclusions import conclusions, limits, seeds
 from .report_csv import FACTORS, protocol_rows
 from .report_document import Code, Document, Heading, Items, Paragraph, Table
@@ -294,30 +294,45 @@ def looks(document: Document, measured: Measured, folder: Path) -> None:
         )
 
 
-def reading(document: Document, measured: Measured) -> None:
+def changed_settings(asked: Mapping[str, Any]) -> dict[str, str]:
+    """The settings that the request overrides, with what the preset has in their place."""
+    base = cell_config(Cell(asked["datasets"][0], "topk", 0), asked["preset"], {}, None)
+    pairs = ((name, value, getattr(base, name)) for name, value in asked["overrides"].items())
+    return {name: str(preset) for name, value, preset in pairs if value != preset}
+
+
+def reading(document: Document, measured: Measured, asked: Mapping[str, Any]) -> None:
     """What follows, and what does not."""
     document.add(
         Heading("What can be concluded, and what cannot"),
         Paragraph(
-            "A difference counts when its mean exceeds its standard deviation over the seeds, "
-            "which is a rule of reading, not a test of significance."
+            "These sentences are chosen by the numbers. A difference counts when its mean exceeds "
+            "its standard deviation over the seeds, which is a rule of reading, not a test of "
+            "significance."
         ),
-        Items(conclusions(measured)),
-        Heading("What cannot be concluded", 3),
-        Items(limits(measured)),
+    )
+    for title, texts in conclusions(measured).items():
+        document.add(Heading(title, 3), Items(texts))
+    document.add(
+        Heading("What cannot be concluded", 3), Items(limits(measured, changed_settings(asked)))
     )
 
 
-def protocol(document: Document, measured: Measured) -> None:
+def protocol(document: Document, measured: Measured, asked: Mapping[str, Any]) -> None:
     """Every field of the config."""
     first = "topk" if "topk" in measured.arms else measured.arms[0]
     configs = [c["config"] for cell, c in measured.cells.items() if cell.arm == first]
+    changed = changed_settings(asked)
+    rows = [
+        (name, value + (f" (preset: {changed[name]})" if name in changed else ""), text, source)
+        for name, value, text, source in protocol_rows(configs)
+    ]
     document.add(
         Heading("Protocol"),
         Table(
             ["field", "value", "what it is", "source"],
-            protocol_rows(configs),
+            rows,
             f"The settings of the arm {named(first)}; the settings in which other arms differ are "
-            "in cells.csv.",
+            "in cells.csv. A source names where the preset's value comes from.",
         ),
     )
