@@ -118,7 +118,7 @@ def escaped(text: str) -> str:
 
 def _line(text: str) -> str:
     """A line of its own, which must not begin like a list, a quotation or a heading."""
-    return re.sub(r"^(\d*)([-+#>=.)])", r"\1\\\2", escaped(text))
+    return re.sub(r"^(\d*)(>|(?:[-+.)]|#+)(?=\s|$))", r"\1\\\2", escaped(text))
 
 
 def _markdown_block(block: Block, figures: str) -> str:

@@ -236,7 +236,9 @@ def deaths(measured: Measured) -> bytes:
             if contents:
                 _death_panel(panel, contents)
             else:
-                panel.text(0.5, 0.5, "no cell", ha="center", transform=panel.transAxes)
+                panel.text(0.5, 0.5, "not run", ha="center", transform=panel.transAxes, fontsize=8)
+                panel.set(xticks=[], yticks=[])
+                panel.spines[:].set_visible(False)
             panel.set_title(f"{SETS[dataset]}, {named(arm)}", fontsize=9)
         row[0].set_ylabel("units", fontsize=8)
     for panel in panels[-1]:

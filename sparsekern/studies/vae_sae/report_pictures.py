@@ -134,7 +134,7 @@ def reconstructions(seen: Seen, dataset: str) -> bytes:
 def traversals(seen: Seen, dataset: str) -> bytes:
     """One row a latent, its value from -2 to 2."""
     rows, steps = seen.traversals.shape[:2]
-    figure, panels = _figure(0.5 + 1.0 * rows, rows, steps)
+    figure, panels = _figure(0.5 + 0.9 * rows, rows, steps)
     for row, (latent, divergence) in enumerate(zip(seen.latents, seen.divergences, strict=True)):
         for panel, picture in zip(panels[row], seen.traversals[row], strict=True):
             _show(panel, picture)

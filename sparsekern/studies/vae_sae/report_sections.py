@@ -192,7 +192,8 @@ def _deaths(document: Document, measured: Measured) -> None:
         "deaths",
         figures.deaths(measured),
         "Units that were dead on the held-out images after the last epoch, by the first epoch "
-        "without activity (mean over seeds), with k at that epoch above.",
+        "without activity (mean over seeds), with k at that epoch above. A rare unit can miss the "
+        "last held-out passes by chance, so the last bars are too high.",
     )
     rows = []
     for arm, dataset in _cells(measured, figures.STUDY_AND_CONTROLS):
