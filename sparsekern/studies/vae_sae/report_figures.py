@@ -28,12 +28,14 @@ WIDTH = 7.0
 SETS = {"dsprites": "dSprites", "shapes3d": "Shapes3D"}
 # Okabe and Ito's colours, which differ for colour-blind readers, too.
 BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
-SKY, PURPLE, YELLOW, GREY = "#56B4E9", "#CC79A7", "#F0E442", "#6B6B6B"
-OTHERS = (GREEN, ORANGE, SKY, PURPLE, VERMILION, BLUE, GREY)
+SKY, PURPLE, GREY = "#56B4E9", "#CC79A7", "#6B6B6B"
+OTHERS = (GREEN, ORANGE, SKY, PURPLE, VERMILION, "#8C6D1F", "#332288")
 MARKERS = "sD^vPX*hp<>"
 COLOURS = {"topk": BLUE, "l1": VERMILION, "dense": GREY, "fixed": GREEN}
 MARKS = {"topk": "o", "l1": "o", "dense": "o", "fixed": "o"}
-for _at, _arm in enumerate(arm for arm in ARMS if arm not in COLOURS):
+# Cures first: they share a figure.
+_others = sorted(set(ARMS) - set(COLOURS), key=lambda arm: (ARMS[arm].group, list(ARMS).index(arm)))
+for _at, _arm in enumerate(_others):
     COLOURS[_arm] = OTHERS[_at % len(OTHERS)]
     MARKS[_arm] = MARKERS[_at % len(MARKERS)]
 PHASE_COLOURS = dict(zip(PHASES, ("#9A9A9A", ORANGE, SKY, BLUE), strict=True))
@@ -157,6 +159,7 @@ def dead_by_k(measured: Measured) -> bytes:
                     label=f"{named(arm)}, last epoch",
                 )  # fmt: skip
         panel.set(title=SETS[dataset], xlabel="k (units kept, falls to the right)", ylim=(-2, 102))
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.invert_xaxis()
         _plain(panel)
     panels[0, 0].set_ylabel("never active units (%)", fontsize=9)
@@ -183,6 +186,7 @@ def mig_by_k(measured: Measured) -> bytes:
                 panel.axhline(value.mean, color=colour, linestyle=style, linewidth=1.2, label=label)
         panel.set(title=SETS[dataset], xlabel="k (units kept, falls to the right)")
         panel.set_ylim(0, None)
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.invert_xaxis()
         _plain(panel)
     panels[0, 0].set_ylabel("MIG of the mean code (0 to 1)", fontsize=9)

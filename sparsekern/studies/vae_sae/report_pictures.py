@@ -22,7 +22,7 @@ from .task import Trained, make_model
 SHOWN = 6
 LATENTS = 5
 STEPS = 7
-MEASURED = 256
+MEASURED = 128
 """Test images from which the latents' KL is estimated."""
 
 
@@ -56,20 +56,6 @@ def test_images(config: VAESAEConfig, count: int) -> Tensor:
     return shrunk(images.contiguous(), config.side)
 
 
-def load_trained(config: VAESAEConfig, folder: Path, channels: int) -> VAESAE:
-    """The model in a run folder, on the CPU, in evaluation mode, with k as it was left.
-
-    Raises:
-        CheckpointError: there is no checkpoint, or it is damaged, or of another model.
-    """
-    checkpoint = read_checkpoint(folder)
-    if checkpoint is None:
-        raise CheckpointError(f"no checkpoint in {folder}")
-    model = Trained(make_model(config, channels, 0.5), config)
-    load_model(folder, model, checkpoint.tensors)
-    return model.vae.eval()
-
-
 @torch.no_grad()
 def look(model: VAESAE, images: Tensor) -> Seen:
     """Reconstructions of the first images and traversals from the first one's code.
@@ -97,15 +83,24 @@ def look(model: VAESAE, images: Tensor) -> Seen:
 
 
 def seen_by(content: Mapping[str, Any], folder: Path) -> Seen:
-    """What the model of a cell makes of its test images.
+    """What the model in a run folder makes of its test images, on the CPU.
+
+    Args:
+        content: config and results of the cell.
+        folder: of the run.
 
     Raises:
-        CheckpointError: the model cannot be read.
+        CheckpointError: there is no checkpoint, or it is damaged, or of another model.
         sparsekern.data.DataError: the images cannot.
     """
     config = VAESAEConfig(**content["config"])
+    checkpoint = read_checkpoint(folder)
+    if checkpoint is None:
+        raise CheckpointError(f"no checkpoint in {folder}")
     images = test_images(config, min(MEASURED, config.test_images))
-    model = load_trained(config, folder, images.shape[1])
+    trained = Trained(make_model(config, images.shape[1], 0.5), config)
+    load_model(folder, trained, checkpoint.tensors)
+    model = trained.vae.eval()
     model.k = content["results"]["k"]
     return look(model, images)
 
