@@ -14,7 +14,8 @@ from sparsekern.studies.vae_sae import report, report_document, report_figures, 
 from sparsekern.studies.vae_sae.config import VAESAEConfig
 from sparsekern.studies.vae_sae.grid import Cell, cell_config, cells
 from sparsekern.studies.vae_sae.images import read
-from sparsekern.studies.vae_sae.report_conclusions import conclusions, limits
+from sparsekern.studies.vae_sae.report_conclusions import conclusions
+from sparsekern.studies.vae_sae.report_limits import changed_settings, limits
 from sparsekern.studies.vae_sae.report_numbers import (
     PHASES,
     Measured,
@@ -29,7 +30,7 @@ from sparsekern.studies.vae_sae.report_numbers import (
     threshold_range,
     verdict,
 )
-from sparsekern.studies.vae_sae.report_sections import changed_settings, command
+from sparsekern.studies.vae_sae.report_sections import command
 from sparsekern.studies.vae_sae.runner import cell_folder
 from sparsekern.studies.vae_sae.task import Trained, make_model
 from sparsekern.training import RunError, scheduled_k
@@ -324,6 +325,17 @@ def test_conclusions_turn_with_the_numbers():
     assert "due to sparsification" not in text
 
 
+def test_selectivity_is_compared_with_the_dense_control():
+    found = grid(("topk", "dense"), dead=10, seeds=3)
+    for cell, made in found.items():
+        units = made["results"]["schedule"]["units"]
+        if cell.arm == "dense":
+            units["frequency"] = [0.5] * UNITS
+    # Alive: 10, 9 and 8 units with the largest of 0, 0.01, ..., 0.19; all 20 in the control.
+    words = "is 0.150 ± 0.005 under Top-k and 0.095 ± 0.000 in the dense control: higher"
+    assert words in said(found)
+
+
 def test_without_the_dense_control_nothing_is_put_down_to_sparsification():
     text = said(grid(("topk",)))
     assert "the part of the dead units that needs no sparsification is unknown" in text
@@ -477,6 +489,24 @@ def test_an_incomplete_report_says_so_first(tmp_path, quick):
     assert parsed(html).sources and "http://a.b" in parsed(html).text
 
 
+def test_many_missing_cells_are_counted_by_arm(tmp_path, quick):
+    arms = ("topk", "l1", "dense", "fixed")
+    text = written(tmp_path, grid(("topk",)), asked(arms, seeds=3), total=24)
+    # Of 3 seeds on 2 sets, Top-k has 2 seeds.
+    assert text.splitlines()[2].endswith(
+        "Not finished: topk (2 cells), l1 (6 cells), dense (6 cells), fixed (6 cells)."
+    )
+
+
+def test_a_revival_that_cannot_begin_is_named(tmp_path, quick):
+    found = grid(("topk", "auxk"), ("dsprites",))
+    request = asked(("topk", "auxk"), ("dsprites",))
+    assert "It did nothing" not in written(tmp_path, found, request)
+    for made in found.values():
+        made["config"]["dead_after"] = 10 * made["config"]["images"]
+    assert "after 30720 images without activity" in written(tmp_path, found, request)
+
+
 def test_one_seed_has_no_spread(tmp_path, quick):
     found = grid(("topk", "dense", "auxk"), seeds=1)
     text = written(tmp_path, found, asked(("topk", "dense", "auxk"), seeds=1))
@@ -511,6 +541,18 @@ def test_controls_alone(tmp_path, quick):
     text = written(tmp_path, grid(("cosine",), ("dsprites",)), asked(("cosine",), ("dsprites",)))
     assert "neither an arm of the study nor a control was run" in text
     assert rows_of(text, "cosine")[0] == "schedule cosine"
+
+
+def test_only_rendered_images_are_called_rendered(tmp_path, quick):
+    found = grid(("topk",))
+    for cell, made in found.items():
+        made["config"]["data"] = "/data/file" if cell.dataset == "shapes3d" else None
+    text = written(tmp_path, found, asked(("topk",)))
+    assert "The images of dSprites are rendered, compatible with the published files" in text
+    assert "The images of dSprites are rendered, compatible ones" in text
+    for made in found.values():
+        made["config"]["data"] = "/data/file"
+    assert "are rendered, comp" not in written(tmp_path, found, asked(("topk",)))
 
 
 def test_a_second_report_replaces_the_first(tmp_path, quick):

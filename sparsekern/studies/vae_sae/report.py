@@ -7,6 +7,7 @@ cells.csv, units.csv, epochs.csv
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,9 +23,11 @@ from .grid import Cell, cells
 from .report_csv import cell_rows, epoch_rows, table_bytes, unit_rows
 from .report_document import Document, Heading, Items, Paragraph, markdown, page
 from .report_numbers import Measured
+from .runner import usable_processors
 
 TITLE = "VAE-SAE: dead units under sparsification"
 FIGURES = "figures"
+NAMED = 12  # at most so many missing cells are named one by one
 
 
 def write(
@@ -70,8 +73,11 @@ def _fill(document: Document, folder: Path, measured: Measured, asked: Mapping[s
     facts = {
         "sparsekern": __version__,
         "torch": torch.__version__,
+        "usable processors:": str(usable_processors()),
         "report of": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
+    if torch.cuda.is_available():
+        facts["GPU:"] = torch.cuda.get_device_name()
     sections.what_was_run(document, measured, asked, facts)
     sections.main_table(document, measured)
     sections.courses(document, measured)
@@ -86,9 +92,18 @@ def _fill(document: Document, folder: Path, measured: Measured, asked: Mapping[s
         Heading("Raw results"),
         Items(
             [
-                "cells.csv: every scalar of each cell",
-                "units.csv: every unit of each cell",
-                "epochs.csv: every epoch of each cell",
+                (
+                    "cells.csv: a row for each cell. Shares are 0 to 1, reconstruction and kl are "
+                    "nats per image; columns without prefix are those at the end of the schedule, "
+                    "after_ at the end of the run, untrained_ before training; settings are those "
+                    "in which the cell differs from this reproduction's Top-k arm."
+                ),
+                (
+                    "units.csv: a row for each unit of each cell, after all epochs. "
+                    "last_active_epoch counts from 1; 0 is a unit that was active on the held-out "
+                    "images after no epoch, and an empty field one that was active after the last."
+                ),
+                "epochs.csv: a row for each epoch of each cell; epochs count from 1.",
             ]
         ),
     )
@@ -106,7 +121,11 @@ def _state(
         document.add(Paragraph(f"Complete: {total} cells."))
         return
     wanted = cells(asked["datasets"], asked["arms"], range(asked["seeds"]))
-    missing = [c.name for c in wanted if c not in found and c.name not in failed]
+    absent = [c for c in wanted if c not in found and c.name not in failed]
+    missing = [c.name for c in absent]
+    if len(missing) > NAMED:
+        by_arm = Counter(c.arm for c in absent)
+        missing = [f"{arm} ({count} cells)" for arm, count in by_arm.items()]
     text = f"Incomplete: {len(found)} of {total} cells."
     if missing:
         text += f" Not finished: {', '.join(missing)}."

@@ -60,8 +60,21 @@ def cures(document: Document, measured: Measured) -> None:
             "seeds; MIG is no worse when it is at least the uncured mean minus that. A cure of "
             "another placement is compared with the uncured arm of that placement."
         ),
-        Items([f"{arm}: {ARMS[arm].text}." for arm in arms]),
+        Items([f"{arm}: {ARMS[arm].text}.{_idle(measured, arm)}" for arm in arms]),
     )
+
+
+def _idle(measured: Measured, arm: str) -> str:
+    """A warning where the revival of dead units cannot have begun during the schedule."""
+    for cell, content in measured.cells.items():
+        config = content["config"]
+        seen = config["images"] * config["epochs"]
+        if cell.arm == arm and config["revival"] != "none" and config["dead_after"] >= seen:
+            return (
+                f" It did nothing: a unit counts as dead to it after {config['dead_after']} images "
+                f"without activity, and the schedule has {seen} images."
+            )
+    return ""
 
 
 def _numbers(measured: Measured, dataset: str, arm: str) -> list[str]:

@@ -6,19 +6,18 @@ rule of reading, not a test of significance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
-from ...metrics import DEAD_THRESHOLDS
 from .report_figures import SETS, by_k, definition, named
 from .report_numbers import (
     CURED_BELOW,
     L0_TOLERANCE,
     PHASES,
-    PUBLISHED,
     Measured,
     Spread,
     compared,
     larger_sd,
+    median_selectivity,
     mig_score,
     never,
     never_sampled,
@@ -28,8 +27,6 @@ from .report_numbers import (
     spread,
     threshold_range,
 )
-
-SEEDS_FOR_SPREAD = 3
 
 
 def conclusions(measured: Measured) -> dict[str, list[str]]:
@@ -46,6 +43,7 @@ def _of_dataset(measured: Measured, dataset: str) -> Iterator[str]:
         _by_schedule,
         _fixed,
         _mig,
+        _selectivity,
         _definitions,
         _sampled,
         _steered,
@@ -210,6 +208,25 @@ def _mig_along(measured: Measured, dataset: str, arm: str) -> Iterator[str]:
     )
 
 
+def _selectivity(measured: Measured, dataset: str) -> Iterator[str]:
+    for arm in ("topk", "l1"):
+        one = measured.spread(dataset, arm, median_selectivity)
+        dense = measured.spread(dataset, "dense", median_selectivity)
+        change = measured.difference(dataset, arm, "dense", median_selectivity)
+        if one is None or dense is None or change is None:
+            continue
+        rule = {
+            None: "1 seed, so no spread to judge by",
+            1: "higher, beyond the spread",
+            0: "no difference beyond the spread",
+            -1: "lower, beyond the spread",
+        }[compared(change)]
+        yield (
+            f"the median selectivity of living units is {one.text(3)} under {named(arm)} and "
+            f"{dense.text(3)} in the dense control: {rule}."
+        )
+
+
 def _definitions(measured: Measured, dataset: str) -> Iterator[str]:
     for arm in ("topk", "l1"):
         shares = measured.panel(dataset, arm)
@@ -324,71 +341,3 @@ def _cures(measured: Measured) -> Iterator[str]:
         yield f"Cures that reach {rule}: {', '.join(passed)}."
     else:
         yield f"No cure that was run reaches {rule}, as far as the seeds can tell."
-
-
-def limits(measured: Measured, changed: Mapping[str, str]) -> list[str]:
-    """What cannot be concluded.
-
-    Args:
-        measured: the cells.
-        changed: settings that differ from the preset, with what they would be.
-    """
-    contents = list(measured.cells.values())
-    configs = [c["config"] for c in contents]
-    counts = {
-        len(measured.of(d, a)) for d in measured.datasets for a in measured.arms
-        if measured.has(d, a)
-    }  # fmt: skip
-    found = [
-        (
-            "Only the abstract of the study is public. Layers, losses, the place of the sparse "
-            "layer, the definition of a dead unit and every field without the abstract as its "
-            "source below are declared by us, so a difference from the published rates neither "
-            "confirms nor refutes them."
-        ),
-    ]
-    if changed:
-        words = ", ".join(f"{name} (the preset has {value})" for name, value in changed.items())
-        found.append(f"Settings were changed, so this is not the preset's protocol: {words}.")
-    if min(counts) < SEEDS_FOR_SPREAD:
-        found.append(
-            f"Some arms have {seeds(min(counts))}. With fewer than {SEEDS_FOR_SPREAD} a standard "
-            "deviation is hardly known, and small differences can be chance."
-        )
-    sides = sorted({config["side"] for config in configs})
-    if sides[0] < 64:
-        found.append(
-            f"The images have {sides[0]} x {sides[0]} pixels instead of 64 x 64: finer shapes and "
-            "orientations are lost, and rates at full size can differ."
-        )
-    images = sorted({config["images"] for config in configs})
-    if images[0] < 100_000:
-        found.append(
-            f"Training saw {images[0]} images, a small part of either set; an epoch has "
-            "correspondingly few steps, and rates per epoch do not carry over to whole sets."
-        )
-    drawn = [d for d in measured.datasets if _is_rendered(measured, d)]
-    if drawn:
-        found.append(
-            f"The images of {' and '.join(SETS[d] for d in drawn)} are rendered, compatible ones, "
-            "not the published files."
-        )
-    tests = min(content["results"]["test_images"] for content in contents)
-    finest = min(DEAD_THRESHOLDS)
-    if tests * finest <= 1:
-        found.append(
-            f"On {tests} test images, a frequency below {finest:g} is the same as never active."
-        )
-    found += [
-        (
-            "Deaths are dated on the held-out images, dead shares are counted on the test images; "
-            "a rare unit can be dead to the first and alive to the second."
-        ),
-        f"{len(PUBLISHED)} published rates are compared; no other number of the study is public.",
-    ]
-    return found
-
-
-def _is_rendered(measured: Measured, dataset: str) -> bool:
-    return any(c.dataset == dataset and v["config"]["data"] is None
-               for c, v in measured.cells.items())  # fmt: skip

@@ -22,7 +22,7 @@ h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.2rem; margin-top:
 h3 { font-size: 1rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tabular-nums; }
-caption, figcaption { text-align: left; font-size: 0.85rem; padding: 0.3rem 0; }
+figcaption { font-size: 0.85rem; padding: 0.3rem 0; }
 th, td { padding: 0.2rem 0.6rem 0.2rem 0; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--line); }
 figure { margin: 1.2rem 0; }
@@ -182,13 +182,14 @@ def _html_block(block: Block, figures: Mapping[str, bytes]) -> str:
 
 
 def _html_table(block: Table) -> str:
-    caption = f"<caption>{html.escape(block.caption)}</caption>\n" if block.caption else ""
+    # Not a caption element: that is as narrow as its table.
+    caption = f"<figcaption>{html.escape(block.caption)}</figcaption>\n" if block.caption else ""
     head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in block.head)
     rows = "\n".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
         for row in block.rows
     )
     return (
-        f'<div class="wide"><table>\n{caption}<thead><tr>{head}</tr></thead>\n'
-        f"<tbody>\n{rows}\n</tbody>\n</table></div>"
+        f'<figure>\n{caption}<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{rows}\n</tbody>\n</table></div>\n</figure>"
     )

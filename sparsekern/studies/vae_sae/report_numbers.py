@@ -211,6 +211,12 @@ def alive_selectivity(units: Mapping[str, Sequence[float]]) -> list[float]:
     return [value for value, frequency in pairs if frequency > 0]
 
 
+def median_selectivity(content: Content) -> float:
+    """Of the units that are active at the end of the schedule; 0 when there are none."""
+    values = alive_selectivity(content["results"]["schedule"]["units"])
+    return statistics.median(values) if values else 0.0
+
+
 def alive_factors(units: Mapping[str, Sequence[float]], count: int) -> list[int]:
     """For each of count factors, how many of the active units stand for it."""
     pairs = zip(units["factor"], units["frequency"], strict=True)

@@ -12,11 +12,12 @@ from ...data import DataError
 from ...training.checkpoints import CheckpointError
 from . import report_figures as figures
 from . import report_pictures as pictures
-from .grid import Cell, cell_config
-from .report_conclusions import conclusions, limits, seeds
+from .grid import Cell
+from .report_conclusions import conclusions, seeds
 from .report_csv import FACTORS, protocol_rows
 from .report_document import Code, Document, Heading, Items, Paragraph, Table
 from .report_figures import SETS, definition, named
+from .report_limits import changed_settings, is_rendered, limits
 from .report_numbers import (
     PHASES,
     PUBLISHED,
@@ -57,8 +58,13 @@ def what_was_run(
         cells = [c for cell, c in measured.cells.items() if cell.dataset == dataset]
         for source in dict.fromkeys(c["results"]["data"] for c in cells):
             data.append(f"{SETS[dataset]}: {source}")
-        if any(c["config"]["data"] is None for c in cells):
-            data.append("rendered, compatible with the published set")
+    drawn = [SETS[d] for d in measured.datasets if is_rendered(measured, d)]
+    rendered = (
+        f" The images of {' and '.join(drawn)} are rendered, compatible with the published files, "
+        "not those files themselves."
+        if drawn
+        else ""
+    )
     devices = sorted({r["device"] for r in results})
     backends = sorted({b for r in results for b in r["backends"].values()})
     tests = sorted({r["test_images"] for r in results})
@@ -66,8 +72,8 @@ def what_was_run(
         Paragraph(
             f"Preset {asked['preset']}: {len(measured.cells)} cells "
             f"({', '.join(map(named, measured.arms))}; up to {seeds(asked['seeds'])}). "
-            f"Data: {'; '.join(data)}. Measured on {' or '.join(map(str, tests))} test images, on "
-            f"{' and '.join(devices)}, sparse operations by {' and '.join(backends)}; "
+            f"Data: {'; '.join(data)}.{rendered} Measured on {' or '.join(map(str, tests))} test "
+            f"images, on {' and '.join(devices)}, sparse operations by {' and '.join(backends)}; "
             f"{sum(r['seconds'] for r in results):.0f} seconds of training in all. "
             + ", ".join(f"{name} {value}" for name, value in facts.items())
             + ". In tables, ± is the standard deviation over seeds; it is absent for 1 seed."
@@ -293,13 +299,6 @@ def looks(document: Document, measured: Measured, folder: Path) -> None:
             f"{of}: the first image's code with one latent from -2 to 2 (standard deviations of "
             "the prior); the latents with the largest mean KL, in nats per image.",
         )
-
-
-def changed_settings(asked: Mapping[str, Any]) -> dict[str, str]:
-    """The settings that the request overrides, with what the preset has in their place."""
-    base = cell_config(Cell(asked["datasets"][0], "topk", 0), asked["preset"], {}, None)
-    pairs = ((name, value, getattr(base, name)) for name, value in asked["overrides"].items())
-    return {name: str(preset) for name, value, preset in pairs if value != preset}
 
 
 def reading(document: Document, measured: Measured, asked: Mapping[str, Any]) -> None:
