@@ -145,8 +145,16 @@ def written(folder, found, request, failed=None, total=None):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Small figures: what they show is looked at elsewhere."""
-    monkeypatch.setattr(report_figures, "DOTS_PER_INCH", 30)
+    """No drawing: figures are drawn elsewhere."""
+    monkeypatch.setattr(report_figures, "_png", lambda figure: b"a figure")
+    monkeypatch.setattr(report_pictures, "_png", lambda figure: b"a picture")
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The module of figures, whose functions give them undrawn."""
+    monkeypatch.setattr(report_figures, "_png", lambda figure: figure)
+    return report_figures
 
 
 class Structure(HTMLParser):
@@ -489,6 +497,16 @@ def test_an_incomplete_report_says_so_first(tmp_path, quick):
     assert parsed(html).sources and "http://a.b" in parsed(html).text
 
 
+def test_without_estimates_during_training_there_is_no_curve_of_mig(tmp_path, quick):
+    found = grid(("topk",), ("dsprites",))
+    for made in found.values():
+        for record in made["epochs"]:
+            record.pop("mig", None)
+    text = written(tmp_path, found, asked(("topk",), ("dsprites",)))
+    assert "mig_by_k" not in text and "MIG was not estimated during training" in text
+    assert rows_of(text, "Top-k | dSprites")[1] == "0.100 ± 0.000"
+
+
 def test_many_missing_cells_are_counted_by_arm(tmp_path, quick):
     arms = ("topk", "l1", "dense", "fixed")
     text = written(tmp_path, grid(("topk",)), asked(arms, seeds=3), total=24)
@@ -582,6 +600,75 @@ def test_a_cell_with_lost_epochs_is_named(tmp_path):
     found[Cell("dsprites", "topk", 0)]["epochs"].pop()
     with pytest.raises(RunError, match="cell dsprites-topk-0 has 14 epoch records, not 15"):
         written(tmp_path, found, asked(("topk",)))
+
+
+# -- figures ---------------------------------------------------------------------------------------
+
+
+def lines_of(panel):
+    return {line.get_label(): line for line in panel.get_lines()}
+
+
+def test_dead_units_by_epoch_and_by_k_are_means_in_percent(figures):
+    measured = Measured(grid(("topk", "dense")))
+    panel = figures.dead_by_epoch(measured).axes[0]
+    line = lines_of(panel)["Top-k"]
+    assert list(line.get_xdata()) == list(range(1, EPOCHS + EXTRA + 1))
+    # Seeds 0 and 1 have 4 and 5 of 20 units dead, in proportion to the epoch.
+    assert line.get_ydata()[-1] == pytest.approx(22.5 * 14 / 15)
+    panel = figures.dead_by_k(measured).axes[1]
+    line = lines_of(panel)["Top-k"]
+    assert list(line.get_xdata()) == [2, 4, 6, 8, 10, 12, 14, 16, 18, 20]
+    assert line.get_ydata()[0] == pytest.approx(22.5 * 9 / 15)
+    assert panel.get_xlim()[0] > panel.get_xlim()[1]
+    control = lines_of(panel)["dense, last epoch"]
+    assert control.get_ydata()[0] == pytest.approx(22.5 * 9 / 10)
+
+
+def test_mig_by_k_has_the_levels_of_the_controls(figures):
+    measured = Measured(grid(("topk", "dense"), mig=0.2))
+    lines = lines_of(figures.mig_by_k(measured).axes[0])
+    assert list(lines["Top-k"].get_xdata()) == [4, 8, 12, 16, 20]
+    levels = {name: line.get_ydata()[0] for name, line in lines.items() if name != "Top-k"}
+    assert levels == pytest.approx(
+        {"dense, last epoch": 0.2, "untrained": 0.01, "random code": 0.001}
+    )
+
+
+def test_the_heat_map_has_a_row_for_each_arm(figures):
+    figure = figures.panel_map(Measured(grid(("topk", "auxk"), dead=4)), "dsprites")
+    shown = figure.axes[0].get_images()[0].get_array()
+    assert shown.shape == (2, 8)
+    assert shown[0].tolist() == pytest.approx([22.5] * 6 + [32.5, 11.25])
+
+
+def test_deaths_are_stacked_by_epoch(figures):
+    death = [-1, -1, 0, 8] + [None] * (UNITS - 4)
+    figure = figures.deaths(Measured(grid(("topk",), ("dsprites",), death=death)))
+    bars = {
+        (round(bar.get_x() + bar.get_width() / 2), phase.get_label()): bar.get_height()
+        for phase in figure.axes[0].containers
+        for bar in phase
+        if bar.get_height()
+    }
+    # Last active after epochs 1 and 9 (from 1): without activity from 2 and 10 on.
+    assert bars == {(1, "early"): 2, (2, "early"): 1, (10, "at the final k"): 1}
+
+
+def test_every_arm_lies_inside_the_pareto_plot(figures):
+    found = grid(("topk", "dense", "auxk"))
+    for cell, made in found.items():
+        schedule = made["results"]["schedule"]
+        schedule["reconstruction"] += cell.seed
+        schedule["dead"]["never"] = 0.1 if cell.dataset == "dsprites" else 0.9
+    figure = figures.pareto(Measured(found))
+    assert len(figure.axes) == 2
+    for panel in figure.axes:
+        low, high = panel.get_ylim()
+        points = [container[0] for container in panel.containers]
+        assert len(points) == 3
+        for point in points:
+            assert low < point.get_ydata()[0] < high and point.get_xdata()[0] == 30.5
 
 
 # -- documents and tables --------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from .grid import STUDY
 from .report_figures import SETS, by_k, definition, named
 from .report_numbers import (
     CURED_BELOW,
@@ -80,7 +81,7 @@ def _without_sparsification(measured: Measured, dataset: str) -> Iterator[str]:
 
 
 def _by_phase(measured: Measured, dataset: str) -> Iterator[str]:
-    for arm in ("topk", "l1"):
+    for arm in STUDY:
         cells = measured.of(dataset, arm).values()
         if not cells:
             continue
@@ -108,7 +109,7 @@ def _part_in_words(share: float) -> str:
 
 
 def _by_schedule(measured: Measured, dataset: str) -> Iterator[str]:
-    for arm in ("topk", "l1"):
+    for arm in STUDY:
         difference = measured.difference(dataset, arm, "dense", never)
         if difference is None:
             continue
@@ -144,7 +145,7 @@ def _fixed(measured: Measured, dataset: str) -> Iterator[str]:
 
 
 def _mig(measured: Measured, dataset: str) -> Iterator[str]:
-    for arm in ("topk", "l1"):
+    for arm in STUDY:
         cells = list(measured.of(dataset, arm).values())
         if not cells:
             continue
@@ -209,7 +210,7 @@ def _mig_along(measured: Measured, dataset: str, arm: str) -> Iterator[str]:
 
 
 def _selectivity(measured: Measured, dataset: str) -> Iterator[str]:
-    for arm in ("topk", "l1"):
+    for arm in STUDY:
         one = measured.spread(dataset, arm, median_selectivity)
         dense = measured.spread(dataset, "dense", median_selectivity)
         change = measured.difference(dataset, arm, "dense", median_selectivity)
@@ -228,7 +229,7 @@ def _selectivity(measured: Measured, dataset: str) -> Iterator[str]:
 
 
 def _definitions(measured: Measured, dataset: str) -> Iterator[str]:
-    for arm in ("topk", "l1"):
+    for arm in STUDY:
         shares = measured.panel(dataset, arm)
         if not shares:
             continue
@@ -246,7 +247,7 @@ def _definitions(measured: Measured, dataset: str) -> Iterator[str]:
 
 
 def _sampled(measured: Measured, dataset: str) -> Iterator[str]:
-    for arm in ("topk", "l1"):
+    for arm in STUDY:
         mean = measured.spread(dataset, arm, never)
         drawn = measured.spread(dataset, arm, never_sampled)
         if mean and drawn and mean.mean > 0:
@@ -276,7 +277,7 @@ def _steered(measured: Measured, dataset: str) -> Iterator[str]:
 
 
 def _further_epochs(measured: Measured, dataset: str) -> Iterator[str]:
-    for arm in ("topk", "l1"):
+    for arm in STUDY:
         cells = [c for c in measured.of(dataset, arm).values() if c["config"]["extra_epochs"]]
         if not cells:
             continue
@@ -298,7 +299,7 @@ def _further_epochs(measured: Measured, dataset: str) -> Iterator[str]:
 
 
 def _orderings(measured: Measured) -> Iterator[str]:
-    for arm in ("topk", "l1"):
+    for arm in STUDY:
         one = measured.spread("shapes3d", arm, never)
         two = measured.spread("dsprites", arm, never)
         if one and two:

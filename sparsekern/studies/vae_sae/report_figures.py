@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .grid import ARMS
+from .grid import ARMS, STUDY
 from .report_numbers import (
     CURED_BELOW,
     PHASES,
@@ -144,7 +144,7 @@ def dead_by_k(measured: Measured) -> bytes:
     """Never active on the held-out images against k, down to the end of the schedule."""
     figure, panels = _figure(3.4, 1, len(measured.datasets), sharey=True)
     for panel, dataset in zip(panels[0], measured.datasets, strict=True):
-        for arm in ("topk", "l1"):
+        for arm in STUDY:
             ks, runs = _over_k(measured, dataset, arm, "eval_dead")
             if ks:
                 _band(panel, arm, ks, [[r["eval_dead"] for r in run] for run in runs])
@@ -167,11 +167,18 @@ def dead_by_k(measured: Measured) -> bytes:
     return _png(figure)
 
 
+def has_mig_records(measured: Measured) -> bool:
+    """Whether MIG was estimated during the training of an arm of the study."""
+    return any(
+        by_k(content, "mig") for cell, content in measured.cells.items() if cell.arm in STUDY
+    )
+
+
 def mig_by_k(measured: Measured) -> bytes:
     """MIG of the mean code during the schedule, with the levels of controls."""
     figure, panels = _figure(3.6, 1, len(measured.datasets))
     for panel, dataset in zip(panels[0], measured.datasets, strict=True):
-        for arm in ("topk", "l1"):
+        for arm in STUDY:
             ks, runs = _over_k(measured, dataset, arm, "mig")
             if ks:
                 mean, low, high = (
@@ -181,7 +188,7 @@ def mig_by_k(measured: Measured) -> bytes:
                 panel.plot(ks, mean, color=COLOURS[arm], marker="o", ms=3, label=named(arm))
                 panel.fill_between(ks, low, high, color=COLOURS[arm], alpha=0.2, linewidth=0)
         for label, colour, style, of, get in _levels():
-            value = measured.spread(dataset, of or measured.arms[0], get)
+            value = measured.spread(dataset, of or first_arm(measured, dataset), get)
             if value is not None:
                 panel.axhline(value.mean, color=colour, linestyle=style, linewidth=1.2, label=label)
         panel.set(title=SETS[dataset], xlabel="k (units kept, falls to the right)")
@@ -304,12 +311,17 @@ def selectivity(measured: Measured) -> bytes:
     return _png(figure)
 
 
+def first_arm(measured: Measured, dataset: str) -> str:
+    """An arm of a data set, Top-k if it was run; untrained, most arms are the same model."""
+    return next(arm for arm in measured.arms if measured.has(dataset, arm))
+
+
 def unit_sets(
     measured: Measured, dataset: str
 ) -> list[tuple[str, str, str, list[Mapping[str, Any]]]]:
     """Label, colour, line style and the units of each seed: untrained, then by arm."""
-    first = next(arm for arm in measured.arms if measured.has(dataset, arm))
-    untrained = [c["results"]["untrained"]["units"] for c in measured.of(dataset, first).values()]
+    first = measured.of(dataset, first_arm(measured, dataset))
+    untrained = [c["results"]["untrained"]["units"] for c in first.values()]
     sets = [("untrained", "black", "-.", untrained)]
     for arm in ("dense", "topk", "l1"):
         units = [c["results"]["schedule"]["units"] for c in measured.of(dataset, arm).values()]
@@ -338,8 +350,9 @@ def pareto(measured: Measured) -> bytes:
             )  # fmt: skip
         panel.axhline(100 * CURED_BELOW, color="black", linestyle=":", linewidth=1)
         panel.set(title=SETS[dataset], xlabel="reconstruction (nats per image)")
-        panel.set_ylim(bottom=-2)
         _plain(panel)
+    # Not before: a limit set by hand ends the scaling of the axis that the panels share.
+    panels[0, 0].set_ylim(bottom=-2)
     panels[0, 0].set_ylabel("never active units (%)", fontsize=9)
     _legend_below(figure, panels)
     return _png(figure)

@@ -12,7 +12,7 @@ from ...data import DataError
 from ...training.checkpoints import CheckpointError
 from . import report_figures as figures
 from . import report_pictures as pictures
-from .grid import Cell
+from .grid import STUDY, Cell
 from .report_conclusions import conclusions, seeds
 from .report_csv import FACTORS, protocol_rows
 from .report_document import Code, Document, Heading, Items, Paragraph, Table
@@ -89,7 +89,7 @@ def _cells(measured: Measured, arms: tuple[str, ...]) -> list[tuple[str, str]]:
 def main_table(document: Document, measured: Measured) -> None:
     """Published beside ours, and the panel."""
     document.add(Heading("Dead units: the study's numbers and ours"))
-    columns = _cells(measured, ("topk", "l1"))
+    columns = _cells(measured, STUDY)
     if columns:
         shares = {column: measured.panel(column[1], column[0]) for column in columns}
         contents = {c: list(measured.of(c[1], c[0]).values()) for c in columns}
@@ -125,7 +125,7 @@ def main_table(document: Document, measured: Measured) -> None:
                 "activation. The study's definition is not public.",
             )
         )  # fmt: skip
-    _missing(document, measured, ("topk", "l1"))
+    _missing(document, measured, STUDY)
     for dataset in measured.datasets:
         document.picture(
             f"panel_{dataset}",
@@ -153,15 +153,16 @@ def courses(document: Document, measured: Measured) -> None:
         "Units that are active on no held-out image, after each epoch; mean and standard "
         "deviation over seeds.",
     )
-    if {"topk", "l1"} & set(measured.arms):
+    if set(STUDY) & set(measured.arms):
         document.picture(
             "dead_by_k",
             figures.dead_by_k(measured),
             "The same against k, during the schedule only. k falls as training goes on, so the "
-            "curves alone do not tell one from the other; the horizontal controls do.",
+            "curves alone do not tell one from the other; the horizontal controls do. For L1, k is "
+            "what L0 is steered to.",
         )
     document.add(Heading("Mutual information gap"))
-    if {"topk", "l1"} & set(measured.arms):
+    if figures.has_mig_records(measured):
         document.picture(
             "mig_by_k",
             figures.mig_by_k(measured),
@@ -169,6 +170,8 @@ def courses(document: Document, measured: Measured) -> None:
             "over seeds; the band is the mean 95 % bootstrap interval of a run. Lines: MIG of all "
             "test images for the dense control, for the untrained model, and for random codes.",
         )
+    elif set(STUDY) & set(measured.arms):
+        document.add(Paragraph("No curves: MIG was not estimated during training (mig_every 0)."))
     _mig_table(document, measured)
     _deaths(document, measured)
 
@@ -221,7 +224,7 @@ def further_epochs(document: Document, measured: Measured) -> None:
     """What the epochs after the schedule bring."""
     rows = []
     epochs = set()
-    for arm, dataset in _cells(measured, ("topk", "l1")):
+    for arm, dataset in _cells(measured, STUDY):
         cells = [c for c in measured.of(dataset, arm).values() if c["config"]["extra_epochs"]]
         if cells:
             epochs |= {c["config"]["extra_epochs"] for c in cells}
