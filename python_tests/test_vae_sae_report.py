@@ -708,7 +708,7 @@ def tiny(dataset):
 
 
 @pytest.mark.parametrize("dataset", SETS)
-def test_pictures_show_the_test_images_of_the_run(dataset, tmp_path, quick):
+def test_pictures_show_the_test_images_of_the_run(dataset, tmp_path):
     config = tiny(dataset)
     expected = read(config, torch.device("cpu")).test.images
     images = report_pictures.test_images(config, 9)
