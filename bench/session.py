@@ -13,6 +13,7 @@ import bench_layers
 import bench_sparse_matmul
 import bench_topk
 import bench_training
+import bench_vae_sae
 import torch
 from machine import facts
 from measure import Effort, Subject, Timing, automatic, forced, interleave
@@ -30,6 +31,7 @@ STEMS = (
     bench_layers,
     bench_autoencoder,
     bench_training,
+    bench_vae_sae,
 )
 BUILDERS = {op: stem.build for stem in STEMS for op in stem.OPS}
 # The operation whose automatic choice serves a layer.
@@ -37,6 +39,8 @@ SERVED_BY = {
     "TopK": "topk_mask",
     "SparseAutoencoder": "linear_topk",
     "training step": "linear_topk",
+    "SparseBottleneck": "topk",
+    "VAE-SAE step": "topk",
 }
 
 

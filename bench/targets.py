@@ -20,6 +20,9 @@ HARD = (
     ("few values", "bfloat16"),
     ("ties", "bfloat16"),
 )
+DENSE_INPUT = (
+    "linear_topk", "SparseAutoencoder", "training step", "SparseBottleneck", "VAE-SAE step",
+)  # fmt: skip
 ITSELF = "itself, normal data"
 RUN = "python bench/run.py"
 STORE = "python bench/activations.py"
@@ -48,7 +51,7 @@ class Workload:
         """The sizes, in the order in which the operation's arguments name them."""
         if self.op == "sparse_matmul":
             return f"B={self.rows} k={self.k} n={self.n} d={self.d}"
-        if self.op in ("linear_topk", "SparseAutoencoder", "training step"):
+        if self.op in DENSE_INPUT:
             return f"B={self.rows} d={self.d} n={self.n} k={self.k}"
         if self.op == "adam_step":
             return f"two {self.n} x {self.d} matrices"
@@ -188,6 +191,16 @@ def _autoencoder() -> Iterable[Target]:
     yield Target(adam, "fused Adam, projection, normalization", 1.5)
 
 
+def _vae_sae() -> Iterable[Target]:
+    for units, bar in ((500, None), (16384, 2)):
+        layer = Workload("SparseBottleneck", 256, units, 50, 256, mode="forward+backward")
+        yield Target(layer, "the reference", bar)
+        yield Target(layer, "linear, topk, scatter, matmul")
+    for k in (500, 50):
+        step = Workload("VAE-SAE step", 256, 500, k, 256, mode="forward+backward+optimizer")
+        yield Target(step, "the reference", 1)
+
+
 def activation_store(rows: int, features: int, batch_size: int, dtype: str, pages: str) -> Target:
     """An epoch of shuffled batches from a float16 file [rows, features], as float16 or float32;
     pages: "dropped" from the system's cache before each pass, or "cached", which has no bar."""
@@ -246,7 +259,7 @@ def _extras() -> Iterable[Target]:
     yield Target(Workload("count_active", 4096, 65536, 64), "torch.bincount")
 
 
-CPU_TARGETS = (*_cpu(), *_autoencoder(), *_store())
+CPU_TARGETS = (*_cpu(), *_autoencoder(), *_vae_sae(), *_store())
 GPU_TARGETS = tuple(_gpu())
 TARGETS = CPU_TARGETS + GPU_TARGETS
 EXTRAS = tuple(_extras())

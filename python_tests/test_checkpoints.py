@@ -65,7 +65,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(call, complete, tmp_path, monke
             raise OSError(28, "No space left on device")
         sync(descriptor)
 
-    monkeypatch.setattr(runs, "sync_folder", lambda path: None)
+    monkeypatch.setattr(runs, "sync", lambda path: None)
     monkeypatch.setattr(runs.os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
         start(tmp_path / "run")

@@ -1,13 +1,16 @@
 """dSprites: factor arithmetic, the renderer's calibration, and the file loaders."""
 
 import io
+import os
+import pathlib
 import zipfile
 
 import h5py
 import numpy as np
 import pytest
+import torch
 
-from sparsekern.data import DataError, dsprites, load, rendered
+from sparsekern.data import DataError, dsprites, image_files, load, rendered
 
 CENTRE = (16, 16)
 
@@ -39,8 +42,8 @@ def test_classes_of_rejects_what_is_out_of_range(bad):
 @pytest.mark.parametrize(
     "bad, message",
     [
-        (np.zeros((2, 5), np.int64), r"classes must be integers of shape \[n, 6\]"),
-        (np.zeros((2, 6)), r"classes must be integers of shape \[n, 6\], got float64"),
+        (np.zeros((2, 5), np.int64), r"classes must be integers of shape \[\.\.\., 6\]"),
+        (np.zeros((2, 6)), r"classes must be integers of shape \[\.\.\., 6\], got float64"),
         (np.array([[0, 3, 0, 0, 0, 0]]), "classes must lie below"),
     ],
 )
@@ -108,12 +111,45 @@ def test_the_window_loses_no_pixel():
     dx = (grid - centre[:, :1])[:, None, :] / scale
     dy = (grid - centre[:, 1:])[:, :, None] / scale
     u, v = np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx
+    outlines = (dsprites._in_square, dsprites._in_ellipse, dsprites._in_heart)
     whole = np.select(
         [classes[:, 1, None, None] == shape for shape in range(3)],
-        [dsprites._in_square(u, v), dsprites._in_ellipse(u, v), dsprites._in_heart(u, v)],
+        [inside(torch.from_numpy(u), torch.from_numpy(v)).numpy() for inside in outlines],
     )
     # The two forms of the distance round differently, so a pixel on the very outline may differ.
     assert (whole != dsprites.render(classes)).sum() <= 3
+
+
+@pytest.fixture
+def frames():
+    default = pathlib.Path(__file__).parents[2] / "shared" / "data" / "dsprites_frames.npz"
+    path = pathlib.Path(os.environ.get("DSPRITES_FRAMES", default))
+    if not path.is_file():
+        pytest.skip(
+            f"no frames at {path}: put frames of the published dsprites.gif there (.npz, imgs: "
+            "uint8 [n, 64, 64] of 0 and 1, frame: their numbers), or set DSPRITES_FRAMES to it"
+        )
+    with np.load(path) as file:
+        return file["imgs"], file["frame"]
+
+
+def test_calibration_on_frames_of_the_published_animation(frames):
+    # The animation shows hearts, ellipses from frame 192 on, squares from frame 256 on; it turns
+    # and scales them at the first position, and moves them along the border at scale 1.
+    images, numbers = frames
+    shapes = np.select([numbers < 192, numbers < 256], [2, 1], 0)
+    turned = [(s, o, 0, 0) for s in range(6) for o in range(40)]
+    moved = [(5, 0, x, y) for x in range(32) for y in range(32) if {x, y} & {0, 31}]
+    wrong = np.empty(len(images))
+    for shape in range(3):
+        rows = np.flatnonzero(shapes == shape)
+        drawn = dsprites.render(np.array([(0, shape, *rest) for rest in turned + moved]))
+        differs = drawn[None] != images[rows][:, None]
+        wrong[rows] = differs.sum((2, 3)).min(1)
+    exact = (wrong == 0).mean()
+    print(f"{wrong.mean():.3f} wrong pixels a frame, {exact:.1%} of {len(wrong)} frames exact")
+    assert wrong.mean() <= 0.6
+    assert exact >= 0.75
 
 
 def test_rendered_subsets_are_deterministic_and_nested():
@@ -171,7 +207,7 @@ def hdf5(data, tmp_path):
 @pytest.mark.parametrize("kind", ["npz", "hdf5"])
 @pytest.mark.parametrize("block", [7, 4096])
 def test_load_reads_all_or_a_subset(kind, block, data, request, monkeypatch):
-    monkeypatch.setattr(dsprites, "READ_BLOCK", block)
+    monkeypatch.setattr(image_files, "READ_ROWS", block)
     path = request.getfixturevalue(kind)
     whole = load(path)
     assert (whole.images == data.images).all() and (whole.classes == data.classes).all()

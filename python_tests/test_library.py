@@ -134,9 +134,10 @@ ALLOWED = {
     "disentanglement": set(),
     "metrics": {"ops"},
     "testing": set(),
-    "data": {"data"},
+    "_system": set(),
+    "data": {"_system", "data"},
     "models": {"models", "nn", "ops"},
-    "training": {"training", "metrics", "nn", "data"},
+    "training": {"training", "metrics", "nn", "data", "_system"},
     "studies": {
         "studies",
         "training",

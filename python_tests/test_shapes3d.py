@@ -7,7 +7,7 @@ import h5py
 import numpy as np
 import pytest
 
-from sparsekern.data import CountError, DataError, shapes3d
+from sparsekern.data import CountError, DataError, image_files, shapes3d
 
 RED, ORANGE, CYAN, BLUE = 0, 1, 5, 6
 CUBE, CYLINDER, SPHERE, CAPSULE = range(4)
@@ -48,8 +48,8 @@ def test_classes_of_rejects_what_is_out_of_range(bad):
 @pytest.mark.parametrize(
     "bad, message",
     [
-        (np.zeros((2, 5), np.int64), r"classes must be integers of shape \[n, 6\]"),
-        (np.zeros((2, 6)), r"classes must be integers of shape \[n, 6\], got float64"),
+        (np.zeros((2, 5), np.int64), r"classes must be integers of shape \[\.\.\., 6\]"),
+        (np.zeros((2, 6)), r"classes must be integers of shape \[\.\.\., 6\], got float64"),
         (np.array([[0, 0, 0, 0, 4, 0]]), "classes must lie below"),
         (np.array([[0, 0, 0, 0, -1, 0]]), "classes must lie below"),
     ],
@@ -211,7 +211,7 @@ def hdf5(data, tmp_path):
 
 @pytest.mark.parametrize("block", [7, 4096])
 def test_load_reads_all_or_a_subset(block, data, hdf5, monkeypatch):
-    monkeypatch.setattr(shapes3d, "READ_BLOCK", block)
+    monkeypatch.setattr(image_files, "READ_ROWS", block)
     whole = shapes3d.load(hdf5)
     assert (whole.images == data.images).all() and (whole.classes == data.classes).all()
     assert whole.source == str(hdf5)

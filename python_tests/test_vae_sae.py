@@ -1,4 +1,5 @@
-"""The VAE-SAE model and its study: formulas, both ways through the sparse layer, backends."""
+"""The VAE-SAE model: formulas, placements, both ways through the sparse layer, backends; and what
+its study measures."""
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from torch.distributions import Bernoulli, Normal, kl_divergence
 
 import sparsekern
 from sparsekern.data import rendered
-from sparsekern.models import VAESAE, VAESAEOutput, vae_sae, vae_sae_loss
+from sparsekern.models import VAESAE, SparseBottleneck, bottleneck, vae_sae, vae_sae_loss
 from sparsekern.studies.vae_sae import VAESAEConfig, evaluate
 
 __all__ = ["one_thread"]  # a fixture
@@ -37,11 +38,88 @@ def test_shapes_and_dtypes(channels):
 
 def test_the_default_model_is_the_declared_one():
     model = VAESAE()
-    assert model.dictionary.shape == (500, 256) and model.to_units.weight.shape == (500, 10)
+    layer = model.bottleneck
+    assert layer.dictionary.shape == (500, 256) and layer.to_units.weight.shape == (500, 10)
     assert model.k == 500 and model.activity.n == 500
     convolutions = [m for m in model.encoder if isinstance(m, torch.nn.Conv2d)]
     assert [m.out_channels for m in convolutions] == [16, 16, 32, 32]
     assert all(m.kernel_size == (4, 4) and m.stride == (2, 2) for m in convolutions)
+
+
+@pytest.mark.parametrize("placement", vae_sae.PLACEMENTS)
+@pytest.mark.parametrize("sparsifier", bottleneck.SPARSIFIERS)
+@pytest.mark.parametrize("side", [32, 64])
+def test_every_placement_trains_all_its_weights(placement, sparsifier, side):
+    model = small(channels=3, latents=7, placement=placement, sparsifier=sparsifier, side=side)
+    images = torch.rand(5, 3, side, side)
+    output = model(images)
+    assert output.logits.shape == images.shape and output.mean.shape == (5, 7)
+    sizes = {"decoder": (7, 32), "code": (7, 7), "encoder": (32, 14)}[placement]
+    assert (output.sparse.input.shape[1], output.sparse.output.shape[1]) == sizes
+    if sparsifier == "l1":
+        assert output.indices is None and torch.equal(output.values, output.sparse.scores.relu())
+    else:
+        assert output.values.shape == output.indices.shape == (5, 12)
+    assert (output.values < 0).any() == (sparsifier == "magnitude")
+    vae_sae_loss(output, images).total.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    assert model.decode(torch.zeros(2, 7)).shape == (2, 3, side, side)
+
+
+def test_magnitude_selects_by_magnitude():
+    layer = SparseBottleneck(4, 3, 2, 1, sparsifier="magnitude")
+    with torch.no_grad():
+        layer.to_units.weight.copy_(torch.eye(4)[:3])
+    values, indices = layer(torch.tensor([[1.0, -2.0, 0.5, 9.0]]))[2:4]
+    assert values.tolist() == [[-2.0]] and indices.tolist() == [[1]]
+
+
+def test_standardized_inputs_in_training_and_evaluation():
+    layer = SparseBottleneck(4, 8, 2, 2, standardize=True)
+    x = 3 + 5 * torch.randn(400, 4)
+    seen = layer(x).input
+    assert seen.mean(0).abs().max() < 1e-5 and torch.allclose(seen.std(0), torch.ones(4), rtol=1e-2)
+    for _ in range(100):  # the running estimates come near the data's
+        layer(x)
+    layer.eval()
+    assert torch.allclose(layer(x).input, seen, rtol=0.05, atol=0.05)
+    layer.train()
+    assert layer(x[:1]).input.isfinite().all()  # one row has no variance of its own
+
+
+def test_a_tied_start_passes_the_input_on():
+    """E relu(w z) w = z / 2 * E w^2 for random w: with enough units the output is near z."""
+    torch.manual_seed(0)
+    layer = SparseBottleneck(6, 60_000, 6, 60_000, tied=True)
+    z = torch.randn(5, 6)
+    assert torch.allclose(layer(z).output, z, atol=0.1)
+    with pytest.raises(ValueError, match="tied needs as many outputs as inputs, got 5 and 6"):
+        SparseBottleneck(6, 10, 5, 2, tied=True)
+
+
+def test_the_penalty_weighs_activations_by_their_rows_of_the_dictionary():
+    layer = SparseBottleneck(4, 3, 2, 3, sparsifier="l1")
+    values = torch.tensor([[1.0, 0.0, 2.0], [3.0, 1.0, 0.0]])
+    with torch.no_grad():
+        layer.dictionary.copy_(torch.tensor([[3.0, 4.0], [0.0, 1.0], [2.0, 0.0]]))
+    # (1 + 3) * 5 + 1 * 1 + 2 * 2, over two rows
+    assert layer.penalty(values).item() == pytest.approx(12.5)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"side": 40}, "side must be a multiple of 16, got 40"),
+        ({"placement": "middle"}, "placement must be one of decoder, code, encoder, got 'middle'"),
+        ({"sparsifier": "l2"}, "sparsifier must be one of topk, magnitude, l1, got 'l2'"),
+        ({"tied": True}, "tied needs placement 'code'"),
+        ({"mean_pixel": 1.0}, "mean_pixel must lie inside 0..1, got 1.0"),
+    ],
+)
+def test_the_model_rejects_bad_arguments(change, message):
+    with pytest.raises(ValueError, match=message):
+        VAESAE(**change)
 
 
 def test_the_loss_is_the_formula():
@@ -74,7 +152,7 @@ def test_both_ways_through_the_sparse_layer_agree(k, monkeypatch):
     """Value and gradients of the dense product against sparse_matmul, in double precision."""
     images, results = sprites(4, torch.float64), []
     for share in (0.0, 1.0):
-        monkeypatch.setattr(vae_sae, "DENSE_SHARE", share)
+        monkeypatch.setattr(bottleneck, "DENSE_SHARE", share)
         model = small(torch.float64, k=k).eval()
         loss = vae_sae_loss(model(images), images).total
         loss.backward()
@@ -111,19 +189,20 @@ def test_the_counter_counts_training_rows_only():
     model.eval()
     model(images)
     assert model.activity.rows_since_fired.max() == 4
-    assert "sparsity.counter.rows_since_fired" in model.state_dict()
+    assert "bottleneck.activity.rows_since_fired" in model.state_dict()
 
 
 def test_evaluation_weighs_images_equally_and_leaves_the_random_state():
     model = small().eval()
-    images = torch.from_numpy(rendered(300, seed=0).images)
+    images = torch.from_numpy(rendered(300, seed=0).images).unsqueeze(1) * 255
     state = torch.get_rng_state()
     measured = evaluate(model, images)
     sampled = evaluate(model, images, sample_seed=1)
     assert evaluate(model, images, sample_seed=1) == sampled != measured
     assert torch.equal(torch.get_rng_state(), state)
-    pixels = images.unsqueeze(1).float()
-    whole = vae_sae_loss(VAESAEOutput(*(t.detach() for t in model(pixels))), pixels)
+    pixels = images.float() / 255
+    with torch.no_grad():
+        whole = vae_sae_loss(model(pixels), pixels)
     # Float32 sums over two batches instead of one.
     assert measured["reconstruction"] == pytest.approx(float(whole.reconstruction), rel=1e-5)
     assert measured["l0"] == pytest.approx((model(pixels).values > 0).sum(1).double().mean())
@@ -176,7 +255,13 @@ def test_kernels_and_reference_train_alike_over_thirty_steps():
         ({"beta": float("nan")}, "beta must be at least 0 and finite, got nan"),
         ({"beta": float("inf")}, "beta must be at least 0 and finite, got inf"),
         ({"backend": "gpu"}, "backend must be one of auto, reference, native, triton, got gpu"),
-        ({"schedule": "fast"}, "schedule must be one of linear, cosine, geometric, step"),
+        ({"schedule": "fast"}, "schedule must be one of linear, cosine, geometric, step, gated"),
+        ({"dataset": "faces"}, "dataset must be one of dsprites, shapes3d, got faces"),
+        ({"side": 48}, "side must be one of 64, 32, got 48"),
+        ({"extra_epochs": -1}, "extra_epochs must be at least 0, got -1"),
+        ({"warm_epochs": 50}, r"warm_epochs must lie in 0\.\.49 \(below epochs\), got 50"),
+        ({"tied": True}, "tied needs placement code, which is decoder, got True"),
+        ({"sparsifier": "l1", "revival": "auxk"}, "revival must be none under l1"),
     ],
 )
 def test_config_rejects_bad_values(change, message):

@@ -30,29 +30,20 @@ def _error_line(command: str, message: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code; ``arguments`` defaults to the process's."""
+    from .studies.configs import EXPECTED_ERRORS
+
     options, unknown = _parser().parse_known_args(arguments)
     if unknown:
         sys.stderr.write(_error_line(options.command, f"unknown arguments: {' '.join(unknown)}"))
         return 2
     try:
         return options.function(options)
-    except expected_errors() as error:
+    except EXPECTED_ERRORS as error:
         sys.stderr.write(_error_line(options.command, str(error)))
         return 2
     except KeyboardInterrupt:
         sys.stderr.write(f"sparsekern: {options.command}: interrupted\n")
         return 130
-
-
-def expected_errors() -> tuple[type[Exception], ...]:
-    """What bad input, a full disk or a missing package raise: reported in a line, not a trace."""
-    from . import BackendUnavailableError
-    from .training import CheckpointError, RunError, TrainingError
-
-    return (
-        BackendUnavailableError, CheckpointError, ModuleNotFoundError, OSError, RunError,
-        TrainingError, ValueError,
-    )  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -25,6 +25,22 @@ def add_data(commands: Any) -> None:
     _add_synthetic(sources)
     _add_convert(sources)
     _add_capture(sources)
+    _add_images(kinds, "dsprites", "dSprites", ".npz, .h5 or .hdf5")
+    _add_images(kinds, "shapes3d", "Shapes3D", ".h5 or .hdf5")
+
+
+def _add_images(kinds: Any, name: str, title: str, suffixes: str) -> None:
+    text = f"a file of {title}-compatible, calibrated images in the published layout, rendered"
+    parser = kinds.add_parser(name, help=text, description=text, allow_abbrev=False)
+    parser.add_argument(
+        "--out", metavar="FILE", required=True, help=f"the new file, {suffixes}; must not exist"
+    )
+    parser.add_argument(
+        "--images", type=int, metavar="N",
+        help="a random subset (default: the whole set in its published order)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, help="chooses the subset (default: 0)")
+    parser.set_defaults(function=_images, command=f"data {name}", set=name)
 
 
 def _add_source(sources: Any, name: str, function: Callable, text: str) -> argparse.ArgumentParser:
@@ -97,6 +113,29 @@ def _add_dtype(parser: argparse.ArgumentParser, default: str | None, said: str) 
     parser.add_argument(
         "--dtype", choices=DTYPES, default=default, help=f"stored type (default: {said})"
     )
+
+
+def _images(options: argparse.Namespace) -> int:
+    from . import data
+
+    images = getattr(data, options.set)
+    if options.images is None and options.seed is not None:
+        raise ValueError(f"--seed chooses a subset and needs --images, got --seed {options.seed}")
+    if options.images is not None and not 1 <= options.images <= images.COUNT:
+        raise ValueError(
+            f"--images must lie in 1..{images.COUNT} (the number of images), got {options.images}"
+        )
+    if options.seed is not None and options.seed < 0:
+        raise ValueError(f"--seed must be at least 0, got {options.seed}")
+    try:
+        count = images.write(options.out, options.images, seed=options.seed or 0)
+    except data.WritingInterrupted as stop:
+        sys.stdout.write(f"{stop}\n")
+        # What a shell gives a process that the signal ended.
+        return 128 + stop.signal
+    size = Path(options.out).stat().st_size / 1e6
+    sys.stdout.write(f"{options.out}: {count} rendered, calibrated images, {size:.1f} MB\n")
+    return 0
 
 
 def _dtype(options: argparse.Namespace) -> Any:

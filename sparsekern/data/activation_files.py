@@ -13,7 +13,6 @@ that the activations are mixtures of.
 
 from __future__ import annotations
 
-import importlib
 import os
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._system import require
 from .factors import DataError
 
 ACTIVATIONS = "activations"
@@ -32,21 +32,6 @@ LISTED = 10
 
 _FROM_NUMPY = {"float32": torch.float32, "float16": torch.float16}
 _FROM_SAFETENSORS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def require(module: str, purpose: str) -> ModuleType:
-    """Imports a module of the extra ``sparsekern[data]``.
-
-    Raises:
-        ModuleNotFoundError: it is not installed; the message names the extra.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{purpose} needs {module}; install it with: pip install 'sparsekern[data]'",
-            name=module,
-        ) from error
 
 
 class ActivationFile:

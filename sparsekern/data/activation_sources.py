@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .activation_files import ACTIVATIONS, require
+from .._system import require
+from .activation_files import ACTIVATIONS
 from .activation_writing import check_new, write_activations
 from .activations import ActivationStore
 from .factors import DataError

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .activation_files import ACTIVATIONS, DIRECTIONS, require
+from .._system import require, sync
+from .activation_files import ACTIVATIONS, DIRECTIONS
 from .activation_order import BLOCK_BYTES
 from .activations import nonfinite_rows
 from .factors import DataError
@@ -93,22 +94,12 @@ def _new_hdf5(path: Path) -> Iterator[Any]:
     try:
         with file:
             yield file
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    """Makes a file's content, or the renames in a folder, durable where the system can (POSIX)."""
-    if os.name == "posix":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    sync(path.parent)
 
 
 def _checked(batches: Iterable[Tensor | np.ndarray], dtype: torch.dtype) -> Iterator[Tensor]:

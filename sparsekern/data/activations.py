@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .activation_files import ACTIVATIONS, ActivationFile, open_activations, require
+from .._system import require
+from .activation_files import ACTIVATIONS, ActivationFile, open_activations
 from .activation_order import EpochPlan, block_rows, plan
 from .factors import DataError
 from .prefetch import prefetched

@@ -7,7 +7,8 @@ Two sources with one result, a :class:`DSprites`:
 * :func:`rendered` draws a *dSprites-compatible, calibrated* set without any file. A pixel is on
   when its centre lies inside the sprite. The outlines are fitted to frames of the published
   animation: 80 % of its 320 frames come out bit for bit, the rest differ by 2 pixels on average.
-  It is not the published data set, and results on it should say so.
+  It is not the published data set, and results on it should say so. :func:`write` makes a file
+  of it in the published layout.
 
 The order of the images is that of the published file: ``index = sum(class * BASES)``, so the last
 factor (posY) changes fastest.
@@ -15,17 +16,18 @@ factor (posY) changes fastest.
 
 from __future__ import annotations
 
-import tokenize
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from . import factors
-from .factors import DataError, checked_classes, gather, subset
+from . import image_writing
+from .factors import FactorImages, Factors
+from .image_files import HDF5, NPZ, Fields
 
 FACTORS = ("color", "shape", "scale", "orientation", "posX", "posY")
 SIZES = (1, 3, 6, 40, 32, 32)
@@ -33,6 +35,15 @@ BASES = (737280, 245760, 40960, 1024, 32, 1)
 COUNT = 737280
 SIDE = 64
 SHAPES = ("square", "ellipse", "heart")
+# The values of each factor, by class.
+VALUES = (
+    np.array([1.0]),
+    np.array([1.0, 2.0, 3.0]),
+    np.linspace(0.5, 1.0, SIZES[2]),
+    np.linspace(0.0, 2 * np.pi, SIZES[3]),
+    np.linspace(0.0, 1.0, SIZES[4]),
+    np.linspace(0.0, 1.0, SIZES[5]),
+)
 
 # Outlines at scale 1, in pixels of the 64 x 64 image.
 SQUARE_HALF_SIDE = 9.6
@@ -49,12 +60,13 @@ HEART_STEP_DEGREES = 4.0
 # Every sprite fits this window: the largest radius is the square's corner, 9.6 * sqrt(2) = 13.58.
 WINDOW_MARGIN = 14
 WINDOW = 29
-RENDER_BLOCK = 2048
-READ_BLOCK = 4096
+# Images drawn at a time: what they need fits a CPU's cache, or fills a GPU.
+CPU_BLOCK, GPU_BLOCK = 256, 16384
+
+Array = TypeVar("Array", np.ndarray, Tensor)
 
 
-@dataclass(frozen=True)
-class DSprites:
+class DSprites(FactorImages):
     """Images with their factors.
 
     Attributes:
@@ -63,121 +75,118 @@ class DSprites:
         source: where the images come from, for reports.
     """
 
-    images: np.ndarray
-    classes: np.ndarray
-    source: str
+    title = "dSprites"
+    factors = Factors(FACTORS, VALUES)
+    image_shape = (SIDE, SIDE)
+    largest = 1
+    fields = {  # noqa: RUF012  # of the base, where it is a ClassVar
+        NPZ: Fields("imgs", "latents_classes", "latents_values"),
+        HDF5: Fields("imgs", "latents/classes", "latents/values"),
+    }
+    metadata = {  # noqa: RUF012
+        "title": "dSprites-compatible images, rendered and calibrated",
+        "description": (
+            "Not the published dSprites: images with its factors, order and layout, rendered by "
+            "sparsekern, whose outlines are fitted to frames of the published animation."
+        ),
+        "author": "sparsekern",
+        "version": 1,
+        "latents_names": FACTORS,
+        "latents_sizes": np.array(SIZES),
+        "latents_possible_values": dict(zip(FACTORS, VALUES, strict=True)),
+    }
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def values(self) -> np.ndarray:
-        """Factor values, float64 ``[n, 6]``; see :func:`values_of`."""
-        return values_of(self.classes)
-
-    def split(self, *sizes: int) -> tuple[DSprites, ...]:
-        """Consecutive, disjoint parts of the given sizes, from the front.
-
-        Raises:
-            ValueError: the sizes add up to more than there is.
-        """
-        if sum(sizes) > len(self):
-            raise ValueError(
-                f"DSprites.split: sizes must add up to at most {len(self)} (the number of images), "
-                f"got {' + '.join(map(str, sizes))} = {sum(sizes)}"
-            )
-        ends = np.cumsum(sizes)
-        return tuple(
-            DSprites(self.images[end - size : end], self.classes[end - size : end], self.source)
-            for size, end in zip(sizes, ends, strict=True)
-        )
-
-    def save(self, path: str | Path) -> None:
-        """Writes a compressed ``.npz`` with the published fields, which :func:`load` reads back."""
-        with open(path, "wb") as file:
-            np.savez_compressed(
-                file, imgs=self.images, latents_classes=self.classes, latents_values=self.values
-            )
+    @staticmethod
+    def draw(classes: Tensor) -> Tensor:
+        """Images uint8 ``[n, 64, 64]`` of valid classes int64 ``[n, 6]``, on their device."""
+        images = torch.zeros(len(classes) * SIDE * SIDE, dtype=torch.uint8, device=classes.device)
+        size = CPU_BLOCK if classes.device.type == "cpu" else GPU_BLOCK
+        for shape, inside in enumerate((_in_square, _in_ellipse, _in_heart)):
+            for rows in (classes[:, 1] == shape).nonzero()[:, 0].split(size):
+                _draw_block(images, rows, classes[rows], inside)
+        return images.view(-1, SIDE, SIDE)
 
 
 def classes_of(indices: np.ndarray) -> np.ndarray:
-    """Factor classes int64 ``[n, 6]`` of image numbers ``[n]`` in 0..737279."""
-    return factors.classes_of(indices, SIZES)
+    """Factor classes int64 ``[..., 6]`` of image numbers ``[...]`` in 0..737279."""
+    return DSprites.factors.classes_of(indices)
 
 
 def index_of(classes: np.ndarray) -> np.ndarray:
-    """Image numbers int64 ``[n]`` of factor classes ``[n, 6]``."""
-    return checked_classes("index_of", classes, SIZES) @ np.array(BASES)
+    """Image numbers int64 ``[...]`` of factor classes ``[..., 6]``."""
+    return DSprites.factors.index_of(classes)
 
 
 def values_of(classes: np.ndarray) -> np.ndarray:
-    """Factor values float64 ``[n, 6]`` of factor classes ``[n, 6]``, as in the published file.
+    """Factor values float64 ``[..., 6]`` of factor classes ``[..., 6]``, as in the published file.
 
     color 1; shape 1 square, 2 ellipse, 3 heart; scale 0.5..1; orientation 0..2 pi in radians, both
     ends included (classes 0 and 39 look the same); posX and posY 0..1.
     """
-    classes = checked_classes("values_of", classes, SIZES)
-    tables = (
-        np.array([1.0]),
-        np.array([1.0, 2.0, 3.0]),
-        np.linspace(0.5, 1.0, SIZES[2]),
-        np.linspace(0.0, 2 * np.pi, SIZES[3]),
-        np.linspace(0.0, 1.0, SIZES[4]),
-        np.linspace(0.0, 1.0, SIZES[5]),
-    )
-    return np.stack([table[classes[:, i]] for i, table in enumerate(tables)], axis=1)
+    return DSprites.factors.values_of(classes)
 
 
-def render(classes: np.ndarray) -> np.ndarray:
-    """Draws images uint8 ``[n, 64, 64]`` of factor classes ``[n, 6]``; about 50 us an image."""
-    classes = checked_classes("render", classes, SIZES)
-    images = np.zeros((len(classes), SIDE, SIDE), np.uint8)
-    for shape, inside in enumerate((_in_square, _in_ellipse, _in_heart)):
-        rows = np.flatnonzero(classes[:, 1] == shape)
-        for start in range(0, len(rows), RENDER_BLOCK):
-            block = rows[start : start + RENDER_BLOCK]
-            _render_block(images, block, classes[block], inside)
-    return images
+def render(classes: Array) -> Array:
+    """Draws images uint8 ``[..., 64, 64]``, 0 or 1, of factor classes ``[..., 6]``.
+
+    Args:
+        classes: integers, any leading dimensions, in numpy or torch.
+
+    Returns:
+        An array for an array, drawn on the CPU; a tensor for a tensor, drawn on its device.
+
+    Raises:
+        ValueError: the classes are not integers ``[..., 6]``, or out of range.
+    """
+    return DSprites.render(classes)  # type: ignore[return-value]
 
 
-def _render_block(
-    images: np.ndarray,
-    rows: np.ndarray,
-    classes: np.ndarray,
-    inside: Callable[[np.ndarray, np.ndarray], np.ndarray],
+def _draw_block(
+    images: Tensor, rows: Tensor, classes: Tensor, inside: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
-    """Draws classes [b, 6] of one shape into images[rows]."""
-    scale = values_of(classes)[:, 2]
+    """Draws classes [b, 6] of one shape into the pixels [n * 64 * 64], as images ``rows``."""
+    device = classes.device
+    scale = torch.from_numpy(VALUES[2]).to(device)[classes[:, 2], None]
     # The angle wraps at 39 steps, so that the first and last class give the very same numbers.
-    angle = -2 * np.pi * (classes[:, 3] % (SIZES[3] - 1)) / (SIZES[3] - 1)
-    centre_x = 16 + 32 * classes[:, 4] / (SIZES[4] - 1)
-    centre_y = 16 + 32 * classes[:, 5] / (SIZES[5] - 1)
-    left = np.floor(centre_x).astype(np.int64)[:, None] - WINDOW_MARGIN + np.arange(WINDOW)
-    top = np.floor(centre_y).astype(np.int64)[:, None] - WINDOW_MARGIN + np.arange(WINDOW)
-    dx = ((left + 0.5 - centre_x[:, None]) / scale[:, None])[:, None, :]  # [b, 1, window]
-    dy = ((top + 0.5 - centre_y[:, None]) / scale[:, None])[:, :, None]  # [b, window, 1]
-    cos, sin = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None]
-    images[rows[:, None, None], top[:, :, None], left[:, None, :]] = inside(
-        cos * dx + sin * dy, cos * dy - sin * dx
+    # It and all below is float64: in float32, pixels on the outline change.
+    steps = SIZES[3] - 1
+    angles = -2 * np.pi * (np.arange(SIZES[3]) % steps) / steps
+    cos = torch.from_numpy(np.cos(angles)).to(device)[classes[:, 3], None]
+    sin = torch.from_numpy(np.sin(angles)).to(device)[classes[:, 3], None]
+    window = torch.arange(WINDOW, device=device)
+    centre_x, centre_y = 16 + 32 * classes[:, 4:].double().T / (SIZES[4] - 1)
+    left, top = centre_x.long() - WINDOW_MARGIN, centre_y.long() - WINDOW_MARGIN
+    dx = (left[:, None] + window + 0.5 - centre_x[:, None]) / scale  # [b, window]
+    dy = (top[:, None] + window + 0.5 - centre_y[:, None]) / scale
+    on = inside(
+        (cos * dx)[:, None, :] + (sin * dy)[:, :, None],
+        (cos * dy)[:, :, None] - (sin * dx)[:, None, :],
     )
+    first = (rows * SIDE + top) * SIDE + left
+    pixels = first[:, None] + (window[:, None] * SIDE + window).view(-1)
+    images.scatter_(0, pixels.view(-1), on.view(-1).to(torch.uint8))
 
 
-def _in_square(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.maximum(np.abs(u), np.abs(v)) <= SQUARE_HALF_SIDE
+def _in_square(u: Tensor, v: Tensor) -> Tensor:
+    return torch.maximum(u.abs(), v.abs()) <= SQUARE_HALF_SIDE
 
 
-def _in_ellipse(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return (u / ELLIPSE_RADII[0]) ** 2 + (v / ELLIPSE_RADII[1]) ** 2 <= 1
+def _in_ellipse(u: Tensor, v: Tensor) -> Tensor:
+    return (u / ELLIPSE_RADII[0]).square_() + (v / ELLIPSE_RADII[1]).square_() <= 1
 
 
-def _in_heart(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+def _in_heart(u: Tensor, v: Tensor) -> Tensor:
     square = u * u + v * v
     # Only the ring between the smallest and the largest radius needs the angle.
     inside = square <= min(HEART_RADII) ** 2
-    ring = ~inside & (square <= max(HEART_RADII) ** 2)
-    degrees = np.degrees(np.arctan2(np.abs(u[ring]), -v[ring]))
-    knots = np.arange(len(HEART_RADII)) * HEART_STEP_DEGREES
-    inside[ring] = square[ring] <= np.interp(degrees, knots, HEART_RADII) ** 2
+    ring = (~inside & (square <= max(HEART_RADII) ** 2)).view(-1).nonzero()[:, 0]
+    angle = torch.atan2(u.reshape(-1)[ring].abs_(), v.reshape(-1)[ring].neg_())
+    at = angle * (180 / math.pi / HEART_STEP_DEGREES)
+    # The last knot is at 180 degrees itself: it needs a neighbour, which gets no weight.
+    knots = torch.tensor((*HEART_RADII, HEART_RADII[-1]), dtype=u.dtype, device=u.device)
+    knot = at.long()
+    radius = torch.lerp(knots[knot], knots[knot + 1], at - knot)
+    inside.view(-1)[ring] = square.view(-1)[ring] <= radius.square_()
     return inside
 
 
@@ -191,15 +200,13 @@ def rendered(count: int | None = None, *, seed: int = 0) -> DSprites:
     Raises:
         CountError: count is out of range.
     """
-    indices = subset("rendered", COUNT, count, seed)
-    classes = classes_of(np.arange(COUNT) if indices is None else indices)
-    return DSprites(render(classes), classes, "rendered dSprites-compatible images (calibrated)")
+    return DSprites.rendered(count, seed)
 
 
 def load(path: str | Path, count: int | None = None, *, seed: int = 0) -> DSprites:
     """Reads the published dSprites file, ``.npz`` or HDF5, told apart by content.
 
-    The file is streamed, so a subset needs memory only for itself.
+    The file is streamed, so memory is needed for the result only.
 
     Args:
         path: the file. Needed fields: ``imgs`` uint8 ``[n, 64, 64]`` of 0 and 1,
@@ -212,125 +219,36 @@ def load(path: str | Path, count: int | None = None, *, seed: int = 0) -> DSprit
         DataError: the file is missing, truncated or damaged, or laid out otherwise.
         CountError: count is out of range; a DataError, too.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"data file not found: {path}")
-    try:
-        with open(path, "rb") as file:
-            start = file.read(8)
-        if start.startswith(b"PK"):
-            with zipfile.ZipFile(path) as archive:
-                return _read(path, _NpzFields(archive), count, seed)
-        if start == b"\x89HDF\r\n\x1a\n":
-            import h5py
-
-            with h5py.File(path, "r") as file:
-                return _read(path, _Hdf5Fields(file), count, seed)
-    except KeyError as error:
-        raise DataError(f"data file has another layout: {path} has no field {error}") from error
-    except DataError:
-        raise
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"data file is truncated or damaged: {path} ({error})") from error
-    raise DataError(f"data file has another layout: {path} is neither .npz nor HDF5")
+    return DSprites.load(path, count, seed)
 
 
-class _NpzFields:
-    """Shapes and row blocks of the arrays in an ``.npz``, without unpacking it whole."""
+def write(
+    path: str | Path,
+    count: int | None = None,
+    *,
+    seed: int = 0,
+    chunk_rows: int = image_writing.CHUNK_ROWS,
+) -> int:
+    """Writes the images of :func:`rendered` to a new file in the published layout.
 
-    names = ("imgs", "latents_classes")
+    The fields are those of the published file, ``imgs`` uint8 ``[n, 64, 64]``, ``latents_values``
+    float64 ``[n, 6]``, ``latents_classes`` int64 ``[n, 6]`` and ``metadata`` (which says that the
+    images are rendered), or in HDF5 ``imgs``, ``latents/values`` and ``latents/classes``. Killed at
+    any moment, the same call goes on; see :mod:`sparsekern.data.image_writing`.
 
-    def __init__(self, archive: zipfile.ZipFile) -> None:
-        self.archive = archive
+    Args:
+        path: the file, ``.npz``, ``.h5`` or ``.hdf5``; it must not exist.
+        count, seed: as for :func:`rendered`.
+        chunk_rows: images that are drawn at a time and, once on the disk, not drawn again.
 
-    def header(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
-        with self._open(name) as stream:
-            return self._header(name, stream)
+    Returns:
+        The number of images.
 
-    def blocks(self, name: str) -> Iterator[np.ndarray]:
-        with self._open(name) as stream:
-            shape, dtype = self._header(name, stream)
-            width = dtype.itemsize * int(np.prod(shape[1:]))
-            for start in range(0, shape[0], READ_BLOCK):
-                rows = min(READ_BLOCK, shape[0] - start)
-                data = stream.read(rows * width)
-                if len(data) != rows * width:
-                    raise EOFError(f"{name} ends after {start + len(data) // width} rows")
-                yield np.frombuffer(data, dtype).reshape(rows, *shape[1:])
-
-    def _open(self, name: str):
-        if f"{name}.npy" not in self.archive.namelist():
-            raise KeyError(name)
-        return self.archive.open(f"{name}.npy")
-
-    @staticmethod
-    def _header(name: str, stream) -> tuple[tuple[int, ...], np.dtype]:
-        read = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-            # Differs in the encoding of field names, which no number type has.
-            (3, 0): np.lib.format.read_array_header_2_0,
-        }
-        try:
-            version = np.lib.format.read_magic(stream)
-            if version not in read:
-                known = ", ".join(f"{major}.{minor}" for major, minor in read)
-                major, minor = version
-                raise ValueError(f"its header has version {major}.{minor}, known are {known}")
-            shape, fortran, dtype = read[version](stream)
-        except (SyntaxError, TypeError, ValueError, tokenize.TokenError) as error:
-            # numpy reads the header as Python and lets some of Python's errors through.
-            raise ValueError(f"{name}.npy: {error}") from error
-        if fortran and len(shape) > 1:
-            raise KeyError("in row-major order")
-        return shape, dtype
-
-
-class _Hdf5Fields:
-    """The same for HDF5."""
-
-    names = ("imgs", "latents/classes")
-
-    def __init__(self, file) -> None:
-        self.file = file
-
-    def header(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
-        if name not in self.file or not hasattr(self.file[name], "dtype"):
-            raise KeyError(name)
-        return self.file[name].shape, self.file[name].dtype
-
-    def blocks(self, name: str) -> Iterator[np.ndarray]:
-        field = self.file[name]
-        for start in range(0, field.shape[0], READ_BLOCK):
-            yield field[start : start + READ_BLOCK]
-
-
-def _read(path: Path, fields: _NpzFields | _Hdf5Fields, count: int | None, seed: int) -> DSprites:
-    images_name, classes_name = fields.names
-    images_shape, images_dtype = fields.header(images_name)
-    classes_shape, classes_dtype = fields.header(classes_name)
-    if len(images_shape) != 3 or images_shape[1:] != (SIDE, SIDE) or images_dtype != np.uint8:
-        raise DataError(
-            f"data file has another layout: {path}: {images_name} must be uint8 "
-            f"[n, {SIDE}, {SIDE}], got {images_dtype} {list(images_shape)}"
-        )
-    n = images_shape[0]
-    if classes_shape != (n, len(SIZES)) or classes_dtype.kind not in "iu":
-        raise DataError(
-            f"data file has another layout: {path}: {classes_name} must be integers "
-            f"[{n}, {len(SIZES)}], got {classes_dtype} {list(classes_shape)}"
-        )
-    wanted = subset(f"data file {path}", n, count, seed)
-    images = gather(fields.blocks(images_name), wanted, images_shape[1:], images_dtype)
-    classes = gather(fields.blocks(classes_name), wanted, classes_shape[1:], classes_dtype)
-    classes = classes.astype(np.int64)
-    if images.size and images.max() > 1:
-        raise DataError(
-            f"data file has another layout: {path}: {images_name} must hold 0 and 1, "
-            f"got {images.max()}"
-        )
-    if ((classes < 0) | (classes >= np.array(SIZES))).any():
-        raise DataError(
-            f"data file has another layout: {path}: {classes_name} must lie below {list(SIZES)}"
-        )
-    return DSprites(images, classes, str(path))
+    Raises:
+        ValueError: the suffix, chunk_rows or seed are not possible.
+        CountError: count is out of range.
+        DataError: the file exists, is being written by another process, its folder is missing or
+            cannot be written, or a part of it is there that was started otherwise.
+        WritingInterrupted: by SIGINT or SIGTERM; what is complete is kept.
+    """
+    return image_writing.write(DSprites, path, count, seed=seed, chunk_rows=chunk_rows)

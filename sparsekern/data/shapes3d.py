@@ -8,7 +8,7 @@ Two sources with one result, a :class:`Shapes3D`:
   misses by 4.6 of 255 on average; 3.1 when each frame may be moved by about half a pixel, by
   which their cropping displaced them. It has no textures, and the frames do not tell which end
   of the orientations is -30 degrees. It is not the published data set, and results on it should
-  say so.
+  say so. :func:`write` makes a file of it in the published layout.
 
 The order of the images is that of the published file: ``index = sum(class * BASES)``, so the last
 factor (orientation) changes fastest.
@@ -17,14 +17,17 @@ factor (orientation) changes fastest.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from . import factors, shapes3d_scene
-from .factors import DataError, checked_classes, gather, subset
+from . import image_writing, shapes3d_scene
+from .factors import FactorImages, Factors
+from .image_files import HDF5, Fields
 from .shapes3d_scene import FLOOR, OBJECT, SIDE, SKY, WALL
 
 FACTORS = ("floor_hue", "wall_hue", "object_hue", "scale", "shape", "orientation")
@@ -44,12 +47,21 @@ VALUES = (
 
 SKY_COLOUR = (153, 226, 249)
 SAMPLES = 3  # rays per pixel are its square
-READ_BLOCK = 2048  # 25 MB of images
-LABEL_TOLERANCE = 1e-5  # labels may have passed through float32
+
+# A channel of a fully saturated hue that is a multiple of 0.1 has one of these levels.
+LEVELS = 51.0 * np.arange(6)
+# Rows of the table for each combination of scale, shape and orientation: what the sky adds to the
+# three channels, what floor and wall add at each level but 0, where they add nothing, and what the
+# object adds at each level.
+FIRST_ROWS = {SKY: 0, FLOOR: 3 - 1, WALL: 3 + 5 - 1, OBJECT: 3 + 5 + 5}  # of level 0
+TABLE_ROWS = 3 + 5 + 5 + 6
+# Images drawn at a time: what they need fits a CPU's cache, or fills a GPU.
+CPU_BLOCK, GPU_BLOCK = 64, 4096
+
+Array = TypeVar("Array", np.ndarray, Tensor)
 
 
-@dataclass(frozen=True)
-class Shapes3D:
+class Shapes3D(FactorImages):
     """Images with their factors.
 
     Attributes:
@@ -58,105 +70,146 @@ class Shapes3D:
         source: where the images come from, for reports.
     """
 
-    images: np.ndarray
-    classes: np.ndarray
-    source: str
+    title = "Shapes3D"
+    factors = Factors(FACTORS, VALUES)
+    image_shape = (SIDE, SIDE, 3)
+    largest = 255
+    fields = {HDF5: Fields("images", None, "labels")}  # noqa: RUF012  # a ClassVar in the base
+    metadata = {  # noqa: RUF012
+        "title": "Shapes3D-compatible images, rendered and calibrated",
+        "description": (
+            "Not the published Shapes3D: images with its factors, order and layout, rendered by "
+            "sparsekern, whose scene is fitted to frames of the published animation."
+        ),
+        "author": "sparsekern",
+        "version": 1,
+    }
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def values(self) -> np.ndarray:
-        """Factor values, float64 ``[n, 6]``; see :func:`values_of`."""
-        return values_of(self.classes)
+    @staticmethod
+    def draw(classes: Tensor) -> Tensor:
+        """Images uint8 ``[n, 64, 64, 3]`` of valid classes int64 ``[n, 6]``, on their device."""
+        device = classes.device
+        images = torch.empty(len(classes), SIDE * SIDE, 3, dtype=torch.uint8, device=device)
+        geometry = classes[:, 3:] @ torch.tensor(BASES[3:], device=device)
+        table = _table(str(device))
+        table.fill(geometry.unique().tolist())
+        # Images of one geometry together: they read the same rows of the table.
+        order = geometry.argsort(stable=True)
+        for rows in order.split(CPU_BLOCK if device.type == "cpu" else GPU_BLOCK):
+            bags = table.bags(geometry[rows], classes[rows, :3])
+            channels = F.embedding_bag(bags.view(-1, 4), table.rows, mode="sum")
+            channels = channels.to(torch.uint8).view(-1, 3, SIDE * SIDE)
+            images.index_copy_(0, rows, torch.stack(channels.unbind(1), -1))
+        return images.view(-1, SIDE, SIDE, 3)
 
 
 def classes_of(indices: np.ndarray) -> np.ndarray:
-    """Factor classes int64 ``[n, 6]`` of image numbers ``[n]`` in 0..479999."""
-    return factors.classes_of(indices, SIZES)
+    """Factor classes int64 ``[..., 6]`` of image numbers ``[...]`` in 0..479999."""
+    return Shapes3D.factors.classes_of(indices)
 
 
 def index_of(classes: np.ndarray) -> np.ndarray:
-    """Image numbers int64 ``[n]`` of factor classes ``[n, 6]``."""
-    return checked_classes("index_of", classes, SIZES) @ np.array(BASES)
+    """Image numbers int64 ``[...]`` of factor classes ``[..., 6]``."""
+    return Shapes3D.factors.index_of(classes)
 
 
 def values_of(classes: np.ndarray) -> np.ndarray:
-    """Factor values float64 ``[n, 6]`` of factor classes ``[n, 6]``, as in the published file.
+    """Factor values float64 ``[..., 6]`` of factor classes ``[..., 6]``, as in the published file.
 
     Hues 0, 0.1, ..., 0.9; scale 0.75..1.25; shape 0 cube, 1 cylinder, 2 sphere, 3 capsule;
     orientation -30..30 degrees.
     """
-    classes = checked_classes("values_of", classes, SIZES)
-    return np.stack([table[classes[:, i]] for i, table in enumerate(VALUES)], axis=1)
+    return Shapes3D.factors.values_of(classes)
 
 
-def render(classes: np.ndarray) -> np.ndarray:
-    """Draws images uint8 ``[n, 64, 64, 3]`` of factor classes ``[n, 6]``.
+def render(classes: Array) -> Array:
+    """Draws images uint8 ``[..., 64, 64, 3]`` of factor classes ``[..., 6]``.
 
-    What depends on scale, shape and orientation alone is traced once per process (about 10 ms
-    and 0.13 MB for each of their 480 combinations, 63 MB for all) and kept.
-    """
-    classes = checked_classes("render", classes, SIZES)
-    images = np.empty((len(classes), SIDE, SIDE, 3), np.uint8)
-    geometry = classes[:, 3:] @ np.array(BASES[3:])
-    order = np.argsort(geometry, kind="stable")
-    starts = np.flatnonzero(np.diff(geometry[order], prepend=-1))
-    for rows in np.split(order, starts[1:]) if len(order) else ():
-        _render_same_geometry(images, rows, classes[rows])
-    return images
+    What depends on scale, shape and orientation alone is traced once per process and device (about
+    10 ms and 0.3 MB for each of their 480 combinations, 150 MB for all) and kept.
 
-
-def _render_same_geometry(images: np.ndarray, rows: np.ndarray, classes: np.ndarray) -> None:
-    """Draws classes [b, 6] that differ only in hues into images[rows]."""
-    share, factor, white = _layers(*classes[0, 3:].tolist())
-    # 0.5 for rounding, since the sum is truncated to uint8.
-    sky = share[SKY] * np.array(SKY_COLOUR, np.float32) + np.float32(0.5)
-    spans, layers = [], []
-    for column, region in enumerate((FLOOR, WALL, OBJECT)):
-        seen = np.flatnonzero(share[region])
-        span = slice(seen[0], seen[-1] + 1)
-        spans.append(span)
-        layers.append(
-            {
-                hue: share[region, span]
-                * np.minimum(_colours()[hue] * factor[region, span] + white[region, span], 255)
-                for hue in np.unique(classes[:, column]).tolist()
-            }
-        )
-    total = np.empty_like(sky)
-    for row, hues in zip(rows.tolist(), classes[:, :3].tolist(), strict=True):
-        total[:] = sky
-        for span, layer, hue in zip(spans, layers, hues, strict=True):
-            total[span] += layer[hue]
-        images[row] = total.reshape(SIDE, SIDE, 3)
-
-
-@functools.cache
-def _colours() -> np.ndarray:
-    """float32 [10, 3] in 0..255: full saturation and brightness at each hue."""
-    distance = np.abs((VALUES[0][:, None] * 6 - np.array([3, 2, 4]) + 3) % 6 - 3)
-    rising = np.array([-1, 1, 1])
-    return np.clip(rising * (2 - distance) + np.array([1, 0, 0]), 0, 1).astype(np.float32) * 255
-
-
-@functools.cache
-def _layers(scale: int, shape: int, orientation: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How the regions sky, floor, wall and object make up the 4096 pixels.
+    Args:
+        classes: integers, any leading dimensions, in numpy or torch.
 
     Returns:
-        share of the pixel, factor of the region's colour, white added: float32 ``[4, 4096, 1]``.
+        An array for an array, drawn on the CPU; a tensor for a tensor, drawn on its device.
+
+    Raises:
+        ValueError: the classes are not integers ``[..., 6]``, or out of range.
+    """
+    return Shapes3D.render(classes)  # type: ignore[return-value]
+
+
+class _Table:
+    """What each region adds to the channels of an image: the sum of four rows is a channel.
+
+    ``rows`` is float32 [480 * TABLE_ROWS + 1, 4096], filled where it was needed; the last is zero.
+    """
+
+    def __init__(self, device: str) -> None:
+        combinations = SIZES[3] * SIZES[4] * SIZES[5]
+        self.rows = torch.empty(combinations * TABLE_ROWS + 1, SIDE * SIDE, device=device)
+        self.rows[-1] = 0
+        self.filled = np.zeros(combinations, bool)
+        self.levels = torch.from_numpy(_levels()).to(device)
+        regions = [FIRST_ROWS[region] for region in (FLOOR, WALL, OBJECT)]
+        self.first_rows = torch.tensor(regions, device=device)[:, None]
+
+    def fill(self, geometries: list[int]) -> None:
+        """Traces what is still missing."""
+        for geometry in geometries:
+            if not self.filled[geometry]:
+                scale, shape, orientation = np.unravel_index(geometry, SIZES[3:])
+                rows = _traced_rows(int(scale), int(shape), int(orientation))
+                at = geometry * TABLE_ROWS
+                self.rows[at : at + TABLE_ROWS] = torch.from_numpy(rows)
+                self.filled[geometry] = True
+
+    def bags(self, geometry: Tensor, hues: Tensor) -> Tensor:
+        """Rows [b, 3, 4] for each channel of geometries [b] with the hues [b, 3] of regions."""
+        levels = self.levels[hues]  # [b, region, channel]
+        first = geometry[:, None, None] * TABLE_ROWS
+        found = first + self.first_rows + levels
+        # Floor and wall add nothing at level 0. One row of zeros for all of them stays in a cache.
+        found[:, :2].masked_fill_(levels[:, :2] == 0, len(self.rows) - 1)
+        sky = first + torch.arange(3, device=geometry.device)
+        return torch.cat([sky, found], 1).transpose(1, 2).contiguous()
+
+
+@functools.cache
+def _table(device: str) -> _Table:
+    return _Table(device)
+
+
+def _levels() -> np.ndarray:
+    """int64 [10, 3]: the level of each channel at each hue, full saturation and brightness."""
+    distance = np.abs((VALUES[0][:, None] * 6 - np.array([3, 2, 4]) + 3) % 6 - 3)
+    rising = np.array([-1, 1, 1])
+    share = np.clip(rising * (2 - distance) + np.array([1, 0, 0]), 0, 1)
+    return np.rint(share * (len(LEVELS) - 1)).astype(np.int64)
+
+
+def _traced_rows(scale: int, shape: int, orientation: int) -> np.ndarray:
+    """The rows float32 [TABLE_ROWS, 4096] of one combination of classes.
+
+    A region adds the share of the pixel that it takes up, times its colour times the brightness
+    there, plus the white there, at most 255.
     """
     traced = shapes3d_scene.trace(VALUES[5][orientation], shape, VALUES[3][scale], SAMPLES)
-    share = np.zeros((4, SIDE * SIDE, 1), np.float32)
-    factor, white = np.zeros_like(share), np.zeros_like(share)
+    rows = []
     for region in (SKY, FLOOR, WALL, OBJECT):
         inside = traced.region == region
         count = np.maximum(inside.sum(1), 1)
-        share[region, :, 0] = inside.mean(1)
-        factor[region, :, 0] = (traced.factor * inside).sum(1) / count
-        white[region, :, 0] = 255 * (traced.white * inside).sum(1) / count
-    return share, factor, white
+        share = inside.mean(1, dtype=np.float32)
+        factor = ((traced.factor * inside).sum(1) / count).astype(np.float32)
+        white = (255 * (traced.white * inside).sum(1) / count).astype(np.float32)
+        if region == SKY:
+            # 0.5 for rounding, since the sum is truncated to uint8.
+            rows += [share * np.float32(colour) + np.float32(0.5) for colour in SKY_COLOUR]
+        else:
+            levels = LEVELS if region == OBJECT else LEVELS[1:]
+            rows += [share * np.minimum(np.float32(c) * factor + white, 255) for c in levels]
+    return np.stack(rows)
 
 
 def rendered(count: int | None = None, *, seed: int = 0) -> Shapes3D:
@@ -169,15 +222,13 @@ def rendered(count: int | None = None, *, seed: int = 0) -> Shapes3D:
     Raises:
         CountError: count is out of range.
     """
-    indices = subset("rendered", COUNT, count, seed)
-    classes = classes_of(np.arange(COUNT) if indices is None else indices)
-    return Shapes3D(render(classes), classes, "rendered Shapes3D-compatible images (calibrated)")
+    return Shapes3D.rendered(count, seed)
 
 
 def load(path: str | Path, count: int | None = None, *, seed: int = 0) -> Shapes3D:
     """Reads the published HDF5 file, 3dshapes.h5.
 
-    The file is streamed, so a subset needs memory only for itself.
+    The file is streamed, so memory is needed for the result only.
 
     Args:
         path: the file. Needed fields: ``images`` uint8 ``[n, 64, 64, 3]``, ``labels`` floats
@@ -189,62 +240,35 @@ def load(path: str | Path, count: int | None = None, *, seed: int = 0) -> Shapes
         DataError: the file is missing, truncated or damaged, or laid out otherwise.
         CountError: count is out of range; a DataError, too.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"data file not found: {path}")
-    with open(path, "rb") as stream:
-        if stream.read(8) != b"\x89HDF\r\n\x1a\n":
-            raise DataError(f"data file has another layout: {path} is not HDF5")
-    import h5py
-
-    try:
-        with h5py.File(path, "r") as file:
-            return _read(path, file, count, seed)
-    except KeyError as error:
-        raise DataError(f"data file has another layout: {path} has no field {error}") from error
-    except OSError as error:
-        raise DataError(f"data file is truncated or damaged: {path} ({error})") from error
+    return Shapes3D.load(path, count, seed)
 
 
-def _read(path: Path, file, count: int | None, seed: int) -> Shapes3D:
-    for name in ("images", "labels"):
-        if name not in file or not hasattr(file[name], "dtype"):
-            raise KeyError(name)
-    images, labels = file["images"], file["labels"]
-    if images.ndim != 4 or images.shape[1:] != (SIDE, SIDE, 3) or images.dtype != np.uint8:
-        raise DataError(
-            f"data file has another layout: {path}: images must be uint8 "
-            f"[n, {SIDE}, {SIDE}, 3], got {images.dtype} {list(images.shape)}"
-        )
-    n = len(images)
-    if labels.shape != (n, len(SIZES)) or labels.dtype.kind != "f":
-        raise DataError(
-            f"data file has another layout: {path}: labels must be floats "
-            f"[{n}, {len(SIZES)}], got {labels.dtype} {list(labels.shape)}"
-        )
-    wanted = subset(f"data file {path}", n, count, seed)
-    values = gather(_blocks(labels), wanted, labels.shape[1:], labels.dtype)
-    classes = _classes_of_values(path, values)
-    return Shapes3D(
-        gather(_blocks(images), wanted, images.shape[1:], images.dtype), classes, str(path)
-    )
+def write(
+    path: str | Path,
+    count: int | None = None,
+    *,
+    seed: int = 0,
+    chunk_rows: int = image_writing.CHUNK_ROWS,
+) -> int:
+    """Writes the images of :func:`rendered` to a new file in the published layout.
 
+    The fields are those of the published file: ``images`` uint8 ``[n, 64, 64, 3]`` and ``labels``
+    float64 ``[n, 6]``; attributes say that the images are rendered. Killed at any moment, the same
+    call goes on; see :mod:`sparsekern.data.image_writing`.
 
-def _blocks(field) -> Iterator[np.ndarray]:
-    for start in range(0, len(field), READ_BLOCK):
-        yield field[start : start + READ_BLOCK]
+    Args:
+        path: the file, ``.h5`` or ``.hdf5``; it must not exist.
+        count, seed: as for :func:`rendered`.
+        chunk_rows: images that are drawn at a time and, once on the disk, not drawn again.
 
+    Returns:
+        The number of images.
 
-def _classes_of_values(path: Path, values: np.ndarray) -> np.ndarray:
-    classes = np.empty(values.shape, np.int64)
-    for i, (name, table) in enumerate(zip(FACTORS, VALUES, strict=True)):
-        step = table[1] - table[0]
-        nearest = np.nan_to_num(np.rint((values[:, i] - table[0]) / step))
-        classes[:, i] = np.clip(nearest, 0, SIZES[i] - 1)
-        wrong = ~(np.abs(values[:, i] - table[classes[:, i]]) <= LABEL_TOLERANCE)
-        if wrong.any():
-            raise DataError(
-                f"data file has another layout: {path}: labels of {name} must lie on "
-                f"{table[0]:g}, {table[1]:g}, ..., {table[-1]:g}, got {values[wrong, i][0]:g}"
-            )
-    return classes
+    Raises:
+        ValueError: the suffix, chunk_rows or seed are not possible.
+        CountError: count is out of range.
+        DataError: the file exists, is being written by another process, its folder is missing or
+            cannot be written, or a part of it is there that was started otherwise.
+        WritingInterrupted: by SIGINT or SIGTERM; what is complete is kept.
+    """
+    return image_writing.write(Shapes3D, path, count, seed=seed, chunk_rows=chunk_rows)

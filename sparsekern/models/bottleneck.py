@@ -13,12 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import DeadNeuronCounter, TopK
+from ..ops.linear_topk import linear_topk
 from ..ops.sparse_matmul import sparse_matmul
 from ..ops.topk import codes_to_dense
 
 SPARSIFIERS = ("topk", "magnitude", "l1")
 # Above this share of active units a dense product costs less than picking rows of the dictionary.
 DENSE_SHARE = 0.25
+# From this width on, and up to this share of active units, scores are searched in slices and never
+# stored, and their gradient is sparse.
+WIDE, WIDE_SHARE = 2048, 0.1
 
 
 class BottleneckOutput(NamedTuple):
@@ -26,8 +30,8 @@ class BottleneckOutput(NamedTuple):
 
     input: Tensor
     """What the scores are made of, after standardization, [B, D]."""
-    scores: Tensor
-    """Before the sparsifier, [B, N]."""
+    scores: Tensor | None
+    """Before the sparsifier, [B, N]; None where they are not stored."""
     values: Tensor
     """Activations of the selected units, [B, K]; of all units, [B, N], where indices is None."""
     indices: Tensor | None
@@ -138,10 +142,15 @@ class SparseBottleneck(nn.Module):
     def forward(self, x: Tensor) -> BottleneckOutput:
         """x [B, D] floating point."""
         x = self.standardize(x)
-        scores = self.to_units(x)
+        scores, indices = None, None
         if self.sparsifier == "l1":
-            values, indices = scores.relu(), None
+            scores = self.to_units(x)
+            values = scores.relu()
+        elif self.sparsifier == "topk" and self.units >= WIDE and self.k <= WIDE_SHARE * self.units:
+            linear = self.to_units
+            values, indices = linear_topk(x, linear.weight, linear.bias, self.k)
         else:
+            scores = self.to_units(x)
             values, indices = self.sparsity.codes(scores)
         if self.training:
             if indices is None:

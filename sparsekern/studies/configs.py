@@ -11,9 +11,15 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from .. import describe
-from ..training import Outcome, RunError, RunFolder
+from .. import BackendUnavailableError, describe
+from ..training import CheckpointError, Outcome, RunError, RunFolder, TrainingError
 
+# What bad input, a full disk or a missing package raise: reported in a line, without a trace.
+# ValueError: bad values and data files. OSError: a full disk, for one.
+EXPECTED_ERRORS = (
+    BackendUnavailableError, CheckpointError, ModuleNotFoundError, OSError, RunError, TrainingError,
+    ValueError,
+)  # fmt: skip
 NEEDED = ("filelock", "matplotlib", "safetensors", "tqdm")
 
 AnyConfig = TypeVar("AnyConfig", bound="StudyConfig")

@@ -9,9 +9,7 @@ or a kill, ends with the same bits as one that was not (on one machine, with one
 from __future__ import annotations
 
 import math
-import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._system import stop_signals
 from . import checkpoints
 from .runs import RunFolder
 
@@ -149,7 +148,7 @@ def train(
     """
     device = next(task.model.parameters()).device
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), _stop_signals() as stop:
+    with torch.random.fork_rng(devices), stop_signals() as stop:
         # Not the seed itself, which callers use for the initial weights.
         torch.manual_seed(int(np.random.SeedSequence(config.seed).generate_state(1)[0]))
         loop = _Loop(task, config, run, device, dict(identity or {}))
@@ -333,29 +332,3 @@ def _closed(batches: Iterator[Any]) -> Iterator[Iterator[Any]]:
         close = getattr(batches, "close", None)
         if close is not None:
             close()
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that receives the first SIGINT or SIGTERM; only the main thread can listen."""
-    stop: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in numbers}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def handle(number: int, frame: Any) -> None:
-        stop.append(number)
-        restore()
-
-    for number in numbers:
-        signal.signal(number, handle)
-    try:
-        yield stop
-    finally:
-        restore()

@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
+from .._system import sync
+
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 LOCK = "lock"
@@ -193,15 +195,4 @@ def write_atomically(path: Path, data: bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Makes renames in a folder durable, where the system can (POSIX)."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)

@@ -60,10 +60,9 @@ ARMS: dict[str, Arm] = {
     "step": Arm("schedule", "ten steps", {"schedule": "step"}),
     "gated": Arm("schedule", "validation-gated schedule", {"schedule": "gated"}),
     "decoder": Arm("placement", "sparse layer between z and decoder", {"placement": "decoder"}),
-    "encoder": Arm("placement", "sparse layer inside the encoder", {"placement": "encoder"}),
     "code": Arm("placement", "sparse layer from z to z", {"placement": "code"}),
     "tied": Arm(
-        "cure",
+        "placement",
         "sparse layer from z to z, dictionary started as the transposed first layer",
         {"placement": "code", "tied": True},
     ),
@@ -72,14 +71,17 @@ STUDY = ("topk", "l1")
 CONTROLS = ("dense", "fixed")
 CURES = tuple(name for name, arm in ARMS.items() if arm.group == "cure")
 
-# Of the protocol; the first is what "sparsekern train vae-sae" does with images half as wide.
+# Of the three places this is where an autoencoder of a network's activations sits, and where the
+# neurons are those of the network; the arms "decoder" and "code" show what the choice changes.
+PLACEMENT = "encoder"
 PRESETS: dict[str, dict[str, Any]] = {
-    "small": {"side": 32, "images": 3072, "eval_images": 1024, "mig_every": 5},
+    "small": {"placement": PLACEMENT, "side": 32, "mig_every": 5},
     "full": {
+        "placement": PLACEMENT,
         "images": 716_800,
         "eval_images": 10_240,
         "test_images": 10_240,
-        "batch_size": 256,
+        "batch_size": 1024,
         "width": 32,
         "dead_after": 716_800,
         "mig_every": 5,

@@ -58,14 +58,6 @@ def read(config: VAESAEConfig, device: torch.device) -> Parts:
         flags = (f"--{name.replace('_', '-')} {size}" for name, size in sizes.items())
         raise CountError(f"{error} ({' + '.join(flags)})") from error
     digest = hashlib.sha256(data.images.tobytes()).hexdigest()[:16]
-    if not hasattr(data, "split"):  # TEMPORARY
-        import types
-
-        ends = np.cumsum(list(sizes.values()))
-        data.__class__.split = lambda self, *z: [
-            types.SimpleNamespace(images=self.images[e - n : e], classes=self.classes[e - n : e])
-            for e, n in zip(ends, z, strict=True)
-        ]
     training, held_out, test = (
         _part(part, config.side, device) for part in data.split(*sizes.values())
     )

@@ -17,9 +17,12 @@ from ...ops.topk import topk
 AUX_K = 64
 # The auxiliary codes are to say this share of the output's spread.
 AUX_SHARE = 0.3
-# The share of the scores' spread by which a dead unit's bias rises in a step.
+# The share of the mean activation by which a dead unit's bias rises in a step.
 BIAS_RATE = 0.01
 RESAMPLE_EVERY = 64
+# Norm of a new row of the dictionary, as a share of the living rows' mean: larger ones disturb what
+# the others have learnt.
+ANSWER_SHARE = 0.1
 
 
 def residual(sparse: BottleneckOutput) -> Tensor:
@@ -56,7 +59,7 @@ def auxiliary_loss(layer: SparseBottleneck, sparse: BottleneckOutput, dead: Tens
 def raise_biases(layer: SparseBottleneck, sparse: BottleneckOutput, dead: Tensor) -> None:
     """Homeostasis: the biases of dead units rise in each step until they fire."""
     bias = layer.to_units.bias
-    bias.add_(dead * (BIAS_RATE * sparse.scores.detach().float().std()))
+    bias.add_(dead * (BIAS_RATE * sparse.values.detach().float().abs().mean()))
 
 
 @torch.no_grad()
@@ -80,7 +83,8 @@ def resample(
     inputs = inputs / inputs.norm(dim=1, keepdim=True).clamp_min(1e-12)
     answers = rows[drawn] / rows[drawn].norm(dim=1, keepdim=True).clamp_min(1e-12)
     _replace(weight, inputs * _mean_norm(weight, alive), dead, optimizer)
-    _replace(dictionary, answers * _mean_norm(dictionary, alive), dead, optimizer)
+    size = ANSWER_SHARE * _mean_norm(dictionary, alive)
+    _replace(dictionary, answers * size, dead, optimizer)
     mean_bias = (bias * alive).sum() / alive.sum().clamp_min(1)
     _replace(bias, mean_bias.expand_as(bias), dead, optimizer)
     layer.activity.reset(dead)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 # Strengths outside do nothing or kill everything; the bounds are what keeps the controller from
 # winding up while L0 cannot follow.
-WEAKEST, STRONGEST = 1e-3, 1e3
+WEAKEST, STRONGEST = 1e-2, 1e3
 GATE_LEVELS = 16
 GATE_TOLERANCE = 0.02
 
@@ -36,7 +36,7 @@ class L1Steering(nn.Module):
     integral: Tensor
     level: Tensor
 
-    def __init__(self, start: float = 0.01, rate: float = 0.02, proportional: float = 1.0) -> None:
+    def __init__(self, start: float = 0.01, rate: float = 0.1, proportional: float = 2.0) -> None:
         super().__init__()
         self.rate, self.proportional = rate, proportional
         self.register_buffer("integral", torch.tensor(math.log(start), dtype=torch.float64))

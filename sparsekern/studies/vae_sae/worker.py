@@ -23,13 +23,13 @@ def main() -> int:
     job = json.loads(sys.stdin.readline())
     import torch
 
-    from ...cli import expected_errors
+    from ..configs import EXPECTED_ERRORS
 
     torch.set_num_threads(job["threads"])
     threading.Thread(target=_stop_at_end_of_input, daemon=True).start()
     try:
         return _train(Path(job["folder"]), job["config"])
-    except expected_errors() as error:
+    except EXPECTED_ERRORS as error:
         sys.stderr.write(" ".join(str(error).split()) + "\n")
         return 2
 

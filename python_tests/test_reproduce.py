@@ -1,0 +1,216 @@
+"""`sparsekern reproduce vae-sae`: the grid, its processes, and what killing them does."""
+
+import json
+import signal
+import time
+
+import pytest
+from filelock import FileLock
+from test_training import spawn
+
+from sparsekern.cli import main
+from sparsekern.studies.vae_sae import grid, runner
+from sparsekern.studies.vae_sae.grid import ARMS, Cell, cell_config, cells, parsed_overrides
+from sparsekern.studies.vae_sae.reproduce import Request
+
+TINY = (
+    "images=48", "epochs=3", "extra_epochs=1", "batch_size=16", "eval_images=16", "test_images=40",
+    "units=20", "k_start=20", "k_end=4", "width=2", "mig_every=0",
+)  # fmt: skip
+
+
+def command(folder, *flags, settings=TINY):
+    words = ["reproduce", "vae-sae", "--no-progress", "--out", folder, *flags, "--set", *settings]
+    return list(map(str, words))
+
+
+def results(folder):
+    """Of all finished cells, without what depends on the clock."""
+    found = {}
+    for path in sorted((folder / "cells").glob("*/results.json")):
+        found[path.parent.name] = json.loads(path.read_text())
+        for name in ("images_per_second", "seconds"):
+            del found[path.parent.name][name]
+    return found
+
+
+# -- the grid --------------------------------------------------------------------------------------
+
+
+def test_the_study_comes_first_and_every_cell_once():
+    found = cells(("dsprites", "shapes3d"), ("dense", "l1", "topk"), range(2))
+    assert found[0] == Cell("dsprites", "topk", 0)
+    assert len(set(found)) == len(found) == 12
+    assert [cell.arm for cell in found] == ["topk"] * 4 + ["l1"] * 4 + ["dense"] * 4
+
+
+@pytest.mark.parametrize("preset", grid.PRESETS)
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_of_every_preset_is_a_config(preset, arm):
+    for dataset, available in (("dsprites", 737_280), ("shapes3d", 480_000)):
+        config = cell_config(Cell(dataset, arm, 3), preset, {}, "some.h5")
+        assert (config.dataset, config.seed, config.data) == (dataset, 3, "some.h5")
+        assert config.images + config.eval_images + config.test_images <= available
+        assert config.epochs == 50 and config.units == 500
+        assert config.extra_epochs == (100 if arm in ("topk", "l1") else 0)
+        ends = {"dense": (500, 500), "fixed": (50, 50)}.get(arm, (500, 50))
+        assert (config.k_start, config.k_end) == ends
+
+
+def test_arms_differ_from_the_study_in_what_they_say():
+    study = cell_config(Cell("dsprites", "topk", 0), "small", {"extra_epochs": 0}, None)
+    for name, arm in ARMS.items():
+        config = cell_config(Cell("dsprites", name, 0), "small", {"extra_epochs": 0}, None)
+        same = config == study
+        assert same == (name == "topk" or arm.changes == {"placement": study.placement})
+
+
+def test_overrides_reach_every_cell_but_do_not_undo_an_arm():
+    overrides = parsed_overrides(["learning-rate=3e-4", "k_end=20", "standardize=True"])
+    assert overrides == {"learning_rate": 3e-4, "k_end": 20, "standardize": True}
+    config = cell_config(Cell("shapes3d", "fixed", 0), "small", overrides, None)
+    assert (config.learning_rate, config.k_start, config.k_end) == (3e-4, 20, 20)
+    config = cell_config(Cell("shapes3d", "l1", 0), "small", {"sparsifier": "topk"}, None)
+    assert config.sparsifier == "l1"
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--arms", "topk", "best"], "--arms must be among topk, l1, dense"),
+        (["--datasets", "faces"], "--datasets must be among dsprites, shapes3d, got 'faces'"),
+        (["--data", "faces=x.h5"], "--data must be SET=FILE with SET one of dsprites, shapes3d"),
+        (["--data", "x.h5"], "--data must be SET=FILE"),
+        (["--preset", "huge"], "invalid choice: 'huge'"),
+    ],
+)
+def test_bad_flags(flags, message, tmp_path, capsys):
+    try:
+        code = main(command(tmp_path / "report", *flags))
+    except SystemExit as error:  # how argparse ends
+        code = error.code
+    assert code == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("epochs", "--set must be NAME=VALUE with NAME one of backend, batch_size"),
+        ("epoch=3", "--set must be NAME=VALUE"),
+        ("seed=3", "--set must be NAME=VALUE"),
+        ("epochs=many", "--set epochs must be int, got 'many'"),
+        ("standardize=maybe", "--set standardize must be bool, got 'maybe'"),
+        ("epochs=0", "epochs must be at least 1, got 0"),
+        ("k_start=501", "k_start must lie in 1..500"),
+        ("placement=middle", "placement must be one of decoder, code, encoder, got middle"),
+    ],
+)
+def test_bad_settings(setting, message, tmp_path, capsys):
+    assert main(command(tmp_path / "report", settings=[setting])) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+    assert not (tmp_path / "report").exists()
+
+
+def test_groups_of_arms():
+    request = Request.from_options("small", ["dsprites"], ["controls", "topk"], None, [], [])
+    assert request.arms == ("dense", "fixed", "topk") and request.seeds == 2
+    assert set(Request.from_options("full", ["dsprites"], ["all"], 1, [], []).arms) == set(ARMS)
+
+
+# -- processes -------------------------------------------------------------------------------------
+
+SMALL = ("--datasets", "shapes3d", "--arms", "topk", "fixed", "--seeds", "1", "--jobs", "2")
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reproduce") / "complete"
+    assert main(command(folder, *SMALL)) == 0
+    return folder
+
+
+def test_a_reproduction_has_its_cells_and_a_report(complete):
+    assert set(results(complete)) == {"shapes3d-topk-0", "shapes3d-fixed-0"}
+    for name in ("report.md", "report.html"):
+        assert (complete / name).stat().st_size > 0
+    topk = results(complete)["shapes3d-topk-0"]
+    assert topk["k"] == topk["schedule"]["k"] == 4 and len(topk["death_epoch"]) == 20
+    assert topk["steps"] == 4 * 3 and topk["l0"] <= 4
+    assert topk["untrained"]["l0"] > 4
+    assert not list((complete / "cells").glob("*.log"))
+
+
+def test_finished_cells_are_kept_and_arms_can_be_added(complete, capsys):
+    paths = list((complete / "cells").glob("*/results.json"))
+    before = {path: path.stat().st_mtime_ns for path in paths}
+    flags = ("--datasets", "shapes3d", "--arms", "dense", "--seeds", "1")
+    assert main(command(complete, *flags)) == 0
+    assert "1 cells, 0 failed" in capsys.readouterr().out
+    assert set(results(complete)) == {f"shapes3d-{arm}-0" for arm in ("topk", "fixed", "dense")}
+    assert before == {path: path.stat().st_mtime_ns for path in paths}
+    assert json.loads((complete / "reproduction.json").read_text())["arms"] == [
+        "topk", "fixed", "dense",
+    ]  # fmt: skip
+
+
+def test_another_protocol_needs_another_folder(complete, capsys):
+    assert main(command(complete, *SMALL, settings=[*TINY, "learning_rate=0.5"])) == 2
+    err = capsys.readouterr().err
+    assert "holds a reproduction with overrides" in err and "name another folder" in err
+
+
+def test_a_folder_in_use(complete, capsys):
+    with FileLock(complete / "lock"):
+        assert main(command(complete, *SMALL)) == 2
+    assert f"another process is writing the report in {complete}" in capsys.readouterr().err
+
+
+def test_a_folder_with_something_else(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("months of work")
+    assert main(command(tmp_path, *SMALL)) == 2
+    assert f"folder is not empty: {tmp_path} holds thesis.tex" in capsys.readouterr().err
+
+
+def test_a_damaged_request(complete, tmp_path, capsys):
+    (tmp_path / "reproduction.json").write_text("{")
+    assert main(command(tmp_path, *SMALL)) == 2
+    assert "reproduction.json is damaged" in capsys.readouterr().err
+
+
+def test_failed_cells_are_told_and_the_others_finish(tmp_path, capsys):
+    """One of two data files does not exist."""
+    folder = tmp_path / "report"
+    flags = ("--arms", "fixed", "--seeds", "1", "--data", f"dsprites={tmp_path}/gone.npz")
+    assert main(command(folder, *flags)) == 2
+    captured = capsys.readouterr()
+    assert "cell dsprites-fixed-0 failed: data file not found" in captured.err
+    assert "1 cells, 1 failed" in captured.out
+    assert set(results(folder)) == {"shapes3d-fixed-0"}
+    assert "dsprites-fixed-0" in (folder / "report.md").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_killed_and_started_again_it_ends_with_the_same_results(complete, tmp_path, number):
+    folder = tmp_path / "report"
+    words = command(folder, *SMALL)
+    for epochs in (1, 3):  # once in the middle of the cells, once further on
+        process = spawn("-m", "sparsekern", *words)
+        places = [folder / "cells" / f"shapes3d-{arm}-0" for arm in ("topk", "fixed")]
+        while sum(map(runner.epochs_done, places)) < epochs and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=180)
+        assert process.returncode in (0, 130, -signal.SIGKILL), err
+        assert "Traceback" not in err
+        if process.returncode == 130:
+            assert f"--out {folder}" in out
+    assert main(words) == 0
+    ours, theirs = results(folder), results(complete)
+    for name in ("shapes3d-topk-0", "shapes3d-fixed-0"):
+        assert ours[name] == theirs[name]
