@@ -11,7 +11,7 @@ from .report_conclusions import points
 from .report_csv import differing
 from .report_document import Document, Heading, Items, Paragraph, Table
 from .report_figures import SETS, named
-from .report_numbers import PHASES, Measured, mig_score, never, phases, scheduled, spread
+from .report_numbers import PHASES, UNCURED, Measured, mig_score, never, phases, scheduled, spread
 
 
 def _yes(value: bool | None) -> str:
@@ -33,32 +33,22 @@ def cures(document: Document, measured: Measured) -> None:
     )
     for dataset in measured.datasets:
         rows = []
-        bases = dict.fromkeys(measured.uncured(dataset, cure) for cure in arms)
-        for arm in [*(b for b in bases if b), *arms]:
-            if not measured.has(dataset, arm):
-                continue
-            base = measured.uncured(dataset, arm) if arm in arms else None
-            found = measured.verdict(dataset, arm) if base else None
-            verdict = [_yes(v) for v in found] if found else ["", "", ""]
-            rows.append(
-                [
-                    named(arm) + ("" if arm in arms else ", uncured"),
-                    *_numbers(measured, dataset, arm),
-                    *verdict,
-                    named(base) if base else "",
-                ]
-            )
+        for arm in (UNCURED, *arms):
+            if measured.has(dataset, arm):
+                found = measured.verdict(dataset, arm) if arm in arms else None
+                name = named(arm) + ("" if arm in arms else ", uncured")
+                words = [_yes(answer) for answer in found] if found else ["", "", ""]
+                rows.append([name, *_numbers(measured, dataset, arm), *words])
         head = [
             "arm", "never active (%)", "reconstruction (nats)", "MIG", "below 5 %",
-            "reconstruction no worse", "MIG no worse", "compared with",
+            "reconstruction no worse", "MIG no worse",
         ]  # fmt: skip
         document.add(Table(head, rows, f"{SETS[dataset]}: cures and verdicts."))
     document.add(
         Paragraph(
             "Rule: below 5 % by the mean over seeds. Reconstruction is no worse when the cured "
             "mean is at most the uncured mean plus the larger of both standard deviations over "
-            "seeds; MIG is no worse when it is at least the uncured mean minus that. A cure of "
-            "another placement is compared with the uncured arm of that placement."
+            "seeds; MIG is no worse when it is at least the uncured mean minus that."
         ),
         Items([f"{arm}: {ARMS[arm].text}.{_idle(measured, arm)}" for arm in arms]),
     )

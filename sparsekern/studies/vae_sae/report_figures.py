@@ -12,6 +12,7 @@ from .grid import ARMS, STUDY
 from .report_numbers import (
     CURED_BELOW,
     PHASES,
+    UNCURED,
     Content,
     Measured,
     alive_selectivity,
@@ -335,18 +336,17 @@ def pareto(measured: Measured) -> bytes:
     figure, panels = _figure(4.4, 1, len(measured.datasets), sharey=True)
     for panel, dataset in zip(panels[0], measured.datasets, strict=True):
         cures = measured.of_group("cure")
-        bases = {measured.uncured(dataset, cure) for cure in cures} - {None}
-        for arm in [*sorted(map(str, bases)), "dense", *cures]:
+        for arm in [UNCURED, "dense", *cures]:
             if not measured.has(dataset, arm):
                 continue
             x = measured.known(dataset, arm, scheduled("reconstruction"))
             y = measured.known(dataset, arm, never)
-            note = ", uncured" if arm in bases else ""
+            note = ", uncured" if arm == UNCURED else ""
             panel.errorbar(
                 x.mean, 100 * y.mean, xerr=x.sd, yerr=None if y.sd is None else 100 * y.sd,
-                color=COLOURS[arm], marker=MARKS[arm], ms=9 if arm in bases else 6, capsize=2,
+                color=COLOURS[arm], marker=MARKS[arm], ms=9 if arm == UNCURED else 6, capsize=2,
                 linestyle="none", elinewidth=1, label=named(arm) + note,
-                markeredgecolor="black" if arm in bases else COLOURS[arm],
+                markeredgecolor="black" if arm == UNCURED else COLOURS[arm],
             )  # fmt: skip
         panel.axhline(100 * CURED_BELOW, color="black", linestyle=":", linewidth=1)
         panel.set(title=SETS[dataset], xlabel="reconstruction (nats per image)")

@@ -21,6 +21,7 @@ Getter = Callable[[Content], float]
 EARLY_SHARE = 0.9  # of k_start; a unit that dies while k is at least that died early
 CONSTANT_EARLY = 0.1  # where k is constant: of the epochs of the schedule
 CURED_BELOW = 0.05
+UNCURED = "topk"
 L0_TOLERANCE = 0.1
 PHASES = ("never alive", "early", "while k fell", "at the final k")
 """Of deaths. See :func:`phases`."""
@@ -273,25 +274,13 @@ class Measured:
         """The arms of a group that have cells."""
         return [arm for arm in self.arms if ARMS[arm].group == group]
 
-    def uncured(self, dataset: str, cure: str) -> str | None:
-        """The arm to compare a cure with: Top-k, or the arm of the placement that the cure has."""
-        cells = self.of(dataset, cure)
-        for arm in ("topk", *self.of_group("placement")):
-            other = self.of(dataset, arm)
-            if cells and other:
-                placements = {next(iter(c.values()))["config"]["placement"] for c in (cells, other)}
-                if len(placements) == 1:
-                    return arm
-        return None
-
     def verdict(self, dataset: str, cure: str) -> Verdict | None:
-        """Of a cure; None without cells of it and of the uncured arm."""
-        base = self.uncured(dataset, cure)
-        if base is None:
+        """Of a cure, against Top-k; None without cells of both."""
+        if not self.has(dataset, cure, UNCURED):
             return None
 
         def both(get: Getter) -> tuple[Spread, Spread]:
-            return self.known(dataset, cure, get), self.known(dataset, base, get)
+            return self.known(dataset, cure, get), self.known(dataset, UNCURED, get)
 
         dead = self.known(dataset, cure, never)
         return verdict(dead, both(scheduled("reconstruction")), both(mig_score))
