@@ -146,14 +146,14 @@ def written(folder, found, request, failed=None, total=None):
 @pytest.fixture
 def quick(monkeypatch):
     """No drawing: figures are drawn elsewhere."""
-    monkeypatch.setattr(report_figures, "_png", lambda figure: b"a figure")
-    monkeypatch.setattr(report_pictures, "_png", lambda figure: b"a picture")
+    monkeypatch.setattr(report_figures, "as_png", lambda figure: b"a figure")
+    monkeypatch.setattr(report_pictures, "as_png", lambda figure: b"a picture")
 
 
 @pytest.fixture
 def figures(monkeypatch):
     """The module of figures, whose functions give them undrawn."""
-    monkeypatch.setattr(report_figures, "_png", lambda figure: figure)
+    monkeypatch.setattr(report_figures, "as_png", lambda figure: figure)
     return report_figures
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from . import report_figures as figures
 from .grid import ARMS, Cell
-from .report_conclusions import points
+from .report_conclusions import signed
 from .report_csv import differing
 from .report_document import Document, Heading, Items, Paragraph, Table
 from .report_figures import SETS, named
@@ -99,7 +99,7 @@ def sensitivity(document: Document, measured: Measured, asked: Mapping[str, Any]
                     settings or "the protocol",
                     *_numbers(measured, dataset, arm),
                     early.percent(),
-                    "" if arm == "topk" or change is None else points(change).split(" perc")[0],
+                    "" if arm == "topk" or change is None else signed(change),
                     measured.known(dataset, arm, scheduled("k")).text(0),
                     measured.known(dataset, arm, scheduled("l0")).text(1),
                 ]

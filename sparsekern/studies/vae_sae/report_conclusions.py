@@ -57,8 +57,12 @@ def _of_dataset(measured: Measured, dataset: str) -> Iterator[str]:
 
 def points(difference: Spread) -> str:
     """A difference of shares, in words: "+3.1 ± 0.4 percentage points"."""
-    sign = "+" if difference.mean >= 0 else ""
-    return f"{sign}{difference.percent()} percentage points"
+    return f"{signed(difference)} percentage points"
+
+
+def signed(difference: Spread) -> str:
+    """A difference of shares in percent, with its sign."""
+    return ("+" if difference.mean >= 0 else "") + difference.percent()
 
 
 def seeds(count: int) -> str:

@@ -55,7 +55,8 @@ def definition(name: str) -> str:
     return f"{kind} < {float(threshold):g}" if less else f"{kind} active"
 
 
-def _figure(height: float, rows: int, columns: int, **options: Any) -> tuple[Any, Any]:
+def new_figure(height: float, rows: int, columns: int, **options: Any) -> tuple[Any, Any]:
+    """A figure of a report's width and this height in inches, and its panels [rows, columns]."""
     # The object interface: pyplot would pick a window system and keep global state.
     from matplotlib.figure import Figure
 
@@ -63,7 +64,8 @@ def _figure(height: float, rows: int, columns: int, **options: Any) -> tuple[Any
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def _png(figure: Any) -> bytes:
+def as_png(figure: Any) -> bytes:
+    """A figure as a PNG file's content."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
@@ -104,7 +106,7 @@ def _band(panel: Any, arm: str, x: Sequence[float], runs: Sequence[Sequence[floa
 
 def dead_by_epoch(measured: Measured) -> bytes:
     """Never active on the held-out images after each epoch."""
-    figure, panels = _figure(3.4, 1, len(measured.datasets), sharey=True)
+    figure, panels = new_figure(3.4, 1, len(measured.datasets), sharey=True)
     for panel, dataset in zip(panels[0], measured.datasets, strict=True):
         ends = set()
         for arm in STUDY_AND_CONTROLS:
@@ -125,7 +127,7 @@ def dead_by_epoch(measured: Measured) -> bytes:
         _plain(panel)
     panels[0, 0].set_ylabel("never active units (%)", fontsize=9)
     _legend_below(figure, panels)
-    return _png(figure)
+    return as_png(figure)
 
 
 def by_k(content: Content, name: str) -> dict[int, Mapping[str, Any]]:
@@ -143,7 +145,7 @@ def _over_k(measured: Measured, dataset: str, arm: str, name: str) -> tuple[list
 
 def dead_by_k(measured: Measured) -> bytes:
     """Never active on the held-out images against k, down to the end of the schedule."""
-    figure, panels = _figure(3.4, 1, len(measured.datasets), sharey=True)
+    figure, panels = new_figure(3.4, 1, len(measured.datasets), sharey=True)
     for panel, dataset in zip(panels[0], measured.datasets, strict=True):
         for arm in STUDY:
             ks, runs = _over_k(measured, dataset, arm, "eval_dead")
@@ -165,7 +167,7 @@ def dead_by_k(measured: Measured) -> bytes:
         _plain(panel)
     panels[0, 0].set_ylabel("never active units (%)", fontsize=9)
     _legend_below(figure, panels)
-    return _png(figure)
+    return as_png(figure)
 
 
 def has_mig_records(measured: Measured) -> bool:
@@ -177,7 +179,7 @@ def has_mig_records(measured: Measured) -> bool:
 
 def mig_by_k(measured: Measured) -> bytes:
     """MIG of the mean code during the schedule, with the levels of controls."""
-    figure, panels = _figure(3.6, 1, len(measured.datasets))
+    figure, panels = new_figure(3.6, 1, len(measured.datasets))
     for panel, dataset in zip(panels[0], measured.datasets, strict=True):
         for arm in STUDY:
             ks, runs = _over_k(measured, dataset, arm, "mig")
@@ -199,7 +201,7 @@ def mig_by_k(measured: Measured) -> bytes:
         _plain(panel)
     panels[0, 0].set_ylabel("MIG of the mean code (0 to 1)", fontsize=9)
     _legend_below(figure, panels, 5)
-    return _png(figure)
+    return as_png(figure)
 
 
 def _levels() -> list[tuple[str, str, str, str | None, Callable[[Content], float]]]:
@@ -221,7 +223,7 @@ def panel_map(measured: Measured, dataset: str) -> bytes:
             for arm, found in zip(arms, shares, strict=True)
         ]
     )
-    figure, panels = _figure(1.3 + 0.27 * len(arms), 1, 1)
+    figure, panels = new_figure(1.3 + 0.27 * len(arms), 1, 1)
     panel = panels[0, 0]
     shown = panel.imshow(100 * values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
     labels = [definition(n).replace(" ", "\n", 1) for n in names[:-1]] + ["never,\nz drawn"]
@@ -235,13 +237,13 @@ def panel_map(measured: Measured, dataset: str) -> bytes:
         )
     figure.colorbar(shown, ax=panel, pad=0.01).set_label("dead units (%)", fontsize=9)
     panel.set_title(SETS[dataset], fontsize=10)
-    return _png(figure)
+    return as_png(figure)
 
 
 def deaths(measured: Measured) -> bytes:
     """How many units died in which epoch, by phase; k at that epoch on the axis above."""
     arms = [arm for arm in STUDY_AND_CONTROLS if arm in measured.arms]
-    figure, panels = _figure(0.6 + 1.9 * len(arms), len(arms), len(measured.datasets))
+    figure, panels = new_figure(0.6 + 1.9 * len(arms), len(arms), len(measured.datasets))
     for row, arm in zip(panels, arms, strict=True):
         for panel, dataset in zip(row, measured.datasets, strict=True):
             contents = list(measured.of(dataset, arm).values())
@@ -256,7 +258,7 @@ def deaths(measured: Measured) -> bytes:
     for panel in panels[-1]:
         panel.set_xlabel("first epoch without activity", fontsize=8)
     _legend_below(figure, panels)
-    return _png(figure)
+    return as_png(figure)
 
 
 def _death_panel(panel: Any, contents: Sequence[Content]) -> None:
@@ -296,7 +298,7 @@ def _death_panel(panel: Any, contents: Sequence[Content]) -> None:
 
 def selectivity(measured: Measured) -> bytes:
     """Distribution of the selectivity of living units, before and after."""
-    figure, panels = _figure(3.5, 1, len(measured.datasets), sharey=True)
+    figure, panels = new_figure(3.5, 1, len(measured.datasets), sharey=True)
     for panel, dataset in zip(panels[0], measured.datasets, strict=True):
         for label, colour, style, units in unit_sets(measured, dataset):
             values = np.sort([v for u in units for v in alive_selectivity(u)])
@@ -309,7 +311,7 @@ def selectivity(measured: Measured) -> bytes:
         _plain(panel)
     panels[0, 0].set_ylabel("living units at most\nas selective (%)", fontsize=9)
     _legend_below(figure, panels, 5)
-    return _png(figure)
+    return as_png(figure)
 
 
 def first_arm(measured: Measured, dataset: str) -> str:
@@ -333,7 +335,7 @@ def unit_sets(
 
 def pareto(measured: Measured) -> bytes:
     """Never active against reconstruction: the cures, what they cure and the controls."""
-    figure, panels = _figure(4.4, 1, len(measured.datasets), sharey=True)
+    figure, panels = new_figure(4.4, 1, len(measured.datasets), sharey=True)
     for panel, dataset in zip(panels[0], measured.datasets, strict=True):
         cures = measured.of_group("cure")
         for arm in [UNCURED, "dense", *cures]:
@@ -355,4 +357,4 @@ def pareto(measured: Measured) -> bytes:
     panels[0, 0].set_ylim(bottom=-2)
     panels[0, 0].set_ylabel("never active units (%)", fontsize=9)
     _legend_below(figure, panels)
-    return _png(figure)
+    return as_png(figure)

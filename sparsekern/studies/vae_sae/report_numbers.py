@@ -111,12 +111,12 @@ def verdict(
     )
 
 
-def compared(difference: Spread, least: float = 0.0) -> int | None:
-    """1 or -1 when a mean difference exceeds its standard deviation over the seeds (and a least
-    size), 0 when it does not, None with one seed."""
+def compared(difference: Spread) -> int | None:
+    """1 or -1 when a mean difference exceeds its standard deviation over the seeds, 0 when it does
+    not, None with one seed."""
     if difference.sd is None:
         return None
-    if abs(difference.mean) <= max(difference.sd, least):
+    if abs(difference.mean) <= difference.sd:
         return 0
     return 1 if difference.mean > 0 else -1
 

@@ -16,7 +16,7 @@ from ...models.vae_sae import VAESAE
 from ...training.checkpoints import CheckpointError, load_model, read_checkpoint
 from .config import VAESAEConfig
 from .images import MODULES, pixels, read, shrunk
-from .report_figures import SETS, _figure, _png
+from .report_figures import SETS, as_png, new_figure
 from .task import Trained, make_model
 
 SHOWN = 6
@@ -115,7 +115,7 @@ def _show(panel: Any, picture: Tensor) -> None:
 def reconstructions(seen: Seen, dataset: str) -> bytes:
     """Images above what the model makes of them."""
     count = len(seen.images)
-    figure, panels = _figure(2.7, 2, count)
+    figure, panels = new_figure(2.7, 2, count)
     for row, (label, pictures) in enumerate(
         (("test image", seen.images), ("output", seen.reconstructions))
     ):
@@ -123,13 +123,13 @@ def reconstructions(seen: Seen, dataset: str) -> bytes:
             _show(panel, picture)
         panels[row, 0].set_ylabel(label, fontsize=8)
     figure.suptitle(SETS[dataset], fontsize=10)
-    return _png(figure)
+    return as_png(figure)
 
 
 def traversals(seen: Seen, dataset: str) -> bytes:
     """One row a latent, its value from -2 to 2."""
     rows, steps = seen.traversals.shape[:2]
-    figure, panels = _figure(0.5 + 0.9 * rows, rows, steps)
+    figure, panels = new_figure(0.5 + 0.9 * rows, rows, steps)
     for row, (latent, divergence) in enumerate(zip(seen.latents, seen.divergences, strict=True)):
         for panel, picture in zip(panels[row], seen.traversals[row], strict=True):
             _show(panel, picture)
@@ -137,4 +137,4 @@ def traversals(seen: Seen, dataset: str) -> bytes:
     for panel, value in zip(panels[-1], np.linspace(-2, 2, steps), strict=True):
         panel.set_xlabel(f"{value:.1f}", fontsize=8)
     figure.suptitle(SETS[dataset], fontsize=10)
-    return _png(figure)
+    return as_png(figure)

@@ -33,8 +33,6 @@ from .report_numbers import (
 )
 from .runner import cell_folder
 
-ABSENT = "not run"
-
 
 def command(asked: Mapping[str, Any]) -> str:
     """The command line that asks for a reproduction again."""
