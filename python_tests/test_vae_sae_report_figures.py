@@ -10,9 +10,7 @@ from sparsekern.studies.vae_sae import report_figures, report_pictures
 from sparsekern.studies.vae_sae.config import VAESAEConfig
 from sparsekern.studies.vae_sae.grid import Cell
 from sparsekern.studies.vae_sae.images import read
-from sparsekern.studies.vae_sae.report_numbers import (
-    Measured,
-)
+from sparsekern.studies.vae_sae.report_numbers import Measured
 from sparsekern.studies.vae_sae.runner import cell_folder
 from sparsekern.studies.vae_sae.task import Trained, make_model
 from sparsekern.training.checkpoints import model_tensors, write_checkpoint
