@@ -113,6 +113,8 @@ def test_the_page_is_whole_and_needs_no_other(complete):
     for heading in ("Cures", "Protocol", "When units died", "5 more epochs"):
         assert heading in structure.text
     assert "prefers-color-scheme: dark" in structure.text
+    # A mean and its deviation stay on one line.
+    assert "22.5\xa0±\xa03.5" in structure.text
 
 
 def test_the_command_asks_for_the_same_again():

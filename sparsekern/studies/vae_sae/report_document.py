@@ -25,9 +25,10 @@ table { border-collapse: collapse; font-size: 0.85rem; font-variant-numeric: tab
 figcaption { font-size: 0.85rem; padding: 0.3rem 0; }
 th, td { padding: 0.2rem 0.6rem 0.2rem 0; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--line); }
+tbody th { font-weight: normal; }
 figure { margin: 1.2rem 0; }
 img { max-width: 100%; height: auto; background: #ffffff; }
-pre { overflow-x: auto; padding: 0.6rem; background: var(--soft); font-size: 0.85rem; }
+pre { white-space: pre-wrap; padding: 0.6rem; background: var(--soft); font-size: 0.85rem; }
 .notice { padding: 0.6rem; background: var(--soft); border-left: 4px solid #d55e00; }
 """
 
@@ -186,10 +187,17 @@ def _html_table(block: Table) -> str:
     caption = f"<figcaption>{html.escape(block.caption)}</figcaption>\n" if block.caption else ""
     head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in block.head)
     rows = "\n".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-        for row in block.rows
+        f'<tr><th scope="row">{_html_cell(first)}</th>'
+        + "".join(f"<td>{_html_cell(cell)}</td>" for cell in rest)
+        + "</tr>"
+        for first, *rest in block.rows
     )
     return (
         f'<figure>\n{caption}<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n'
         f"<tbody>\n{rows}\n</tbody>\n</table></div>\n</figure>"
     )
+
+
+def _html_cell(text: str) -> str:
+    """Text in which a mean and its deviation stay on one line."""
+    return html.escape(text).replace(" ± ", "&nbsp;±&nbsp;")
