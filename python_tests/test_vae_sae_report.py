@@ -184,6 +184,16 @@ def test_without_the_dense_control_nothing_is_put_down_to_sparsification():
     assert "minus dense" not in text and "L1" not in text
 
 
+def test_drawing_z_matters_only_behind_it():
+    found = grid(("topk",), ("dsprites",))
+    assert "The sparse layer sits before z" in said(found)
+    for made in found.values():
+        made["config"]["placement"] = "decoder"
+    text = said(found)
+    assert "11.2 ± 1.8 % instead of 22.5 ± 3.5 % are never active under Top-k" in text
+    assert "sits before z" not in text
+
+
 def test_early_deaths_are_named_when_they_are_most():
     death = [-1, 0, 0, 5] + [None] * (UNITS - 4)
     text = said(grid(("topk",), death=death))

@@ -74,7 +74,7 @@ def _without_sparsification(measured: Measured, dataset: str) -> Iterator[str]:
     dense = measured.spread(dataset, "dense", never)
     if dense is None:
         yield (
-            "the dense control was not run, so the part of the dead units that needs no "
+            "no cell of the dense control is finished, so the part of the dead units that needs no "
             "sparsification is unknown."
         )
     else:
@@ -98,7 +98,8 @@ def _by_phase(measured: Measured, dataset: str) -> Iterator[str]:
         words = ", ".join(f"{s.percent()} % {phase}" for phase, s in found.items())
         size = _part_in_words(early / total)
         yield (
-            f"under {named(arm)}, of all units, these died for good: {words}. So {size} of the "
+            f"under {named(arm)}, these shares of all units died for good, by the end of the run: "
+            f"{words}. So {size} of the "
             f"deaths ({100 * early / total:.0f} %) came early, before k had fallen by a tenth."
         )
 
@@ -251,6 +252,10 @@ def _definitions(measured: Measured, dataset: str) -> Iterator[str]:
 
 
 def _sampled(measured: Measured, dataset: str) -> Iterator[str]:
+    contents = [c for arm in STUDY for c in measured.of(dataset, arm).values()]
+    if contents and contents[0]["config"]["placement"] == "encoder":
+        yield "the sparse layer sits before z, so drawing z changes nothing about its dead units."
+        return
     for arm in STUDY:
         mean = measured.spread(dataset, arm, never)
         drawn = measured.spread(dataset, arm, never_sampled)
@@ -295,7 +300,7 @@ def _further_epochs(measured: Measured, dataset: str) -> Iterator[str]:
         verb = "brought none" if back == 0 else f"brought {back} ({100 * back / dead:.0f} %)"
         yield (
             f"{epochs} more epochs under {named(arm)} {verb} of {dead} dead units back "
-            f"({seeds(len(cells))} together), and {died} others died."
+            f"({seeds(len(cells))}{' together' if len(cells) > 1 else ''}), and {died} others died."
         )
 
 
