@@ -153,9 +153,11 @@ ALLOWED = {
     },
     "integrations": {"nn", "ops"},
     "cli_data": {"data"},
+    "cli_reproduce": {"studies"},
     "cli_train": {"studies"},
     "cli": {
         "cli_data",
+        "cli_reproduce",
         "cli_train",
         "studies",
         "training",

@@ -2,8 +2,7 @@
 
 import torch as _torch  # first: the native modules then share its OpenMP runtime
 
-from ._library import BackendUnavailableError, backend, describe
-from .native import empty_cache
+from ._library import BackendUnavailableError, backend, describe, empty_cache
 from .nn import BatchTopK, DeadNeuronCounter, JumpReLU, SparseLinear, TopK
 from .ops import (
     Codes,

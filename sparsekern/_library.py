@@ -83,6 +83,14 @@ def native_module(device_type: str) -> tuple[ModuleType | None, str]:
     return None, f"there is no native code for {device_type}"
 
 
+def empty_cache() -> None:
+    """Give the memory of freed large outputs on the CPU back to the system; up to 2 GiB of it is
+    kept for the next outputs of the same sizes. torch.cuda.empty_cache() is the same for GPUs."""
+    module, _ = native_module("cpu")
+    if module is not None:
+        module.release_kept()
+
+
 @contextlib.contextmanager
 def stand_in(device_type: str, module: ModuleType) -> Iterator[None]:
     """Use another compiled module, of the same functions, for a device type (the tests' host

@@ -60,14 +60,6 @@ def new_output(like: torch.Tensor, *shape: int) -> torch.Tensor:
     return torch.frombuffer(block, dtype=like.dtype).view(shape)
 
 
-def empty_cache() -> None:
-    """Give the memory of freed large outputs on the CPU back to the system; up to 2 GiB of it is
-    kept for the next outputs of the same sizes. torch.cuda.empty_cache() is the same for GPUs."""
-    module, _ = _library.native_module("cpu")
-    if module is not None:
-        module.release_kept()
-
-
 def pointer(tensor: torch.Tensor | None) -> int:
     """The address of a tensor's data; 0 for no tensor."""
     return 0 if tensor is None else tensor.data_ptr()
