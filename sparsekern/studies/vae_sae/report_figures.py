@@ -287,8 +287,9 @@ def _death_panel(panel: Any, contents: Sequence[Content]) -> None:
     if not total.any():
         panel.set_yticks([0])
         panel.text(0.5, 0.5, "no dead units", ha="center", transform=panel.transAxes, fontsize=8)
-    step = max(1, len(records) // 5)
-    ticks = list(range(1, len(records) + 1, step))
+    end, extra = contents[0]["config"]["epochs"], contents[0]["config"]["extra_epochs"]
+    between = (end + extra // 2, end + extra) if extra else (end // 4, 3 * end // 4)
+    ticks = sorted({at for at in (1, end // 2, end, *between) if at > 0})
     panel.set_xticks(ticks)
     above = panel.secondary_xaxis("top")
     above.set_xticks(ticks, [f"k={records[at - 1]['k']}" for at in ticks], fontsize=7)
