@@ -205,7 +205,7 @@ def test_many_missing_cells_are_counted_by_arm(tmp_path, quick):
     text = written(tmp_path, grid(("topk",)), asked(arms, seeds=3), total=24)
     # Of 3 seeds on 2 sets, Top-k has 2 seeds.
     assert text.splitlines()[2].endswith(
-        "Not finished: topk (2 cells), l1 (6 cells), dense (6 cells), fixed (6 cells)."
+        "Not finished: 2 of topk, 6 of l1, 6 of dense, 6 of fixed."
     )
 
 

@@ -125,7 +125,7 @@ def _state(
     missing = [c.name for c in absent]
     if len(missing) > NAMED:
         by_arm = Counter(c.arm for c in absent)
-        missing = [f"{arm} ({count} cells)" for arm, count in by_arm.items()]
+        missing = [f"{count} of {arm}" for arm, count in by_arm.items()]
     text = f"Incomplete: {len(found)} of {total} cells."
     if missing:
         text += f" Not finished: {', '.join(missing)}."
