@@ -1,12 +1,33 @@
-"""The report of a reproduction."""
+"""The report of a reproduction: text, figures and raw results in one folder.
+
+report.md, figures/*.png    the report as Markdown
+report.html                 the same in one file
+cells.csv, units.csv, epochs.csv
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from .grid import Cell
+import torch
+
+from ... import __version__
+from ...training.runs import write_atomically
+from . import report_arms
+from . import report_sections as sections
+from .grid import Cell, cells
+from .report_csv import cell_rows, epoch_rows, table_bytes, unit_rows
+from .report_document import Document, Heading, Items, Paragraph, markdown, page
+from .report_numbers import Measured
+from .runner import usable_processors
+
+TITLE = "VAE-SAE: dead units under sparsification"
+FIGURES = "figures"
+NAMED = 12  # at most so many missing cells are named one by one
 
 
 def write(
@@ -17,5 +38,97 @@ def write(
     failed: Mapping[str, str],
     total: int,
 ) -> None:
-    """Writes report.md and report.html."""
-    (folder / "report.md").write_text(f"{len(found)} of {total} cells\n")
+    """Writes report.md, report.html, figures and CSV files, each atomically; replaces older ones.
+
+    Args:
+        folder: of the reproduction, with its run folders.
+        asked: the content of reproduction.json.
+        found: the finished cells, see runner.read_cells.
+        failed: cell's name -> why, of this call.
+        total: cells that were asked for.
+
+    Raises:
+        RunError: a cell lacks a measurement, or was run by another version; names it.
+    """
+    measured = Measured(found)
+    document = Document()
+    document.add(Heading(TITLE, 1))
+    _state(document, asked, found, failed, total)
+    if found:
+        _fill(document, folder, measured, asked)
+    (folder / FIGURES).mkdir(exist_ok=True)
+    for name, png in document.figures.items():
+        write_atomically(folder / FIGURES / f"{name}.png", png)
+    for old in (folder / FIGURES).glob("*.png"):
+        if old.stem not in document.figures:
+            old.unlink()
+    write_atomically(folder / "cells.csv", table_bytes(cell_rows(measured, asked)))
+    write_atomically(folder / "units.csv", table_bytes(unit_rows(measured)))
+    write_atomically(folder / "epochs.csv", table_bytes(epoch_rows(measured)))
+    write_atomically(folder / "report.md", markdown(document, FIGURES).encode())
+    write_atomically(folder / "report.html", page(document, TITLE).encode())
+
+
+def _fill(document: Document, folder: Path, measured: Measured, asked: Mapping[str, Any]) -> None:
+    facts = {
+        "sparsekern": __version__,
+        "torch": torch.__version__,
+        "usable processors:": str(usable_processors()),
+        "report of": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+    if torch.cuda.is_available():
+        facts["GPU:"] = torch.cuda.get_device_name()
+    sections.what_was_run(document, measured, asked, facts)
+    sections.main_table(document, measured)
+    sections.courses(document, measured)
+    sections.further_epochs(document, measured)
+    sections.local_interpretability(document, measured)
+    sections.looks(document, measured, folder)
+    report_arms.cures(document, measured)
+    report_arms.sensitivity(document, measured, asked)
+    sections.reading(document, measured, asked)
+    sections.protocol(document, measured, asked)
+    document.add(
+        Heading("Raw results"),
+        Items(
+            [
+                (
+                    "cells.csv: a row for each cell. Shares are 0 to 1, reconstruction and kl are "
+                    "nats per image; columns without prefix are those at the end of the schedule, "
+                    "after_ at the end of the run, untrained_ before training; settings are those "
+                    "in which the cell differs from this reproduction's Top-k arm."
+                ),
+                (
+                    "units.csv: a row for each unit of each cell, after all epochs. "
+                    "last_active_epoch counts from 1; 0 is a unit that was active on the held-out "
+                    "images after no epoch, and an empty field one that was active after the last."
+                ),
+                "epochs.csv: a row for each epoch of each cell; epochs count from 1.",
+            ]
+        ),
+    )
+
+
+def _state(
+    document: Document,
+    asked: Mapping[str, Any],
+    found: Mapping[Cell, Any],
+    failed: Mapping[str, str],
+    total: int,
+) -> None:
+    """What is missing and what failed."""
+    if len(found) == total:
+        document.add(Paragraph(f"Complete: {total} cells."))
+        return
+    wanted = cells(asked["datasets"], asked["arms"], range(asked["seeds"]))
+    absent = [c for c in wanted if c not in found and c.name not in failed]
+    missing = [c.name for c in absent]
+    if len(missing) > NAMED:
+        by_arm = Counter(c.arm for c in absent)
+        missing = [f"{count} of {arm}" for arm, count in by_arm.items()]
+    text = f"Incomplete: {len(found)} of {total} cells."
+    if missing:
+        text += f" Not finished: {', '.join(missing)}."
+    document.add(Paragraph(text, notice=True))
+    if failed:
+        document.add(Items([f"{name} failed: {why}" for name, why in failed.items()]))

@@ -1,0 +1,149 @@
+"""The raw results of a reproduction as CSV: a row for a cell, a unit, an epoch."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ...data import dsprites, shapes3d
+from . import grid
+from .config import VAESAEConfig
+from .grid import Cell
+from .report_numbers import (
+    Content,
+    Measured,
+    phase_of_units,
+    phases,
+    returned,
+)
+
+FACTORS: dict[str, tuple[str, ...]] = {
+    "dsprites": dsprites.FACTORS,
+    "shapes3d": shapes3d.FACTORS,
+}
+OWN_COLUMNS = ("dataset", "data", "seed", "progress")
+MIGS = ("mig", "mig_code", "mig_monte_carlo")
+
+Row = dict[str, Any]
+
+
+def cell_rows(measured: Measured, asked: Mapping[str, Any]) -> list[Row]:
+    """Every scalar of each cell. Shares are 0..1; reconstruction and kl are nats per image; columns
+    that begin with "after_" are measured after the further epochs."""
+    return [_cell_row(cell, content, asked) for cell, content in measured.cells.items()]
+
+
+def _cell_row(cell: Cell, content: Content, asked: Mapping[str, Any]) -> Row:
+    results = content["results"]
+    row: Row = {"dataset": cell.dataset, "arm": cell.arm, "seed": cell.seed}
+    row |= _measurements("", results["schedule"]) | _measurements("after_", results)
+    row |= _measurements("untrained_", results["untrained"])
+    row |= _gap("mig_random", results["mig_random"])
+    row |= {f"died_{phase.replace(' ', '_')}": s for phase, s in phases(content).items()}
+    back = returned(content)
+    row |= {"units": content["config"]["units"], "back": back.back, "died_after": back.died}
+    row |= {name: results[name] for name in ("seconds", "images_per_second", "device", "data")}
+    row["backends"] = " ".join(f"{n}={b}" for n, b in sorted(results["backends"].items()))
+    row["settings"] = " ".join(f"{n}={v}" for n, v in differing(cell, content, asked).items())
+    return row
+
+
+def _measurements(prefix: str, facts: Mapping[str, Any]) -> Row:
+    row: Row = {}
+    for name in ("k", "reconstruction", "kl", "l0"):
+        if name in facts:
+            row[prefix + name] = facts[name]
+    for name, share in facts["dead"].items():
+        row[f"{prefix}dead_{name}"] = share
+    for name, share in facts.get("dead_sampled", {}).items():
+        row[f"{prefix}dead_sampled_{name}"] = share
+    for name in MIGS:
+        if name in facts:
+            row |= _gap(prefix + name, facts[name])
+    return row
+
+
+def _gap(name: str, gap: Mapping[str, Any]) -> Row:
+    ends = {f"{name}_{end}": gap[end] for end in ("low", "high") if end in gap}
+    return {name: gap["score"]} | ends
+
+
+def differing(cell: Cell, content: Content, asked: Mapping[str, Any]) -> Row:
+    """The settings in which a cell differs from the protocol of this reproduction."""
+    protocol = grid.cell_config(
+        Cell(cell.dataset, "topk", cell.seed), asked["preset"], asked["overrides"], None
+    )
+    return {
+        name: value
+        for name, value in content["config"].items()
+        if name not in OWN_COLUMNS and value != getattr(protocol, name, None)
+    }
+
+
+def unit_rows(measured: Measured) -> list[Row]:
+    """Frequency (share of the test images), mean activation, selectivity, factor and death of each
+    unit, after all epochs. last_active_epoch counts from 1 and is 0 for a unit that was active on
+    the held-out images after no epoch; it and phase are empty for a unit that was active last."""
+    rows = []
+    for cell, content in measured.cells.items():
+        results, names = content["results"], FACTORS[cell.dataset]
+        units = results["units"]
+        before = results["schedule"]["units"]["frequency"]
+        phase = phase_of_units(content)
+        for at, last in enumerate(results["death_epoch"]):
+            rows.append(
+                {
+                    "dataset": cell.dataset,
+                    "arm": cell.arm,
+                    "seed": cell.seed,
+                    "unit": at,
+                    "frequency": units["frequency"][at],
+                    "mean": units["mean"][at],
+                    "selectivity": units["selectivity"][at],
+                    "factor": names[units["factor"][at]],
+                    "frequency_at_end_of_schedule": before[at],
+                    "last_active_epoch": "" if last is None else last + 1,
+                    "phase": phase[at] or "",
+                }
+            )
+    return rows
+
+
+def epoch_rows(measured: Measured) -> list[Row]:
+    """The scalars of each epoch record; epochs count from 1."""
+    rows = []
+    for cell, content in measured.cells.items():
+        for record in content["epochs"]:
+            scalars = {n: v for n, v in record.items() if not isinstance(v, dict | list)}
+            scalars.pop("kind", None)
+            scalars["epoch"] += 1
+            rows.append({"dataset": cell.dataset, "arm": cell.arm, "seed": cell.seed, **scalars})
+    return rows
+
+
+def table_bytes(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """CSV in UTF-8 with a head of all columns in the order in which rows name them first."""
+    rows = list(rows)
+    columns: Sequence[str] = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def protocol_rows(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """Field, value, what it is and source, of every field of the config that decides a run; values
+    that differ between the configs are joined by commas."""
+    sources = VAESAEConfig.sources()
+    rows = []
+    for item in dataclasses.fields(VAESAEConfig):
+        if item.metadata.get("free"):
+            continue
+        values = dict.fromkeys(str(config[item.name]) for config in configs)
+        text = item.metadata["help"]
+        rows.append((item.name, ", ".join(values), text, sources.get(item.name, "")))
+    return rows

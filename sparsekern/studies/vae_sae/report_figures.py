@@ -1,0 +1,361 @@
+"""The figures of a report, as PNG bytes, drawn without a display: one panel for each data set."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .grid import ARMS, STUDY
+from .report_numbers import (
+    CURED_BELOW,
+    PHASES,
+    UNCURED,
+    Content,
+    Measured,
+    alive_selectivity,
+    mig_score,
+    never,
+    never_sampled,
+    phase_of_units,
+    scheduled,
+    spread,
+)
+
+DOTS_PER_INCH = 150
+WIDTH = 7.0
+SETS = {"dsprites": "dSprites", "shapes3d": "Shapes3D"}
+# Okabe and Ito's colours, which differ for colour-blind readers, too.
+BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
+SKY, PURPLE, GREY = "#56B4E9", "#CC79A7", "#6B6B6B"
+OTHERS = (GREEN, ORANGE, SKY, PURPLE, VERMILION, "#8C6D1F", "#332288")
+MARKERS = "sD^vPX*hp<>"
+COLOURS = {"topk": BLUE, "l1": VERMILION, "dense": GREY, "fixed": GREEN}
+MARKS = {"topk": "o", "l1": "o", "dense": "o", "fixed": "o"}
+# Cures first: they share a figure.
+_others = sorted(set(ARMS) - set(COLOURS), key=lambda arm: (ARMS[arm].group, list(ARMS).index(arm)))
+for _at, _arm in enumerate(_others):
+    COLOURS[_arm] = OTHERS[_at % len(OTHERS)]
+    MARKS[_arm] = MARKERS[_at % len(MARKERS)]
+PHASE_COLOURS = dict(zip(PHASES, ("#9A9A9A", ORANGE, SKY, BLUE), strict=True))
+NAMES = {"topk": "Top-k", "l1": "L1", "dense": "dense", "fixed": "fixed k"}
+STUDY_AND_CONTROLS = ("topk", "l1", "dense", "fixed")
+
+
+def named(arm: str) -> str:
+    """An arm's name in figures and tables."""
+    return NAMES.get(arm, arm)
+
+
+def definition(name: str) -> str:
+    """A definition of dead units in words: "frequency<1e-02" -> "frequency < 0.01"."""
+    kind, less, threshold = name.partition("<")
+    return f"{kind} < {float(threshold):g}" if less else f"{kind} active"
+
+
+def new_figure(height: float, rows: int, columns: int, **options: Any) -> tuple[Any, Any]:
+    """A figure of a report's width and this height in inches, and its panels [rows, columns]."""
+    # The object interface: pyplot would pick a window system and keep global state.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), dpi=DOTS_PER_INCH, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def as_png(figure: Any) -> bytes:
+    """A figure as a PNG file's content."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _legend_below(figure: Any, panels: Any, columns: int = 4) -> None:
+    """One legend for all panels."""
+    entries: dict[str, Any] = {}
+    for panel in np.ravel(panels):
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    if entries:
+        figure.legend(
+            entries.values(), entries.keys(), loc="outside lower center", ncols=columns,
+            fontsize=8, frameon=False,
+        )  # fmt: skip
+
+
+def _plain(panel: Any) -> None:
+    panel.grid(alpha=0.25, linewidth=0.6)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.tick_params(labelsize=8)
+    panel.title.set_fontsize(10)
+    panel.xaxis.label.set_fontsize(9)
+    panel.yaxis.label.set_fontsize(9)
+
+
+def _band(panel: Any, arm: str, x: Sequence[float], runs: Sequence[Sequence[float]]) -> None:
+    """Mean of runs with a band of one standard deviation, in percent."""
+    values = 100 * np.array(runs, dtype=float)
+    mean = values.mean(0)
+    panel.plot(x, mean, color=COLOURS[arm], label=named(arm), linewidth=1.6)
+    if len(values) > 1:
+        sd = values.std(0, ddof=1)
+        low, high = np.clip(mean - sd, 0, 100), np.clip(mean + sd, 0, 100)
+        panel.fill_between(x, low, high, color=COLOURS[arm], alpha=0.2, linewidth=0)
+
+
+def dead_by_epoch(measured: Measured) -> bytes:
+    """Never active on the held-out images after each epoch."""
+    figure, panels = new_figure(3.4, 1, len(measured.datasets), sharey=True)
+    for panel, dataset in zip(panels[0], measured.datasets, strict=True):
+        ends = set()
+        for arm in STUDY_AND_CONTROLS:
+            contents = list(measured.of(dataset, arm).values())
+            if contents:
+                runs = [[record["eval_dead"] for record in c["epochs"]] for c in contents]
+                _band(panel, arm, range(1, len(runs[0]) + 1), runs)
+                if contents[0]["config"]["extra_epochs"]:
+                    ends.add(contents[0]["config"]["epochs"])
+        for end in ends:
+            panel.axvline(end, color="black", linestyle=":", linewidth=1)
+            panel.annotate(
+                "end of schedule", (end, 1), xycoords=("data", "axes fraction"), fontsize=7,
+                xytext=(3, -2), textcoords="offset points", va="top",
+            )  # fmt: skip
+        panel.set(title=SETS[dataset], xlabel="epoch", ylim=(-2, 102))
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        _plain(panel)
+    panels[0, 0].set_ylabel("never active units (%)", fontsize=9)
+    _legend_below(figure, panels)
+    return as_png(figure)
+
+
+def by_k(content: Content, name: str) -> dict[int, Mapping[str, Any]]:
+    """The last record of the schedule at each k that has a value of this name."""
+    records = content["epochs"][: content["config"]["epochs"]]
+    return {record["k"]: record for record in records if name in record}
+
+
+def _over_k(measured: Measured, dataset: str, arm: str, name: str) -> tuple[list[int], list]:
+    """The k that all seeds went through, and for each seed its records at them."""
+    runs = [by_k(content, name) for content in measured.of(dataset, arm).values()]
+    shared = sorted(set(runs[0]).intersection(*runs)) if runs else []
+    return shared, [[run[k] for k in shared] for run in runs]
+
+
+def dead_by_k(measured: Measured) -> bytes:
+    """Never active on the held-out images against k, down to the end of the schedule."""
+    figure, panels = new_figure(3.4, 1, len(measured.datasets), sharey=True)
+    for panel, dataset in zip(panels[0], measured.datasets, strict=True):
+        for arm in STUDY:
+            ks, runs = _over_k(measured, dataset, arm, "eval_dead")
+            if ks:
+                _band(panel, arm, ks, [[r["eval_dead"] for r in run] for run in runs])
+        for arm, style in (("dense", "--"), ("fixed", ":")):
+            contents = measured.of(dataset, arm).values()
+            if contents:
+                value = spread(
+                    c["epochs"][c["config"]["epochs"] - 1]["eval_dead"] for c in contents
+                )
+                panel.axhline(
+                    100 * value.mean, color=COLOURS[arm], linestyle=style, linewidth=1.4,
+                    label=f"{named(arm)}, last epoch",
+                )  # fmt: skip
+        panel.set(title=SETS[dataset], xlabel="k (units kept, falls to the right)", ylim=(-2, 102))
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.invert_xaxis()
+        _plain(panel)
+    panels[0, 0].set_ylabel("never active units (%)", fontsize=9)
+    _legend_below(figure, panels)
+    return as_png(figure)
+
+
+def has_mig_records(measured: Measured) -> bool:
+    """Whether MIG was estimated during the training of an arm of the study."""
+    return any(
+        by_k(content, "mig") for cell, content in measured.cells.items() if cell.arm in STUDY
+    )
+
+
+def mig_by_k(measured: Measured) -> bytes:
+    """MIG of the mean code during the schedule, with the levels of controls."""
+    figure, panels = new_figure(3.6, 1, len(measured.datasets))
+    for panel, dataset in zip(panels[0], measured.datasets, strict=True):
+        for arm in STUDY:
+            ks, runs = _over_k(measured, dataset, arm, "mig")
+            if ks:
+                mean, low, high = (
+                    np.array([[r[name] for r in run] for run in runs]).mean(0)
+                    for name in ("mig", "mig_low", "mig_high")
+                )
+                panel.plot(ks, mean, color=COLOURS[arm], marker="o", ms=3, label=named(arm))
+                panel.fill_between(ks, low, high, color=COLOURS[arm], alpha=0.2, linewidth=0)
+        for label, colour, style, of, get in _levels():
+            value = measured.spread(dataset, of or first_arm(measured, dataset), get)
+            if value is not None:
+                panel.axhline(value.mean, color=colour, linestyle=style, linewidth=1.2, label=label)
+        panel.set(title=SETS[dataset], xlabel="k (units kept, falls to the right)")
+        panel.set_ylim(0, None)
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.invert_xaxis()
+        _plain(panel)
+    panels[0, 0].set_ylabel("MIG of the mean code (0 to 1)", fontsize=9)
+    _legend_below(figure, panels, 5)
+    return as_png(figure)
+
+
+def _levels() -> list[tuple[str, str, str, str | None, Callable[[Content], float]]]:
+    return [
+        ("dense, last epoch", GREY, "--", "dense", mig_score),
+        ("untrained", "black", "-.", None, lambda c: c["results"]["untrained"]["mig"]["score"]),
+        ("random code", "black", ":", None, lambda c: c["results"]["mig_random"]["score"]),
+    ]
+
+
+def panel_map(measured: Measured, dataset: str) -> bytes:
+    """Dead share of each arm under each definition, as a heat map."""
+    arms = [arm for arm in measured.arms if measured.has(dataset, arm)]
+    shares = [measured.panel(dataset, arm) for arm in arms]
+    names = [*shares[0], "z drawn"]
+    values = np.array(
+        [
+            [*(found[n].mean for n in names[:-1]), measured.known(dataset, arm, never_sampled).mean]
+            for arm, found in zip(arms, shares, strict=True)
+        ]
+    )
+    figure, panels = new_figure(1.3 + 0.27 * len(arms), 1, 1)
+    panel = panels[0, 0]
+    shown = panel.imshow(100 * values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+    labels = [definition(n).replace(" ", "\n", 1) for n in names[:-1]] + ["never,\nz drawn"]
+    panel.set_xticks(range(len(names)), labels, fontsize=7.5)
+    panel.set_yticks(range(len(arms)), [named(arm) for arm in arms], fontsize=8)
+    panel.tick_params(length=0)
+    for (row, column), value in np.ndenumerate(100 * values):
+        colour = "black" if value > 55 else "white"
+        panel.text(
+            column, row, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=7.5
+        )
+    figure.colorbar(shown, ax=panel, pad=0.01).set_label("dead units (%)", fontsize=9)
+    panel.set_title(SETS[dataset], fontsize=10)
+    return as_png(figure)
+
+
+def deaths(measured: Measured) -> bytes:
+    """How many units died in which epoch, by phase; k at that epoch on the axis above."""
+    arms = [arm for arm in STUDY_AND_CONTROLS if arm in measured.arms]
+    figure, panels = new_figure(0.6 + 1.9 * len(arms), len(arms), len(measured.datasets))
+    for row, arm in zip(panels, arms, strict=True):
+        for panel, dataset in zip(row, measured.datasets, strict=True):
+            contents = list(measured.of(dataset, arm).values())
+            if contents:
+                _death_panel(panel, contents)
+            else:
+                panel.text(0.5, 0.5, "not run", ha="center", transform=panel.transAxes, fontsize=8)
+                panel.set(xticks=[], yticks=[])
+                panel.spines[:].set_visible(False)
+            panel.set_title(f"{SETS[dataset]}, {named(arm)}", fontsize=9)
+        row[0].set_ylabel("units", fontsize=8)
+    for panel in panels[-1]:
+        panel.set_xlabel("first epoch without activity", fontsize=8)
+    _legend_below(figure, panels)
+    return as_png(figure)
+
+
+def _death_panel(panel: Any, contents: Sequence[Content]) -> None:
+    records = contents[0]["epochs"]
+    width = max(1, -(-len(records) // 50))
+    edges = np.arange(0.5, len(records) + width + 0.5, width)
+    total = np.zeros(len(edges) - 1)
+    for phase in PHASES:
+        epochs = [
+            last + 2
+            for content in contents
+            for last, found in zip(
+                content["results"]["death_epoch"], phase_of_units(content), strict=True
+            )
+            if found == phase and last is not None
+        ]
+        counts = np.histogram(epochs, edges)[0] / len(contents)
+        panel.bar(
+            edges[:-1], counts, width, bottom=total, align="edge", label=phase,
+            color=PHASE_COLOURS[phase], edgecolor="white", linewidth=0.3,
+        )  # fmt: skip
+        total += counts
+    _plain(panel)
+    panel.set_xlim(edges[0], edges[-1])
+    panel.set_ylim(0, max(1.0, 1.1 * total.max()))
+    if not total.any():
+        panel.set_yticks([0])
+        panel.text(0.5, 0.5, "no dead units", ha="center", transform=panel.transAxes, fontsize=8)
+    end, extra = contents[0]["config"]["epochs"], contents[0]["config"]["extra_epochs"]
+    between = (end + extra // 2, end + extra) if extra else (end // 4, 3 * end // 4)
+    ticks = sorted({at for at in (1, end // 2, end, *between) if at > 0})
+    panel.set_xticks(ticks)
+    above = panel.secondary_xaxis("top")
+    above.set_xticks(ticks, [f"k={records[at - 1]['k']}" for at in ticks], fontsize=7)
+    above.tick_params(length=2, pad=1)
+    above.spines["top"].set_visible(False)
+
+
+def selectivity(measured: Measured) -> bytes:
+    """Distribution of the selectivity of living units, before and after."""
+    figure, panels = new_figure(3.5, 1, len(measured.datasets), sharey=True)
+    for panel, dataset in zip(panels[0], measured.datasets, strict=True):
+        for label, colour, style, units in unit_sets(measured, dataset):
+            values = np.sort([v for u in units for v in alive_selectivity(u)])
+            if len(values):
+                height = 100 * np.arange(1, len(values) + 1) / len(values)
+                panel.step(values, height, color=colour, linestyle=style, label=label, where="post")
+                panel.plot(np.median(values), 50, "o", color=colour, ms=4)
+        panel.set(title=SETS[dataset], xlabel="selectivity (0 to 1)", ylim=(0, 101))
+        panel.set_xlim(0, None)
+        _plain(panel)
+    panels[0, 0].set_ylabel("living units at most\nas selective (%)", fontsize=9)
+    _legend_below(figure, panels, 5)
+    return as_png(figure)
+
+
+def first_arm(measured: Measured, dataset: str) -> str:
+    """An arm of a data set, Top-k if it was run; untrained, most arms are the same model."""
+    return next(arm for arm in measured.arms if measured.has(dataset, arm))
+
+
+def unit_sets(
+    measured: Measured, dataset: str
+) -> list[tuple[str, str, str, list[Mapping[str, Any]]]]:
+    """Label, colour, line style and the units of each seed: untrained, then by arm."""
+    first = measured.of(dataset, first_arm(measured, dataset))
+    untrained = [c["results"]["untrained"]["units"] for c in first.values()]
+    sets = [("untrained", "black", "-.", untrained)]
+    for arm in ("dense", "topk", "l1"):
+        units = [c["results"]["schedule"]["units"] for c in measured.of(dataset, arm).values()]
+        if units:
+            sets.append((named(arm), COLOURS[arm], "--" if arm == "dense" else "-", units))
+    return sets
+
+
+def pareto(measured: Measured) -> bytes:
+    """Never active against reconstruction: the cures, what they cure and the controls."""
+    figure, panels = new_figure(4.4, 1, len(measured.datasets), sharey=True)
+    for panel, dataset in zip(panels[0], measured.datasets, strict=True):
+        cures = measured.of_group("cure")
+        for arm in [UNCURED, "dense", *cures]:
+            if not measured.has(dataset, arm):
+                continue
+            x = measured.known(dataset, arm, scheduled("reconstruction"))
+            y = measured.known(dataset, arm, never)
+            note = ", uncured" if arm == UNCURED else ""
+            panel.errorbar(
+                x.mean, 100 * y.mean, xerr=x.sd, yerr=None if y.sd is None else 100 * y.sd,
+                color=COLOURS[arm], marker=MARKS[arm], ms=9 if arm == UNCURED else 6, capsize=2,
+                linestyle="none", elinewidth=1, label=named(arm) + note,
+                markeredgecolor="black" if arm == UNCURED else COLOURS[arm],
+            )  # fmt: skip
+        panel.axhline(100 * CURED_BELOW, color="black", linestyle=":", linewidth=1)
+        panel.set(title=SETS[dataset], xlabel="reconstruction (nats per image)")
+        _plain(panel)
+    # Not before: a limit set by hand ends the scaling of the axis that the panels share.
+    panels[0, 0].set_ylim(bottom=-2)
+    panels[0, 0].set_ylabel("never active units (%)", fontsize=9)
+    _legend_below(figure, panels)
+    return as_png(figure)

@@ -1,0 +1,94 @@
+"""What cannot be concluded from the cells of a reproduction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ...metrics import DEAD_THRESHOLDS
+from .grid import Cell, cell_config
+from .report_conclusions import seeds
+from .report_figures import SETS
+from .report_numbers import Measured
+
+SEEDS_FOR_SPREAD = 3
+
+
+def changed_settings(asked: Mapping[str, Any]) -> dict[str, str]:
+    """The settings that the request overrides, with what the preset has in their place."""
+    base = cell_config(Cell(asked["datasets"][0], "topk", 0), asked["preset"], {}, None)
+    pairs = ((name, value, getattr(base, name)) for name, value in asked["overrides"].items())
+    return {name: str(preset) for name, value, preset in pairs if value != preset}
+
+
+def limits(measured: Measured, changed: Mapping[str, str]) -> list[str]:
+    """What cannot be concluded.
+
+    Args:
+        measured: the cells.
+        changed: settings that differ from the preset, with what they would be.
+    """
+    contents = list(measured.cells.values())
+    counts = {
+        len(measured.of(d, a)) for d in measured.datasets for a in measured.arms
+        if measured.has(d, a)
+    }  # fmt: skip
+    found = [
+        (
+            "Only the abstract of the study is public. Layers, losses, the place of the sparse "
+            "layer, the definition of a dead unit and every field without the abstract as its "
+            "source below are declared by us, so a difference from the published rates neither "
+            "confirms nor refutes them."
+        ),
+    ]
+    if changed:
+        words = ", ".join(f"{name} (the preset has {value})" for name, value in changed.items())
+        found.append(f"Settings were changed, so this is not the preset's protocol: {words}.")
+    if min(counts) < SEEDS_FOR_SPREAD:
+        found.append(
+            f"Some arms have {seeds(min(counts))}. With fewer than {SEEDS_FOR_SPREAD} a standard "
+            "deviation is hardly known, and small differences can be chance."
+        )
+    found += _of_images(measured)
+    tests = min(content["results"]["test_images"] for content in contents)
+    finest = min(DEAD_THRESHOLDS)
+    if tests * finest <= 1:
+        found.append(
+            f"On {tests} test images, a frequency below {finest:g} is the same as never active."
+        )
+    found += [
+        (
+            "Deaths are dated on the held-out images, dead shares are counted on the test images; "
+            "a rare unit can be dead to the first and alive to the second."
+        ),
+        "Of the study's numbers, four rates are public; its values of MIG are not.",
+    ]
+    return found
+
+
+def _of_images(measured: Measured) -> Iterator[str]:
+    configs = [content["config"] for content in measured.cells.values()]
+    sides = sorted({config["side"] for config in configs})
+    if sides[0] < 64:
+        yield (
+            f"The images have {sides[0]} x {sides[0]} pixels instead of 64 x 64: finer shapes and "
+            "orientations are lost, and rates at full size can differ."
+        )
+    images = sorted({config["images"] for config in configs})
+    if images[0] < 100_000:
+        yield (
+            f"Training saw {images[0]} images, a small part of either set; an epoch has "
+            "correspondingly few steps, and rates per epoch do not carry over to whole sets."
+        )
+    drawn = [d for d in measured.datasets if is_rendered(measured, d)]
+    if drawn:
+        yield (
+            f"The images of {' and '.join(SETS[d] for d in drawn)} are rendered, compatible ones, "
+            "not the published files."
+        )
+
+
+def is_rendered(measured: Measured, dataset: str) -> bool:
+    """Whether images of a data set came from no file."""
+    return any(c.dataset == dataset and v["config"]["data"] is None
+               for c, v in measured.cells.items())  # fmt: skip
