@@ -4,9 +4,9 @@ import pytest
 from made_up_cells import UNITS, asked, content, grid
 
 from sparsekern.studies.vae_sae.grid import Cell
-from sparsekern.studies.vae_sae.report_conclusions import conclusions
-from sparsekern.studies.vae_sae.report_limits import changed_settings, limits
-from sparsekern.studies.vae_sae.report_numbers import (
+from sparsekern.studies.vae_sae.report.conclusions import conclusions
+from sparsekern.studies.vae_sae.report.limits import changed_settings, limits
+from sparsekern.studies.vae_sae.report.summary import (
     PHASES,
     Measured,
     Returned,

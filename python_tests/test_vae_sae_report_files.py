@@ -9,9 +9,11 @@ import pytest
 from made_up_cells import SETS, UNITS, asked, content, grid, written
 
 from sparsekern.cli import _parser
-from sparsekern.studies.vae_sae import report_document, report_figures, report_pictures
 from sparsekern.studies.vae_sae.grid import Cell, cells
-from sparsekern.studies.vae_sae.report_sections import command
+from sparsekern.studies.vae_sae.report import document as report_document
+from sparsekern.studies.vae_sae.report import figures as report_figures
+from sparsekern.studies.vae_sae.report import pictures as report_pictures
+from sparsekern.studies.vae_sae.report.sections import command
 from sparsekern.studies.vae_sae.runner import cell_folder
 from sparsekern.training import RunError
 
@@ -324,7 +326,7 @@ def test_markdown_shows_text_as_it_is(text, expected):
 
 def test_csv_fields_survive(tmp_path):
     rows = [{"a": 'x,"y"\nz', "b": 1}, {"a": "ä", "c": None}]
-    from sparsekern.studies.vae_sae.report_csv import table_bytes
+    from sparsekern.studies.vae_sae.report.tables import table_bytes
 
     found = list(csv.DictReader(io.StringIO(table_bytes(rows).decode(), newline="")))
     assert found == [{"a": 'x,"y"\nz', "b": "1", "c": ""}, {"a": "ä", "b": "", "c": ""}]

@@ -8,17 +8,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ...data import DataError
-from ...training.checkpoints import CheckpointError
-from . import report_figures as figures
-from . import report_pictures as pictures
-from .grid import STUDY, Cell
-from .report_conclusions import conclusions, seeds
-from .report_csv import FACTORS, protocol_rows
-from .report_document import Code, Document, Heading, Items, Paragraph, Table
-from .report_figures import SETS, definition, named
-from .report_limits import changed_settings, is_rendered, limits
-from .report_numbers import (
+from ....data import DataError
+from ....training.checkpoints import CheckpointError
+from ..grid import STUDY, Cell
+from ..runner import cell_folder
+from . import figures, pictures
+from .conclusions import conclusions, seeds
+from .document import Code, Document, Heading, Items, Paragraph, Table
+from .figures import SETS, definition, named
+from .limits import changed_settings, is_rendered, limits
+from .summary import (
     PHASES,
     PUBLISHED,
     Measured,
@@ -31,7 +30,7 @@ from .report_numbers import (
     scheduled,
     spread,
 )
-from .runner import cell_folder
+from .tables import FACTORS, protocol_rows
 
 
 def command(asked: Mapping[str, Any]) -> str:

@@ -15,15 +15,14 @@ from typing import Any
 
 import torch
 
-from ... import __version__
-from ...training.runs import write_atomically
-from . import report_arms
-from . import report_sections as sections
-from .grid import Cell, cells
-from .report_csv import cell_rows, epoch_rows, table_bytes, unit_rows
-from .report_document import Document, Heading, Items, Paragraph, markdown, page
-from .report_numbers import Measured
-from .runner import usable_processors
+from .... import __version__
+from ....training.runs import write_atomically
+from ..grid import Cell, cells
+from ..runner import usable_processors
+from . import arms, sections
+from .document import Document, Heading, Items, Paragraph, markdown, page
+from .summary import Measured
+from .tables import cell_rows, epoch_rows, table_bytes, unit_rows
 
 TITLE = "VAE-SAE: dead units under sparsification"
 FIGURES = "figures"
@@ -84,8 +83,8 @@ def _fill(document: Document, folder: Path, measured: Measured, asked: Mapping[s
     sections.further_epochs(document, measured)
     sections.local_interpretability(document, measured)
     sections.looks(document, measured, folder)
-    report_arms.cures(document, measured)
-    report_arms.sensitivity(document, measured, asked)
+    arms.cures(document, measured)
+    arms.sensitivity(document, measured, asked)
     sections.reading(document, measured, asked)
     sections.protocol(document, measured, asked)
     document.add(

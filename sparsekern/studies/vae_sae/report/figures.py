@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .grid import ARMS, STUDY
-from .report_numbers import (
+from ..grid import ARMS, STUDY
+from .summary import (
     CURED_BELOW,
     PHASES,
     UNCURED,

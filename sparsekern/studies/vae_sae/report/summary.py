@@ -11,8 +11,8 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ...training import RunError
-from .grid import ARMS, Cell
+from ....training import RunError
+from ..grid import ARMS, Cell
 
 Content = Mapping[str, Any]
 """Config, results and epoch records of a cell: see runner.read_cells."""

@@ -8,11 +8,11 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ...data import dsprites, shapes3d
-from . import grid
-from .config import VAESAEConfig
-from .grid import Cell
-from .report_numbers import (
+from ....data import dsprites, shapes3d
+from .. import grid
+from ..config import VAESAEConfig
+from ..grid import Cell
+from .summary import (
     Content,
     Measured,
     phase_of_units,

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...data import factors
-from ...models.vae_sae import VAESAE
-from ...training.checkpoints import CheckpointError, load_model, read_checkpoint
-from .config import VAESAEConfig
-from .images import MODULES, pixels, read, shrunk
-from .report_figures import SETS, as_png, new_figure
-from .task import Trained, make_model
+from ....data import factors
+from ....models.vae_sae import VAESAE
+from ....training.checkpoints import CheckpointError, load_model, read_checkpoint
+from ..config import VAESAEConfig
+from ..images import MODULES, pixels, read, shrunk
+from ..task import Trained, make_model
+from .figures import SETS, as_png, new_figure
 
 SHOWN = 6
 LATENTS = 5

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from . import report_figures as figures
-from .grid import ARMS, Cell
-from .report_conclusions import signed
-from .report_csv import differing
-from .report_document import Document, Heading, Items, Paragraph, Table
-from .report_figures import SETS, named
-from .report_numbers import PHASES, UNCURED, Measured, mig_score, never, phases, scheduled, spread
+from ..grid import ARMS, Cell
+from . import figures
+from .conclusions import signed
+from .document import Document, Heading, Items, Paragraph, Table
+from .figures import SETS, named
+from .summary import PHASES, UNCURED, Measured, mig_score, never, phases, scheduled, spread
+from .tables import differing
 
 
 def _yes(value: bool | None) -> str:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from .grid import STUDY
-from .report_figures import SETS, by_k, definition, named
-from .report_numbers import (
+from ..grid import STUDY
+from .figures import SETS, by_k, definition, named
+from .summary import (
     CURED_BELOW,
     L0_TOLERANCE,
     PHASES,

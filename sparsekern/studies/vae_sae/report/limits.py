@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ...metrics import DEAD_THRESHOLDS
-from .grid import Cell, cell_config
-from .report_conclusions import seeds
-from .report_figures import SETS
-from .report_numbers import Measured
+from ....metrics import DEAD_THRESHOLDS
+from ..grid import Cell, cell_config
+from .conclusions import seeds
+from .figures import SETS
+from .summary import Measured
 
 SEEDS_FOR_SPREAD = 3
 
