@@ -4,11 +4,13 @@ import json
 import signal
 import time
 
+import numpy as np
 import pytest
 from filelock import FileLock
 from test_training import spawn
 
 from sparsekern.cli import main
+from sparsekern.data import dsprites
 from sparsekern.studies.vae_sae import grid, runner
 from sparsekern.studies.vae_sae.grid import ARMS, Cell, cell_config, cells, parsed_overrides
 from sparsekern.studies.vae_sae.reproduce import Request
@@ -70,6 +72,8 @@ def test_overrides_reach_every_cell_but_do_not_undo_an_arm():
     assert overrides == {"learning_rate": 3e-4, "k_end": 20, "standardize": True}
     config = cell_config(Cell("shapes3d", "fixed", 0), "small", overrides, None)
     assert (config.learning_rate, config.k_start, config.k_end) == (3e-4, 20, 20)
+    config = cell_config(Cell("shapes3d", "auxk", 0), "small", {"images": 300}, None)
+    assert config.dead_after == 300, "an epoch, whatever its length"
     config = cell_config(Cell("shapes3d", "l1", 0), "small", {"sparsifier": "topk"}, None)
     assert config.sparsifier == "l1"
 
@@ -165,6 +169,26 @@ def test_another_protocol_needs_another_folder(complete, capsys):
     assert "holds a reproduction with overrides" in err and "name another folder" in err
 
 
+def test_data_files_are_looked_at_before_anything_starts(tmp_path, capsys):
+    few = tmp_path / "few.npz"
+    dsprites.rendered(103, seed=0).save(few)
+    other = tmp_path / "other.npz"
+    np.savez(other, imgs=np.zeros((200, 32, 32), np.uint8))
+    cut = tmp_path / "cut.npz"
+    cut.write_bytes(few.read_bytes()[:-200])
+    for path, message in (
+        (tmp_path / "gone.npz", "data file not found"),
+        (few, "count must lie in 1..103 (the number of images), got 104"),
+        (other, "imgs must be uint8 [n, 64, 64], got uint8 [200, 32, 32]"),
+        (cut, "data file is truncated or damaged"),
+    ):
+        flags = ("--datasets", "dsprites", "--arms", "topk", "--data", f"dsprites={path}")
+        assert main(command(tmp_path / "report", *flags)) == 2
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1
+        assert not (tmp_path / "report").exists()
+
+
 def test_a_folder_in_use(complete, capsys):
     with FileLock(complete / "lock"):
         assert main(command(complete, *SMALL)) == 2
@@ -184,12 +208,15 @@ def test_a_damaged_request(complete, tmp_path, capsys):
 
 
 def test_failed_cells_are_told_and_the_others_finish(tmp_path, capsys):
-    """One of two data files does not exist."""
+    """A data file whose images are not what its head promises."""
+    sprites = dsprites.rendered(104, seed=0)
+    broken = dsprites.DSprites(sprites.images + 1, sprites.classes, "")
+    broken.save(tmp_path / "broken.npz")
     folder = tmp_path / "report"
-    flags = ("--arms", "fixed", "--seeds", "1", "--data", f"dsprites={tmp_path}/gone.npz")
+    flags = ("--arms", "fixed", "--seeds", "1", "--data", f"dsprites={tmp_path}/broken.npz")
     assert main(command(folder, *flags)) == 2
     captured = capsys.readouterr()
-    assert "cell dsprites-fixed-0 failed: data file not found" in captured.err
+    assert "cell dsprites-fixed-0 failed: data file has another layout" in captured.err
     assert "1 cells, 1 failed" in captured.out
     assert set(results(folder)) == {"shapes3d-fixed-0"}
     assert "dsprites-fixed-0" in (folder / "report.md").read_text()

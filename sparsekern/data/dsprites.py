@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from . import image_writing
-from .factors import FactorImages, Factors
+from .factors import Factors
 from .image_files import HDF5, NPZ, Fields
+from .image_sets import FactorImages
 
 FACTORS = ("color", "shape", "scale", "orientation", "posX", "posY")
 SIZES = (1, 3, 6, 40, 32, 32)

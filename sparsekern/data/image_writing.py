@@ -31,7 +31,8 @@ import numpy as np
 
 from .._system import require, stop_signals, sync
 from . import image_files
-from .factors import DataError, FactorImages, subset
+from .factors import DataError, subset
+from .image_sets import FactorImages
 
 CHUNK_ROWS = 1024  # 4 MB of dSprites, 13 MB of Shapes3D
 LEVEL = 1  # of the chunks, which are soon gone

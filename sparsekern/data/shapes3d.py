@@ -26,8 +26,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import image_writing, shapes3d_scene
-from .factors import FactorImages, Factors
+from .factors import Factors
 from .image_files import HDF5, Fields
+from .image_sets import FactorImages
 from .shapes3d_scene import FLOOR, OBJECT, SIDE, SKY, WALL
 
 FACTORS = ("floor_hue", "wall_hue", "object_hue", "scale", "shape", "orientation")

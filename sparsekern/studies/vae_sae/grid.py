@@ -135,6 +135,8 @@ def cell_config(
         # Extra epochs are a length, which may be another one; anything else makes the arm.
         if name != "extra_epochs" or name not in overrides:
             base[name] = value(base) if callable(value) else value
+    if "images" in overrides and "dead_after" not in overrides:
+        base["dead_after"] = base["images"]  # an epoch, as in the presets
     if ARMS[cell.arm].group != "study":
         base["extra_epochs"] = 0
     return VAESAEConfig(

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...data import CountError, dsprites, shapes3d
+from ...data import CountError, DSprites, Shapes3D
+from ...data.image_sets import FactorImages
 from .config import VAESAEConfig
 
-MODULES: dict[str, Any] = {"dsprites": dsprites, "shapes3d": shapes3d}
+SETS: dict[str, type[FactorImages]] = {"dsprites": DSprites, "shapes3d": Shapes3D}
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,22 @@ class Parts:
     """Of all images."""
 
 
+def check_file(config: VAESAEConfig) -> None:
+    """Looks whether the data file of a run can be one.
+
+    Raises:
+        DataError: it is missing, damaged, laid out otherwise, or has too few images.
+    """
+    if config.data is not None:
+        SETS[config.dataset].check(config.data, _sizes(config).total())
+
+
+def _sizes(config: VAESAEConfig) -> Counter[str]:
+    """How many images each part of a run has."""
+    names = ("images", "eval_images", "test_images")
+    return Counter({name: getattr(config, name) for name in names})
+
+
 def read(config: VAESAEConfig, device: torch.device) -> Parts:
     """The images of a run: a random subset, in a random order, that follows from the seed.
 
@@ -46,14 +63,14 @@ def read(config: VAESAEConfig, device: torch.device) -> Parts:
         CountError: the set has fewer images than the parts of the run need together.
         DataError: see sparsekern.data.
     """
-    module = MODULES[config.dataset]
-    sizes = {name: getattr(config, name) for name in ("images", "eval_images", "test_images")}
-    total = sum(sizes.values())
+    images = SETS[config.dataset]
+    sizes = _sizes(config)
+    total = sizes.total()
     try:
         if config.data is None:
-            data = module.rendered(total, seed=config.seed)
+            data = images.rendered(total, config.seed)
         else:
-            data = module.load(config.data, total, seed=config.seed)
+            data = images.load(config.data, total, config.seed)
     except CountError as error:
         flags = (f"--{name.replace('_', '-')} {size}" for name, size in sizes.items())
         raise CountError(f"{error} ({' + '.join(flags)})") from error
@@ -64,13 +81,19 @@ def read(config: VAESAEConfig, device: torch.device) -> Parts:
     return Parts(training, held_out, test, data.source, digest)
 
 
-def _part(data: Any, side: int, device: torch.device) -> Part:
-    images = torch.from_numpy(np.ascontiguousarray(data.images)).to(device)
-    if images.dim() == 3:
-        images = images.unsqueeze(1) * 255
+def _part(data: FactorImages, side: int, device: torch.device) -> Part:
+    return Part(planes(data.images, side, device), torch.from_numpy(data.classes))
+
+
+def planes(images: np.ndarray, side: int, device: torch.device) -> Tensor:
+    """A set's images, [n, 64, 64] of 0 and 1 or [n, 64, 64, 3] of 0..255, as uint8 [n, C, side,
+    side] in 0..255."""
+    found = torch.from_numpy(np.ascontiguousarray(images)).to(device)
+    if found.dim() == 3:
+        found = found.unsqueeze(1) * 255
     else:
-        images = images.permute(0, 3, 1, 2).contiguous()
-    return Part(shrunk(images, side), torch.from_numpy(data.classes))
+        found = found.permute(0, 3, 1, 2).contiguous()
+    return shrunk(found, side)
 
 
 def shrunk(images: Tensor, side: int) -> Tensor:

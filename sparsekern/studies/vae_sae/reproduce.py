@@ -16,6 +16,7 @@ from ..configs import check_packages, usable_device
 from . import grid, report
 from .config import DATASETS, VAESAEConfig
 from .grid import Cell, cell_config, cells, checked_names, parsed_overrides
+from .images import check_file
 from .runner import Ended, is_finished, read_cells, run_cells, usable_processors
 
 REQUEST = "reproduction.json"
@@ -101,6 +102,7 @@ def reproduce(
 
     Raises:
         ValueError: settings that do not fit together.
+        DataError: a data file cannot be used.
         RunError: the folder is in use, or holds something else.
     """
     check_packages()
@@ -109,6 +111,9 @@ def reproduce(
         raise ValueError(f"--jobs must be at least 1, got {jobs}")
     device = usable_device(next(iter(configs.values())).device)
     jobs = jobs or (1 if device.type == "cuda" else usable_processors())
+    for cell, config in configs.items():
+        if cell.seed == 0:
+            check_file(config)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)

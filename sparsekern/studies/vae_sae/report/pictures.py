@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ....data import factors
+from ....data.factors import subset
 from ....models.vae_sae import VAESAE
 from ....training.checkpoints import CheckpointError, load_model, read_checkpoint
 from ..config import VAESAEConfig
-from ..images import MODULES, pixels, read, shrunk
+from ..images import SETS as IMAGE_SETS
+from ..images import pixels, planes, read
 from ..task import Trained, make_model
 from .figures import SETS, as_png, new_figure
 
@@ -47,13 +48,11 @@ def test_images(config: VAESAEConfig, count: int) -> Tensor:
     if config.data is not None:
         return read(config, torch.device("cpu")).test.images[:count]
     # Those before them, up to 700,000, need not be rendered.
-    module = MODULES[config.dataset]
+    images = IMAGE_SETS[config.dataset]
     start = config.images + config.eval_images
-    chosen = factors.subset("test_images", module.COUNT, start + count, config.seed)
-    rendered = module.render(module.classes_of(np.asarray(chosen)[start:]))
-    images = torch.from_numpy(np.ascontiguousarray(rendered))
-    images = images.unsqueeze(1) * 255 if images.dim() == 3 else images.permute(0, 3, 1, 2)
-    return shrunk(images.contiguous(), config.side)
+    chosen = subset("test_images", images.factors.count, start + count, config.seed)
+    classes = images.factors.classes_of(np.asarray(chosen)[start:])
+    return planes(np.asarray(images.render(classes)), config.side, torch.device("cpu"))
 
 
 @torch.no_grad()
