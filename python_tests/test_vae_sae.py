@@ -1,6 +1,8 @@
 """The VAE-SAE model: formulas, placements, both ways through the sparse layer, backends; and what
 its study measures."""
 
+import functools
+
 import pytest
 import torch
 from test_training import one_thread
@@ -9,7 +11,10 @@ from torch.distributions import Bernoulli, Normal, kl_divergence
 import sparsekern
 from sparsekern.data import rendered
 from sparsekern.models import VAESAE, SparseBottleneck, bottleneck, vae_sae, vae_sae_loss
-from sparsekern.studies.vae_sae import VAESAEConfig, evaluate
+from sparsekern.studies.vae_sae import VAESAEConfig, evaluate, run
+from sparsekern.studies.vae_sae.images import mean_pixel, shrunk
+from sparsekern.studies.vae_sae.task import Trained
+from sparsekern.training import checkpoints
 
 __all__ = ["one_thread"]  # a fixture
 
@@ -267,3 +272,61 @@ def test_kernels_and_reference_train_alike_over_thirty_steps():
 def test_config_rejects_bad_values(change, message):
     with pytest.raises(ValueError, match=message):
         VAESAEConfig(**change)
+
+
+# -- the study's task ------------------------------------------------------------------------------
+
+TINY = {
+    "images": 48, "epochs": 2, "batch_size": 16, "eval_images": 16, "test_images": 40, "units": 20,
+    "k_start": 20, "k_end": 4, "width": 2, "side": 32, "progress": False,
+}  # fmt: skip
+
+
+def test_images_are_shrunk_by_means_of_squares():
+    images = torch.zeros(1, 1, 64, 64, dtype=torch.uint8)
+    images[0, 0, :2, :4] = torch.tensor([[255, 255, 1, 0], [255, 254, 1, 0]])
+    small_images = shrunk(images, 32)
+    assert small_images.shape == (1, 1, 32, 32) and small_images.dtype == torch.uint8
+    # 1019 / 4 = 254.75 and 2 / 4, which is rounded up.
+    assert small_images[0, 0, 0, :3].tolist() == [255, 1, 0]
+    assert shrunk(images, 64) is images
+    assert mean_pixel(images) == pytest.approx((255 * 3 + 254 + 2) / (255 * 64 * 64))
+
+
+def test_when_units_died():
+    trained = Trained(small(units=4, k=2), VAESAEConfig(**{**TINY, "units": 4, "k_start": 4}))
+    trained.active = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 1], [1, 0, 0, 1]]).bool()
+    # Alive; last active in epoch 0; never; born late and alive.
+    assert trained.death_epochs() == [None, 0, -1, None]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"sparsifier": "l1", "extra_epochs": 1, "dataset": "shapes3d"},
+        {"schedule": "gated", "warm_epochs": 1, "placement": "code", "tied": True},
+        {"revival": "auxk", "dead_after": 16, "placement": "encoder", "dataset": "shapes3d"},
+        {"revival": "resample", "dead_after": 16, "standardize": True},
+        {"revival": "homeostasis", "dead_after": 16, "sparsifier": "magnitude"},
+        {"precision": "bfloat16", "compile": True, "side": 64},
+    ],
+    ids=str,
+)
+def test_every_kind_of_run(settings, tmp_path, monkeypatch):
+    """The compiler itself is torch's; that its modules keep their names is ours."""
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(compile_eagerly))
+    config = VAESAEConfig(**{**TINY, **settings})
+    results = run(config, tmp_path / "run").results
+    assert results["k"] == results["schedule"]["k"] == 4
+    assert len(results["death_epoch"]) == len(results["units"]["frequency"]) == 20
+    assert all(torch.isfinite(torch.tensor(results["units"]["selectivity"])))
+    for moment in ("schedule", "untrained"):
+        assert -1 <= results[moment]["mig"]["low"] <= results[moment]["mig"]["high"] <= 1
+    again = run(config, tmp_path / "run", resume=True).results
+    assert again["dead"] == results["dead"] and again["mig"] == results["mig"]
+    saved = checkpoints.read_checkpoint(tmp_path / "run").tensors
+    assert "model.vae.bottleneck.dictionary" in saved and "model.vae.encoder.0.weight" in saved
+
+
+def compile_eagerly(module):
+    module._compiled_call_impl = torch.compile(module._call_impl, backend="eager")
