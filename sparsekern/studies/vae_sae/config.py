@@ -100,7 +100,9 @@ class VAESAEConfig(StudyConfig):
     eval_images: int = option(1024, "held-out images measured after each epoch")
     test_images: int = option(10000, "other held-out images, measured at the end", source=LIBRARY)
     mig_every: int = option(
-        0, "epochs between two estimates of MIG on 4096 test images; 0 for none before the end"
+        0,
+        "epochs between two estimates of MIG on 4096 test images, five times as many after the "
+        "schedule; 0 for none before the end",
     )
     precision: str = option(
         "float32", "of products and convolutions; weights are float32", choices=PRECISIONS

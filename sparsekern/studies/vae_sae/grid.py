@@ -75,7 +75,13 @@ CURES = tuple(name for name, arm in ARMS.items() if arm.group == "cure")
 # neurons are those of the network; the arms "decoder" and "code" show what the choice changes.
 PLACEMENT = "encoder"
 PRESETS: dict[str, dict[str, Any]] = {
-    "small": {"placement": PLACEMENT, "side": 32, "mig_every": 5},
+    "small": {
+        "placement": PLACEMENT,
+        "side": 32,
+        "images": 2560,
+        "dead_after": 2560,
+        "mig_every": 5,
+    },
     "full": {
         "placement": PLACEMENT,
         "images": 716_800,

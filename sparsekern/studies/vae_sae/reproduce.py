@@ -110,7 +110,8 @@ def reproduce(
     if jobs is not None and jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {jobs}")
     device = usable_device(next(iter(configs.values())).device)
-    jobs = jobs or (1 if device.type == "cuda" else usable_processors())
+    if jobs is None:
+        jobs = 1 if device.type == "cuda" else min(usable_processors(), len(configs))
     for cell, config in configs.items():
         if cell.seed == 0:
             check_file(config)

@@ -105,7 +105,7 @@ def _untrained(config: VAESAEConfig, parts: Parts) -> dict[str, Any]:
     """The measurements of the model before its first step: what random weights give."""
     images = parts.training.images
     model = make_model(config, images.shape[1], mean_pixel(images)).to(images.device).eval()
-    return measures.measure(model, parts.test, config.seed)
+    return measures.measure(model, parts.test, config.seed, monte_carlo=False)
 
 
 @torch.no_grad()

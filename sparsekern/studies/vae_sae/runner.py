@@ -1,4 +1,4 @@
-"""Trains the cells of a reproduction, several at a time, each in a process of its own.
+"""Trains the cells of a reproduction, several at a time, in processes that take one after another.
 
 A cell is a run folder. One that is finished is kept, one that was interrupted goes on, and one that
 another process trains is left to it for a while; so a reproduction that was killed at any moment is
@@ -7,13 +7,16 @@ started again with the same command, and no cell counts twice.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -27,13 +30,6 @@ from .run import saved_config
 
 CELLS = "cells"
 POLL_SECONDS = 0.5
-
-
-@dataclass
-class _Process:
-    cell: Cell
-    process: subprocess.Popen[str]
-    log: IO[str]
 
 
 @dataclass
@@ -87,30 +83,130 @@ def run_cells(
     """
     done = {cell: is_finished(folder, cell, config) for cell, config in configs.items()}
     ended = Ended([cell for cell, finished in done.items() if finished])
-    waiting = [cell for cell, finished in done.items() if not finished]
-    threads = max(1, usable_processors() // min(jobs, max(1, len(waiting))))
-    running: list[_Process] = []
+    waiting = deque(cell for cell, finished in done.items() if not finished)
+    # Whatever is finished already: the number of threads changes the last bits.
+    threads = max(1, usable_processors() // jobs)
     with _stopping() as stop, _bar(folder, configs, progress) as show:
-        while waiting or running:
-            while waiting and len(running) < jobs and not stop:
-                cell = waiting.pop(0)
-                running.append(_start(folder, cell, configs[cell], threads))
-            for job in [job for job in running if job.process.poll() is not None]:
-                running.remove(job)
-                _close(job, folder, ended)
-            if stop:
+        workers = [_Worker(folder, configs, waiting, ended, threads) for _ in range(jobs)]
+        while any(worker.thread.is_alive() for worker in workers):
+            if stop and ended.signal is None:
                 ended.signal = stop[0]
                 waiting.clear()
-                for job in running:
-                    job.process.send_signal(signal.SIGTERM)
-                for job in running:
-                    job.process.wait()
-                    _close(job, folder, ended)
-                return ended
+                for worker in workers:
+                    worker.interrupt()
             show()
             time.sleep(POLL_SECONDS)
         show()
+    if ended.signal is None:
+        for cell in configs:
+            if cell not in ended.finished and cell.name not in ended.failed:
+                ended.failed[cell.name] = "nobody ran it: a worker broke down"
     return ended
+
+
+class _Worker:
+    """Hands cells to a process, and notes how they end; a process that dies is replaced.
+
+    Args:
+        folder: of the reproduction.
+        configs: of the cells.
+        waiting: cells nobody has taken yet; shared with the other workers.
+        ended: where to note; shared with the other workers.
+        threads: of the process.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        configs: Mapping[Cell, VAESAEConfig],
+        waiting: deque[Cell],
+        ended: Ended,
+        threads: int,
+    ) -> None:
+        self.folder, self.configs, self.threads = folder, configs, threads
+        self.waiting, self.ended = waiting, ended
+        self.process: subprocess.Popen[str] | None = None
+        self.interrupted = False
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        """Serves cells until none is waiting."""
+        log = tempfile.TemporaryFile("w+")
+        with log:
+            while not self.interrupted:
+                try:
+                    cell = self.waiting.popleft()
+                except IndexError:
+                    break
+                self._serve(cell, log)
+            self._close()
+
+    def interrupt(self) -> None:
+        """Lets the process save and stop."""
+        self.interrupted = True
+        process = self.process
+        if process is not None:
+            process.send_signal(signal.SIGTERM)
+
+    def _serve(self, cell: Cell, log: IO[str]) -> None:
+        if self.process is None or self.process.poll() is not None:
+            self.process = self._spawned(log)
+        place = cell_folder(self.folder, cell)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        answer = _ask(self.process, {"folder": str(place), "config": asdict(self.configs[cell])})
+        if answer is None:
+            if not self.interrupted:
+                self.ended.failed[cell.name] = _last_words(self.process, log)
+            self.process = None
+        elif answer["error"] is not None:
+            self.ended.failed[cell.name] = answer["error"]
+        elif answer["signal"] is None:
+            self.ended.finished.append(cell)
+        elif not self.interrupted:
+            self.ended.failed[cell.name] = f"its process received signal {answer['signal']}"
+
+    def _spawned(self, log: IO[str]) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", f"{__package__}.worker", str(self.threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            # A terminal's Ctrl-C reaches this process alone, which tells the others.
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(self.threads)},
+        )
+
+    def _close(self) -> None:
+        if self.process is not None and self.process.stdin is not None:
+            # Not communicate(), which reads to the end while the process waits for its input's.
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
+            self.process.wait()
+            if self.process.stdout is not None:
+                self.process.stdout.close()
+
+
+def _ask(process: subprocess.Popen[str], job: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The answer of a worker's process; None when it died."""
+    if process.stdin is None or process.stdout is None:
+        raise RuntimeError("a worker has no pipes")
+    try:
+        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        return None
+    line = process.stdout.readline()
+    return json.loads(line) if line else None
+
+
+def _last_words(process: subprocess.Popen[str], log: IO[str]) -> str:
+    process.wait()
+    log.seek(0)
+    lines = log.read().strip().splitlines()
+    code = f"its process ended with code {process.returncode}"
+    return f"{code}: {lines[-1]}" if lines else code
 
 
 def usable_processors() -> int:
@@ -118,52 +214,6 @@ def usable_processors() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def _start(folder: Path, cell: Cell, config: VAESAEConfig, threads: int) -> _Process:
-    place = cell_folder(folder, cell)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    log = open(place.with_suffix(".log"), "w")
-    process = subprocess.Popen(
-        [sys.executable, "-m", f"{__package__}.worker"],
-        stdin=subprocess.PIPE,
-        stdout=log,
-        stderr=log,
-        text=True,
-        # A terminal's Ctrl-C reaches this process alone, which tells the others.
-        start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-    )
-    job = {"folder": str(place), "config": asdict(config), "threads": threads}
-    if process.stdin is None:
-        raise RuntimeError("a worker has no stdin")
-    try:
-        process.stdin.write(json.dumps(job) + "\n")
-        process.stdin.flush()
-    except BrokenPipeError:
-        pass  # it failed at once; its log says why
-    return _Process(cell, process, log)
-
-
-def _close(job: _Process, folder: Path, ended: Ended) -> None:
-    """Notes how a cell's process ended."""
-    job.log.close()
-    if job.process.stdin is not None:
-        try:
-            job.process.stdin.close()
-        except BrokenPipeError:
-            pass
-    log = cell_folder(folder, job.cell).with_suffix(".log")
-    code = job.process.returncode
-    if code == 0:
-        ended.finished.append(job.cell)
-        log.unlink(missing_ok=True)
-    elif ended.signal is None:
-        lines = log.read_text(errors="replace").strip().splitlines()
-        said = lines[-1] if lines else f"its process ended with code {code}"
-        ended.failed[job.cell.name] = said
-    else:
-        log.unlink(missing_ok=True)
 
 
 @contextmanager

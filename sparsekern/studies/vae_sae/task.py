@@ -15,6 +15,9 @@ from .config import GATED, VAESAEConfig
 from .images import Parts, mean_pixel, pixels
 from .sparsity import L1Steering, ValidationGate
 
+# Times as rarely MIG is estimated after the schedule.
+LATER_MIG = 5
+
 
 class Trained(nn.Module):
     """The model, and what else a checkpoint must hold: all of it in parameters and buffers."""
@@ -77,10 +80,7 @@ class VAESAETask:
         if config.compile:
             model.encoder.compile()
             model.decoder.compile()
-        fused = self.device.type == "cuda"
-        self.optimizer = torch.optim.Adam(
-            model.parameters(), lr=config.learning_rate, fused=fused or None
-        )
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
 
     def begin_epoch(self, epoch: int) -> dict[str, float]:
         """Sets k."""
@@ -168,8 +168,15 @@ class VAESAETask:
             "eval_dead": found.activity.dead_panel()["never"],
             "train_dead": float(self.vae.activity.fraction(self.examples)),
         }
-        if config.mig_every and ((epoch + 1) % config.mig_every == 0 or epoch == 0):
+        if self._wants_mig(epoch):
             facts |= measures.quick_mig(self.vae, parts.test, config.seed)
         if epoch + 1 in (config.epochs, config.all_epochs):
             facts["test"] = measures.measure(self.vae, parts.test, config.seed)
         return facts
+
+    def _wants_mig(self, epoch: int) -> bool:
+        """After the schedule little changes."""
+        every = self.config.mig_every
+        if epoch >= self.config.epochs:
+            every *= LATER_MIG
+        return every > 0 and (epoch == 0 or (epoch + 1) % every == 0)

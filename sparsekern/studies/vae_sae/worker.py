@@ -1,45 +1,63 @@
-"""A process that trains one cell of a reproduction.
+"""A process that trains cells of a reproduction, one after the other.
 
-Reads one line of JSON from stdin: folder, config, threads. When stdin ends, whoever started it is
-gone: it saves and stops, as it does after SIGTERM. Exit codes: 0 done, 2 bad input (one line on
-stderr), 128 + signal when interrupted.
+Reads one line of JSON from stdin for each cell: folder, config. Answers each on stdout with a line
+of JSON: signal (null, or what interrupted it) and error (null, or why it failed). What the cells
+print goes to stderr. When stdin ends, whoever started it is gone or has no more work: it saves and
+stops, as it does after SIGTERM.
+
+One process for many cells, because to start one and to trace the scenes of Shapes3D takes longer
+than an epoch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import queue
 import signal
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 LOCK_SECONDS = 30.0
 
 
-def main() -> int:
-    """Trains the cell that stdin names; returns the exit code."""
-    job = json.loads(sys.stdin.readline())
+def main(threads: int) -> None:
+    """Serves cells until stdin ends, with so many threads."""
     import torch
 
-    from ..configs import EXPECTED_ERRORS
+    torch.set_num_threads(threads)
+    jobs: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(jobs,), daemon=True).start()
+    answers = sys.stdout
+    while (job := jobs.get()) is not None:
+        with contextlib.redirect_stdout(sys.stderr):
+            answer = _answer(Path(job["folder"]), job["config"])
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
 
-    torch.set_num_threads(job["threads"])
-    threading.Thread(target=_stop_at_end_of_input, daemon=True).start()
-    try:
-        return _train(Path(job["folder"]), job["config"])
-    except EXPECTED_ERRORS as error:
-        sys.stderr.write(" ".join(str(error).split()) + "\n")
-        return 2
 
-
-def _stop_at_end_of_input() -> None:
-    sys.stdin.read()
+def _read(jobs: queue.SimpleQueue[dict[str, Any] | None]) -> None:
+    """Passes jobs on; at the end of stdin, interrupts what is running."""
+    for line in sys.stdin:
+        jobs.put(json.loads(line))
+    jobs.put(None)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _train(folder: Path, settings: dict) -> int:
+def _answer(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    from ..configs import EXPECTED_ERRORS
+
+    try:
+        return {"signal": _train(folder, settings), "error": None}
+    except EXPECTED_ERRORS as error:
+        return {"signal": None, "error": " ".join(str(error).split())}
+
+
+def _train(folder: Path, settings: dict[str, Any]) -> int | None:
     from ...training import RunError
     from .config import VAESAEConfig
     from .run import run, saved_config
@@ -51,8 +69,7 @@ def _train(folder: Path, settings: dict) -> int:
     give_up = time.monotonic() + LOCK_SECONDS
     while True:
         try:
-            report = run(config, folder, resume=resume)
-            return 0 if report.outcome.signal is None else 128 + report.outcome.signal
+            return run(config, folder, resume=resume).outcome.signal
         except RunError as error:
             # One that was told to stop a moment ago may still be saving.
             if "another process" not in str(error) or time.monotonic() > give_up:
@@ -62,4 +79,4 @@ def _train(folder: Path, settings: dict) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(int(sys.argv[1]))
