@@ -1,7 +1,7 @@
 """Peak memory of one call beyond what was allocated before it.
 
 Two figures, because neither tells all. `allocated`: torch's allocations and releases in order,
-exact, but blind to what native code takes by itself. `resident`: how far the resident set rose,
+exact, but blind to what native code takes by itself, large outputs among it. `resident`: how far the resident set rose,
 which sees everything the call touched for the first time (Linux only), in whole pages and without
 what the C library could take from memory freed earlier.
 """
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from checkout import sparsekern
 
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
@@ -61,6 +62,8 @@ def _allocated(call: Callable[[], object]) -> int | None:
 def _resident(call: Callable[[], object]) -> int | None:
     """How far the resident set's high-water mark rises above where it stood."""
     try:
+        # Outputs of earlier calls whose memory is kept would not be counted.
+        sparsekern.empty_cache()
         CLEAR.write_text("5")  # resets the high-water mark to the present size
         before = _kilobytes("VmRSS")
         result = call()
