@@ -1,9 +1,9 @@
 """Peak memory of one call beyond what was allocated before it.
 
 Two figures, because neither tells all. `allocated`: torch's allocations and releases in order,
-exact, but blind to what native code takes by itself, large outputs among it. `resident`: how far the resident set rose,
-which sees everything the call touched for the first time (Linux only), in whole pages and without
-what the C library could take from memory freed earlier.
+exact, but blind to what native code takes by itself, large outputs among it. `resident`: how far
+the resident set rose, which sees everything the call touched for the first time (Linux only), in
+whole pages and without what the C library could take from memory freed earlier.
 """
 
 from __future__ import annotations

@@ -65,6 +65,15 @@ def test_every_placement_trains_all_its_weights(placement, sparsifier, side):
         assert output.indices is None and torch.equal(output.values, output.sparse.scores.relu())
     else:
         assert output.values.shape == output.indices.shape == (5, 12)
+    if sparsifier == "topk":
+        everything = small(channels=3, placement=placement, side=side, k=60).eval()
+        found = everything(images)
+        assert found.indices is None and found.values.shape == (5, 60)
+        everything.bottleneck.sparsifier = "through the selection"
+        selected = everything(images)
+        # The same products, in the order of the units in both.
+        assert torch.equal(selected.values, found.values)
+        assert torch.allclose(selected.logits, found.logits, atol=1e-5)
     assert (output.values < 0).any() == (sparsifier == "magnitude")
     vae_sae_loss(output, images).total.backward()
     for name, parameter in model.named_parameters():

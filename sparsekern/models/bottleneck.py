@@ -35,7 +35,7 @@ class BottleneckOutput(NamedTuple):
     values: Tensor
     """Activations of the selected units, [B, K]; of all units, [B, N], where indices is None."""
     indices: Tensor | None
-    """Which units these are, int64 [B, K]; None for all, in order."""
+    """Which units these are, int64 [B, K]; None for all, in order: under L1, and where k is N."""
     output: Tensor
     """[B, E]."""
 
@@ -143,7 +143,8 @@ class SparseBottleneck(nn.Module):
         """x [B, D] floating point."""
         x = self.standardize(x)
         scores, indices = None, None
-        if self.sparsifier == "l1":
+        everything = self.sparsifier == "topk" and self.k == self.units
+        if self.sparsifier == "l1" or everything:
             scores = self.to_units(x)
             values = scores.relu()
         elif self.sparsifier == "topk" and self.units >= WIDE and self.k <= WIDE_SHARE * self.units:

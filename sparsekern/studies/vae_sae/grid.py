@@ -43,7 +43,11 @@ ARMS: dict[str, Arm] = {
     "standardize": Arm("cure", "standardized input of the sparse layer", {"standardize": True}),
     "auxk": Arm("cure", "auxiliary loss of dead units (AuxK on scores)", {"revival": "auxk"}),
     "resample": Arm("cure", "dead units get new weights", {"revival": "resample"}),
-    "homeostasis": Arm("cure", "biases of dead units rise", {"revival": "homeostasis"}),
+    "homeostasis": Arm(
+        "cure",
+        "biases of units that are silent for a fifth of an epoch rise",
+        {"revival": "homeostasis", "dead_after": lambda protocol: max(1, protocol["images"] // 5)},
+    ),
     "warm": Arm(
         "cure",
         "a fifth of the epochs at the first k, then the schedule",
@@ -137,12 +141,12 @@ def cell_config(
     defaults = {item.name: item.default for item in fields(VAESAEConfig)}
     preset_changes = {**PRESETS[preset], **FEWER.get((preset, cell.dataset), {})}
     base = {**defaults, **preset_changes, **overrides}
+    if "images" in overrides and "dead_after" not in overrides:
+        base["dead_after"] = base["images"]  # an epoch, as in the presets
     for name, value in ARMS[cell.arm].changes.items():
         # Extra epochs are a length, which may be another one; anything else makes the arm.
         if name != "extra_epochs" or name not in overrides:
             base[name] = value(base) if callable(value) else value
-    if "images" in overrides and "dead_after" not in overrides:
-        base["dead_after"] = base["images"]  # an epoch, as in the presets
     if ARMS[cell.arm].group != "study":
         base["extra_epochs"] = 0
     return VAESAEConfig(
