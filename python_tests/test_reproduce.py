@@ -233,7 +233,8 @@ def test_killed_and_started_again_it_ends_with_the_same_results(complete, tmp_pa
             time.sleep(0.005)
         process.send_signal(number)
         out, err = process.communicate(timeout=180)
-        assert process.returncode in (0, 130, -signal.SIGKILL), err
+        # -SIGINT: the signal came before the command had begun.
+        assert process.returncode in (0, 130, -number), err
         assert "Traceback" not in err
         if process.returncode == 130:
             assert f"--out {folder}" in out

@@ -84,8 +84,15 @@ def native_module(device_type: str) -> tuple[ModuleType | None, str]:
 
 
 def empty_cache() -> None:
-    """Give the memory of freed large outputs on the CPU back to the system; up to 2 GiB of it is
-    kept for the next outputs of the same sizes. torch.cuda.empty_cache() is the same for GPUs."""
+    """Give the memory of freed large outputs on the CPU back to the system.
+
+    Outputs of 32 MiB and more leave theirs, up to 2 GiB, to the next ones of the same sizes.
+    torch.cuda.empty_cache() is the same for GPUs.
+
+    Example:
+        >>> import sparsekern
+        >>> sparsekern.empty_cache()
+    """
     module, _ = native_module("cpu")
     if module is not None:
         module.release_kept()
