@@ -20,6 +20,8 @@ AUX_SHARE = 0.3
 # The share of the mean activation by which a dead unit's bias rises in a step.
 BIAS_RATE = 0.01
 RESAMPLE_EVERY = 64
+# The share of the schedule in which units are resampled: each time the others have to settle again.
+RESAMPLED_SHARE = 0.8
 # Norm of a new row of the dictionary, as a share of the living rows' mean: larger ones disturb what
 # the others have learnt.
 ANSWER_SHARE = 0.1

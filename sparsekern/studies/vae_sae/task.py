@@ -65,7 +65,7 @@ def make_model(config: VAESAEConfig, channels: int, mean_pixel: float) -> VAESAE
 
 
 class VAESAETask:
-    """Model, data and schedule. Public: see :class:`sparsekern.training.Task`."""
+    """Model, data and schedule; :class:`sparsekern.training.Task` says what the methods are for."""
 
     unit = "image"
 
@@ -76,6 +76,7 @@ class VAESAETask:
         self.examples = len(images)
         model = make_model(config, images.shape[1], mean_pixel(images))
         self.model = Trained(model, config).to(self.device)
+        self.resamples = False
         self.vae = model
         if config.compile:
             model.encoder.compile()
@@ -85,6 +86,7 @@ class VAESAETask:
     def begin_epoch(self, epoch: int) -> dict[str, float]:
         """Sets k."""
         config = self.config
+        self.resamples = epoch < revival.RESAMPLED_SHARE * config.epochs
         at, span = epoch - config.warm_epochs, config.epochs - config.warm_epochs
         if at < 0:
             k = config.k_start
@@ -149,7 +151,7 @@ class VAESAETask:
             return {"aux": error}
         if kind == "homeostasis":
             revival.raise_biases(layer, sparse, dead)
-        elif int(self.model.steps) % revival.RESAMPLE_EVERY == 0:
+        elif self.resamples and int(self.model.steps) % revival.RESAMPLE_EVERY == 0:
             revival.resample(layer, sparse, dead, self.optimizer)
         return {}
 
