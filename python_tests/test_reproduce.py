@@ -150,7 +150,10 @@ def test_a_reproduction_has_its_cells_and_a_report(complete):
     assert not list((complete / "cells").glob("*.log"))
 
 
-def test_finished_cells_are_kept_and_arms_can_be_added(complete, capsys):
+def test_finished_cells_are_kept_and_arms_can_be_added(complete, capsys, tmp_path, monkeypatch):
+    """From a folder in which another package of this name lies, which is not to be taken."""
+    (tmp_path / "sparsekern.py").write_text("raise SystemExit('the wrong package')")
+    monkeypatch.chdir(tmp_path)
     paths = list((complete / "cells").glob("*/results.json"))
     before = {path: path.stat().st_mtime_ns for path in paths}
     flags = ("--datasets", "shapes3d", "--arms", "dense", "--seeds", "1")

@@ -168,7 +168,7 @@ class _Worker:
 
     def _spawned(self, log: IO[str]) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.worker", str(self.threads)],
+            [sys.executable, "-c", _program(self.threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -186,6 +186,14 @@ class _Worker:
             self.process.wait()
             if self.process.stdout is not None:
                 self.process.stdout.close()
+
+
+def _program(threads: int) -> str:
+    """What a worker's process runs: this very package, whatever lies in the current folder."""
+    return (
+        f"import sys; sys.path[:] = {sys.path!r}; "
+        f"from {__package__}.worker import main; main({threads})"
+    )
 
 
 def _ask(process: subprocess.Popen[str], job: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -76,7 +76,3 @@ def _train(folder: Path, settings: dict[str, Any]) -> int | None:
                 raise
             time.sleep(0.2)
             resume = True
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))
