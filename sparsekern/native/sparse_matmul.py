@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..ops.checks import bad_index
-from ..ops.sparse_matmul import column_major
+from ..ops.sparse_matmul import empty_like_dictionary
 from . import DTYPE_TAGS, INDEX_TAGS, launch, new_output, pointer, workspace
 
 
@@ -84,12 +84,7 @@ def sparse_matmul_backward(
     if offsets is None or positions is None:
         offsets, positions = transpose_codes(indices, n)
     grad_values = torch.empty_like(values) if need_values else values.new_empty(0)
-    if not need_weight:
-        grad_weight = weight.new_empty(0)
-    elif column_major(weight):
-        grad_weight = new_output(weight, d, n).t()
-    else:
-        grad_weight = new_output(weight, n, d)
+    grad_weight = empty_like_dictionary(weight, new_output) if need_weight else weight.new_empty(0)
     launch(
         "sparse_matmul_backward",
         grad,

@@ -18,6 +18,7 @@ once by `transpose_codes` for every gradient of a training step that shares thes
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -146,12 +147,15 @@ def sparse_matmul_backward_reference(
     return grad_values, grad_weight
 
 
-def empty_like_dictionary(weight: torch.Tensor) -> torch.Tensor:
-    """An empty tensor in weight's layout: column-major for a transposed view, else row-major."""
+def empty_like_dictionary(
+    weight: torch.Tensor, new: Callable[..., torch.Tensor] = torch.Tensor.new_empty
+) -> torch.Tensor:
+    """An empty tensor in weight's layout: column-major for a transposed view, else row-major; made
+    by new(weight, *shape)."""
     n, d = weight.shape
     if column_major(weight):
-        return weight.new_empty(d, n).t()
-    return weight.new_empty(n, d)
+        return new(weight, d, n).t()
+    return new(weight, n, d)
 
 
 def column_major(weight: torch.Tensor) -> bool:

@@ -30,6 +30,20 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
 
 
+def backend_option() -> Any:
+    """The field of the implementation to use."""
+    return option(
+        "auto",
+        "implementation of the sparse operations",
+        choices=("auto", "reference", "native", "triton"),
+    )
+
+
+def device_option() -> Any:
+    """The field of the device to run on."""
+    return option("auto", "cpu, cuda, or auto: cuda when there is one", metavar="DEVICE")
+
+
 def check_finite(name: str, value: Any) -> None:
     """Refuses NaN and infinities."""
     if isinstance(value, float) and not math.isfinite(value):

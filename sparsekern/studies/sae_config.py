@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..training import LoopConfig
-from .configs import StudyConfig, check_finite, option
+from .configs import StudyConfig, backend_option, check_finite, device_option, option
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -74,12 +74,8 @@ class SAEConfig(StudyConfig):
     seed: int = option(0, "of the weights and of the order of the tokens")
     eval_tokens: int = option(16384, "tokens, drawn from the files, that are measured at the end")
     buffer_rows: int = option(65536, "tokens shuffled together; two such buffers are in memory")
-    backend: str = option(
-        "auto",
-        "implementation of the sparse operations",
-        choices=("auto", "reference", "native", "triton"),
-    )
-    device: str = option("auto", "cpu, cuda, or auto: cuda when there is one", metavar="DEVICE")
+    backend: str = backend_option()
+    device: str = device_option()
     log_every: int = option(10, "steps between two logged steps")
     checkpoint_tokens: int = option(4_000_000, "tokens between two checkpoints", free=True)
     progress: bool = option(True, "show a progress bar", free=True)

@@ -1,5 +1,6 @@
 """Training that knows no model by name: the loop, schedules, checkpoints and run folders."""
 
+from .._system import stop_signals
 from .batches import permuted_rows
 from .checkpoints import CheckpointError
 from .loop import LoopConfig, Outcome, Task, TrainingError, train
@@ -17,5 +18,6 @@ __all__ = [
     "TrainingError",
     "permuted_rows",
     "scheduled_k",
+    "stop_signals",
     "train",
 ]

@@ -141,10 +141,7 @@ class RunFolder:
         """The logged records whose "kind" is this."""
         if self._metrics is not None:
             self._metrics.flush()
-        if not (self.path / METRICS).exists():
-            return []
-        with open(self.path / METRICS) as file:
-            return [record for record in map(json.loads, file) if record["kind"] == kind]
+        return read_metrics(self.path, kind)
 
     def close(self) -> None:
         """Closes the metrics and releases the lock."""
@@ -162,6 +159,14 @@ class RunFolder:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def read_metrics(path: Path, kind: str) -> list[dict[str, Any]]:
+    """The records of a run folder whose "kind" is this, as far as they are on the disk."""
+    if not (path / METRICS).exists():
+        return []
+    with open(path / METRICS) as file:
+        return [record for record in map(json.loads, file) if record["kind"] == kind]
 
 
 def _lock(path: Path) -> FileLock:

@@ -14,7 +14,7 @@ from typing import Any
 from ...models.bottleneck import SPARSIFIERS
 from ...models.vae_sae import PLACEMENTS
 from ...training import SCHEDULES, LoopConfig
-from ..configs import StudyConfig, option
+from ..configs import StudyConfig, backend_option, device_option, option
 
 DATASETS = ("dsprites", "shapes3d")
 SIDES = (64, 32)
@@ -108,12 +108,8 @@ class VAESAEConfig(StudyConfig):
         "float32", "of products and convolutions; weights are float32", choices=PRECISIONS
     )
     compile: bool = option(False, "compile the convolutions (torch.compile)")
-    backend: str = option(
-        "auto",
-        "implementation of the sparse operations",
-        choices=("auto", "reference", "native", "triton"),
-    )
-    device: str = option("auto", "cpu, cuda, or auto: cuda when there is one", metavar="DEVICE")
+    backend: str = backend_option()
+    device: str = device_option()
     log_every: int = option(10, "steps between two logged steps")
     checkpoint_every: int = option(500, "steps between two checkpoints inside an epoch", free=True)
     progress: bool = option(True, "show a progress bar", free=True)

@@ -124,11 +124,10 @@ def reproduce(
         raise RunError(f"another process is writing the report in {folder}") from error
     with lock:
         asked = _merged(request, folder)
-        for cell, config in configs.items():
-            is_finished(folder, cell, config)
+        finished = [cell for cell, config in configs.items() if is_finished(folder, cell, config)]
         text = json.dumps(asked, indent=2) + "\n"
         write_atomically(folder / REQUEST, text.encode())
-        ended = run_cells(folder, configs, jobs=jobs, progress=progress)
+        ended = run_cells(folder, configs, finished, jobs=jobs, progress=progress)
         everything = cells(asked["datasets"], asked["arms"], range(asked["seeds"]))
         found = read_cells(folder, everything)
         if found:

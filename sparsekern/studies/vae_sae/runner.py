@@ -23,7 +23,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from ...training import RunError
+from ...training import RunError, stop_signals
+from ...training.runs import read_metrics
 from .config import VAESAEConfig
 from .grid import Cell
 from .run import saved_config
@@ -68,25 +69,27 @@ def is_finished(folder: Path, cell: Cell, config: VAESAEConfig) -> bool:
 
 
 def run_cells(
-    folder: Path, configs: Mapping[Cell, VAESAEConfig], *, jobs: int, progress: bool
+    folder: Path,
+    configs: Mapping[Cell, VAESAEConfig],
+    finished: Sequence[Cell],
+    *,
+    jobs: int,
+    progress: bool,
 ) -> Ended:
     """Trains what is not finished yet.
 
     Args:
         folder: of the reproduction.
         configs: what to run, in this order.
+        finished: those of them that have their results; see :func:`is_finished`.
         jobs: processes at a time, >= 1; they share the processors.
         progress: show one bar for all.
-
-    Raises:
-        RunError: a cell's folder holds a run with other settings; nothing was started.
     """
-    done = {cell: is_finished(folder, cell, config) for cell, config in configs.items()}
-    ended = Ended([cell for cell, finished in done.items() if finished])
-    waiting = deque(cell for cell, finished in done.items() if not finished)
+    ended = Ended(list(finished))
+    waiting = deque(cell for cell in configs if cell not in finished)
     # Whatever is finished already: the number of threads changes the last bits.
     threads = max(1, usable_processors() // jobs)
-    with _stopping() as stop, _bar(folder, configs, progress) as show:
+    with stop_signals() as stop, _bar(folder, configs, progress) as show:
         workers = [_Worker(folder, configs, waiting, ended, threads) for _ in range(jobs)]
         while any(worker.thread.is_alive() for worker in workers):
             if stop and ended.signal is None:
@@ -225,24 +228,6 @@ def usable_processors() -> int:
 
 
 @contextmanager
-def _stopping() -> Iterator[list[int]]:
-    """A list that receives the first SIGINT or SIGTERM; in the main thread only."""
-    stop: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [
-        signal.signal(number, lambda number, frame: stop.append(number)) for number in numbers
-    ]
-    try:
-        yield stop
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
-
-
-@contextmanager
 def _bar(folder: Path, configs: Mapping[Cell, VAESAEConfig], progress: bool) -> Iterator[Any]:
     """A function that brings a bar of epochs up to date."""
     from tqdm import tqdm
@@ -256,11 +241,15 @@ def _bar(folder: Path, configs: Mapping[Cell, VAESAEConfig], progress: bool) -> 
         dynamic_ncols=True,
     )
 
+    counts = dict.fromkeys(configs, 0)
+
     def show() -> None:
-        counts = [epochs_done(cell_folder(folder, cell)) for cell in configs]
-        finished = sum(n == c.all_epochs for n, c in zip(counts, configs.values(), strict=True))
+        for cell, config in configs.items():
+            if counts[cell] < config.all_epochs:
+                counts[cell] = epochs_done(cell_folder(folder, cell))
+        finished = sum(counts[cell] == config.all_epochs for cell, config in configs.items())
         bar.set_description(f"{finished}/{len(configs)} cells", refresh=False)
-        bar.update(sum(counts) - bar.n)
+        bar.update(sum(counts.values()) - bar.n)
 
     with bar:
         if progress:
@@ -284,11 +273,9 @@ def read_cells(folder: Path, wanted: Sequence[Cell]) -> dict[Cell, dict[str, Any
         place = cell_folder(folder, cell)
         if not (place / "results.json").exists():
             continue
-        with open(place / "metrics.jsonl") as file:
-            records = [json.loads(line) for line in file if line.startswith('{"kind": "epoch"')]
         found[cell] = {
             "config": asdict(saved_config(place)),
             "results": json.loads((place / "results.json").read_text()),
-            "epochs": records,
+            "epochs": read_metrics(place, "epoch"),
         }
     return found

@@ -60,12 +60,10 @@ def _answer(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 def _train(folder: Path, settings: dict[str, Any]) -> int | None:
     from ...training import RunError
     from .config import VAESAEConfig
-    from .run import run, saved_config
+    from .run import run
 
     config = VAESAEConfig(**settings)
     resume = (folder / "config.json").exists()
-    if resume and saved_config(folder).identity() != config.identity():
-        raise RunError(f"folder {folder} holds a run with other settings")
     give_up = time.monotonic() + LOCK_SECONDS
     while True:
         try:

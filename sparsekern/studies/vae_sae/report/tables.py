@@ -8,10 +8,10 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ....data import dsprites, shapes3d
 from .. import grid
 from ..config import VAESAEConfig
 from ..grid import Cell
+from ..images import SETS
 from .summary import (
     Content,
     Measured,
@@ -20,10 +20,7 @@ from .summary import (
     returned,
 )
 
-FACTORS: dict[str, tuple[str, ...]] = {
-    "dsprites": dsprites.FACTORS,
-    "shapes3d": shapes3d.FACTORS,
-}
+FACTORS = {name: images.factors.names for name, images in SETS.items()}
 OWN_COLUMNS = ("dataset", "data", "seed", "progress")
 MIGS = ("mig", "mig_code", "mig_monte_carlo")
 
