@@ -5,11 +5,14 @@ import json
 import signal
 import struct
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
-from test_training import one_thread, spawn
+from processes import spawn
+from test_training import one_thread
 
+import sparsekern
 from sparsekern.cli import main
 from sparsekern.data import rendered
 
@@ -91,6 +94,11 @@ def test_the_same_seed_gives_the_same_run_and_another_another(complete, tmp_path
     assert records(tmp_path / "same", "step") == records(complete, "step")
     assert train(*TINY, "--seed", 1, "--epochs", 1, "--out", tmp_path / "other") == 0
     assert records(tmp_path / "other", "step")[0] != records(complete, "step")[0]
+
+
+def test_started_processes_import_the_package_under_test():
+    out, err = spawn("-c", "import sparsekern; print(sparsekern.__file__)").communicate()
+    assert out.strip() == str(Path(sparsekern.__file__).resolve()), err
 
 
 def test_a_process_interrupted_by_the_user_resumes_to_the_same_metrics(complete, tmp_path, capsys):

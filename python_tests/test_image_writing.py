@@ -8,7 +8,7 @@ import zlib
 
 import filelock
 import pytest
-from test_training import spawn
+from processes import spawn
 
 from sparsekern.cli import main
 from sparsekern.data import (

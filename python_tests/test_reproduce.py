@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 from filelock import FileLock
-from test_training import spawn
+from processes import spawn
 
 from sparsekern.cli import main
 from sparsekern.data import dsprites

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import spawn
 from torch import nn
 
 from sparsekern.training import (
@@ -341,18 +341,6 @@ def test_resuming_a_complete_run_leaves_the_task_as_the_last_epoch_did(complete)
     task = Noisy()
     resume(complete, task)
     assert task.k == 8 and not task.model.training
-
-
-def spawn(*arguments):
-    """A Python process that sees this package and, like these tests, uses one thread."""
-    here = str(Path(__file__).resolve().parent.parent)
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        env={**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def launch(folder):
