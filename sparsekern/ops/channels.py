@@ -1,0 +1,88 @@
+"""Tensors with channels: which dimension holds them, and how they lie in memory.
+
+Kernels see one form, [outer, C, inner], contiguous. Channels first, [B, C, H, W], is outer = B,
+inner = H * W; channels last, [B, H, W, C] or torch.channels_last, is outer = B * H * W, inner = 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from .checks import check_floating
+
+
+class Layout(NamedTuple):
+    """A tensor in the kernels' form, and the way back."""
+
+    tensor: torch.Tensor
+    """[outer, C, inner], contiguous."""
+    shape: torch.Size
+    """Of the tensor, its channels last if moved."""
+    dim: int
+    """Which dimension held the channels."""
+    moved: bool
+    """Whether they lie last in memory, but not in the tensor."""
+
+    def restored(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of this form in the shape, and with the strides, that the first one had."""
+        tensor = tensor.view(self.shape)
+        return tensor.movedim(-1, self.dim) if self.moved else tensor
+
+
+def check_channels(op: str, x: torch.Tensor, channel_dim: int) -> int:
+    """The dimension of the channels of a floating tensor, counted from 0."""
+    check_floating(op, "x", x)
+    if not -x.dim() <= channel_dim < x.dim():
+        raise ValueError(
+            f"{op}: channel_dim must lie in {-x.dim()}..{x.dim() - 1} (x has {x.dim()} "
+            f"dimensions), got {channel_dim}"
+        )
+    return channel_dim % x.dim()
+
+
+def layout(x: torch.Tensor, dim: int) -> Layout:
+    """x in the kernels' form; copied only if it is contiguous neither as it is nor with its
+    channels last."""
+    moved = False
+    if not x.is_contiguous():
+        last = x.movedim(dim, -1)
+        moved = last.is_contiguous()
+        x = last if moved else x.contiguous()
+    at = x.dim() - 1 if moved else dim
+    outer, inner = math.prod(x.shape[:at]), math.prod(x.shape[at + 1 :])
+    return Layout(x.view(outer, x.shape[at], inner), x.shape, dim, moved)
+
+
+def channels_of(indices: torch.Tensor, channels: int, inner: int) -> torch.Tensor:
+    """The channel of each flat index into a tensor [outer, channels, inner]."""
+    return indices // inner % channels
+
+
+def across(tensor: torch.Tensor, dims: int, dim: int) -> torch.Tensor:
+    """[C] so that it broadcasts against a tensor of `dims` dimensions with its channels in dim."""
+    return tensor.view(-1, *[1] * (dims - 1 - dim))
+
+
+def pooled_dims(dims: int, dim: int) -> list[int]:
+    """All dimensions but that of the channels."""
+    return [other for other in range(dims) if other != dim]
+
+
+def one_by_one(op: Callable[[], Callable[..., Any]]) -> Any:
+    """A vmap rule: entry by entry, since each has thresholds and counts of its own."""
+
+    def rule(info: Any, in_dims: Any, *args: Any) -> Any:
+        dims = [*in_dims, *[None] * (len(args) - len(in_dims))]
+        found = []
+        for entry in range(info.batch_size):
+            pairs = zip(args, dims, strict=True)
+            found.append(op()(*(a if dim is None else a.select(dim, entry) for a, dim in pairs)))
+        if isinstance(found[0], torch.Tensor):
+            return torch.stack(found), 0
+        return tuple(map(torch.stack, zip(*found, strict=True))), (0,) * len(found[0])
+
+    return rule
