@@ -248,7 +248,7 @@ _pointwise_conv: Callable[..., Any] = _library.define(
     "(Tensor values, Tensor indices, Tensor weight, Tensor? bias, SymInt outer, SymInt inner)"
     " -> Tensor",
     reference=pointwise_conv_reference,
-    implementations={name: _native(name) for name in ("native", "triton")},
+    implementations={"native": _native("native")},
     fake=_fake,
     setup_context=_setup,
     backward=_backward,
@@ -259,6 +259,6 @@ _pointwise_conv_backward: Callable[..., Any] = _library.define(
     "(Tensor grad, Tensor values, Tensor indices, Tensor weight)"
     " -> (Tensor grad_values, Tensor grad_weight, Tensor grad_bias)",
     reference=pointwise_conv_backward_reference,
-    implementations={name: _native_backward(name) for name in ("native", "triton")},
+    implementations={"native": _native_backward("native")},
     fake=_fake_backward,
 )

@@ -57,7 +57,7 @@ def channel_threshold(x: torch.Tensor, density: float, *, channel_dim: int = 1) 
     op = "channel_threshold"
     dim = check_channels(op, x, channel_dim)
     check_density(op, density)
-    return _channel_threshold(x, rank_of(op, x, density, dim), dim)
+    return _channel_threshold(x.detach(), rank_of(op, x, density, dim), dim)
 
 
 # -- checks ----------------------------------------------------------------------------------------
