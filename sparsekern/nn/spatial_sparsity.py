@@ -72,6 +72,8 @@ class SpatialSparsity(nn.Module):
     accumulate: int | None
     affine: bool | None
     channel_dim: int
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
     threshold: Tensor
     running_mean: Tensor
     running_var: Tensor
@@ -201,7 +203,7 @@ class SpatialSparsity(nn.Module):
     def _frozen(self) -> tuple[Tensor, Tensor]:
         """Scale and shift of the normalisation in evaluation mode."""
         scale = (self.running_var + EPS).rsqrt()
-        if self.affine:
+        if self.weight is not None and self.bias is not None:
             scale = scale * self.weight
             return scale, self.bias - self.running_mean * scale
         return scale, -self.running_mean * scale
