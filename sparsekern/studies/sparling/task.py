@@ -94,7 +94,7 @@ class SparlingTask:
         )
         model = make_model(config, domain)
         if len(domain.space) == 2:
-            model = model.to(memory_format=torch.channels_last)
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.motifs = model
         self.model = Trained(model, gate).to(device)
         self.optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
