@@ -11,7 +11,8 @@ from processes import spawn
 
 from sparsekern.cli import main
 from sparsekern.data import dsprites
-from sparsekern.studies.vae_sae import grid, runner
+from sparsekern.studies.reproduction import epochs_done
+from sparsekern.studies.vae_sae import grid
 from sparsekern.studies.vae_sae.grid import ARMS, Cell, cell_config, cells, parsed_overrides
 from sparsekern.studies.vae_sae.reproduce import Request
 
@@ -232,7 +233,7 @@ def test_killed_and_started_again_it_ends_with_the_same_results(complete, tmp_pa
     for epochs in (1, 3):  # once in the middle of the cells, once further on
         process = spawn("-m", "sparsekern", *words)
         places = [folder / "cells" / f"shapes3d-{arm}-0" for arm in ("topk", "fixed")]
-        while sum(map(runner.epochs_done, places)) < epochs and process.poll() is None:
+        while sum(map(epochs_done, places)) < epochs and process.poll() is None:
             time.sleep(0.005)
         process.send_signal(number)
         out, err = process.communicate(timeout=180)

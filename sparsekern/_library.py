@@ -33,11 +33,9 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _definitions = torch.library.Library(NAMESPACE, "DEF")
 _operations: dict[str, Operation] = {}
-# One choice for the whole process: autograd runs backward passes on threads of its own, which a
-# thread-local would miss.
+# For the whole process: autograd's own threads would miss a thread-local choice.
 _forced: list[str] = []
-# Stand-ins for the compiled modules by device type, used by the tests that run the CUDA sources on
-# a CPU.
+# By device type, for the tests that run the CUDA sources on a CPU.
 _stand_ins: dict[str, ModuleType] = {}
 
 
@@ -227,12 +225,11 @@ def define(
 ) -> Callable[..., Any]:
     """Register one operation with torch and return it.
 
-    name: operation name inside the namespace. schema: torch schema without the name. reference,
-        implementations:
+    name: inside the namespace. schema: torch's, without the name. reference, implementations:
     functions of the schema's positional arguments. fake: shapes and dtypes only. backward,
     setup_context: the one gradient that every backend shares. vmap: as in
-        torch.library.register_vmap. autocast: maps (arguments, dtype)
-    to the arguments to use inside an autocast region.
+    torch.library.register_vmap. autocast: maps (arguments, dtype) to the arguments to use inside an
+    autocast region.
     """
     operation = Operation(name, schema, reference, implementations)
     _operations[name] = operation
@@ -251,6 +248,11 @@ def define(
         for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             _definitions.impl(name, _autocast_rule(overload, autocast, device_type), key)
     return _entrance(operation, overload)
+
+
+def unknown_size() -> Any:
+    """In a fake: the size of a dimension that depends on the data."""
+    return torch.library.get_ctx().new_dynamic_size()
 
 
 def _entrance(operation: Operation, overload: Callable[..., Any]) -> Callable[..., Any]:

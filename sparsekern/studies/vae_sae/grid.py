@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from operator import itemgetter
 from typing import Any, NamedTuple
 
+from ..reproduction import parsed_settings
 from .config import VAESAEConfig
 
 EXTRA_EPOCHS = 100
@@ -160,37 +161,5 @@ def parsed_overrides(settings: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError: an unknown name, a value of the wrong type, or a field that the grid sets.
     """
-    kinds = typing.get_type_hints(VAESAEConfig)
     taken = {"dataset", "data", "seed", "progress"}
-    found: dict[str, Any] = {}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        name = name.replace("-", "_")
-        if not equals or name not in kinds or name in taken:
-            known = ", ".join(sorted(set(kinds) - taken))
-            raise ValueError(f"--set must be NAME=VALUE with NAME one of {known}, got {setting!r}")
-        try:
-            found[name] = _parsed(kinds[name], text)
-        except ValueError:
-            raise ValueError(f"--set {name} must be {kinds[name].__name__}, got {text!r}") from None
-    return found
-
-
-def _parsed(kind: Any, text: str) -> Any:
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError(text)
-        return text.lower() == "true"
-    return kind(text)
-
-
-def checked_names(option: str, names: Sequence[str], known: Sequence[str]) -> list[str]:
-    """The names without repetitions.
-
-    Raises:
-        ValueError: one is unknown.
-    """
-    for name in names:
-        if name not in known:
-            raise ValueError(f"{option} must be among {', '.join(known)}, got {name!r}")
-    return list(dict.fromkeys(names))
+    return parsed_settings(settings, typing.get_type_hints(VAESAEConfig), taken)
