@@ -44,7 +44,7 @@ def _add_vae_sae(studies: Any) -> None:
     add("--data", nargs="+", metavar="SET=FILE", default=[],
         help="published files of the data sets; others are rendered")  # fmt: skip
     add("--set", nargs="+", metavar="NAME=VALUE", default=[], dest="settings",
-        help="change the protocol: any flag of 'train vae-sae'")  # fmt: skip
+        help="change the protocol: flags of 'train vae-sae' that no arm sets")  # fmt: skip
     add("--jobs", type=int, help="cells at a time (default: the processors, or 1 with a GPU)")
     add("--progress", action=argparse.BooleanOptionalAction, default=True,
         help="show a progress bar (default: yes)")  # fmt: skip

@@ -76,14 +76,26 @@ def _unit(width: int, dims: int) -> nn.Sequential:
 
 
 class PatchMotifs(nn.Sequential):
-    """A small local network: each patch of `field` x `field` pixels through two hidden layers of
-    `width` units with batch normalisation and ReLU."""
+    """A small local network for images: each patch of `field` (height, width) pixels through two
+    hidden layers of `width` units with batch normalisation and ReLU.
 
-    def __init__(self, in_channels: int, channels: int, *, field: int = 7, width: int = 16) -> None:
-        if field % 2 == 0:
-            raise ValueError(f"PatchMotifs: field must be odd, got {field}")
+    A field no larger than a motif keeps the activations inside it: what sees a motif from outside
+    sees less of it.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        *,
+        field: tuple[int, int] = (7, 5),
+        width: int = 16,
+    ) -> None:
+        if any(size % 2 == 0 or size < 1 for size in field):
+            raise ValueError(f"PatchMotifs: field must be two odd numbers, got {field}")
+        padding = (field[0] // 2, field[1] // 2)
         super().__init__(
-            nn.Conv2d(in_channels, width, field, padding=field // 2, bias=False),
+            nn.Conv2d(in_channels, width, field, padding=padding, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(),
             nn.Conv2d(width, width, 1, bias=False),

@@ -39,7 +39,11 @@ ARMS: dict[str, Arm] = {
         "L1, steered so that L0 follows the same schedule",
         {"sparsifier": "l1", "extra_epochs": EXTRA_EPOCHS},
     ),
-    "dense": Arm("control", "never sparsified", {"k_end": itemgetter("k_start")}),
+    "dense": Arm(
+        "control",
+        "never sparsified",
+        {"k_start": itemgetter("units"), "k_end": itemgetter("units")},
+    ),
     "fixed": Arm("control", "the final k from the first epoch", {"k_start": itemgetter("k_end")}),
     "standardize": Arm("cure", "standardized input of the sparse layer", {"standardize": True}),
     "auxk": Arm("cure", "auxiliary loss of dead units (AuxK on scores)", {"revival": "auxk"}),
@@ -161,5 +165,6 @@ def parsed_overrides(settings: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError: an unknown name, a value of the wrong type, or a field that the grid sets.
     """
-    taken = {"dataset", "data", "seed", "progress"}
+    # The last two are what makes an arm.
+    taken = {"dataset", "data", "seed", "progress", "sparsifier", "revival"}
     return parsed_settings(settings, typing.get_type_hints(VAESAEConfig), taken)

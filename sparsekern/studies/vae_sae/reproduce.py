@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -85,6 +86,17 @@ class Request:
             parsed_overrides(settings),
         )
 
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the data files, by data set: a file may move, but not change."""
+        found = {}
+        for name, path in self.data.items():
+            digest = hashlib.sha256()
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+            found[name] = digest.hexdigest()
+        return found
+
     def configs(self) -> dict[Cell, VAESAEConfig]:
         """What each cell runs."""
         wanted = cells(self.datasets, self.arms, range(self.seeds))
@@ -123,11 +135,9 @@ def reproduce(
             check_file(config)
     folder = Path(folder)
     with locked(folder):
+        new = {**json.loads(json.dumps(asdict(request))), "digests": request.digests()}
         asked = merged_request(
-            json.loads(json.dumps(asdict(request))),
-            folder,
-            fixed=("preset", "overrides", "data"),
-            lists=("datasets", "arms"),
+            new, folder, fixed=("preset", "overrides", "digests"), lists=("datasets", "arms")
         )
         finished = [c for c, config in configs.items() if is_finished(STUDY, folder, c, config)]
         text = json.dumps(asked, indent=2) + "\n"
