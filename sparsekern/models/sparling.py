@@ -177,7 +177,9 @@ class Widening(nn.Module):
         cell = places[:, 0]
         for dim, count in enumerate(cells):
             cell = cell * count + places[:, 1 + dim] // self.pool
-        rows = bias.expand(batch * math.prod(cells), -1).scatter_reduce(
+        count = batch * math.prod(cells)
+        full = torch.bincount(cell, minlength=count) == self.pool**self.dims
+        rows = torch.where(full.unsqueeze(1), -math.inf, bias).scatter_reduce(
             0,
             cell.unsqueeze(1).expand(-1, len(weight)),
             F.linear(columns, weight, bias),
