@@ -13,7 +13,7 @@ constexpr int kOwn = 2;
 constexpr int kCodesAtOnce = 8;
 constexpr int64_t kOutputsAtOnce = kOwn * kWarp;
 // Warps that the codes are dealt to at most: more sums to add up in the end than that do not pay.
-constexpr int64_t kMostChunks = 4096;
+constexpr int64_t kMostChunks = 2048;
 
 template <class Values, class Weight>
 struct Gradients {

@@ -136,7 +136,7 @@ int check_ranks(const Case& c, int* cases) {
   int failures = 0;
   for (const int64_t rank : {int64_t{1}, n, (n + 1) / 2, n - n / 10}) {
     for (int way = 0; way < static_cast<int>(Way::count); ++way) {
-      if (++turn % (sparsekern::emulation::quick ? 9 : 3) != 0) continue;
+      if (++turn % (sparsekern::emulation::quick ? 9 : 5) != 0) continue;
       ++*cases;
       const cuda::ThresholdPlan plan = plan_of(c, static_cast<Way>(way));
       std::vector<unsigned char> workspace(cuda::planned_workspace(plan, c.channels, c.dtype),
@@ -297,9 +297,9 @@ int check_threshold(int* cases) {
   int failures = check_public(cases);
   int turn = 0;
   for (const Shape& shape : kShapes) {
-    for (int repeat = 0; repeat < 9; ++repeat) {
+    for (int repeat = 0; repeat < 7; ++repeat) {
       ++turn;
-      if (sparsekern::emulation::quick && turn % 4 != 0) continue;
+      if (sparsekern::emulation::quick && turn % 5 != 0) continue;
       const Case c = next_case(shape, turn);
       failures += check_ranks(c, cases);
       failures += check_relu(c, turn % 2 == 0, cases);
@@ -307,7 +307,7 @@ int check_threshold(int* cases) {
     }
   }
   for (const Shape& shape : kWideShapes) {
-    for (int repeat = 0; repeat < (sparsekern::emulation::quick ? 1 : 6); ++repeat) {
+    for (int repeat = 0; repeat < (sparsekern::emulation::quick ? 1 : 4); ++repeat) {
       const Case c = next_case(shape, ++turn);
       failures += check_relu(c, turn % 2 == 0, cases);
       failures += check_codes(c, turn % 2 == 1, cases);
