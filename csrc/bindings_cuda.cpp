@@ -15,7 +15,9 @@
 #include "cuda/activity.h"
 #include "cuda/adam.h"
 #include "cuda/architectures.h"
+#include "cuda/pointwise_conv.h"
 #include "cuda/sparse_matmul.h"
+#include "cuda/threshold.h"
 #include "cuda/topk.h"
 #include "cuda/transpose.h"
 
@@ -99,6 +101,51 @@ void adam_step(Address parameter, Address grad, Address mean, Address square, in
                   static_cast<float>(weight_decay), unit_rows, stream_of(context));
 }
 
+void channel_threshold(Address x, int dtype, int64_t outer, int64_t channels, int64_t inner,
+                       int64_t rank, Address thresholds, Address workspace, Address context) {
+  cuda::channel_threshold(at(x), dtype, outer, channels, inner, rank, at(thresholds), at(workspace),
+                          stream_of(context));
+}
+
+void threshold_relu(Address x, int dtype, int64_t outer, int64_t channels, int64_t inner,
+                    Address threshold, Address scale, Address shift, Address y, Address counts,
+                    Address context) {
+  cuda::threshold_relu(at(x), dtype, outer, channels, inner, at<float>(threshold), at<float>(scale),
+                       at<float>(shift), at(y), at<int64_t>(counts), stream_of(context));
+}
+
+void threshold_codes(Address x, int dtype, int64_t outer, int64_t channels, int64_t inner,
+                     Address threshold, Address scale, Address shift, int64_t capacity,
+                     Address values, Address indices, Address counts, Address workspace,
+                     Address context) {
+  cuda::threshold_codes(at(x), dtype, outer, channels, inner, at<float>(threshold),
+                        at<float>(scale), at<float>(shift), capacity, at(values),
+                        at<int64_t>(indices), at<int64_t>(counts), at(workspace),
+                        stream_of(context));
+}
+
+void pointwise_conv(Address values, int dtype, Address indices, int index_tag, int64_t count,
+                    int64_t outer, int64_t channels, int64_t inner, Address weight,
+                    int weight_dtype, int64_t outputs, int64_t stride_outputs,
+                    int64_t stride_channels, Address bias, Address out, Address workspace,
+                    Address context) {
+  cuda::pointwise_conv(at(values), dtype, at(indices), index_tag, count, outer, channels, inner,
+                       at(weight), weight_dtype, outputs, stride_outputs, stride_channels, at(bias),
+                       at(out), at(workspace), stream_of(context));
+}
+
+void pointwise_conv_backward(Address grad, int dtype, Address values, Address indices,
+                             int index_tag, int64_t count, int64_t outer, int64_t channels,
+                             int64_t inner, Address weight, int weight_dtype, int64_t outputs,
+                             int64_t stride_outputs, int64_t stride_channels, Address grad_values,
+                             Address grad_weight, Address grad_bias, Address workspace,
+                             Address context) {
+  cuda::pointwise_conv_backward(at(grad), dtype, at(values), at(indices), index_tag, count, outer,
+                                channels, inner, at(weight), weight_dtype, outputs, stride_outputs,
+                                stride_channels, at(grad_values), at(grad_weight), at(grad_bias),
+                                at(workspace), stream_of(context));
+}
+
 std::map<std::string, std::string> build_info() {
 #ifdef SPARSEKERN_EMULATION
   const char* kind = "emulation";
@@ -122,5 +169,16 @@ PYBIND11_MODULE(SPARSEKERN_CUDA_MODULE, m) {
   m.def("sparse_matmul_backward", &sparse_matmul_backward, release);
   m.def("count_active", &count_active, release);
   m.def("adam_step", &adam_step, release);
+  m.def("channel_threshold_workspace", &cuda::channel_threshold_workspace);
+  m.def("channel_threshold", &channel_threshold, release);
+  m.def("threshold_relu", &threshold_relu, release);
+  m.def("threshold_codes_workspace", &cuda::threshold_codes_workspace);
+  m.def("threshold_codes", &threshold_codes, release);
+  m.def("pointwise_conv_workspace", &cuda::pointwise_conv_workspace);
+  m.def("pointwise_conv", &pointwise_conv, release);
+  m.def("pointwise_conv_backward_workspace", &cuda::pointwise_conv_backward_workspace);
+  m.def("pointwise_conv_backward", &pointwise_conv_backward, release);
+  // Its two convolutions want the codes grouped, by site and by channel; those of _native do not.
+  m.attr("GROUPED_CODES") = true;
   m.def("build_info", &build_info);
 }

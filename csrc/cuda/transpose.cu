@@ -6,8 +6,8 @@
 // depends on how the entries are spread over the latents: one latent in every row costs the same
 // as a uniform spread.
 #include "cuda/dtypes.cuh"
+#include "cuda/scan.cuh"
 #include "cuda/transpose.h"
-#include "cuda/transpose_scan.cuh"
 
 namespace sparsekern::cuda {
 

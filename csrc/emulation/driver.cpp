@@ -54,6 +54,8 @@ int main_with(int count, char** arguments) {
     failures += report("topk", check_topk);
     failures += report("products", check_products);
     failures += report("adam", check_adam);
+    failures += report("threshold", check_threshold);
+    failures += report("pointwise", check_pointwise);
   }
   return failures == 0 ? 0 : 1;
 }

@@ -22,3 +22,5 @@ bool plant(const std::string& mistake);
 int check_topk(int* cases);
 int check_products(int* cases);
 int check_adam(int* cases);
+int check_threshold(int* cases);
+int check_pointwise(int* cases);

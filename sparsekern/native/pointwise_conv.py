@@ -1,10 +1,16 @@
-"""Calls of the native sparse 1x1 convolution, for the CPU and for CUDA."""
+"""Calls of the native sparse 1x1 convolution, for the CPU and for CUDA.
+
+The kernels of the CPU take the codes in any order. Those of CUDA find the codes of a site, or of a
+channel, next to each other: the codes are grouped here, by a stable sort, so that sums keep their
+order.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from . import DTYPE_TAGS, INDEX_TAGS, launch, new_output, pointer, workspace
+from ..ops.channels import channels_of
+from . import DTYPE_TAGS, INDEX_TAGS, launch, module_for, new_output, pointer, workspace
 
 
 def pointwise_conv(
@@ -18,6 +24,10 @@ def pointwise_conv(
     """values, indices [M], weight [E, C] of any strides, bias [E] of its dtype -> out
     [outer, E, inner]."""
     outputs, channels = weight.shape
+    if _wants_groups(values):
+        sites = indices.long() // max(channels * inner, 1) * inner + indices % max(inner, 1)
+        order = _order(sites, outer * inner, indices, outer * channels * inner)
+        values, indices = values[order], indices[order]
     out = new_output(values, outer, outputs, inner)
     scratch = workspace("pointwise_conv_workspace", values, len(values), outer, outputs, inner)
     launch(
@@ -50,6 +60,11 @@ def pointwise_conv_backward(
     [M], weight [E, C] and bias [E]."""
     outer, outputs, inner = grad.shape
     channels = weight.shape[1]
+    order = None
+    if _wants_groups(values):
+        found = channels_of(indices.long(), max(channels, 1), max(inner, 1))
+        order = _order(found, channels, indices, outer * channels * inner)
+        values, indices = values[order], indices[order]
     grad_values = torch.empty_like(values)
     grad_weight = weight.new_empty(outputs, channels)
     grad_bias = weight.new_empty(outputs)
@@ -78,4 +93,19 @@ def pointwise_conv_backward(
         grad_bias.data_ptr(),
         pointer(scratch),
     )
+    if order is not None:
+        grad_values = torch.empty_like(grad_values).scatter_(0, order, grad_values)
     return grad_values, grad_weight, grad_bias
+
+
+def _wants_groups(values: torch.Tensor) -> bool:
+    return getattr(module_for(values), "GROUPED_CODES", False)
+
+
+def _order(keys: torch.Tensor, limit: int, indices: torch.Tensor, size: int) -> torch.Tensor:
+    """The codes by ascending key below `limit`, those of one key as they come, and last the ones
+    whose index lies outside 0..size-1."""
+    keys = torch.where((indices >= 0) & (indices < size), keys, limit)
+    if limit < 2**31:  # half as many passes of a radix sort
+        keys = keys.int()
+    return keys.argsort(stable=True)
