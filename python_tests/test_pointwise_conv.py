@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from conftest import FLOATS, TARGETS, activated
+from test_sparse_matmul import DTYPE_PAIRS, PAIR_IDS, double
 
 import sparsekern
 from sparsekern import _library, testing
@@ -16,11 +17,6 @@ from sparsekern.ops.pointwise_conv import (
     pointwise_conv_reference,
 )
 
-DTYPE_PAIRS = [(dtype, dtype) for dtype in FLOATS] + [
-    (torch.bfloat16, torch.float32),
-    (torch.float16, torch.float32),
-]
-PAIR_IDS = [f"{a}-{b}".replace("torch.", "") for a, b in DTYPE_PAIRS]
 # (shape, dimension of the channels, outputs, codes): images, sequences, volumes and rows; channels
 # first and last; one channel, one output, more outputs than a warp takes; short and long runs; no
 # code, several at one place, more than places.
@@ -93,10 +89,6 @@ def dense_convolution(name, values, indices, weight, bias):
     return out.view(x.shape[0], outputs, *x.shape[2:]).movedim(1, dim)
 
 
-def double(*tensors):
-    return [None if t is None else t.detach().double().cpu() for t in tensors]
-
-
 def plain(function, *tensors):
     return function(*(t.detach().cpu() if isinstance(t, torch.Tensor) else t for t in tensors))
 
@@ -104,8 +96,7 @@ def plain(function, *tensors):
 def check_output(name, values, indices, weight, bias):
     shape, dim, _, _ = CASES[name]
     out = sparsekern.pointwise_conv(values, indices, shape, weight, bias, channel_dim=dim)
-    wide = double(values, weight, bias)
-    where = indices.cpu().long()
+    wide, where = double(values, weight, bias), indices.cpu().long()
     truth = dense_convolution(name, wide[0], where, *wide[1:])
     assert out.dtype == values.dtype and out.shape == truth.shape and out.is_contiguous()
     inner = math.prod(shape[dim % len(shape) + 1 :])
