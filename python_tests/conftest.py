@@ -107,14 +107,18 @@ def _emulation_missing() -> str:
     return ""
 
 
-@pytest.fixture(params=TARGETS, ids=lambda target: target.name)
-def target(request: pytest.FixtureRequest) -> Iterator[Target]:
-    """Runs the test once on every target; the target is active during the test."""
-    chosen: Target = request.param
+def activated(chosen: Target) -> Iterator[Target]:
+    """What a fixture yields from: the target, active during the test."""
     if reason := chosen.missing():
         pytest.skip(f"{chosen.name}: {reason}")
     with chosen.active():
         yield chosen
+
+
+@pytest.fixture(params=TARGETS, ids=lambda target: target.name)
+def target(request: pytest.FixtureRequest) -> Iterator[Target]:
+    """Runs the test once on every target; the target is active during the test."""
+    yield from activated(request.param)
 
 
 @pytest.fixture
