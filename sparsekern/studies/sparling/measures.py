@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from ...motif_errors import (
 
 BATCH = 250
 RESAMPLES = 1000
+# Activations compared with motifs at once: a dense bottleneck's take some 200 bytes each.
+MOST_ACTIVATIONS = 2_000_000
 
 
 def on_device(inputs: Tensor, device: torch.device) -> Tensor:
@@ -35,6 +38,11 @@ def padded(labels: Tensor, domain: MotifDomain) -> Tensor:
     """Labels [B, L] with room for the end of the longest, [B, L + 1], where a readout predicts it;
     the slots of the small readout need none."""
     return labels if domain.name == "tiny" else F.pad(labels, (0, 1), value=PAD)
+
+
+def batch_of(domain: MotifDomain, channels: int) -> int:
+    """How many samples are compared with their motifs at once."""
+    return max(1, min(BATCH, MOST_ACTIVATIONS // (channels * math.prod(domain.space))))
 
 
 @torch.no_grad()
@@ -51,6 +59,23 @@ def accuracy(
 
 
 @torch.no_grad()
+def quick_errors(
+    model: MotifModel, domain: MotifDomain, samples: MotifBatch, device: torch.device
+) -> dict[str, float | None]:
+    """fpe, fne, ce and relative_density of a few samples, by a model in evaluation mode."""
+    activations, _ = model.activations(on_device(samples.inputs, device))
+    channels = activations.shape[1]
+    found = find_motifs(activations.cpu(), samples.motifs, margin=domain.margin)
+    errors = motif_errors(found, len(domain.symbols), channels, one_to_one=domain.one_to_one)
+    density = int(found.active.sum()) / activations.numel()
+    shares = {name: getattr(errors, name) for name in ("fpe", "fne", "ce")}
+    return {
+        **{name: None if math.isnan(share) else share for name, share in shares.items()},
+        "relative_density": density / domain.density(channels),
+    }
+
+
+@torch.no_grad()
 def measure(
     model: MotifModel, domain: MotifDomain, count: int, channels: int, device: torch.device
 ) -> dict[str, Any]:
@@ -62,8 +87,9 @@ def measure(
     """
     found: list[Found] = []
     edits, exact = [], []
-    for start in range(0, count, BATCH):
-        batch = domain.batch(TEST_SEED, start, min(BATCH, count - start))
+    size = batch_of(domain, channels)
+    for start in range(0, count, size):
+        batch = domain.batch(TEST_SEED, start, min(size, count - start))
         activations, _ = model.activations(on_device(batch.inputs, device))
         predicted = model.readout.decode(activations).cpu()  # type: ignore[operator]
         labels = padded(batch.labels, domain)

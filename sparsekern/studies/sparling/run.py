@@ -15,18 +15,18 @@ from ...data.motifs import MotifDomain, motif_domain
 from ...training import RunFolder, train
 from ...training.runs import write_atomically
 from ..configs import Report, backends_of, check_packages, read_config, usable_device
-from . import measures
+from . import measures, pictures
 from .config import SparlingConfig
 from .task import CHANNELS, SparlingTask
 
 NAME = "sparling"
 OPERATIONS = ("channel_threshold", "threshold_relu", "topk")
-FILES = ("results.json", "metrics.jsonl")
+FILES = ("results.json", "metrics.jsonl", "motifs.png")
 
 
 def run(config: SparlingConfig, folder: str | Path, *, resume: bool = False) -> Report:
-    """Trains, measures and fills a run folder; a finished run has results.json besides what
-    training writes (see training/runs.py).
+    """Trains, measures and fills a run folder; a finished run has results.json and motifs.png
+    besides what training writes (see training/runs.py).
 
     Args:
         config: what to run.
@@ -61,6 +61,9 @@ def run(config: SparlingConfig, folder: str | Path, *, resume: bool = False) -> 
                 "device": device.type,
                 "backends": backends_of(OPERATIONS, device.type),
             }
+            picture = pictures.found_motifs(task.motifs, domain, results["assignment"], device)
+            write_atomically(place.path / "motifs.png", picture)
+            # Last: it says that the run is finished.
             text = json.dumps(results, allow_nan=False) + "\n"
             write_atomically(place.path / "results.json", text.encode())
     return Report(outcome, results)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...data.motifs import VALIDATION_SEED, MotifDomain
+from ...data.motifs import TEST_SEED, VALIDATION_SEED, MotifDomain
 from ...models.sparling import (
     MotifModel,
     PatchMotifs,
@@ -99,6 +99,9 @@ class SparlingTask:
         self.model = Trained(model, gate).to(device)
         self.optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
         self.validation = domain.batch(VALIDATION_SEED, 0, config.validation_samples)
+        # On which motif errors are followed through training.
+        followed = min(measures.batch_of(domain, channels), config.test_samples)
+        self.path = domain.batch(TEST_SEED, 0, followed)
 
     @property
     def sparse(self) -> bool:
@@ -138,10 +141,12 @@ class SparlingTask:
         return {"loss": loss.detach(), "active": active, "penalty": output.penalty.detach()}
 
     def evaluate(self, epoch: int) -> Mapping[str, Any]:
-        """Accuracy on the validation samples, which decides the density of the next epoch."""
+        """Accuracy on the validation samples, which decides the density of the next epoch; and,
+        for the report alone, motif errors on some test samples."""
         accuracy = measures.accuracy(self.motifs, self.domain, self.validation, self.device)
         gate = self.model.gate
-        facts = {"accuracy": accuracy, "target": float(gate.target)}
+        facts: dict[str, Any] = {"accuracy": accuracy, "target": float(gate.target)}
+        facts |= measures.quick_errors(self.motifs, self.domain, self.path, self.device)
         if self.sparse:
             gate.update(accuracy, (epoch + 1) * self.examples)
         return facts
