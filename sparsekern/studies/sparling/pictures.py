@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ...data.motif_drawing import draw_motifs
 from ...data.motifs import TEST_SEED, MotifDomain
@@ -15,6 +16,8 @@ from ...models.sparling import MotifModel
 from . import measures
 
 SHOWN = 6
+# Activations drawn in an input; a bottleneck that is not sparse has thousands.
+MOST_SHOWN = 60
 DOTS_PER_INCH = 110
 ERRORS = {"fpe": "tab:red", "fne": "tab:orange", "ce": "tab:purple"}
 NAMES = {"fpe": "false positive", "fne": "false negative", "ce": "confusion"}
@@ -46,9 +49,19 @@ def found_motifs(
     rows = SHOWN // columns
     figure = _new_figure(9, 3.2 * rows if columns > 1 else 2.4 * rows)
     for sample, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
-        found = activations[sample].cpu().nonzero()
+        found = _strongest(activations[sample].cpu())
         draw_motifs(domain, batch, sample, axes, found=found, channel_symbols=assignment)
     return _png(figure)
+
+
+def _strongest(activations: Tensor) -> Tensor:
+    """int64 [n, 1 + d]: channel and position of the largest of activations [C, *space], those that
+    are not zero and at most MOST_SHOWN of them."""
+    found = activations.nonzero()
+    if len(found) > MOST_SHOWN:
+        values = activations[tuple(found.unbind(1))].abs()
+        found = found[values.topk(MOST_SHOWN).indices]
+    return found
 
 
 def annealing_path(runs: Mapping[int, Sequence[Mapping[str, Any]]]) -> bytes:
