@@ -125,6 +125,17 @@ def test_bad_settings(setting, message, tmp_path, capsys):
     assert not (tmp_path / "report").exists()
 
 
+def test_bad_folders(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for out, message in (
+        ("", "--out must name a folder, got an empty name"),
+        (tmp_path / "file", "--out must be a folder, got the file"),
+    ):
+        assert main(command(out)) == 2
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1
+
+
 def test_groups_of_arms():
     request = Request.from_options("small", ["dsprites"], ["controls", "topk"], None, [], [])
     assert request.arms == ("dense", "fixed", "topk") and request.seeds == 2

@@ -86,7 +86,7 @@ def _add_sparling(studies: Any) -> None:
 def _sparling(options: argparse.Namespace) -> int:
     from .studies.sparling.reproduce import Request, reproduce
 
-    out = options.out or time.strftime("runs/reproduce-sparling-%Y%m%d-%H%M%S")
+    out = _folder(options.out, "sparling")
     request = Request.from_options(
         options.preset, options.arms, options.seeds, options.data, options.settings
     )
@@ -97,13 +97,20 @@ def _sparling(options: argparse.Namespace) -> int:
 def _vae_sae(options: argparse.Namespace) -> int:
     from .studies.vae_sae.reproduce import Request, reproduce
 
-    out = options.out or time.strftime("runs/reproduce-vae-sae-%Y%m%d-%H%M%S")
+    out = _folder(options.out, "vae-sae")
     request = Request.from_options(
         options.preset, options.datasets, options.arms, options.seeds, options.data,
         options.settings,
     )  # fmt: skip
     ended = reproduce(request, out, jobs=options.jobs, progress=options.progress)
     return _said(ended, "reproduce vae-sae", out)
+
+
+def _folder(given: str | None, study: str) -> str:
+    """The folder of a report; an empty name, such as that of an unset variable, is a mistake."""
+    if given == "":
+        raise ValueError("--out must name a folder, got an empty name")
+    return given or time.strftime(f"runs/reproduce-{study}-%Y%m%d-%H%M%S")
 
 
 def _said(ended: Any, command: str, out: str) -> int:

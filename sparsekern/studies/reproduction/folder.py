@@ -21,9 +21,12 @@ def locked(folder: Path) -> Iterator[None]:
     """Makes the folder and keeps others from writing a report in it.
 
     Raises:
-        RunError: another process does.
+        RunError: another process does, or it is a file.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise RunError(f"--out must be a folder, got the file {folder}") from error
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)

@@ -203,8 +203,8 @@ def _main(document: Document, folder: Path, study: Found, domain: MotifDomain) -
         "motifs",
         (cell_folder(folder, best) / "motifs.png").read_bytes(),
         f"Test inputs with the activations of seed {best.seed}: boxes are true motifs, green when "
-        "found and orange when missed; crosses are activations (the largest, where there are many), "
-        "green when right and red when not.",
+        "found and orange when missed; crosses are activations (the largest, where there are "
+        "many), green when right and red when not.",
     )
     _channels(document, results, domain)
 
