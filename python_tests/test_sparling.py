@@ -24,6 +24,7 @@ from sparsekern.models import (
     motif_loss,
 )
 from sparsekern.models.sparling import MotifOutput, ended
+from sparsekern.studies.sparling.cost import cost_of
 
 __all__ = ["one_thread"]  # a fixture
 
@@ -147,6 +148,20 @@ def test_a_model_of_parts():
         assert output.activations.shape == (6, 4, 28, 28) and output.logits.shape == (6, 4, 5)
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
         assert model.eval().predict(batch.inputs).shape == (6, 4)
+
+
+def test_the_cost_of_a_step_is_that_of_its_products():
+    domain = motif_domain("tiny")
+    readout = SlotReadout(4, domain.space, len(domain.label_symbols), domain.max_length)
+    model = MotifModel(PatchMotifs(1, 4), SpatialSparsity(4, 0.1), readout)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    cost = cost_of(model, domain, torch.device("cpu"))
+    first = 35 * 16 * 784  # whose input needs no gradient
+    rest = (16 * 16 + 16 * 4 + 4 * 16) * 784 + 16 * 49 * 256 + 256 * 256 + 256 * 20
+    assert cost.flops == 2 * (2 * first + 3 * rest)
+    assert cost.bytes > 12 * (5 * 16 + 2 * 4) * 784
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.training and all(p.grad is None for p in model.parameters())
 
 
 # -- runs ------------------------------------------------------------------------------------------

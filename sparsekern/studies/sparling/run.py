@@ -16,7 +16,8 @@ from ...training import RunFolder, train
 from ...training.runs import write_atomically
 from ..configs import Report, backends_of, check_packages, read_config, usable_device
 from . import measures, pictures
-from .config import SparlingConfig
+from .config import PRESETS, SparlingConfig
+from .cost import Cost, cost_of
 from .task import CHANNELS, SparlingTask
 
 NAME = "sparling"
@@ -58,6 +59,7 @@ def run(config: SparlingConfig, folder: str | Path, *, resume: bool = False) -> 
                 "steps": outcome.step,
                 "samples_per_second": outcome.examples_per_second,
                 "seconds": config.samples / outcome.examples_per_second,
+                "cost": cost_of(task.motifs, domain, device)._asdict(),
                 "device": device.type,
                 "backends": backends_of(OPERATIONS, device.type),
             }
@@ -115,12 +117,22 @@ def table(results: Mapping[str, Any], config: SparlingConfig) -> str:
             "density",
             f"{results['density']:.3g}, {results['relative_density']:.2f} times the motifs'",
         ),
-        ("samples per second", f"{results['samples_per_second']:.0f} in training"),
+        ("samples per second", f"{results['samples_per_second']:.3g} in training"),
+        ("cost of a sample", _cost(Cost(**results["cost"]), config)),
         *((f"{name} by", served) for name, served in results["backends"].items()),
     ]
     width = max(len(name) for name, _ in rows)
     head = f"Sparling on {results['device']}, measured on {results['test_samples']} test samples"
     return "\n".join([head, *(f"  {name:<{width}}  {value}" for name, value in rows)])
+
+
+def _cost(cost: Cost, config: SparlingConfig) -> str:
+    samples = max(PRESETS.get(config.domain, {}).get("samples", 0), config.samples)
+    hours = samples * cost.gpu_seconds() / 3600
+    return (
+        f"{cost.flops / 1e9:.3g} GFLOP, {cost.bytes / 1e6:.3g} MB; {samples} samples on an H200: "
+        f"{hours:.2g} h (estimated, not measured)"
+    )
 
 
 def saved_config(folder: str | Path) -> SparlingConfig:
