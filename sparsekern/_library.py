@@ -203,8 +203,7 @@ class Operation:
 
 
 def _ranked_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that decides the choice: integer tensors (indices) are served wherever float32
-    is."""
+    """The dtype that decides: integer tensors (indices) are served wherever float32 is."""
     return dtype if dtype.is_floating_point else torch.float32
 
 
@@ -228,11 +227,9 @@ def define(
     """Register one operation with torch and return it.
 
     name: operation name inside the namespace. schema: torch schema without the name. reference,
-        implementations:
-    functions of the schema's positional arguments. fake: shapes and dtypes only. backward,
-    setup_context: the one gradient that every backend shares. vmap: as in
-        torch.library.register_vmap. autocast: maps (arguments, dtype)
-    to the arguments to use inside an autocast region.
+    implementations: functions of the schema's positional arguments. fake: shapes and dtypes only.
+    backward, setup_context: the one gradient that every backend shares. vmap: as in
+    torch.library.register_vmap. autocast: maps (arguments, dtype) to those inside its region.
     """
     operation = Operation(name, schema, reference, implementations)
     _operations[name] = operation
@@ -251,6 +248,11 @@ def define(
         for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             _definitions.impl(name, _autocast_rule(overload, autocast, device_type), key)
     return _entrance(operation, overload)
+
+
+def unknown_size() -> Any:
+    """For an implementation without data: a size that only the data tell."""
+    return torch.library.get_ctx().new_dynamic_size()
 
 
 def _entrance(operation: Operation, overload: Callable[..., Any]) -> Callable[..., Any]:
@@ -294,8 +296,7 @@ def _autocast_rule(
 
 
 def forced_backend() -> str | None:
-    """The backend forced by `backend(...)` or SPARSEKERN_BACKEND, or None for the automatic
-    choice."""
+    """The backend forced by `backend(...)` or SPARSEKERN_BACKEND, or None."""
     name = _forced[-1] if _forced else os.environ.get("SPARSEKERN_BACKEND", "auto")
     _check_backend(name, "backend" if _forced else "SPARSEKERN_BACKEND")
     return None if name == "auto" else name

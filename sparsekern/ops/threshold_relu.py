@@ -308,7 +308,7 @@ def _fake_counts(x: torch.Tensor, channel_dim: int) -> torch.Tensor:
 
 
 def _fake_codes(x: torch.Tensor, *options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    count = torch.library.get_ctx().new_dynamic_size()
+    count = _library.unknown_size()
     indices = x.new_empty(count, dtype=torch.int64)
     return x.new_empty(count), indices, _fake_counts(x, options[-1])
 
