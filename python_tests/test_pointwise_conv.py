@@ -112,10 +112,7 @@ def check_output(name, values, indices, weight, bias):
 
 def check_gradients(name, values, indices, weight, bias):
     shape, dim, outputs, _ = CASES[name]
-    leaves = [t.detach().clone().requires_grad_() for t in (values, weight)]
-    leaves[1] = weight.detach().requires_grad_()  # with its strides
-    if bias is not None:
-        leaves.append(bias.detach().requires_grad_())
+    leaves = [t.detach().requires_grad_() for t in (values, weight, bias) if t is not None]
     out = sparsekern.pointwise_conv(leaves[0], indices, shape, *leaves[1:], channel_dim=dim)
     upstream = torch.randn(out.shape[::-1]).to(out.dtype).to(out.device)
     upstream = upstream.permute(*range(out.dim())[::-1])  # not contiguous
@@ -174,7 +171,7 @@ def test_float64_is_exact_to_its_own_rounding(target, counted):
 
 def test_order_and_type_of_the_indices(target):
     """Codes in another order, or with int32 indices, are the same tensor."""
-    shape, dim, _, _ = CASES["image"]
+    shape = CASES["image"][0]
     values, indices, weight, bias = make("image", torch.float32, device=target.device)
     out = sparsekern.pointwise_conv(values, indices, shape, weight, bias)
     small = sparsekern.pointwise_conv(values, indices.int(), shape, weight, bias)
@@ -184,7 +181,6 @@ def test_order_and_type_of_the_indices(target):
     torch.testing.assert_close(turned, out)
     strided = values.repeat_interleave(2)[::2], indices.repeat_interleave(2)[::2]
     testing.assert_same("strided", sparsekern.pointwise_conv(*strided, shape, weight, bias), out)
-    assert dim == 1
 
 
 def test_codes_of_a_threshold(target):
@@ -208,22 +204,21 @@ def test_codes_of_a_threshold(target):
 
 
 def test_special_values_pass_through(target):
-    device = target.device
-    weight = torch.tensor([[1.0, torch.inf], [torch.nan, 2.0]], device=device)
-    values = torch.tensor([1.0, torch.inf, 3.0], device=device)
-    indices = torch.tensor([0, 5, 3], device=device)
-    out = sparsekern.pointwise_conv(values, indices, (3, 2), weight)
+    weight = torch.tensor([[1.0, torch.inf], [torch.nan, 2.0]])
+    values, indices = torch.tensor([1.0, torch.inf, 3.0]), torch.tensor([0, 5, 3])
+    inputs = [t.to(target.device) for t in (values, indices, weight)]
+    out = sparsekern.pointwise_conv(*inputs[:2], (3, 2), inputs[2])
     assert out[2].tolist() == [torch.inf, torch.inf] and out[1].tolist() == [torch.inf, 6.0]
     assert out[0, 0] == 1.0 and out[0, 1].isnan()
 
 
 def test_repeats_give_the_same_bits(target):
-    shape, dim, _, _ = CASES["duplicates"]
+    shape = CASES["duplicates"][0]
     values, indices, weight, bias = make("duplicates", torch.float32, device=target.device)
     runs = []
     for _ in range(3):
         leaves = [t.clone().requires_grad_() for t in (values, weight, bias)]
-        out = sparsekern.pointwise_conv(leaves[0], indices, shape, *leaves[1:], channel_dim=dim)
+        out = sparsekern.pointwise_conv(leaves[0], indices, shape, *leaves[1:])
         out.square().sum().backward()
         runs.append((out.detach(), *(leaf.grad for leaf in leaves)))
     for run in runs[1:]:

@@ -30,6 +30,7 @@ from sparsekern.kernels import (  # noqa: E402
     adam,
     keys,
     sparse_matmul,
+    threshold,
     topk,
     topk_finish,
     topk_stream,
@@ -45,7 +46,10 @@ TARGETS = {
 # gfx942.
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 # Sizes and strides that a typical call passes as multiples of 16, which Triton then knows.
-ALIGNED = ("n", "d", "length", "row_stride", "weight_stride_n", "grad_weight_stride_n")
+ALIGNED = (
+    "n", "d", "length", "row_stride", "weight_stride_n", "grad_weight_stride_n", "columns", "inner",
+    "part", "size",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +133,42 @@ def adam_case(kernel: Any, size: str, warps: int) -> Case:
     return Case(kernel, {**matrices, size: "i64", **numbers}, {"BLOCK": adam.BLOCK}, warps)
 
 
+def digits_case(dtype: torch.dtype, channels: int, inner: int, top: bool) -> Case:
+    """A pass over [outer, channels, inner]; the sizes of a program's part may pass 2^31."""
+    constants = {name: value for name, value in float_constants(dtype).items() if name != "ABS"}
+    bits, slots = threshold.digit_block(channels, inner)
+    constants |= {
+        "TOP": top, "BITS": bits, "SLOTS": slots, "LONG": inner >= threshold.BLOCK,
+        "BLOCK": threshold.BLOCK,
+    }  # fmt: skip
+    if inner == 1:
+        constants["inner"] = 1
+    pointers = {
+        "x": bits_pointer(dtype), "prefixes": "*i32", "counts": "*i64", "size": "i64",
+        "part": "i64",
+    }  # fmt: skip
+    return Case(threshold.digits_kernel, pointers, constants, 8, registers=112)
+
+
+def extend_case(dtype: torch.dtype, bits: int, top: bool) -> Case:
+    constants = {name: value for name, value in float_constants(dtype).items() if name != "ABS"}
+    pointers = {
+        "counts": "*i64", "prefixes": "*i32", "wanted": "*i64", "thresholds": bits_pointer(dtype),
+    }  # fmt: skip
+    constants |= {"TOP": top, "LAST": not top, "BITS": bits}
+    return Case(threshold.extend_kernel, pointers, constants, 4)
+
+
+def threshold_relu_case(columns: int, dtype: str, runs: bool, normalized: bool) -> Case:
+    rows, side = threshold.tile_block(columns)
+    constants = {"NORMALIZED": normalized, "RUNS": runs, "ROWS": rows, "COLUMNS": side}
+    if not runs:
+        constants["inner"] = 1
+    pointers = {name: "*fp32" for name in ("threshold", "scale", "shift")}
+    pointers |= {"x": f"*{dtype}", "y": f"*{dtype}", "counts": "*i64"}
+    return Case(threshold.threshold_relu_kernel, pointers, constants, 8)
+
+
 def backward_case(d: int, values: str, weight: str, row_major: bool = True) -> Case:
     pointers = {
         "grad": f"*{values}", "values": f"*{values}", "weight": f"*{weight}", "offsets": "*i64",
@@ -170,6 +210,16 @@ CASES = {
     "backward float32, column-major": backward_case(4096, "fp32", "fp32", row_major=False),
     "adam step": adam_case(adam.adam_step_kernel, "count", 4),
     "adam, unit rows": adam_case(adam.adam_unit_rows_kernel, "d", 4),
+    "digits float32, first": digits_case(torch.float32, 10, 10000, True),
+    "digits float32, short runs": digits_case(torch.float32, 512, 49, False),
+    "digits bfloat16": digits_case(torch.bfloat16, 10, 10000, False),
+    "digits float32, channels last": digits_case(torch.float32, 64, 1, False),
+    "digits float16, channels last": digits_case(torch.float16, 64, 1, True),
+    "extend float32": extend_case(torch.float32, 11, True),
+    "extend bfloat16, last": extend_case(torch.bfloat16, 8, False),
+    "threshold_relu bfloat16": threshold_relu_case(10000, "bf16", True, True),
+    "threshold_relu float32, 49": threshold_relu_case(49, "fp32", True, False),
+    "threshold_relu float32, rows": threshold_relu_case(64, "fp32", False, True),
     "count_active bfloat16": Case(
         activity.count_active_kernel,
         {"indices": "*i64", "values": "*bf16", "counts": "*i64"},

@@ -192,6 +192,8 @@ void convolve_all(Convolution<Values, Weight> p, cudaStream_t stream) {
   slices = slices < 1 ? 1 : slices < p.outputs ? slices : p.outputs;
   slices = slices < kMostSlices ? slices : kMostSlices;
   p.slice = divide_up(p.outputs, slices);
+  // A row's part of a slice in whole packs, and at least 64 bytes of it.
+  if (!wide) p.slice = divide_up(p.slice, 4 * kOwn) * 4 * kOwn;
   const dim3 grid(blocks_of(blocks), static_cast<unsigned>(divide_up(p.outputs, p.slice)));
   const int64_t row = p.outputs * p.inner;
   const auto kernel = wide ? (packs_fit<kOwn>(p.out, p.inner, p.inner)

@@ -15,6 +15,9 @@ constexpr int64_t kOutputsAtOnce = kOwn * kWarp;
 // Warps that the codes are dealt to at most: more sums to add up in the end than that do not pay.
 constexpr int64_t kMostChunks = 2048;
 
+// Blocks that the registers must leave room for: with more, some are spilled.
+constexpr int kBlocksPerSm = 2;
+
 template <class Values, class Weight>
 struct Gradients {
   const Values* grad;  // [outer, outputs, inner]
@@ -123,7 +126,7 @@ __device__ float add_codes(const Code& own, int codes, Column<Values, Weight>* c
 // Bound by gathering the gradients at the sites of the codes: each moves 32 bytes per output, where
 // these do not lie side by side.
 template <class Values, class Weight>
-__global__ void __launch_bounds__(kChannelThreads)
+__global__ void __launch_bounds__(kChannelThreads, kBlocksPerSm)
     pointwise_conv_backward_kernel(Gradients<Values, Weight> p) {
   const int lane = threadIdx.x % kWarp;
   const int64_t chunk = static_cast<int64_t>(blockIdx.x) * kChannelWarps + threadIdx.x / kWarp;

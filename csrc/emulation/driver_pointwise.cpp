@@ -267,7 +267,8 @@ const Shape kShapes[] = {
     {2, 3, 20, 3, 40},  {1, 5, 1100, 2, 99}, {70, 3, 2, 9, 200},  {5, 2, 7, 33, 60},
     {3, 4, 8, 70, 70},  {2, 3, 5, 130, 90},  {2, 6, 9, 4, 0},     {5, 3, 700, 1, 40},
     {1, 2, 2049, 3, 9}, {600, 2, 4, 2, 300}, {4, 2, 50, 3, 3000}, {0, 3, 4, 5, 0},
-    {3, 0, 4, 5, 0},    {3, 4, 5, 0, 7},     {3, 4, 0, 5, 0},     {30, 40, 1, 6, 500}};
+    {3, 0, 4, 5, 0},    {3, 4, 5, 0, 7},     {3, 4, 0, 5, 0},     {30, 40, 1, 6, 500},
+    {99, 2, 1, 64, 90}, {90, 2, 2, 20, 60},  {40, 3, 6, 8, 50},   {50, 3, 3, 48, 70}};
 
 constexpr int kTypes[][2] = {{0, 0}, {1, 1}, {2, 2}, {1, 0}, {2, 0}};
 
@@ -287,7 +288,7 @@ int check_pointwise(int* cases) {
   int failures = 0;
   int turn = 0;
   for (const Shape& s : kShapes) {
-    for (int repeat = 0; repeat < (sparsekern::emulation::quick ? 1 : 4); ++repeat) {
+    for (int repeat = 0; repeat < (sparsekern::emulation::quick ? 2 : 4); ++repeat) {
       ++turn;
       Case c{s.outer,
              s.channels,
