@@ -10,7 +10,7 @@ from . import figures
 from .activity import early
 from .document import Document, Heading, Items, Paragraph, Table
 from .figures import SETS, definition, named
-from .statistics import CURED_BELOW
+from .statistics import CURED_BELOW, mig_floor
 from .summary import OTHER_DEFINITIONS, UNCURED, Measured, mig_score, never, scheduled
 from .tables import differing
 
@@ -84,7 +84,8 @@ def _cures_of(document: Document, measured: Measured, dataset: str, arms: list[s
         shares.append([name, dead, *wider, *others])
         found = measured.verdict(dataset, arm) if arm in arms else None
         if found is not None:
-            mig = _yes(found.mig) + (" (so would MIG 0 be)" if found.mig and found.blind else "")
+            floor = mig_floor(measured.known(dataset, UNCURED, mig_score))
+            mig = _yes(found.mig) + (f" (so is {floor:.3f})" if found.mig and found.blind else "")
             verdicts.append(
                 [
                     name,
@@ -103,13 +104,17 @@ def _cures_of(document: Document, measured: Measured, dataset: str, arms: list[s
             "cure", "below 5 %", "reconstruction minus uncured", "no worse", "MIG minus uncured",
             "no worse",
         ]  # fmt: skip
-        document.add(Table(head, verdicts, f"{SETS[dataset]}: verdicts by the rule below."))
+        caption = (
+            f"{SETS[dataset]}: verdicts by the rule below, and differences with their 95 % "
+            "intervals (Welch's t over the seeds)."
+        )
+        document.add(Table(head, verdicts, caption))
 
 
 def _against_uncured(measured: Measured, dataset: str, arm: str, name: str) -> str:
     get, digits = (mig_score, 3) if name == "mig" else (scheduled(name), 1)
     difference = measured.difference(dataset, arm, UNCURED, get)
-    return "" if difference is None else difference.text(digits)
+    return "" if difference is None else difference.brief(digits)
 
 
 def _idle(measured: Measured, arm: str) -> str:
@@ -156,7 +161,7 @@ def sensitivity(document: Document, measured: Measured, asked: Mapping[str, Any]
                     settings or "the protocol",
                     *_numbers(measured, dataset, arm),
                     measured.known(dataset, arm, early).percent(),
-                    "" if arm == "topk" or change is None else change.text(1, 100),
+                    "" if arm == "topk" or change is None else change.brief(1, 100),
                     measured.known(dataset, arm, scheduled("k")).text(0),
                     measured.known(dataset, arm, scheduled("l0")).text(1),
                 ]
@@ -165,5 +170,8 @@ def sensitivity(document: Document, measured: Measured, asked: Mapping[str, Any]
             "arm", "setting", "never active (%)", "reconstruction (nats)", "MIG",
             "silent since before k cut (%)", "never active minus Top-k (points)", "last k", "L0",
         ]  # fmt: skip
-        caption = f"{SETS[dataset]}: Top-k with one choice of the protocol made otherwise."
+        caption = (
+            f"{SETS[dataset]}: Top-k with one choice of the protocol made otherwise; differences "
+            "with their 95 % intervals (Welch's t over the seeds)."
+        )
         document.add(Table(head, rows, caption))

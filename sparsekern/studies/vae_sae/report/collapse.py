@@ -112,11 +112,11 @@ def _deaths(document: Document, measured: Measured) -> None:
                  for get in (silent_after_a_tenth, silent_before_cut, silent)]  # fmt: skip
         rows.append([named(arm), SETS[dataset], *(s.percent() for s in (*curve, *shares))])
         found = parts(measured, dataset, arm)
-        if found is not None and arm != "dense":
+        if found is not None and arm in STUDY:
             sums.append(
                 [
                     named(arm), SETS[dataset], found.whole.percent(), f"{100 * found.early:.1f}",
-                    f"{100 * found.uncut:.1f}", found.excess.text(1, 100),
+                    f"{100 * found.uncut:.1f}", found.excess.brief(1, 100),
                 ]
             )  # fmt: skip
     document.add(
@@ -140,7 +140,8 @@ def _deaths(document: Document, measured: Measured) -> None:
                     "+ later, as in the dense control", "+ in excess of the dense control",
                 ],
                 sums,
-                "The whole and its parts, in points of all units (%). Early: silent for good since "
+                "The whole and its parts, in points of all units (%); the excess with its 95 % "
+                "interval (Welch's t over the seeds). Early: silent for good since "
                 "before k cut anything, which needs no sparsification. In excess: minus the dense "
                 "control at the same epoch. Later: what is left, units that the dense control has "
                 "silent, too, but not since before the cut; below 0 where fewer are silent in it "

@@ -13,7 +13,7 @@ from . import on_collapse
 from .activity import binding
 from .figures import SETS, by_k, definition, named
 from .on_collapse import NO_INTERVAL, in_words
-from .statistics import CURED_BELOW, Spread, change, spread, welch
+from .statistics import CURED_BELOW, Spread, change, mig_floor, spread, welch
 from .summary import (
     OTHER_DEFINITIONS,
     UNCURED,
@@ -113,12 +113,11 @@ def _mig_along(measured: Measured, dataset: str, arm: str) -> Iterator[str]:
     moved = change(spread(b - a for a, b in pairs))
     means = {k: spread(run[k]["mig"] for run in runs).mean for k in shared}
     low, high = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
+    ends = f"{means[low]:.3f} (k = {low}) and {means[high]:.3f} (k = {high})"
     yield (
         f"under {named(arm)}, from the last estimate before k cut (k = {on_collapse.span(before)}) "
         f"to the end, MIG changed by {moved.text(3)}: {in_words(moved, 'up', 'down')}. Over the "
-        f"whole schedule, its mean went from {means[max(means)]:.3f} at k = {max(means)} through "
-        f"{means[low]:.3f} at k = {low} and {means[high]:.3f} at k = {high} to "
-        f"{means[min(means)]:.3f} at k = {min(means)}."
+        f"whole schedule its mean over the seeds lay between {ends}."
     )
 
 
@@ -146,9 +145,9 @@ def _selectivity(measured: Measured, dataset: str) -> Iterator[str]:
         )
     if lower:
         yield (
-            "part of that fall is mechanical: a unit tells at most the entropy of its own activity, "
-            "which is small for one that is active on few images, and a cut makes units rarer. How "
-            "large a part is not measured."
+            "part of that fall is mechanical: a unit tells at most the entropy of its own "
+            "activity, which is small for one that is active on few images, and a cut makes units "
+            "rarer. How large a part is not measured."
         )
 
 
@@ -246,7 +245,8 @@ def _blind(measured: Measured, cures: list[str]) -> Iterator[str]:
             uncured = measured.known(dataset, UNCURED, mig_score)
             yield (
                 f"On {SETS[dataset]} the uncured MIG scatters so widely ({uncured.text(3)}) that a "
-                'cure with MIG 0 would pass, so "MIG no worse" says nothing there.'
+                f'cure with MIG {mig_floor(uncured):.3f} would pass, so "MIG no worse" says '
+                "little there."
             )
 
 
@@ -257,4 +257,4 @@ def _by_other_definitions(measured: Measured, dataset: str, cure: str) -> str:
         for name in ("never", *OTHER_DEFINITIONS)
         if name in one
     )
-    return f"{cure} against uncured by each definition on {SETS[dataset]}: {shares}."
+    return f"By each definition, {cure} against uncured on {SETS[dataset]}: {shares}."

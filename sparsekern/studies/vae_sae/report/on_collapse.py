@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from ..grid import STUDY
 from .activity import (
@@ -59,13 +60,16 @@ def active_units(measured: Measured, dataset: str) -> Iterator[str]:
         cells = list(measured.of(dataset, arm).values())
         if cells:
             config = cells[0]["config"]
-            yield _real_cut(arm, [cut(c) for c in cells], config["units"], config["k_start"])
+            yield _real_cut(arm, [cut(c) for c in cells], config)
 
 
-def _real_cut(arm: str, cuts: list[Cut], units: int, k_start: int) -> str:
+def _real_cut(arm: str, cuts: list[Cut], config: Mapping[str, Any]) -> str:
     first = spread(c.first for c in cuts)
     last = spread(c.last for c in cuts)
-    start = f"under {named(arm)}, {first.text()} of {units} units are active after the first epoch"
+    start = (
+        f"under {named(arm)}, {first.text()} of {config['units']} units are active after the first "
+        "epoch"
+    )
     begun = [(c.epoch, c.k) for c in cuts if c.epoch is not None and c.k is not None]
     if not begun:
         return f"{start} and {last.text()} after the last; k never cuts them."
@@ -75,9 +79,9 @@ def _real_cut(arm: str, cuts: list[Cut], units: int, k_start: int) -> str:
     some = "" if len(begun) == len(cuts) else f" with {len(begun)} of {len(cuts)} seeds"
     before = spread(c.before for c in cuts)
     return (
-        f"{start}, so k = {k_start} cuts nothing. It begins to cut{some} in epoch {span(epochs)} "
-        f"of the schedule, at k = {span(ks)}: the real cut of active units is from "
-        f"{before.text()} to {last.text()}."
+        f"{start}, so k = {config['k_start']} cuts nothing. It begins to cut{some} in epoch "
+        f"{span(epochs)} of {config['epochs']}, at k = {span(ks)}: the real cut of active units is "
+        f"from {before.text()} to {last.text()}."
     )
 
 
@@ -269,7 +273,7 @@ def _changed(arm: str, cells: list[Content], epochs: str) -> str:
     )
     return (
         f"these {epochs} under {named(arm)} changed reconstruction by "
-        f"{reconstruction.text(1)} nats, KL by {of(scheduled('kl')).text(2)} nats, MIG by "
-        f"{of(mig_score).text(3)}, never active units by "
-        f"{of(never).points()}.{open_ended}"
+        f"{reconstruction.text(1, 1, ' nats')}, KL by "
+        f"{of(scheduled('kl')).text(2, 1, ' nats')}, MIG by {of(mig_score).text(3)}, never active "
+        f"units by {of(never).points()}.{open_ended}"
     )

@@ -56,10 +56,20 @@ class Difference(NamedTuple):
     def text(self, digits: int = 1, scale: float = 1.0, unit: str = "") -> str:
         """As "+2.1 (95 % interval +0.3 to +3.9, 3 seeds each)"."""
         value = _signed(self.mean, digits, scale) + unit
-        if self.low is None or self.high is None:
+        ends = self._ends(digits, scale)
+        if ends is None:
             return f"{value} ({self.seeds}: no interval)"
-        ends = f"{_signed(self.low, digits, scale)} to {_signed(self.high, digits, scale)}"
         return f"{value} (95 % interval {ends}, {self.seeds})"
+
+    def brief(self, digits: int = 1, scale: float = 1.0) -> str:
+        """As "+2.1 (+0.3 to +3.9)", for a table that says what the brackets are."""
+        value, ends = _signed(self.mean, digits, scale), self._ends(digits, scale)
+        return value if ends is None else f"{value} ({ends})"
+
+    def _ends(self, digits: int, scale: float) -> str | None:
+        if self.low is None or self.high is None:
+            return None
+        return f"{_signed(self.low, digits, scale)} to {_signed(self.high, digits, scale)}"
 
     def points(self) -> str:
         """A difference of shares, in words."""
@@ -119,7 +129,7 @@ class Verdict(NamedTuple):
     reconstruction: bool | None
     mig: bool | None
     blind: bool
-    """The uncured arm's MIG scatters so widely that a MIG of 0 would be no worse."""
+    """The uncured arm's MIG scatters so widely that less than half of it would be no worse."""
 
     @property
     def all(self) -> bool:
@@ -144,5 +154,10 @@ def verdict(
         dead.mean < CURED_BELOW,
         None if worse is None else reconstruction[0].mean <= reconstruction[1].mean + worse,
         None if lower is None else mig[0].mean >= mig[1].mean - lower,
-        lower is not None and mig[1].mean <= lower,
+        lower is not None and mig_floor(mig[1]) < mig[1].mean / 2,
     )
+
+
+def mig_floor(uncured: Spread) -> float:
+    """The least MIG that is no worse; 0 where the rule would allow less."""
+    return max(0.0, uncured.mean - (uncured.sd or 0.0))
