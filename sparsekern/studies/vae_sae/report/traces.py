@@ -16,8 +16,8 @@ PHASE_COLOURS = dict(zip(PHASES, ("#9A9A9A", ORANGE, BLUE), strict=True))
 
 
 def active_units(measured: Measured) -> bytes:
-    """L0 and k after each epoch, and below, where L1 was run, its strength."""
-    steered = "l1" in measured.arms
+    """L0 and k after each epoch, and below, where L1 was run and wrote it, its strength."""
+    steered = any("strength" in r for c in measured.cells.values() for r in c["epochs"])
     figure, panels = figures.new_figure(
         5.2 if steered else 3.2, 2 if steered else 1, len(measured.datasets),
         sharex="col", sharey="row",
