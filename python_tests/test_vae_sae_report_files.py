@@ -98,7 +98,7 @@ def test_every_figure_is_there_and_shown(complete):
     names = {path.stem for path in (folder / "figures").glob("*.png")}
     assert names == {
         "panel_dsprites", "panel_shapes3d", "dead_by_epoch", "dead_by_k", "mig_by_k", "deaths",
-        "selectivity", "pareto",
+        "selectivity", "pareto", "active_units",
     }  # fmt: skip
     for name in names:
         assert f"(figures/{name}.png)" in text
@@ -142,7 +142,7 @@ def test_cells_as_csv(complete):
     assert float(row["untrained_mig"]) == 0.01 and float(row["mig_random"]) == 0.001
     assert float(row["mig_monte_carlo"]) == pytest.approx(0.12) and row["back"] == "2"
     assert row["settings"] == "" and row["backends"] == "topk=native"
-    assert float(row["died_while_k_fell"]) == 0.15
+    assert float(row["died_before_k_cut"]) == 0.25 and row["cut_epoch"] == "6"
     row = by_name["shapes3d", "tied", "0"]
     assert "placement=code tied=True" in row["settings"] and "epochs=0" in row["settings"]
 
@@ -154,7 +154,7 @@ def test_units_and_epochs_as_csv(complete):
     assert len(rows) == len(found) * UNITS
     first, last = rows[0], rows[UNITS - 1]
     assert (first["frequency"], first["last_active_epoch"], first["phase"]) == (
-        "0.0", "4", "while k fell",
+        "0.0", "4", "before k cut",
     )  # fmt: skip
     assert (last["frequency"], last["last_active_epoch"], last["phase"]) == ("0.25", "", "")
     assert last["factor"] == "shape" and float(last["selectivity"]) == pytest.approx(0.19)
@@ -226,7 +226,7 @@ def test_one_seed_has_no_spread(tmp_path, quick):
     text = written(tmp_path, found, asked(("topk", "dense", "auxk"), seeds=1))
     plain = "\n".join(line for line in text.splitlines() if "the study (%)" not in line)
     assert plain.count("±") == 1  # where the sign is explained
-    assert "with 1 seed there is no spread" in text
+    assert "fewer than 2 seeds, so no verdict" in text and "no difference shown" not in text
     assert rows_of(text, "auxk")[-3:] == ["no", "not decided (1 seed)", "not decided (1 seed)"]
 
 
@@ -283,7 +283,7 @@ def test_no_cell_at_all_is_an_empty_report(tmp_path):
     assert "Incomplete: 0 of 4 cells" in text and "dsprites-topk-0 failed: broken" in text
 
 
-@pytest.mark.parametrize("place", ["death_epoch", "schedule", "untrained"])
+@pytest.mark.parametrize("place", ["death_epoch", "death_epoch_after", "schedule", "untrained"])
 def test_a_cell_of_another_version_is_named(tmp_path, place):
     found = grid(("topk",))
     del found[Cell("shapes3d", "topk", 1)]["results"][place]
