@@ -86,7 +86,7 @@ def test_deaths_are_stacked_by_epoch(figures):
     # Last active after epochs 1 and 9 (from 1): without activity from 2 and 10 on.
     assert bars == {(1, "never alive"): 2, (2, "before k cut"): 1, (10, "while k cut"): 1}
     # The schedule only, and a line before the epoch in which k begins to cut.
-    assert panel.get_xlim() == (0.5, EPOCHS + 0.5 + 1)
+    assert panel.get_xlim() == (0.5, EPOCHS + 0.5)
     assert [line.get_xdata()[0] for line in panel.get_lines()] == [5.5]
 
 
