@@ -289,13 +289,14 @@ def test_a_run_of_one_epoch_and_one_more(tmp_path, quick):
     made["config"] |= {"epochs": 1, "extra_epochs": 1}
     made["epochs"] = made["epochs"][EPOCHS - 1 :][:2]
     made["results"]["death_epoch"] = [-1] * 4 + [None] * (UNITS - 4)
+    made["epochs"][0]["eval_dead"] = 0.2
     text = written(tmp_path, {cell: made}, asked(("topk",), ("dsprites",), seeds=1))
     assert text.splitlines()[2] == "Complete: 1 cell." and "Preset small: 1 cell (" in text
     assert "## 1 more epoch\n" in text and "In 1 more epoch under Top-k" in text
     # k is the final one from the first epoch on.
     assert "k cuts from the first epoch on" in text
     row = rows_of(text, "Top-k", "Never alive: active")
-    assert row == ["dSprites", "0.0", "0.0", "20.0", "20.0", "0.0", "0.0"]
+    assert row == ["dSprites", "20.0", "0.0", "20.0", "20.0", "0.0", "0.0"]
 
 
 def test_drawing_z_has_no_row_where_the_sparse_layer_lies_before_it(tmp_path, quick):

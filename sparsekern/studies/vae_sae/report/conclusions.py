@@ -17,7 +17,9 @@ from .statistics import CURED_BELOW, Spread, change, mig_floor, spread, welch
 from .summary import (
     OTHER_DEFINITIONS,
     UNCURED,
+    Content,
     Measured,
+    after,
     median_selectivity,
     mig_score,
     never,
@@ -198,7 +200,17 @@ def _orderings(measured: Measured) -> Iterator[str]:
         one = measured.spread(dataset, "l1", never)
         two = measured.spread(dataset, "topk", never)
         if one and two:
-            yield _ordering(f"L1 leaves more dead units than Top-k on {SETS[dataset]}", one, two)
+            claim = f"L1 leaves more dead units than Top-k on {SETS[dataset]}"
+            yield _ordering(claim, one, two)
+            further = {c["config"]["extra_epochs"] for arm in ("l1", "topk")
+                       for c in measured.of(dataset, arm).values()}  # fmt: skip
+            if further != {0}:
+                ends = (measured.known(dataset, arm, _never_after) for arm in ("l1", "topk"))
+                yield _ordering(f"{claim} after the further epochs", *ends)
+
+
+def _never_after(content: Content) -> float:
+    return never(after(content))
 
 
 def _ordering(claim: str, one: Spread, two: Spread) -> str:
