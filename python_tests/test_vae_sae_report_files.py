@@ -296,7 +296,7 @@ def test_a_run_of_one_epoch_and_one_more(tmp_path, quick):
     # k is the final one from the first epoch on.
     assert "k cuts from the first epoch on" in text
     row = rows_of(text, "Top-k", "Never alive: active")
-    assert row == ["dSprites", "20.0", "0.0", "20.0", "20.0", "0.0", "0.0"]
+    assert row == ["dSprites", "20.0", "k cuts at once", "20.0", "20.0", "0.0", "0.0"]
 
 
 def test_drawing_z_has_no_row_where_the_sparse_layer_lies_before_it(tmp_path, quick):
@@ -345,7 +345,8 @@ def test_no_cell_at_all_is_an_empty_report(tmp_path):
 def test_a_cell_of_another_version_is_named(tmp_path, place):
     found = grid(("topk",))
     del found[Cell("shapes3d", "topk", 1)]["results"][place]
-    with pytest.raises(RunError, match=f"cell shapes3d-topk-1 lacks '{place}' in its results"):
+    words = f"cell shapes3d-topk-1 lacks '{place}' in its results: .* remove its results.json"
+    with pytest.raises(RunError, match=words):
         written(tmp_path, found, asked(("topk",)))
 
 

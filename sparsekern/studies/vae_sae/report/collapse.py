@@ -8,6 +8,7 @@ from ..grid import STUDY
 from . import figures, traces
 from .activity import (
     PHASES,
+    binding,
     cut,
     parts,
     phases,
@@ -108,9 +109,11 @@ def _deaths(document: Document, measured: Measured) -> None:
     for arm, dataset in measured.columns(figures.STUDY_AND_CONTROLS):
         cells = measured.of(dataset, arm).values()
         shares = [spread(phases(c)[phase] for c in cells) for phase in PHASES]
-        curve = [measured.known(dataset, arm, get)
+        curve = [measured.known(dataset, arm, get).percent()
                  for get in (silent_after_a_tenth, silent_before_cut, silent)]  # fmt: skip
-        rows.append([named(arm), SETS[dataset], *(s.percent() for s in (*curve, *shares))])
+        if all(binding(c) == 0 for c in cells):
+            curve[1] = "k cuts at once"
+        rows.append([named(arm), SETS[dataset], *curve, *(s.percent() for s in shares)])
         found = parts(measured, dataset, arm)
         if found is not None and arm in STUDY:
             sums.append(
@@ -122,7 +125,8 @@ def _deaths(document: Document, measured: Measured) -> None:
     document.add(
         Table(
             [
-                "arm", "data set", "silent after a tenth", "before k cut", "at the end", *PHASES,
+                "arm", "data set", "silent after a tenth", "silent before k cut",
+                "silent at the end", *(f"of these: {phase}" for phase in PHASES),
             ],
             rows,
             "Share of all units (%). First the curve of silent units: after a tenth of the "

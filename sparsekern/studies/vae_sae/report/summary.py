@@ -227,7 +227,8 @@ def _check(cell: Cell, content: Content) -> None:
     def lacks(place: str, name: str) -> RunError:
         return RunError(
             f"cell {cell.name} lacks {name!r} in its {place}: it was run by another version; "
-            "remove its folder and run it again"
+            "remove its results.json and run it again, which measures anew from its checkpoint "
+            "(or its folder, to train anew)"
         )
 
     results = content["results"]
