@@ -192,6 +192,18 @@ def test_what_the_further_epochs_do_moves_no_death():
     )
 
 
+def test_training_is_called_unconverged_where_reconstruction_fell_in_every_way():
+    found = grid(("topk",), ("dsprites",), seeds=3)
+    for cell, one in found.items():
+        one["results"]["reconstruction"] = 26.0 - cell.seed  # 30 at the end of the schedule
+    # t(2) = 4.303 * 1 / sqrt(3)
+    assert "reconstruction by -5.0 nats (95 % interval -7.5 to -2.5, 3 seeds)" in said(found)
+    assert "Training had not converged at the end of the schedule." in said(found)
+    for cell, one in found.items():
+        one["results"]["reconstruction"] = 31.0 - 3 * cell.seed
+    assert "not converged" not in said(found)
+
+
 def test_arms_are_the_same_run_until_k_cuts():
     found = grid(("topk", "dense"), ("dsprites",))
     measured = Measured(found)
