@@ -132,8 +132,8 @@ def _when(measured: Measured, dataset: str, arm: str, whole: Spread) -> str:
 
     return (
         f"under {named(arm)}, {whole.percent()} % of all units are silent on the held-out images "
-        f"at the end of the schedule ({of(never)} % on the test images). They fell silent for "
-        f"good: {words}. The curve of silent units passes {of(silent_after_a_tenth)} % after a "
+        f"at the end of the schedule ({of(never)} % on the test images). By when their "
+        f"silence began: {words}. The curve of silent units passes {of(silent_after_a_tenth)} % after a "
         f"tenth of the schedule and {of(silent_before_cut)} % after the last epoch before k cut, "
         f"of which {of(early)} % stay silent."
     )
@@ -155,14 +155,14 @@ def _sum(arm: str, found: Parts) -> str:
         )
     judged = in_words(
         found.excess,
-        "more than in the control",
+        "more than in the control, so this part goes with sparsification",
         "fewer than in the control",
     )
     return (
         f"so the {100 * found.whole.mean:.1f} % silent under {named(arm)} are, in points of all "
         f"units (and as a share of the silent ones): {of(found.early)} that died early, before k "
-        f"cut anything, + {of(found.excess.mean)} in excess of the dense control, the part that "
-        f"goes with sparsification, {rest}. The excess is {found.excess.points()}: {judged}."
+        f"cut anything, + {of(found.excess.mean)} in excess of the dense control, {rest}. The "
+        f"excess is {found.excess.points()}: {judged}."
     )
 
 
