@@ -49,11 +49,17 @@ def test_dead_units_by_epoch_and_by_k_are_means_in_percent(figures):
 
 
 def test_mig_by_k_has_the_levels_of_the_controls(figures):
-    measured = Measured(grid(("topk", "dense"), mig=0.2))
+    cells = grid(("topk", "dense"), mig=0.2)
+    for made in cells.values():
+        for record in made["epochs"]:
+            record |= {"mig_low": 0.12, "mig_high": 0.13}  # above the estimates of 0.1
+    measured = Measured(cells)
     found = figures.mig_by_k(measured).axes[0]
     lines = lines_of(found)
-    # The mean with its bars, and a line for each of two seeds.
-    assert found.containers[0].get_label() == "Top-k"
+    # The mean, its bars, and a line for each of two seeds.
+    (bars,) = found.collections
+    ends = {tuple(y for _, y in segment) for segment in bars.get_segments()}
+    assert ends == {(0.12, 0.13)} and list(lines["Top-k"].get_ydata()) == [0.1] * 5
     drawn = [line for line in found.get_lines() if list(line.get_xdata()) == [4, 8, 12, 16, 20]]
     assert len(drawn) == 3 and drawn[1].get_linewidth() < drawn[0].get_linewidth()
     names = ("dense, last epoch", "untrained", "random code")

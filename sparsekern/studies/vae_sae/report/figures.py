@@ -198,11 +198,12 @@ def mig_by_k(measured: Measured) -> bytes:
                     np.array([[r[name] for r in run] for run in runs])
                     for name in ("mig", "mig_low", "mig_high")
                 )
-                mean = values.mean(0)
-                panel.errorbar(
-                    ks, mean, [mean - low.mean(0), high.mean(0) - mean], color=COLOURS[arm],
-                    marker="o", ms=3, linewidth=1.8, elinewidth=1, label=named(arm),
+                panel.plot(
+                    ks, values.mean(0), color=COLOURS[arm], marker="o", ms=3, linewidth=1.8,
+                    label=named(arm),
                 )  # fmt: skip
+                # No error bars: an interval of a bootstrap need not hold the estimate.
+                panel.vlines(ks, low.mean(0), high.mean(0), color=COLOURS[arm], linewidth=1)
                 if len(values) > 1:
                     panel.plot(ks, values.T, color=COLOURS[arm], linewidth=0.8, alpha=0.5)
         for label, colour, style, of, get in _levels():

@@ -133,9 +133,9 @@ def _when(measured: Measured, dataset: str, arm: str, whole: Spread) -> str:
     return (
         f"under {named(arm)}, {whole.percent()} % of all units are silent on the held-out images "
         f"at the end of the schedule ({of(never)} % on the test images). By when their "
-        f"silence began: {words}. The curve of silent units passes {of(silent_after_a_tenth)} % after a "
-        f"tenth of the schedule and {of(silent_before_cut)} % after the last epoch before k cut, "
-        f"of which {of(early)} % stay silent."
+        f"silence began: {words}. The curve of silent units passes {of(silent_after_a_tenth)} % "
+        f"after a tenth of the schedule and {of(silent_before_cut)} % after the last epoch before "
+        f"k cut, of which {of(early)} % stay silent."
     )
 
 
