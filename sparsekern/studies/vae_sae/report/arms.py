@@ -85,7 +85,9 @@ def _cures_of(document: Document, measured: Measured, dataset: str, arms: list[s
         found = measured.verdict(dataset, arm) if arm in arms else None
         if found is not None:
             floor = mig_floor(measured.known(dataset, UNCURED, mig_score))
-            mig = _yes(found.mig) + (f" (so is {floor:.3f})" if found.mig and found.blind else "")
+            mig = _yes(found.mig) + (
+                f" (a MIG of {floor:.3f} is, too)" if found.mig and found.blind else ""
+            )
             verdicts.append(
                 [
                     name,
