@@ -8,6 +8,8 @@ from sparsekern.training import scheduled_k
 
 UNITS = 20
 EPOCHS, EXTRA = 10, 5
+ACTIVE = 11
+"""Units that ReLU leaves active: k, which goes 20 18 16 14 12 10 8 6 4 2, cuts from epoch 6 on."""
 OVERRIDES = {"epochs": EPOCHS, "extra_epochs": EXTRA, "units": UNITS, "k_start": UNITS, "k_end": 2}
 SETS = ("dsprites", "shapes3d")
 
@@ -58,6 +60,7 @@ def measurements(dead, mig, reconstruction, k, l0):
 
 
 def content(cell, *, dead=4, after=3, mig=0.1, reconstruction=30.0, death=None, l0=None):
+    """Unless death says in which epoch each unit was active last, the dead units' is epoch 3."""
     config = cell_config(cell, "small", OVERRIDES, None)
     ks = [
         scheduled_k("linear", config.k_start, config.k_end, min(at, EPOCHS - 1), EPOCHS)
@@ -65,7 +68,7 @@ def content(cell, *, dead=4, after=3, mig=0.1, reconstruction=30.0, death=None, 
     ]
     end = measurements(dead, mig, reconstruction, ks[EPOCHS - 1], l0 or ks[EPOCHS - 1])
     final = end if config.extra_epochs == 0 else measurements(after, mig, 29.0, ks[-1], 2.0)
-    count = round(final["dead"]["never"] * UNITS)
+    last = round(final["dead"]["never"] * UNITS)
     return {
         "config": asdict(config),
         "results": {
@@ -74,7 +77,8 @@ def content(cell, *, dead=4, after=3, mig=0.1, reconstruction=30.0, death=None, 
             "test_images": 400,
             "schedule": end,
             "untrained": measurements(0, 0.01, 150.0, UNITS, 10.0),
-            "death_epoch": death or [3] * count + [None] * (UNITS - count),
+            "death_epoch": death or [3] * dead + [None] * (UNITS - dead),
+            "death_epoch_after": [3] * last + [None] * (UNITS - last),
             "steps": 100,
             "images_per_second": 1000.0,
             "seconds": 1.5,
@@ -89,7 +93,8 @@ def content(cell, *, dead=4, after=3, mig=0.1, reconstruction=30.0, death=None, 
                 "reconstruction": 40.0 - at,
                 "eval_reconstruction": 41.0 - at,
                 "eval_dead": dead / UNITS * at / config.all_epochs,
-                "eval_l0": float(k),
+                "eval_l0": float(min(k, ACTIVE)),
+                **({"strength": 0.5} if cell.arm == "l1" else {}),
                 **({"mig": 0.1, "mig_low": 0.09, "mig_high": 0.11} if at % 2 == 0 else {}),
             }
             for at, k in enumerate(ks)

@@ -2,6 +2,7 @@
 its study measures."""
 
 import functools
+import json
 
 import pytest
 import torch
@@ -304,9 +305,11 @@ def test_images_are_shrunk_by_means_of_squares():
 
 def test_when_units_died():
     trained = Trained(small(units=4, k=2), VAESAEConfig(**{**TINY, "units": 4, "k_start": 4}))
-    trained.active = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 1], [1, 0, 0, 1]]).bool()
-    # Alive; last active in epoch 0; never; born late and alive.
-    assert trained.death_epochs() == [None, 0, -1, None]
+    trained.active = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 1], [0, 1, 0, 1]]).bool()
+    # Died last; silent for an epoch; never active; born late and alive.
+    assert trained.death_epochs(3) == [1, None, -1, None]
+    # The last epoch is out of sight: neither its death nor its revival counts.
+    assert trained.death_epochs(2) == [None, 0, -1, None]
 
 
 @pytest.mark.parametrize(
@@ -328,6 +331,7 @@ def test_every_kind_of_run(settings, tmp_path, monkeypatch):
     results = run(config, tmp_path / "run").results
     assert results["k"] == results["schedule"]["k"] == 4
     assert len(results["death_epoch"]) == len(results["units"]["frequency"]) == 20
+    assert_deaths_are_those_of_the_records(results, config, tmp_path / "run")
     assert all(torch.isfinite(torch.tensor(results["units"]["selectivity"])))
     for moment in ("schedule", "untrained"):
         assert -1 <= results[moment]["mig"]["low"] <= results[moment]["mig"]["high"] <= 1
@@ -335,6 +339,14 @@ def test_every_kind_of_run(settings, tmp_path, monkeypatch):
     assert again["dead"] == results["dead"] and again["mig"] == results["mig"]
     saved = checkpoints.read_checkpoint(tmp_path / "run").tensors
     assert "model.vae.bottleneck.dictionary" in saved and "model.vae.encoder.0.weight" in saved
+
+
+def assert_deaths_are_those_of_the_records(results, config, folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    dead = [r["eval_dead"] for r in map(json.loads, lines) if r["kind"] == "epoch"]
+    for name, epochs in (("death_epoch", config.epochs), ("death_epoch_after", config.all_epochs)):
+        assert sum(e is not None for e in results[name]) == pytest.approx(20 * dead[epochs - 1])
+        assert all(e is None or -1 <= e < epochs - 1 for e in results[name])
 
 
 def compile_eagerly(module):

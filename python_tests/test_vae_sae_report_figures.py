@@ -12,6 +12,7 @@ from sparsekern.studies.vae_sae.grid import Cell
 from sparsekern.studies.vae_sae.images import read
 from sparsekern.studies.vae_sae.report import figures as report_figures
 from sparsekern.studies.vae_sae.report import pictures as report_pictures
+from sparsekern.studies.vae_sae.report import traces
 from sparsekern.studies.vae_sae.report.summary import Measured
 from sparsekern.studies.vae_sae.task import Trained, make_model
 from sparsekern.training.checkpoints import model_tensors, write_checkpoint
@@ -48,10 +49,21 @@ def test_dead_units_by_epoch_and_by_k_are_means_in_percent(figures):
 
 
 def test_mig_by_k_has_the_levels_of_the_controls(figures):
-    measured = Measured(grid(("topk", "dense"), mig=0.2))
-    lines = lines_of(figures.mig_by_k(measured).axes[0])
-    assert list(lines["Top-k"].get_xdata()) == [4, 8, 12, 16, 20]
-    levels = {name: line.get_ydata()[0] for name, line in lines.items() if name != "Top-k"}
+    cells = grid(("topk", "dense"), mig=0.2)
+    for made in cells.values():
+        for record in made["epochs"]:
+            record |= {"mig_low": 0.12, "mig_high": 0.13}  # above the estimates of 0.1
+    measured = Measured(cells)
+    found = figures.mig_by_k(measured).axes[0]
+    lines = lines_of(found)
+    # The mean, its bars, and a line for each of two seeds.
+    (bars,) = found.collections
+    ends = {tuple(y for _, y in segment) for segment in bars.get_segments()}
+    assert ends == {(0.12, 0.13)} and list(lines["Top-k"].get_ydata()) == [0.1] * 5
+    drawn = [line for line in found.get_lines() if list(line.get_xdata()) == [4, 8, 12, 16, 20]]
+    assert len(drawn) == 3 and drawn[1].get_linewidth() < drawn[0].get_linewidth()
+    names = ("dense, last epoch", "untrained", "random code")
+    levels = {name: lines[name].get_ydata()[0] for name in names}
     assert levels == pytest.approx(
         {"dense, last epoch": 0.2, "untrained": 0.01, "random code": 0.001}
     )
@@ -60,21 +72,41 @@ def test_mig_by_k_has_the_levels_of_the_controls(figures):
 def test_the_heat_map_has_a_row_for_each_arm(figures):
     figure = figures.panel_map(Measured(grid(("topk", "auxk"), dead=4)), "dsprites")
     shown = figure.axes[0].get_images()[0].get_array()
-    assert shown.shape == (2, 8)
-    assert shown[0].tolist() == pytest.approx([22.5] * 6 + [32.5, 11.25])
+    assert shown.shape == (2, 7)
+    assert shown[0].tolist() == pytest.approx([22.5] * 6 + [32.5])
+    # Where z lies before a sparse layer, drawing it makes a column.
+    figure = figures.panel_map(Measured(grid(("topk", "code"), dead=4)), "dsprites")
+    assert figure.axes[0].get_images()[0].get_array()[0, -1] == pytest.approx(11.25)
 
 
 def test_deaths_are_stacked_by_epoch(figures):
     death = [-1, -1, 0, 8] + [None] * (UNITS - 4)
-    figure = figures.deaths(Measured(grid(("topk",), ("dsprites",), death=death)))
+    figure = traces.deaths(Measured(grid(("topk",), ("dsprites",), death=death)))
+    panel = figure.axes[0]
     bars = {
         (round(bar.get_x() + bar.get_width() / 2), phase.get_label()): bar.get_height()
-        for phase in figure.axes[0].containers
+        for phase in panel.containers
         for bar in phase
         if bar.get_height()
     }
     # Last active after epochs 1 and 9 (from 1): without activity from 2 and 10 on.
-    assert bars == {(1, "early"): 2, (2, "early"): 1, (10, "at the final k"): 1}
+    assert bars == {(1, "never alive"): 2, (2, "before k cut"): 1, (10, "while k cut"): 1}
+    # The schedule only, and a line before the epoch in which k begins to cut.
+    assert panel.get_xlim() == (0.5, EPOCHS + 0.5)
+    assert [line.get_xdata()[0] for line in panel.get_lines()] == [5.5]
+
+
+def test_active_units_and_the_strength_lie_above_each_other(figures):
+    found = grid(("topk", "l1", "dense"))
+    figure = traces.active_units(Measured(found))
+    above, below = figure.axes[0], figure.axes[2]
+    lines = lines_of(above)
+    assert list(lines["Top-k"].get_ydata())[:6] == [11, 11, 11, 11, 11, 10]
+    assert list(lines["k"].get_ydata())[:2] == [20, 18] and len(lines["dense"].get_xdata()) == 10
+    assert list(below.get_lines()[0].get_ydata()) == [0.5] * (EPOCHS + EXTRA)
+    assert below.get_yscale() == "log"
+    only = {cell: made for cell, made in found.items() if cell.arm != "l1"}
+    assert len(traces.active_units(Measured(only)).axes) == 2
 
 
 def test_every_arm_lies_inside_the_pareto_plot(figures):

@@ -6,7 +6,7 @@ import shlex
 from html.parser import HTMLParser
 
 import pytest
-from made_up_cells import SETS, UNITS, asked, content, grid, written
+from made_up_cells import EPOCHS, SETS, UNITS, asked, content, grid, written
 
 from sparsekern.cli import _parser
 from sparsekern.studies.reproduction import cell_folder
@@ -72,8 +72,9 @@ def complete(tmp_path_factory):
     return folder, found
 
 
-def rows_of(markdown, first):
-    """The cells of the table row that starts with this text."""
+def rows_of(markdown, first, after=""):
+    """The cells of the table row that starts with this text, the first after some text."""
+    markdown = markdown[markdown.index(after) :]
     line = next(line for line in markdown.splitlines() if line.startswith(f"| {first} |"))
     return [cell.strip() for cell in line.strip("|").split("|")][1:]
 
@@ -92,13 +93,34 @@ def test_the_main_table_has_their_numbers_and_ours(complete):
     assert rows_of(text, "seeds") == ["2"] * 4
 
 
+def test_every_arm_is_in_one_table(complete):
+    text = (complete[0] / "report.md").read_text()
+    for arm in ("Top-k", "L1", "fixed k", "auxk", "tied"):
+        found = rows_of(text, arm, "## Every arm")
+        assert found[:3] == ["dSprites", "22.5 ± 3.5", "30.0 ± 0.0"]
+        assert found[3:] == ["0.100 ± 0.000", "7.50 ± 0.00", "2.0 ± 0.0", "2"]
+    # k goes 20 18 16 14 12 10 and meets the 11 active units in epoch 6.
+    row = rows_of(text, "Top-k", "L0 before the cut")
+    assert row == ["dSprites", "11.0 ± 0.0", "6", "10", "11.0 ± 0.0", "2.0 ± 0.0"]
+    assert rows_of(text, "dense", "L0 before the cut")[2:4] == ["never", ""]
+
+
+def test_when_units_died_adds_up_in_its_tables(complete):
+    text = (complete[0] / "report.md").read_text()
+    # 4 and 5 of 20 died before the cut in every arm; nothing is in excess of the control.
+    row = rows_of(text, "Top-k", "Never alive: active")
+    assert row[-4:] == ["22.5 ± 3.5", "0.0 ± 0.0", "22.5 ± 3.5", "0.0 ± 0.0"]
+    row = rows_of(text, "Top-k", "The whole and its parts")
+    assert row == ["dSprites", "22.5 ± 3.5", "22.5", "0.0", "+0.0 (-15.2 to +15.2)"]
+
+
 def test_every_figure_is_there_and_shown(complete):
     folder, _ = complete
     text, html = (folder / "report.md").read_text(), (folder / "report.html").read_text()
     names = {path.stem for path in (folder / "figures").glob("*.png")}
     assert names == {
         "panel_dsprites", "panel_shapes3d", "dead_by_epoch", "dead_by_k", "mig_by_k", "deaths",
-        "selectivity", "pareto",
+        "selectivity", "pareto", "active_units",
     }  # fmt: skip
     for name in names:
         assert f"(figures/{name}.png)" in text
@@ -142,7 +164,7 @@ def test_cells_as_csv(complete):
     assert float(row["untrained_mig"]) == 0.01 and float(row["mig_random"]) == 0.001
     assert float(row["mig_monte_carlo"]) == pytest.approx(0.12) and row["back"] == "2"
     assert row["settings"] == "" and row["backends"] == "topk=native"
-    assert float(row["died_while_k_fell"]) == 0.15
+    assert float(row["died_before_k_cut"]) == 0.25 and row["cut_epoch"] == "6"
     row = by_name["shapes3d", "tied", "0"]
     assert "placement=code tied=True" in row["settings"] and "epochs=0" in row["settings"]
 
@@ -154,7 +176,7 @@ def test_units_and_epochs_as_csv(complete):
     assert len(rows) == len(found) * UNITS
     first, last = rows[0], rows[UNITS - 1]
     assert (first["frequency"], first["last_active_epoch"], first["phase"]) == (
-        "0.0", "4", "while k fell",
+        "0.0", "4", "before k cut",
     )  # fmt: skip
     assert (last["frequency"], last["last_active_epoch"], last["phase"]) == ("0.25", "", "")
     assert last["factor"] == "shape" and float(last["selectivity"]) == pytest.approx(0.19)
@@ -175,9 +197,15 @@ def test_cures_have_verdicts(tmp_path, quick):
             schedule["dead"]["never"] = 0.02
             schedule["reconstruction"] += 5
     text = written(tmp_path, found, asked(("topk", "auxk", "resample"), ("dsprites",)))
-    assert rows_of(text, "auxk")[-3:] == ["yes", "yes", "yes"]
-    assert rows_of(text, "resample")[-3:] == ["yes", "no", "yes"]
-    assert "no worse than uncured on dSprites: auxk." in text
+    rows = {arm: rows_of(text, arm, "verdicts by the rule") for arm in ("auxk", "resample")}
+    # t(2) = 4.303 with s = 0.7071, that of either arm / sqrt(2) * sqrt(2).
+    same, worse = "+0.0 (-3.0 to +3.0)", "+5.0 (+2.0 to +8.0)"
+    zero = "+0.000 (+0.000 to +0.000)"
+    assert rows["auxk"] == ["yes", same, "yes", zero, "yes"]
+    assert rows["resample"] == ["yes", worse, "no", zero, "yes"]
+    shares = rows_of(text, "Top-k, uncured", "with other definitions")
+    assert shares[:3] == ["22.5 ± 3.5"] * 3 and "0.100 ± 0.000" in shares
+    assert "worse than its means, on dSprites: auxk." in text
 
 
 def test_an_incomplete_report_says_so_first(tmp_path, quick):
@@ -199,7 +227,7 @@ def test_without_estimates_during_training_there_is_no_curve_of_mig(tmp_path, qu
             record.pop("mig", None)
     text = written(tmp_path, found, asked(("topk",), ("dsprites",)))
     assert "mig_by_k" not in text and "MIG was not estimated during training" in text
-    assert rows_of(text, "Top-k | dSprites")[1] == "0.100 ± 0.000"
+    assert rows_of(text, "Top-k | dSprites", "Monte Carlo")[1] == "0.100 ± 0.000"
 
 
 def test_many_missing_cells_are_counted_by_arm(tmp_path, quick):
@@ -226,8 +254,10 @@ def test_one_seed_has_no_spread(tmp_path, quick):
     text = written(tmp_path, found, asked(("topk", "dense", "auxk"), seeds=1))
     plain = "\n".join(line for line in text.splitlines() if "the study (%)" not in line)
     assert plain.count("±") == 1  # where the sign is explained
-    assert "with 1 seed there is no spread" in text
-    assert rows_of(text, "auxk")[-3:] == ["no", "not decided (1 seed)", "not decided (1 seed)"]
+    assert "fewer than 2 seeds, so no verdict" in text and "no difference shown" not in text
+    undecided = "not decided (1 seed)"
+    found = rows_of(text, "auxk", "verdicts by the rule")
+    assert found == ["no", "+0.0", undecided, "+0.000", undecided]
 
 
 def test_l1_alone_on_one_set(tmp_path, quick):
@@ -246,15 +276,43 @@ def test_no_unit_and_every_unit_dead(tmp_path, quick, dead, share):
     }
     text = written(tmp_path, found, asked(("topk", "dense"), ("dsprites",)))
     assert rows_of(text, "never active (%)") == [f"{share} ± 0.0"]
-    words = "no unit was dead after the schedule" if dead == 0 else "brought none of 40 dead units"
+    words = (
+        "no unit was dead after the schedule" if dead == 0 else "none of 40 dead units came back"
+    )
     assert words in text
     assert ("none alive" in text) == (dead == UNITS)
+
+
+def test_a_run_of_one_epoch_and_one_more(tmp_path, quick):
+    cell = Cell("dsprites", "topk", 0)
+    made = content(cell)
+    made["config"] |= {"epochs": 1, "extra_epochs": 1}
+    made["epochs"] = made["epochs"][EPOCHS - 1 :][:2]
+    made["results"]["death_epoch"] = [-1] * 4 + [None] * (UNITS - 4)
+    made["epochs"][0]["eval_dead"] = 0.2
+    text = written(tmp_path, {cell: made}, asked(("topk",), ("dsprites",), seeds=1))
+    assert text.splitlines()[2] == "Complete: 1 cell." and "Preset small: 1 cell (" in text
+    assert "## 1 more epoch\n" in text and "In 1 more epoch under Top-k" in text
+    # k is the final one from the first epoch on.
+    assert "k cuts from the first epoch on" in text
+    row = rows_of(text, "Top-k", "Never alive: active")
+    assert row == ["dSprites", "20.0", "k cuts at once", "20.0", "20.0", "0.0", "0.0"]
+
+
+def test_drawing_z_has_no_row_where_the_sparse_layer_lies_before_it(tmp_path, quick):
+    found = grid(("topk",), ("dsprites",))
+    request = asked(("topk",), ("dsprites",))
+    assert "z drawn" not in written(tmp_path, found, request)
+    for made in found.values():
+        made["config"]["placement"] = "decoder"
+    text = written(tmp_path, found, request)
+    assert rows_of(text, "never active, z drawn (%)") == ["11.2 ± 1.8"]
 
 
 def test_controls_alone(tmp_path, quick):
     text = written(tmp_path, grid(("cosine",), ("dsprites",)), asked(("cosine",), ("dsprites",)))
     assert "neither an arm of the study nor a control was run" in text
-    assert rows_of(text, "cosine")[0] == "schedule cosine"
+    assert rows_of(text, "cosine", "Sensitivity")[0] == "schedule cosine"
 
 
 def test_only_rendered_images_are_called_rendered(tmp_path, quick):
@@ -283,11 +341,12 @@ def test_no_cell_at_all_is_an_empty_report(tmp_path):
     assert "Incomplete: 0 of 4 cells" in text and "dsprites-topk-0 failed: broken" in text
 
 
-@pytest.mark.parametrize("place", ["death_epoch", "schedule", "untrained"])
+@pytest.mark.parametrize("place", ["death_epoch", "death_epoch_after", "schedule", "untrained"])
 def test_a_cell_of_another_version_is_named(tmp_path, place):
     found = grid(("topk",))
     del found[Cell("shapes3d", "topk", 1)]["results"][place]
-    with pytest.raises(RunError, match=f"cell shapes3d-topk-1 lacks '{place}' in its results"):
+    words = f"cell shapes3d-topk-1 lacks '{place}' in its results: .* remove its results.json"
+    with pytest.raises(RunError, match=words):
         written(tmp_path, found, asked(("topk",)))
 
 

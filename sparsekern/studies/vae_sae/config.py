@@ -83,8 +83,10 @@ class VAESAEConfig(StudyConfig):
         source=OURS,
     )
     warm_epochs: int = option(0, "epochs at k_start before the schedule begins", source=OURS)
-    k_start: int = option(500, "active units in the first epoch", source=ABSTRACT)
-    k_end: int = option(50, "active units in the last epoch", source=ABSTRACT)
+    k_start: int = option(
+        500, "k in the first epoch; ReLU may leave fewer units active", source=ABSTRACT
+    )
+    k_end: int = option(50, "k in the last epoch", source=ABSTRACT)
     units: int = option(500, "width of the sparse layer", source=ABSTRACT)
     latents: int = option(10, "width of the VAE's code z", source=LIBRARY)
     width: int = option(

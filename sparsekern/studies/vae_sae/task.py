@@ -37,12 +37,12 @@ class Trained(nn.Module):
         shape = (config.all_epochs, config.units)
         self.register_buffer("active", torch.zeros(shape, dtype=torch.bool))
 
-    def death_epochs(self) -> list[int | None]:
-        """For each unit the epoch, counted from 0, after which it was never active again on the
-        held-out images: -1 if it never was; None if it was active after the last epoch."""
-        epochs = torch.arange(len(self.active)).unsqueeze(1)
-        last = torch.where(self.active.cpu(), epochs, -1).amax(0).tolist()
-        return [None if epoch == len(self.active) - 1 else epoch for epoch in last]
+    def death_epochs(self, count: int) -> list[int | None]:
+        """For each unit the last of the first count epochs, counted from 0, after which it was
+        active on the held-out images: -1 if after none, None if after the last of them."""
+        active = self.active[:count].cpu()
+        last = torch.where(active, torch.arange(count).unsqueeze(1), -1).amax(0).tolist()
+        return [None if epoch == count - 1 else epoch for epoch in last]
 
 
 def make_model(config: VAESAEConfig, channels: int, mean_pixel: float) -> VAESAE:

@@ -19,8 +19,9 @@ from .... import __version__
 from ....training.runs import write_atomically
 from ...reproduction import usable_processors
 from ..grid import Cell, cells
-from . import arms, sections
+from . import arms, collapse, sections
 from .document import Document, Heading, Items, Paragraph, markdown, page
+from .statistics import counted
 from .summary import Measured
 from .tables import cell_rows, epoch_rows, table_bytes, unit_rows
 
@@ -79,8 +80,10 @@ def _fill(document: Document, folder: Path, measured: Measured, asked: Mapping[s
         facts["GPU:"] = torch.cuda.get_device_name()
     sections.what_was_run(document, measured, asked, facts)
     sections.main_table(document, measured)
-    sections.courses(document, measured)
-    sections.further_epochs(document, measured)
+    arms.every_arm(document, measured)
+    collapse.active_units(document, measured)
+    collapse.courses(document, measured)
+    collapse.further_epochs(document, measured)
     sections.local_interpretability(document, measured)
     sections.looks(document, measured, folder)
     arms.cures(document, measured)
@@ -99,7 +102,8 @@ def _fill(document: Document, folder: Path, measured: Measured, asked: Mapping[s
                 ),
                 (
                     "units.csv: a row for each unit of each cell, after all epochs. "
-                    "last_active_epoch counts from 1; 0 is a unit that was active on the held-out "
+                    "last_active_epoch is that of the schedule, last_active_epoch_of_run that of "
+                    "all epochs; both count from 1; 0 is a unit that was active on the held-out "
                     "images after no epoch, and an empty field one that was active after the last."
                 ),
                 "epochs.csv: a row for each epoch of each cell; epochs count from 1.",
@@ -117,7 +121,7 @@ def _state(
 ) -> None:
     """What is missing and what failed."""
     if len(found) == total:
-        document.add(Paragraph(f"Complete: {total} cells."))
+        document.add(Paragraph(f"Complete: {counted(total, 'cell')}."))
         return
     wanted = cells(asked["datasets"], asked["arms"], range(asked["seeds"]))
     absent = [c for c in wanted if c not in found and c.name not in failed]
@@ -125,7 +129,7 @@ def _state(
     if len(missing) > NAMED:
         by_arm = Counter(c.arm for c in absent)
         missing = [f"{count} of {arm}" for arm, count in by_arm.items()]
-    text = f"Incomplete: {len(found)} of {total} cells."
+    text = f"Incomplete: {len(found)} of {counted(total, 'cell')}."
     if missing:
         text += f" Not finished: {', '.join(missing)}."
     document.add(Paragraph(text, notice=True))

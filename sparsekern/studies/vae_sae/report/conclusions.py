@@ -1,7 +1,7 @@
 """What can be concluded from the cells of a reproduction, in sentences chosen by their numbers.
 
-A difference counts when its mean over the seeds exceeds its standard deviation over them. That is a
-rule of reading, not a test of significance.
+A difference between arms is stated with its 95 % interval (Welch's t over the seeds), and called
+one where the interval lies on one side of 0.
 """
 
 from __future__ import annotations
@@ -9,24 +9,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from ..grid import STUDY
+from . import on_collapse
+from .activity import binding
 from .figures import SETS, by_k, definition, named
+from .on_collapse import NO_INTERVAL, in_words
+from .statistics import CURED_BELOW, Spread, change, mig_floor, spread, welch
 from .summary import (
-    CURED_BELOW,
-    L0_TOLERANCE,
-    PHASES,
+    OTHER_DEFINITIONS,
+    UNCURED,
+    Content,
     Measured,
-    Spread,
-    compared,
-    larger_sd,
+    after,
     median_selectivity,
     mig_score,
     never,
     never_sampled,
-    phases,
-    returned,
-    scheduled,
-    spread,
+    random_mig,
     threshold_range,
+    untrained_mig,
+    untrained_selectivity,
 )
 
 
@@ -39,114 +40,23 @@ def conclusions(measured: Measured) -> dict[str, list[str]]:
 
 def _of_dataset(measured: Measured, dataset: str) -> Iterator[str]:
     parts: tuple[Callable[[Measured, str], Iterator[str]], ...] = (
-        _without_sparsification,
-        _by_phase,
-        _by_schedule,
-        _fixed,
+        on_collapse.active_units,
+        on_collapse.without_sparsification,
+        on_collapse.by_part,
+        on_collapse.fixed,
+        on_collapse.steering,
+        on_collapse.further_epochs,
         _mig,
         _selectivity,
         _definitions,
         _sampled,
-        _steered,
-        _further_epochs,
     )
     for part in parts:
         for text in part(measured, dataset):
             yield text[0].upper() + text[1:]
 
 
-def points(difference: Spread) -> str:
-    """A difference of shares, in words: "+3.1 ± 0.4 percentage points"."""
-    return f"{signed(difference)} percentage points"
-
-
-def signed(difference: Spread) -> str:
-    """A difference of shares in percent, with its sign."""
-    return ("+" if difference.mean >= 0 else "") + difference.percent()
-
-
-def seeds(count: int) -> str:
-    """ "1 seed", "3 seeds"."""
-    return f"{count} seed" if count == 1 else f"{count} seeds"
-
-
-def _without_sparsification(measured: Measured, dataset: str) -> Iterator[str]:
-    dense = measured.spread(dataset, "dense", never)
-    if dense is None:
-        yield (
-            "no cell of the dense control is finished, so the part of the dead units that needs no "
-            "sparsification is unknown."
-        )
-    else:
-        yield (
-            f"{dense.percent()} % of the units are never active although the layer was never "
-            f"sparsified (dense control, {seeds(dense.n)})."
-        )
-
-
-def _by_phase(measured: Measured, dataset: str) -> Iterator[str]:
-    for arm in STUDY:
-        cells = measured.of(dataset, arm).values()
-        if not cells:
-            continue
-        found = {phase: spread(phases(c)[phase] for c in cells) for phase in PHASES}
-        total = sum(s.mean for s in found.values())
-        if total == 0:
-            yield f"under {named(arm)} no unit was dead on the held-out images at the end."
-            continue
-        early = found[PHASES[0]].mean + found[PHASES[1]].mean
-        words = ", ".join(f"{s.percent()} % {phase}" for phase, s in found.items())
-        size = _part_in_words(early / total)
-        yield (
-            f"under {named(arm)}, these shares of all units died for good, by the end of the run: "
-            f"{words}. So {size} of the "
-            f"deaths ({100 * early / total:.0f} %) came early, before k had fallen by a tenth."
-        )
-
-
-def _part_in_words(share: float) -> str:
-    if share == 0:
-        return "none"
-    for limit, words in ((0.1, "a small part"), (0.4, "less than half"), (0.6, "about half")):
-        if share < limit:
-            return words
-    return "most" if share < 1 else "all"
-
-
-def _by_schedule(measured: Measured, dataset: str) -> Iterator[str]:
-    for arm in STUDY:
-        difference = measured.difference(dataset, arm, "dense", never)
-        if difference is None:
-            continue
-        share = difference.mean / max(measured.known(dataset, arm, never).mean, 1e-9)
-        rule = {
-            None: "with 1 seed there is no spread to compare this with",
-            1: f"more than its spread over the seeds, so this part, {100 * min(share, 1):.0f} % of "
-            "the dead units, is due to sparsification",
-            0: "within its spread over the seeds, so no part is shown to be due to sparsification",
-            -1: "sparsification left fewer units dead than training without it",
-        }[compared(difference)]
-        yield (
-            f"{named(arm)} minus dense is {points(difference)} of never active units "
-            f"({seeds(difference.n)}): {rule}."
-        )
-
-
-def _fixed(measured: Measured, dataset: str) -> Iterator[str]:
-    difference = measured.difference(dataset, "fixed", "topk", never)
-    if difference is None:
-        return
-    rule = {
-        None: "with 1 seed there is no spread to compare this with",
-        1: "the schedule saves units, compared with the final k from the start",
-        0: "no difference beyond the spread, so the schedule does not matter for the number of "
-        "dead units here",
-        -1: "the schedule leaves more units dead than the final k from the start does",
-    }[compared(difference)]
-    yield (
-        f"with the final k from the first epoch, never active units differ by "
-        f"{points(difference)} from those under the schedule: {rule}."
-    )
+# -- MIG -------------------------------------------------------------------------------------------
 
 
 def _mig(measured: Measured, dataset: str) -> Iterator[str]:
@@ -155,81 +65,91 @@ def _mig(measured: Measured, dataset: str) -> Iterator[str]:
         if not cells:
             continue
         end = measured.known(dataset, arm, mig_score)
-        random = spread(c["results"]["mig_random"]["score"] for c in cells)
+        random = measured.known(dataset, arm, random_mig)
+        gained = change(spread(mig_score(c) - untrained_mig(c) for c in cells))
+        words = in_words(gained, "training raised it", "training lowered it")
         floor = " That is no more than three times the level of a random code."
         yield (
-            f"MIG of the mean code after the schedule under {named(arm)} is {end.text(3)} "
-            f"(random code {random.text(3)})." + (floor if end.mean <= 3 * random.mean else "")
+            f"MIG of the mean code at the end of the schedule under {named(arm)} is "
+            f"{end.text(3)}, of a random code {random.text(3)}, of the same models before training "
+            f"{measured.known(dataset, arm, untrained_mig).text(3)}, a change of "
+            f"{gained.text(3)}: {words}." + (floor if end.mean <= 3 * random.mean else "")
         )
-        yield from _mig_against_dense(measured, dataset, arm, end)
+        yield from _mig_against_dense(measured, dataset, arm)
         yield from _mig_along(measured, dataset, arm)
 
 
-def _mig_against_dense(measured: Measured, dataset: str, arm: str, end: Spread) -> Iterator[str]:
-    dense = measured.spread(dataset, "dense", mig_score)
-    more = measured.difference(dataset, arm, "dense", never)
-    if dense is None or more is None:
+def _mig_against_dense(measured: Measured, dataset: str, arm: str) -> Iterator[str]:
+    difference = measured.difference(dataset, arm, "dense", mig_score)
+    if difference is None:
         return
-    sd = larger_sd(end, dense)
-    if sd is None:
-        yield (
-            f"the dense control has MIG {dense.text(3)}; whether the difference to {named(arm)} "
-            "exceeds the spread cannot be said with 1 seed."
+    dense = measured.known(dataset, "dense", mig_score)
+    words = in_words(difference, "higher", "lower")
+    power = ""
+    if difference.shown == 0 and difference.low is not None and difference.low <= -dense.mean:
+        power = (
+            " The interval reaches as far as the loss of all of the control's MIG, so it does not "
+            "show that MIG is stable, either."
         )
-        return
-    change = end.mean - dense.mean
-    within = abs(change) <= sd
-    words = "stays within" if within else ("rises beyond" if change > 0 else "falls beyond")
     yield (
-        f"against the dense control ({dense.text(3)}), MIG under {named(arm)} {words} the spread "
-        f"over the seeds ({sd:.3f}) while never active units change by {points(more)}."
+        f"MIG under {named(arm)} minus that of the dense control ({dense.text(3)}) is "
+        f"{difference.text(3)}: {words}.{power}"
     )
 
 
 def _mig_along(measured: Measured, dataset: str, arm: str) -> Iterator[str]:
-    """From half way of the schedule to its end, in the same runs."""
-    pairs = []
-    ks: set[tuple[int, int]] = set()
+    """From the last estimate before k cut to the end of the schedule, in the same runs."""
+    pairs, before, runs = [], [], []
     for content in measured.of(dataset, arm).values():
         records = by_k(content, "mig")
-        half = content["config"]["k_start"] / 2
-        between = [k for k in records if k >= half]
-        if not between or min(between) == min(records):
+        began = binding(content)
+        uncut = [k for k, r in records.items() if began is not None and r["epoch"] < began]
+        if not uncut:
             return
-        ks.add((min(between), min(records)))
-        pairs.append((records[min(between)]["mig"], records[min(records)]["mig"]))
-    if len(ks) != 1:
+        before.append(min(uncut))
+        runs.append(records)
+        pairs.append((records[min(uncut)]["mig"], records[min(records)]["mig"]))
+    shared = set(runs[0]).intersection(*runs) if runs else set()
+    if not shared:
         return
-    (high, low) = ks.pop()
-    change = spread(b - a for a, b in pairs)
-    rule = {
-        None: "1 seed",
-        1: "up, beyond the spread",
-        0: "within the spread",
-        -1: "down, beyond the spread",
-    }[compared(change)]
+    moved = change(spread(b - a for a, b in pairs))
+    means = {k: spread(run[k]["mig"] for run in runs).mean for k in shared}
+    low, high = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
+    ends = f"{means[low]:.3f} (k = {low}) and {means[high]:.3f} (k = {high})"
     yield (
-        f"under {named(arm)}, between k = {high} and k = {low}, MIG changed by "
-        f"{change.text(3)} ({rule})."
+        f"under {named(arm)}, from the last estimate before k cut (k = {on_collapse.span(before)}) "
+        f"to the end, MIG changed by {moved.text(3)}: {in_words(moved, 'up', 'down')}. Over the "
+        f"whole schedule its mean over the seeds lay between {ends}."
     )
 
 
+# -- what living units tell, and definitions -------------------------------------------------------
+
+
 def _selectivity(measured: Measured, dataset: str) -> Iterator[str]:
+    lower = False
     for arm in STUDY:
         one = measured.spread(dataset, arm, median_selectivity)
-        dense = measured.spread(dataset, "dense", median_selectivity)
-        change = measured.difference(dataset, arm, "dense", median_selectivity)
-        if one is None or dense is None or change is None:
+        against = measured.difference(dataset, arm, "dense", median_selectivity)
+        if one is None or against is None:
             continue
-        rule = {
-            None: "1 seed, so no spread to judge by",
-            1: "higher, beyond the spread",
-            0: "no difference beyond the spread",
-            -1: "lower, beyond the spread",
-        }[compared(change)]
+        dense = measured.known(dataset, "dense", median_selectivity)
+        before = measured.known(dataset, arm, untrained_selectivity)
+        cells = measured.of(dataset, arm).values()
+        trained = change(spread(median_selectivity(c) - untrained_selectivity(c) for c in cells))
+        lower |= against.shown == -1
         yield (
             f"the median selectivity of living units is {one.text(3)} under {named(arm)} and "
-            f"{dense.text(3)} in the dense control: {rule}."
+            f"{dense.text(3)} in the dense control, {against.text(3)}: "
+            f"{in_words(against, 'higher', 'lower')}. Before training it is {before.text(3)}, a "
+            f"change of {trained.text(3)}: "
+            f"{in_words(trained, 'more selective', 'less selective than an untrained network')}."
+        )
+    if lower:
+        yield (
+            "part of that fall is mechanical: a unit tells at most the entropy of its own "
+            "activity, which is small for one that is active on few images, and a cut makes units "
+            "rarer. How large a part is not measured."
         )
 
 
@@ -266,44 +186,6 @@ def _sampled(measured: Measured, dataset: str) -> Iterator[str]:
             )
 
 
-def _steered(measured: Measured, dataset: str) -> Iterator[str]:
-    cells = measured.of(dataset, "l1")
-    if not cells:
-        return
-    off = []
-    for seed, content in cells.items():
-        k, l0 = (content["results"]["schedule"][name] for name in ("k", "l0"))
-        if abs(l0 - k) > L0_TOLERANCE * k:
-            off.append(f"seed {seed}: {l0:.1f} for k = {k}")
-    if off:
-        yield (
-            f"L0 under L1 ended more than 10 % away from k ({'; '.join(off)}), so the rows of L1 "
-            "are not comparable with those of Top-k."
-        )
-    else:
-        l0 = measured.known(dataset, "l1", scheduled("l0"))
-        yield f"L0 under L1 ended within 10 % of k: {l0.text(1)}."
-
-
-def _further_epochs(measured: Measured, dataset: str) -> Iterator[str]:
-    for arm in STUDY:
-        cells = [c for c in measured.of(dataset, arm).values() if c["config"]["extra_epochs"]]
-        if not cells:
-            continue
-        found = [returned(c) for c in cells]
-        dead, back = sum(r.dead_before for r in found), sum(r.back for r in found)
-        died = sum(r.died for r in found)
-        epochs = cells[0]["config"]["extra_epochs"]
-        if dead == 0:
-            yield f"under {named(arm)} no unit was dead after the schedule; {died} died later."
-            continue
-        verb = "brought none" if back == 0 else f"brought {back} ({100 * back / dead:.0f} %)"
-        yield (
-            f"{epochs} more epochs under {named(arm)} {verb} of {dead} dead units back "
-            f"({seeds(len(cells))}{' together' if len(cells) > 1 else ''}), and {died} others died."
-        )
-
-
 # -- both data sets --------------------------------------------------------------------------------
 
 
@@ -318,19 +200,30 @@ def _orderings(measured: Measured) -> Iterator[str]:
         one = measured.spread(dataset, "l1", never)
         two = measured.spread(dataset, "topk", never)
         if one and two:
-            yield _ordering(f"L1 leaves more dead units than Top-k on {SETS[dataset]}", one, two)
+            claim = f"L1 leaves more dead units than Top-k on {SETS[dataset]}"
+            yield _ordering(claim, one, two)
+            further = {c["config"]["extra_epochs"] for arm in ("l1", "topk")
+                       for c in measured.of(dataset, arm).values()}  # fmt: skip
+            if further != {0}:
+                ends = (measured.known(dataset, arm, _never_after) for arm in ("l1", "topk"))
+                yield _ordering(f"{claim} after the further epochs", *ends)
+
+
+def _never_after(content: Content) -> float:
+    return never(after(content))
 
 
 def _ordering(claim: str, one: Spread, two: Spread) -> str:
-    numbers = f"{one.percent()} against {two.percent()} %"
-    sd = larger_sd(one, two)
-    text = f"That {claim}"
-    if sd is None:
-        way = "has the same" if one.mean > two.mean else "does not have that"
-        return f"{text}: 1 seed {way} direction ({numbers}); there is no spread to judge by."
-    if abs(one.mean - two.mean) <= sd:
-        return f"{text} is neither seen nor reversed: {numbers}, within the spread."
-    return f"{text} is {'seen' if one.mean > two.mean else 'reversed'} here: {numbers}."
+    difference = welch(one, two)
+    words = {
+        None: f"is not decided ({NO_INTERVAL})",
+        0: "is neither shown nor reversed",
+        1: "is seen here",
+        -1: "is reversed here",
+    }[difference.shown]
+    return (
+        f"That {claim} {words}: {one.percent()} against {two.percent()} %, {difference.points()}."
+    )
 
 
 def _cures(measured: Measured) -> Iterator[str]:
@@ -344,10 +237,36 @@ def _cures(measured: Measured) -> Iterator[str]:
             passed.append(cure)
     sets = " and ".join(SETS[d] for d in measured.datasets)
     rule = (
-        f"never active below {100 * CURED_BELOW:.0f} % at reconstruction and MIG no worse than "
-        f"uncured on {sets}"
+        f"never active below {100 * CURED_BELOW:.0f} % (mean over seeds), with reconstruction and "
+        f"MIG at most one standard deviation of the uncured arm worse than its means, on {sets}"
     )
     if passed:
         yield f"Cures that reach {rule}: {', '.join(passed)}."
     else:
-        yield f"No cure that was run reaches {rule}, as far as the seeds can tell."
+        yield f"No cure that was run reaches {rule}."
+    yield from _blind(measured, cures)
+    for dataset in measured.datasets:
+        for cure in passed:
+            yield _by_other_definitions(measured, dataset, cure)
+
+
+def _blind(measured: Measured, cures: list[str]) -> Iterator[str]:
+    for dataset in measured.datasets:
+        found = [measured.verdict(dataset, cure) for cure in cures]
+        if any(v is not None and v.blind for v in found):
+            uncured = measured.known(dataset, UNCURED, mig_score)
+            yield (
+                f"On {SETS[dataset]} the uncured MIG scatters so widely ({uncured.text(3)}) that a "
+                f'cure with MIG {mig_floor(uncured):.3f} would pass, so "MIG no worse" says '
+                "little there."
+            )
+
+
+def _by_other_definitions(measured: Measured, dataset: str, cure: str) -> str:
+    one, two = (measured.panel(dataset, arm) for arm in (cure, UNCURED))
+    shares = "; ".join(
+        f"{definition(name)}: {one[name].percent()} against {two[name].percent()} %"
+        for name in ("never", *OTHER_DEFINITIONS)
+        if name in one
+    )
+    return f"By each definition, {cure} against uncured on {SETS[dataset]}: {shares}."

@@ -26,6 +26,7 @@ figcaption { font-size: 0.85rem; padding: 0.3rem 0; }
 th, td { padding: 0.2rem 0.6rem 0.2rem 0; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--line); }
 tbody th { font-weight: normal; }
+th:first-child { min-width: 4.5rem; }
 figure { margin: 1.2rem 0; }
 img { max-width: 100%; height: auto; background: #ffffff; }
 pre { white-space: pre-wrap; padding: 0.6rem; background: var(--soft); font-size: 0.85rem; }

@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 
 from ..grid import ARMS, STUDY
+from .statistics import CURED_BELOW, spread
 from .summary import (
-    CURED_BELOW,
-    PHASES,
     UNCURED,
     Content,
     Measured,
     alive_selectivity,
+    draws_matter,
     mig_score,
     never,
     never_sampled,
-    phase_of_units,
+    random_mig,
     scheduled,
-    spread,
+    untrained_mig,
 )
 
 DOTS_PER_INCH = 150
@@ -39,7 +39,6 @@ _others = sorted(set(ARMS) - set(COLOURS), key=lambda arm: (ARMS[arm].group, lis
 for _at, _arm in enumerate(_others):
     COLOURS[_arm] = OTHERS[_at % len(OTHERS)]
     MARKS[_arm] = MARKERS[_at % len(MARKERS)]
-PHASE_COLOURS = dict(zip(PHASES, ("#9A9A9A", ORANGE, SKY, BLUE), strict=True))
 NAMES = {"topk": "Top-k", "l1": "L1", "dense": "dense", "fixed": "fixed k"}
 STUDY_AND_CONTROLS = ("topk", "l1", "dense", "fixed")
 
@@ -71,7 +70,7 @@ def as_png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _legend_below(figure: Any, panels: Any, columns: int = 4) -> None:
+def legend_below(figure: Any, panels: Any, columns: int = 4) -> None:
     """One legend for all panels."""
     entries: dict[str, Any] = {}
     for panel in np.ravel(panels):
@@ -84,7 +83,7 @@ def _legend_below(figure: Any, panels: Any, columns: int = 4) -> None:
         )  # fmt: skip
 
 
-def _plain(panel: Any) -> None:
+def plain(panel: Any) -> None:
     panel.grid(alpha=0.25, linewidth=0.6)
     panel.spines[["top", "right"]].set_visible(False)
     panel.tick_params(labelsize=8)
@@ -93,15 +92,30 @@ def _plain(panel: Any) -> None:
     panel.yaxis.label.set_fontsize(9)
 
 
-def _band(panel: Any, arm: str, x: Sequence[float], runs: Sequence[Sequence[float]]) -> None:
-    """Mean of runs with a band of one standard deviation, in percent."""
-    values = 100 * np.array(runs, dtype=float)
+def band(
+    panel: Any,
+    arm: str,
+    x: Sequence[float],
+    runs: Sequence[Sequence[float]],
+    limits: tuple[float, float | None] = (0, 100),
+) -> None:
+    """Mean of runs with a band of one standard deviation, within limits."""
+    values = np.array(runs, dtype=float)
     mean = values.mean(0)
     panel.plot(x, mean, color=COLOURS[arm], label=named(arm), linewidth=1.6)
     if len(values) > 1:
         sd = values.std(0, ddof=1)
-        low, high = np.clip(mean - sd, 0, 100), np.clip(mean + sd, 0, 100)
+        low, high = np.clip(mean - sd, *limits), np.clip(mean + sd, *limits)
         panel.fill_between(x, low, high, color=COLOURS[arm], alpha=0.2, linewidth=0)
+
+
+def mark_end(panel: Any, epoch: int) -> None:
+    """A line where the schedule ends."""
+    panel.axvline(epoch, color="black", linestyle=":", linewidth=1)
+    panel.annotate(
+        "end of schedule", (epoch, 1), xycoords=("data", "axes fraction"), fontsize=7,
+        xytext=(3, -2), textcoords="offset points", va="top",
+    )  # fmt: skip
 
 
 def dead_by_epoch(measured: Measured) -> bytes:
@@ -112,21 +126,17 @@ def dead_by_epoch(measured: Measured) -> bytes:
         for arm in STUDY_AND_CONTROLS:
             contents = list(measured.of(dataset, arm).values())
             if contents:
-                runs = [[record["eval_dead"] for record in c["epochs"]] for c in contents]
-                _band(panel, arm, range(1, len(runs[0]) + 1), runs)
+                runs = [[100 * record["eval_dead"] for record in c["epochs"]] for c in contents]
+                band(panel, arm, range(1, len(runs[0]) + 1), runs)
                 if contents[0]["config"]["extra_epochs"]:
                     ends.add(contents[0]["config"]["epochs"])
         for end in ends:
-            panel.axvline(end, color="black", linestyle=":", linewidth=1)
-            panel.annotate(
-                "end of schedule", (end, 1), xycoords=("data", "axes fraction"), fontsize=7,
-                xytext=(3, -2), textcoords="offset points", va="top",
-            )  # fmt: skip
+            mark_end(panel, end)
         panel.set(title=SETS[dataset], xlabel="epoch", ylim=(-2, 102))
         panel.xaxis.get_major_locator().set_params(integer=True)
-        _plain(panel)
+        plain(panel)
     panels[0, 0].set_ylabel("never active units (%)", fontsize=9)
-    _legend_below(figure, panels)
+    legend_below(figure, panels)
     return as_png(figure)
 
 
@@ -150,7 +160,7 @@ def dead_by_k(measured: Measured) -> bytes:
         for arm in STUDY:
             ks, runs = _over_k(measured, dataset, arm, "eval_dead")
             if ks:
-                _band(panel, arm, ks, [[r["eval_dead"] for r in run] for run in runs])
+                band(panel, arm, ks, [[100 * r["eval_dead"] for r in run] for run in runs])
         for arm, style in (("dense", "--"), ("fixed", ":")):
             contents = measured.of(dataset, arm).values()
             if contents:
@@ -164,9 +174,9 @@ def dead_by_k(measured: Measured) -> bytes:
         panel.set(title=SETS[dataset], xlabel="k (units kept, falls to the right)", ylim=(-2, 102))
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.invert_xaxis()
-        _plain(panel)
+        plain(panel)
     panels[0, 0].set_ylabel("never active units (%)", fontsize=9)
-    _legend_below(figure, panels)
+    legend_below(figure, panels)
     return as_png(figure)
 
 
@@ -184,12 +194,18 @@ def mig_by_k(measured: Measured) -> bytes:
         for arm in STUDY:
             ks, runs = _over_k(measured, dataset, arm, "mig")
             if ks:
-                mean, low, high = (
-                    np.array([[r[name] for r in run] for run in runs]).mean(0)
+                values, low, high = (
+                    np.array([[r[name] for r in run] for run in runs])
                     for name in ("mig", "mig_low", "mig_high")
                 )
-                panel.plot(ks, mean, color=COLOURS[arm], marker="o", ms=3, label=named(arm))
-                panel.fill_between(ks, low, high, color=COLOURS[arm], alpha=0.2, linewidth=0)
+                panel.plot(
+                    ks, values.mean(0), color=COLOURS[arm], marker="o", ms=3, linewidth=1.8,
+                    label=named(arm),
+                )  # fmt: skip
+                # No error bars: an interval of a bootstrap need not hold the estimate.
+                panel.vlines(ks, low.mean(0), high.mean(0), color=COLOURS[arm], linewidth=1)
+                if len(values) > 1:
+                    panel.plot(ks, values.T, color=COLOURS[arm], linewidth=0.8, alpha=0.5)
         for label, colour, style, of, get in _levels():
             value = measured.spread(dataset, of or first_arm(measured, dataset), get)
             if value is not None:
@@ -198,17 +214,17 @@ def mig_by_k(measured: Measured) -> bytes:
         panel.set_ylim(0, None)
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.invert_xaxis()
-        _plain(panel)
+        plain(panel)
     panels[0, 0].set_ylabel("MIG of the mean code (0 to 1)", fontsize=9)
-    _legend_below(figure, panels, 5)
+    legend_below(figure, panels, 5)
     return as_png(figure)
 
 
 def _levels() -> list[tuple[str, str, str, str | None, Callable[[Content], float]]]:
     return [
         ("dense, last epoch", GREY, "--", "dense", mig_score),
-        ("untrained", "black", "-.", None, lambda c: c["results"]["untrained"]["mig"]["score"]),
-        ("random code", "black", ":", None, lambda c: c["results"]["mig_random"]["score"]),
+        ("untrained", "black", "-.", None, untrained_mig),
+        ("random code", "black", ":", None, random_mig),
     ]
 
 
@@ -216,18 +232,17 @@ def panel_map(measured: Measured, dataset: str) -> bytes:
     """Dead share of each arm under each definition, as a heat map."""
     arms = [arm for arm in measured.arms if measured.has(dataset, arm)]
     shares = [measured.panel(dataset, arm) for arm in arms]
-    names = [*shares[0], "z drawn"]
-    values = np.array(
-        [
-            [*(found[n].mean for n in names[:-1]), measured.known(dataset, arm, never_sampled).mean]
-            for arm, found in zip(arms, shares, strict=True)
-        ]
-    )
+    rows = [[found[n].mean for n in shares[0]] for found in shares]
+    labels = [definition(n).replace(" ", "\n", 1) for n in shares[0]]
+    if draws_matter(measured):
+        for row, arm in zip(rows, arms, strict=True):
+            row.append(measured.known(dataset, arm, never_sampled).mean)
+        labels.append("never,\nz drawn")
+    values = np.array(rows)
     figure, panels = new_figure(1.3 + 0.27 * len(arms), 1, 1)
     panel = panels[0, 0]
     shown = panel.imshow(100 * values, cmap="cividis", vmin=0, vmax=100, aspect="auto")
-    labels = [definition(n).replace(" ", "\n", 1) for n in names[:-1]] + ["never,\nz drawn"]
-    panel.set_xticks(range(len(names)), labels, fontsize=7.5)
+    panel.set_xticks(range(len(labels)), labels, fontsize=7.5)
     panel.set_yticks(range(len(arms)), [named(arm) for arm in arms], fontsize=8)
     panel.tick_params(length=0)
     for (row, column), value in np.ndenumerate(100 * values):
@@ -238,63 +253,6 @@ def panel_map(measured: Measured, dataset: str) -> bytes:
     figure.colorbar(shown, ax=panel, pad=0.01).set_label("dead units (%)", fontsize=9)
     panel.set_title(SETS[dataset], fontsize=10)
     return as_png(figure)
-
-
-def deaths(measured: Measured) -> bytes:
-    """How many units died in which epoch, by phase; k at that epoch on the axis above."""
-    arms = [arm for arm in STUDY_AND_CONTROLS if arm in measured.arms]
-    figure, panels = new_figure(0.6 + 1.9 * len(arms), len(arms), len(measured.datasets))
-    for row, arm in zip(panels, arms, strict=True):
-        for panel, dataset in zip(row, measured.datasets, strict=True):
-            contents = list(measured.of(dataset, arm).values())
-            if contents:
-                _death_panel(panel, contents)
-            else:
-                panel.text(0.5, 0.5, "not run", ha="center", transform=panel.transAxes, fontsize=8)
-                panel.set(xticks=[], yticks=[])
-                panel.spines[:].set_visible(False)
-            panel.set_title(f"{SETS[dataset]}, {named(arm)}", fontsize=9)
-        row[0].set_ylabel("units", fontsize=8)
-    for panel in panels[-1]:
-        panel.set_xlabel("first epoch without activity", fontsize=8)
-    _legend_below(figure, panels)
-    return as_png(figure)
-
-
-def _death_panel(panel: Any, contents: Sequence[Content]) -> None:
-    records = contents[0]["epochs"]
-    width = max(1, -(-len(records) // 50))
-    edges = np.arange(0.5, len(records) + width + 0.5, width)
-    total = np.zeros(len(edges) - 1)
-    for phase in PHASES:
-        epochs = [
-            last + 2
-            for content in contents
-            for last, found in zip(
-                content["results"]["death_epoch"], phase_of_units(content), strict=True
-            )
-            if found == phase and last is not None
-        ]
-        counts = np.histogram(epochs, edges)[0] / len(contents)
-        panel.bar(
-            edges[:-1], counts, width, bottom=total, align="edge", label=phase,
-            color=PHASE_COLOURS[phase], edgecolor="white", linewidth=0.3,
-        )  # fmt: skip
-        total += counts
-    _plain(panel)
-    panel.set_xlim(edges[0], edges[-1])
-    panel.set_ylim(0, max(1.0, 1.1 * total.max()))
-    if not total.any():
-        panel.set_yticks([0])
-        panel.text(0.5, 0.5, "no dead units", ha="center", transform=panel.transAxes, fontsize=8)
-    end, extra = contents[0]["config"]["epochs"], contents[0]["config"]["extra_epochs"]
-    between = (end + extra // 2, end + extra) if extra else (end // 4, 3 * end // 4)
-    ticks = sorted({at for at in (1, end // 2, end, *between) if at > 0})
-    panel.set_xticks(ticks)
-    above = panel.secondary_xaxis("top")
-    above.set_xticks(ticks, [f"k={records[at - 1]['k']}" for at in ticks], fontsize=7)
-    above.tick_params(length=2, pad=1)
-    above.spines["top"].set_visible(False)
 
 
 def selectivity(measured: Measured) -> bytes:
@@ -309,9 +267,9 @@ def selectivity(measured: Measured) -> bytes:
                 panel.plot(np.median(values), 50, "o", color=colour, ms=4)
         panel.set(title=SETS[dataset], xlabel="selectivity (0 to 1)", ylim=(0, 101))
         panel.set_xlim(0, None)
-        _plain(panel)
+        plain(panel)
     panels[0, 0].set_ylabel("living units at most\nas selective (%)", fontsize=9)
-    _legend_below(figure, panels, 5)
+    legend_below(figure, panels, 5)
     return as_png(figure)
 
 
@@ -352,10 +310,11 @@ def pareto(measured: Measured) -> bytes:
                 markeredgecolor="black" if arm == UNCURED else COLOURS[arm],
             )  # fmt: skip
         panel.axhline(100 * CURED_BELOW, color="black", linestyle=":", linewidth=1)
+        panel.locator_params(axis="x", nbins=5)
         panel.set(title=SETS[dataset], xlabel="reconstruction (nats per image)")
-        _plain(panel)
+        plain(panel)
     # Not before: a limit set by hand ends the scaling of the axis that the panels share.
     panels[0, 0].set_ylim(bottom=-2)
     panels[0, 0].set_ylabel("never active units (%)", fontsize=9)
-    _legend_below(figure, panels)
+    legend_below(figure, panels)
     return as_png(figure)

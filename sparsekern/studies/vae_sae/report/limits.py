@@ -7,8 +7,8 @@ from typing import Any
 
 from ....metrics import DEAD_THRESHOLDS
 from ..grid import Cell, cell_config
-from .conclusions import seeds
 from .figures import SETS
+from .statistics import counted
 from .summary import Measured
 
 SEEDS_FOR_SPREAD = 3
@@ -46,8 +46,8 @@ def limits(measured: Measured, changed: Mapping[str, str]) -> list[str]:
         found.append(f"Settings were changed, so this is not the preset's protocol: {words}.")
     if min(counts) < SEEDS_FOR_SPREAD:
         found.append(
-            f"Some arms have {seeds(min(counts))}. With fewer than {SEEDS_FOR_SPREAD} a standard "
-            "deviation is hardly known, and small differences can be chance."
+            f"Some arms have {counted(min(counts), 'seed')}. With fewer than {SEEDS_FOR_SPREAD} a "
+            "standard deviation is hardly known, and small differences can be chance."
         )
     found += _of_images(measured)
     tests = min(content["results"]["test_images"] for content in contents)
@@ -60,6 +60,10 @@ def limits(measured: Measured, changed: Mapping[str, str]) -> list[str]:
         (
             "Deaths are dated on the held-out images, dead shares are counted on the test images; "
             "a rare unit can be dead to the first and alive to the second."
+        ),
+        (
+            "Why units fall silent in the first epochs, before k cuts anything, is not told: no "
+            "arm of the study varies the initial weights or the step size."
         ),
         "Of the study's numbers, four rates are public; its values of MIG are not.",
     ]

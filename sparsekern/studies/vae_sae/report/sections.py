@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from ....data import DataError
@@ -13,22 +12,19 @@ from ....training.checkpoints import CheckpointError
 from ...reproduction import cell_folder
 from ..grid import STUDY, Cell
 from . import figures, pictures
-from .conclusions import conclusions, seeds
+from .conclusions import conclusions
 from .document import Code, Document, Heading, Items, Paragraph, Table
 from .figures import SETS, definition, named
 from .limits import changed_settings, is_rendered, limits
+from .statistics import Spread, counted, spread
 from .summary import (
-    PHASES,
     PUBLISHED,
     Measured,
-    Spread,
     alive_factors,
-    alive_selectivity,
+    draws_matter,
+    median_of,
     never_sampled,
-    phases,
-    returned,
     scheduled,
-    spread,
 )
 from .tables import FACTORS, protocol_rows
 
@@ -67,8 +63,8 @@ def what_was_run(
     tests = sorted({r["test_images"] for r in results})
     document.add(
         Paragraph(
-            f"Preset {asked['preset']}: {len(measured.cells)} cells "
-            f"({', '.join(map(named, measured.arms))}; up to {seeds(asked['seeds'])}). "
+            f"Preset {asked['preset']}: {counted(len(measured.cells), 'cell')} "
+            f"({', '.join(map(named, measured.arms))}; up to {counted(asked['seeds'], 'seed')}). "
             f"Data: {'; '.join(data)}.{rendered} Measured on {' or '.join(map(str, tests))} test "
             f"images, on {' and '.join(devices)}, sparse operations by {' and '.join(backends)}; "
             f"{sum(r['seconds'] for r in results):.0f} seconds of training in all. "
@@ -79,14 +75,10 @@ def what_was_run(
     )
 
 
-def _cells(measured: Measured, arms: tuple[str, ...]) -> list[tuple[str, str]]:
-    return [(arm, d) for arm in arms for d in measured.datasets if measured.has(d, arm)]
-
-
 def main_table(document: Document, measured: Measured) -> None:
     """Published beside ours, and the panel."""
     document.add(Heading("Dead units: the study's numbers and ours"))
-    columns = _cells(measured, STUDY)
+    columns = measured.columns(STUDY)
     if columns:
         shares = {column: measured.panel(column[1], column[0]) for column in columns}
         contents = {c: list(measured.of(c[1], c[0]).values()) for c in columns}
@@ -101,10 +93,13 @@ def main_table(document: Document, measured: Measured) -> None:
             return lambda column: shares[column][name].percent()
 
         names = list(next(iter(shares.values())))
+        drawn = [row("never active, z drawn (%)", ours(never_sampled, Spread.percent))]
+        if not draws_matter(measured):
+            drawn = []
         rows = [
             row("the study (%)", lambda c: "{} ± {}".format(*PUBLISHED[c])),
             *(row(f"{definition(n)} (%)", of_panel(n)) for n in names),
-            row("never active, z drawn (%)", ours(never_sampled, Spread.percent)),
+            *drawn,
             row(
                 "never active after the further epochs (%)",
                 ours(lambda c: c["results"]["dead"]["never"], Spread.percent),
@@ -138,111 +133,6 @@ def _missing(document: Document, measured: Measured, arms: tuple[str, ...]) -> N
         document.add(Paragraph(f"Left out, since not run: {', '.join(absent)}."))
 
 
-def courses(document: Document, measured: Measured) -> None:
-    """Dead share and MIG against epoch and k, and when units died."""
-    document.add(Heading("Dead units during training"))
-    if not any(arm in measured.arms for arm in figures.STUDY_AND_CONTROLS):
-        document.add(Paragraph("Left out: neither an arm of the study nor a control was run."))
-        return
-    document.picture(
-        "dead_by_epoch",
-        figures.dead_by_epoch(measured),
-        "Units that are active on no held-out image, after each epoch; mean and standard "
-        "deviation over seeds.",
-    )
-    if set(STUDY) & set(measured.arms):
-        document.picture(
-            "dead_by_k",
-            figures.dead_by_k(measured),
-            "The same against k, during the schedule only. k falls as training goes on, so the "
-            "curves alone do not tell one from the other; the horizontal controls do. For L1, k is "
-            "what L0 is steered to.",
-        )
-    document.add(Heading("Mutual information gap"))
-    if figures.has_mig_records(measured):
-        document.picture(
-            "mig_by_k",
-            figures.mig_by_k(measured),
-            "MIG of the mean code (20 bins) on the first test images during the schedule, mean "
-            "over seeds; the band is the mean 95 % bootstrap interval of a run. Lines: MIG of all "
-            "test images for the dense control, for the untrained model, and for random codes.",
-        )
-    elif set(STUDY) & set(measured.arms):
-        document.add(Paragraph("No curves: MIG was not estimated during training (mig_every 0)."))
-    _mig_table(document, measured)
-    _deaths(document, measured)
-
-
-def _mig_table(document: Document, measured: Measured) -> None:
-    rows = []
-    for arm, dataset in _cells(measured, figures.STUDY_AND_CONTROLS):
-        cells = list(measured.of(dataset, arm).values())
-        found = [spread(c["results"]["schedule"][n]["score"] for c in cells)
-                 for n in ("mig", "mig_monte_carlo", "mig_code")]  # fmt: skip
-        found.append(spread(c["results"]["untrained"]["mig"]["score"] for c in cells))
-        found.append(spread(c["results"]["mig_random"]["score"] for c in cells))
-        rows.append([named(arm), SETS[dataset], *(s.text(3) for s in found)])
-    document.add(
-        Table(
-            ["arm", "data set", "mean code", "Monte Carlo", "sparse code", "untrained", "random"],
-            rows,
-            "MIG at the end of the schedule: of the mean code by histograms and by Monte Carlo, of "
-            "the sparse code; of the mean code before training; of a random code.",
-        )
-    )
-
-
-def _deaths(document: Document, measured: Measured) -> None:
-    document.add(Heading("When units died"))
-    document.picture(
-        "deaths",
-        figures.deaths(measured),
-        "Units that were dead on the held-out images after the last epoch, by the first epoch "
-        "without activity (mean over seeds), with k at that epoch above. A rare unit can miss the "
-        "last held-out passes by chance, so the last bars are too high.",
-    )
-    rows = []
-    for arm, dataset in _cells(measured, figures.STUDY_AND_CONTROLS):
-        cells = measured.of(dataset, arm).values()
-        found = [spread(phases(c)[phase] for c in cells) for phase in PHASES]
-        rows.append([named(arm), SETS[dataset], *(s.percent() for s in found)])
-    document.add(
-        Table(
-            ["arm", "data set", *PHASES],
-            rows,
-            "Share of all units (%) by the time of their death. Early: while k was at least 0.9 of "
-            "its first value; where k is constant, in the first tenth of the epochs. Never alive: "
-            "active on no image before and after any epoch.",
-        )
-    )
-
-
-def further_epochs(document: Document, measured: Measured) -> None:
-    """What the epochs after the schedule bring."""
-    rows = []
-    epochs = set()
-    for arm, dataset in _cells(measured, STUDY):
-        cells = [c for c in measured.of(dataset, arm).values() if c["config"]["extra_epochs"]]
-        if cells:
-            epochs |= {c["config"]["extra_epochs"] for c in cells}
-            found = [returned(c) for c in cells]
-            counts = [spread(values).text(1) for values in zip(*found, strict=True)]
-            rows.append([named(arm), SETS[dataset], *counts, str(len(cells))])
-    title = f"{'/'.join(map(str, sorted(epochs)))} more epochs" if epochs else "More epochs"
-    document.add(Heading(title))
-    if not rows:
-        document.add(Paragraph("Left out: no run went on after its schedule."))
-        return
-    document.add(
-        Table(
-            ["arm", "data set", "dead before", "came back", "died", "dead after", "seeds"],
-            rows,
-            "Units, mean over seeds, never active on the test images at the end of the schedule "
-            "and at the end of the run.",
-        )
-    )
-
-
 def local_interpretability(document: Document, measured: Measured) -> None:
     """Selectivity and factors of living units."""
     document.add(Heading("What living units stand for"))
@@ -251,7 +141,8 @@ def local_interpretability(document: Document, measured: Measured) -> None:
         figures.selectivity(measured),
         "Selectivity of a unit: the largest share of a factor's entropy that it tells, by "
         "histograms of its activations on the test images. Units of all seeds that are active at "
-        "all; dots are medians. Rare units have coarser histograms, so compare shapes with care.",
+        "all; dots are medians of these. A unit tells at most the entropy of its own activity, "
+        "which is small for a rare one: part of any fall is that units get rarer.",
     )
     for dataset in measured.datasets:
         names = FACTORS[dataset]
@@ -259,15 +150,15 @@ def local_interpretability(document: Document, measured: Measured) -> None:
         for label, _, _, units in figures.unit_sets(measured, dataset):
             counts = [alive_factors(u, len(names)) for u in units]
             means = [spread(values).text(0) for values in zip(*counts, strict=True)]
-            values = [v for u in units for v in alive_selectivity(u)]
-            middle = f"{median(values):.3f}" if values else "none alive"
+            alive = any(f > 0 for u in units for f in u["frequency"])
+            middle = spread(median_of(u) for u in units).text(3) if alive else "none alive"
             rows.append([label, middle, *means])
         document.add(
             Table(
                 ["", "median", *names],
                 rows,
-                f"{SETS[dataset]}: median selectivity of living units, and how many of them stand "
-                "for each factor (mean over seeds).",
+                f"{SETS[dataset]}: median selectivity of living units (mean over seeds), and how "
+                "many of them stand for each factor (mean over seeds).",
             )
         )
 
@@ -306,9 +197,12 @@ def reading(document: Document, measured: Measured, asked: Mapping[str, Any]) ->
     document.add(
         Heading("What can be concluded, and what cannot"),
         Paragraph(
-            "These sentences are chosen by the numbers. A difference counts when its mean exceeds "
-            "its standard deviation over the seeds, which is a rule of reading, not a test of "
-            "significance."
+            "These sentences are chosen by the numbers. A difference between arms is given with "
+            "its 95 % interval by Welch's t over the seeds, a change within runs with Student's, "
+            "and called one where the interval lies on one side of 0. Both take the seeds' values "
+            "as normal, which so few cannot show, and no interval allows for the number of "
+            'comparisons: about 1 in 20 of them shows a difference where there is none. "No '
+            'difference shown" is not "no difference".'
         ),
     )
     for title, texts in conclusions(measured).items():
@@ -325,7 +219,7 @@ def protocol(document: Document, measured: Measured, asked: Mapping[str, Any]) -
     changed = changed_settings(asked)
     rows = [
         (name, value + (f" (preset: {changed[name]})" if name in changed else ""), text, source)
-        for name, value, text, source in protocol_rows(configs)
+        for name, value, text, source in protocol_rows(configs, first)
     ]
     document.add(
         Heading("Protocol"),
@@ -333,6 +227,7 @@ def protocol(document: Document, measured: Measured, asked: Mapping[str, Any]) -
             ["field", "value", "what it is", "source"],
             rows,
             f"The settings of the arm {named(first)}; the settings in which other arms differ are "
-            "in cells.csv. A source names where the preset's value comes from.",
+            "in cells.csv. A source names where the value comes from; a value that the preset or "
+            "the command changed is ours.",
         ),
     )

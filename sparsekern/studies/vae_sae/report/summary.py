@@ -13,18 +13,16 @@ from typing import Any, NamedTuple
 
 from ....training import RunError
 from ..grid import ARMS, Cell
+from .statistics import Difference, Spread, Verdict, spread, verdict, welch
 
 Content = Mapping[str, Any]
 """Config, results and epoch records of a cell: see reproduction.read_cells."""
 Getter = Callable[[Content], float]
 
-EARLY_SHARE = 0.9  # of k_start; a unit that dies while k is at least that died early
-CONSTANT_EARLY = 0.1  # where k is constant: of the epochs of the schedule
-CURED_BELOW = 0.05
 UNCURED = "topk"
+OTHER_DEFINITIONS = ("frequency<1e-03", "frequency<1e-02")
+"""Of dead units, by which a cure is looked at besides."""
 L0_TOLERANCE = 0.1
-PHASES = ("never alive", "early", "while k fell", "at the final k")
-"""Of deaths. See :func:`phases`."""
 PUBLISHED = {
     ("topk", "dsprites"): (34.4, 0.9),
     ("topk", "shapes3d"): (62.7, 1.3),
@@ -36,7 +34,8 @@ NEEDED = {
     "results": (
         "data", "test_images", "k", "reconstruction", "kl", "l0", "dead", "dead_sampled", "mig",
         "mig_code", "mig_random", "mig_monte_carlo", "units", "schedule", "untrained",
-        "death_epoch", "images_per_second", "seconds", "device", "backends",
+        "death_epoch", "death_epoch_after", "images_per_second", "seconds", "device",
+        "backends",
     ),
     "schedule": (
         "k", "reconstruction", "kl", "l0", "dead", "dead_sampled", "mig", "mig_code",
@@ -46,79 +45,6 @@ NEEDED = {
     "units": ("frequency", "mean", "selectivity", "factor"),
     "epoch record": ("epoch", "k", "eval_dead", "eval_l0", "eval_reconstruction"),
 }  # fmt: skip
-
-
-class Spread(NamedTuple):
-    """Mean and sample standard deviation over seeds."""
-
-    mean: float
-    sd: float | None
-    """None for one seed."""
-    n: int
-
-    def text(self, digits: int = 1, scale: float = 1.0) -> str:
-        """Mean ± sd; without ± for one seed."""
-        mean = f"{scale * self.mean:.{digits}f}"
-        return mean if self.sd is None else f"{mean} ± {scale * self.sd:.{digits}f}"
-
-    def percent(self) -> str:
-        """A share as percent, without the sign."""
-        return self.text(1, 100)
-
-
-def spread(values: Iterable[float]) -> Spread:
-    """Of at least one value."""
-    found = list(values)
-    sd = statistics.stdev(found) if len(found) > 1 else None
-    return Spread(statistics.fmean(found), sd, len(found))
-
-
-def larger_sd(*spreads: Spread) -> float | None:
-    """The largest standard deviation; None when no spread has one."""
-    return max((s.sd for s in spreads if s.sd is not None), default=None)
-
-
-class Verdict(NamedTuple):
-    """Of a cure, by the rule in :func:`verdict`; None where one seed cannot decide."""
-
-    alive: bool
-    reconstruction: bool | None
-    mig: bool | None
-
-    @property
-    def all(self) -> bool:
-        """Whether it is a yes three times."""
-        return self.alive and self.reconstruction is True and self.mig is True
-
-
-def verdict(
-    dead: Spread, reconstruction: tuple[Spread, Spread], mig: tuple[Spread, Spread]
-) -> Verdict:
-    """Whether a cure is one.
-
-    Args:
-        dead: share of never active units of the cured arm; must be below 5 %.
-        reconstruction: nats, cured and uncured; the cured mean may exceed the uncured one by the
-            larger of both standard deviations.
-        mig: cured and uncured; the cured mean may fall below the uncured one by as much.
-    """
-    worse = larger_sd(*reconstruction)
-    lower = larger_sd(*mig)
-    return Verdict(
-        dead.mean < CURED_BELOW,
-        None if worse is None else reconstruction[0].mean <= reconstruction[1].mean + worse,
-        None if lower is None else mig[0].mean >= mig[1].mean - lower,
-    )
-
-
-def compared(difference: Spread) -> int | None:
-    """1 or -1 when a mean difference exceeds its standard deviation over the seeds, 0 when it does
-    not, None with one seed."""
-    if difference.sd is None:
-        return None
-    if abs(difference.mean) <= difference.sd:
-        return 0
-    return 1 if difference.mean > 0 else -1
 
 
 # -- one cell --------------------------------------------------------------------------------------
@@ -144,44 +70,25 @@ def mig_score(content: Content) -> float:
     return content["results"]["schedule"]["mig"]["score"]
 
 
+def after(content: Content) -> Content:
+    """The same cell with the measurements at the end of the run in place of those at the end of the
+    schedule."""
+    return {**content, "results": {**content["results"], "schedule": content["results"]}}
+
+
+def untrained_mig(content: Content) -> float:
+    """Of the mean code before the first step."""
+    return content["results"]["untrained"]["mig"]["score"]
+
+
+def random_mig(content: Content) -> float:
+    """Of a random code."""
+    return content["results"]["mig_random"]["score"]
+
+
 def panel(content: Content) -> dict[str, float]:
     """Dead shares by definition."""
     return content["results"]["schedule"]["dead"]
-
-
-def phase_of_units(content: Content) -> list[str | None]:
-    """For each unit the phase of the run in which it died, None for a living one.
-
-    "never alive" was inactive on the held-out images after every epoch, and on the test images
-    before training. "early": died while k was at least 0.9 k_start; where k is constant, in the
-    first tenth of the schedule. "at the final k": k was what it is at the
-    end. Else "while k fell".
-    """
-    records, config = content["epochs"], content["config"]
-    ks = [record["k"] for record in records]
-    constant = len(set(ks)) == 1
-    early_epochs = max(1, int(CONSTANT_EARLY * config["epochs"]))
-    untrained = content["results"]["untrained"]["units"]["frequency"]
-    found: list[str | None] = []
-    for last, before in zip(content["results"]["death_epoch"], untrained, strict=True):
-        if last is None:
-            found.append(None)
-            continue
-        at = last + 1
-        early = at < early_epochs if constant else ks[at] >= EARLY_SHARE * config["k_start"]
-        if last == -1 and before == 0:
-            found.append(PHASES[0])
-        elif early:
-            found.append(PHASES[1])
-        else:
-            found.append(PHASES[3] if ks[at] == ks[-1] else PHASES[2])
-    return found
-
-
-def phases(content: Content) -> dict[str, float]:
-    """Share of all units that died in each of :data:`PHASES`."""
-    found = phase_of_units(content)
-    return {phase: found.count(phase) / len(found) for phase in PHASES}
 
 
 class Returned(NamedTuple):
@@ -214,7 +121,17 @@ def alive_selectivity(units: Mapping[str, Sequence[float]]) -> list[float]:
 
 def median_selectivity(content: Content) -> float:
     """Of the units that are active at the end of the schedule; 0 when there are none."""
-    values = alive_selectivity(content["results"]["schedule"]["units"])
+    return median_of(content["results"]["schedule"]["units"])
+
+
+def untrained_selectivity(content: Content) -> float:
+    """The same before the first step."""
+    return median_of(content["results"]["untrained"]["units"])
+
+
+def median_of(units: Mapping[str, Sequence[float]]) -> float:
+    """Median selectivity of the units that were active at all; 0 when there are none."""
+    values = alive_selectivity(units)
     return statistics.median(values) if values else 0.0
 
 
@@ -264,11 +181,14 @@ class Measured:
             raise KeyError(f"no cell of {dataset}, {arm}")
         return found
 
-    def difference(self, dataset: str, arm: str, other: str, get: Getter) -> Spread | None:
-        """Of arm minus other, seed by seed, over the seeds that both have; None without one."""
-        one, two = self.of(dataset, arm), self.of(dataset, other)
-        values = [get(one[seed]) - get(two[seed]) for seed in one if seed in two]
-        return spread(values) if values else None
+    def difference(self, dataset: str, arm: str, other: str, get: Getter) -> Difference | None:
+        """Of arm minus other, with its interval; None without cells of both."""
+        one, two = self.spread(dataset, arm, get), self.spread(dataset, other, get)
+        return None if one is None or two is None else welch(one, two)
+
+    def columns(self, arms: Iterable[str]) -> list[tuple[str, str]]:
+        """Arm and data set wherever there are cells, by arm."""
+        return [(arm, d) for arm in arms for d in self.datasets if self.has(d, arm)]
 
     def of_group(self, group: str) -> list[str]:
         """The arms of a group that have cells."""
@@ -292,6 +212,11 @@ class Measured:
         return {name: spread(panel(c)[name] for c in contents) for name in names}
 
 
+def draws_matter(measured: Measured) -> bool:
+    """Whether z lies before the sparse layer of an arm, so that drawing it changes activity."""
+    return any(c["config"]["placement"] != "encoder" for c in measured.cells.values())
+
+
 def threshold_range(shares: Mapping[str, Spread]) -> tuple[tuple[str, float], tuple[str, float]]:
     """The definitions with the smallest and the largest mean dead share, with it."""
     means = [(name, found.mean) for name, found in shares.items()]
@@ -302,7 +227,8 @@ def _check(cell: Cell, content: Content) -> None:
     def lacks(place: str, name: str) -> RunError:
         return RunError(
             f"cell {cell.name} lacks {name!r} in its {place}: it was run by another version; "
-            "remove its folder and run it again"
+            "remove its results.json and run it again, which measures anew from its checkpoint "
+            "(or its folder, to train anew)"
         )
 
     results = content["results"]

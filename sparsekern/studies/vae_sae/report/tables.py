@@ -9,16 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .. import grid
-from ..config import VAESAEConfig
+from ..config import OURS, VAESAEConfig
 from ..grid import Cell
 from ..images import SETS
-from .summary import (
-    Content,
-    Measured,
-    phase_of_units,
-    phases,
-    returned,
-)
+from .activity import cut, early, phase_of_units, phases, silent
+from .summary import Content, Measured, returned
 
 FACTORS = {name: images.factors.names for name, images in SETS.items()}
 OWN_COLUMNS = ("dataset", "data", "seed", "progress")
@@ -40,6 +35,14 @@ def _cell_row(cell: Cell, content: Content, asked: Mapping[str, Any]) -> Row:
     row |= _measurements("untrained_", results["untrained"])
     row |= _gap("mig_random", results["mig_random"])
     row |= {f"died_{phase.replace(' ', '_')}": s for phase, s in phases(content).items()}
+    began = cut(content)
+    row |= {"silent": silent(content), "silent_since_before_cut": early(content)}
+    row |= {
+        "cut_epoch": "" if began.epoch is None else began.epoch,
+        "cut_k": "" if began.k is None else began.k,
+        "l0_first_epoch": began.first,
+        "l0_before_cut": began.before,
+    }
     back = returned(content)
     row |= {"units": content["config"]["units"], "back": back.back, "died_after": back.died}
     row |= {name: results[name] for name in ("seconds", "images_per_second", "device", "data")}
@@ -81,16 +84,18 @@ def differing(cell: Cell, content: Content, asked: Mapping[str, Any]) -> Row:
 
 
 def unit_rows(measured: Measured) -> list[Row]:
-    """Frequency (share of the test images), mean activation, selectivity, factor and death of each
-    unit, after all epochs. last_active_epoch counts from 1 and is 0 for a unit that was active on
-    the held-out images after no epoch; it and phase are empty for a unit that was active last."""
+    """Frequency (share of the test images), mean activation, selectivity and factor of each unit,
+    after all epochs, and its death. last_active_epoch is that of the schedule, counts from 1 and is
+    0 for a unit that was active on the held-out images after none; it and phase are empty for a
+    unit that was active after the last. last_active_epoch_of_run is the same over all epochs."""
     rows = []
     for cell, content in measured.cells.items():
         results, names = content["results"], FACTORS[cell.dataset]
         units = results["units"]
         before = results["schedule"]["units"]["frequency"]
         phase = phase_of_units(content)
-        for at, last in enumerate(results["death_epoch"]):
+        ends = zip(results["death_epoch"], results["death_epoch_after"], strict=True)
+        for at, (last, last_of_run) in enumerate(ends):
             rows.append(
                 {
                     "dataset": cell.dataset,
@@ -103,6 +108,7 @@ def unit_rows(measured: Measured) -> list[Row]:
                     "factor": names[units["factor"][at]],
                     "frequency_at_end_of_schedule": before[at],
                     "last_active_epoch": "" if last is None else last + 1,
+                    "last_active_epoch_of_run": "" if last_of_run is None else last_of_run + 1,
                     "phase": phase[at] or "",
                 }
             )
@@ -132,15 +138,26 @@ def table_bytes(rows: Iterable[Mapping[str, Any]]) -> bytes:
     return text.getvalue().encode()
 
 
-def protocol_rows(configs: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
-    """Field, value, what it is and source, of every field of the config that decides a run; values
-    that differ between the configs are joined by commas."""
+def protocol_rows(
+    configs: Sequence[Mapping[str, Any]], arm: str
+) -> list[tuple[str, str, str, str]]:
+    """Field, value, what it is and source, of every field of the config that decides a run of an
+    arm; values that differ between the configs are joined by commas.
+
+    A field's source is that of its default, and of what an arm of the study sets; any other value
+    is ours.
+    """
     sources = VAESAEConfig.sources()
+    study = grid.ARMS[arm].changes if grid.ARMS[arm].group == "study" else {}
     rows = []
     for item in dataclasses.fields(VAESAEConfig):
         if item.metadata.get("free"):
             continue
         values = dict.fromkeys(str(config[item.name]) for config in configs)
         text = item.metadata["help"]
-        rows.append((item.name, ", ".join(values), text, sources.get(item.name, "")))
+        known = {str(item.default), str(study.get(item.name, item.default))}
+        source = sources.get(item.name, "")
+        if item.name not in OWN_COLUMNS and not known.issuperset(values):
+            source = OURS
+        rows.append((item.name, ", ".join(values), text, source))
     return rows

@@ -1,0 +1,196 @@
+"""How many units are active and when they fall silent, from the cells of a reproduction.
+
+On the held-out images after each epoch, during the schedule unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from .statistics import Difference, Spread, spread, welch
+from .summary import Content, Measured
+
+BINDS_AT = 0.95
+"""Of k: from the first epoch on with a mean L0 of at least that, k cuts active units."""
+EARLY_SHARE = 0.1
+LAST_SHARE = 0.2
+TRANSIENT = 3.0
+"""Times the strength at the end of the run; above, that at the end of the schedule has not
+settled."""
+PHASES = ("never alive", "before k cut", "while k cut")
+"""Of the units that are silent at the end of the schedule. See :func:`phase_of_units`."""
+
+
+def scheduled_epochs(content: Content) -> Sequence[Mapping[str, Any]]:
+    """The epoch records of the schedule."""
+    return content["epochs"][: content["config"]["epochs"]]
+
+
+# -- active units ----------------------------------------------------------------------------------
+
+
+def binding(content: Content) -> int | None:
+    """The first epoch, from 0, in which k cut active units: k is below the number of units, and L0
+    after the epoch at least 0.95 k. None where it never did."""
+    units = content["config"]["units"]
+    for at, record in enumerate(scheduled_epochs(content)):
+        if record["k"] < units and record["eval_l0"] >= BINDS_AT * record["k"]:
+            return at
+    return None
+
+
+class Cut(NamedTuple):
+    """Active units of one cell."""
+
+    first: float
+    """L0 after the first epoch."""
+    epoch: int | None
+    """From 1, the first in which k cut; None when it never did."""
+    k: int | None
+    """In that epoch."""
+    before: float
+    """L0 after the last epoch before it; after the first where there is none."""
+    last: float
+    """L0 after the last epoch."""
+
+
+def cut(content: Content) -> Cut:
+    """What the schedule did to the number of active units."""
+    records = scheduled_epochs(content)
+    at = binding(content)
+    before = records[(len(records) if at is None else max(at, 1)) - 1]
+    return Cut(
+        records[0]["eval_l0"],
+        None if at is None else at + 1,
+        None if at is None else records[at]["k"],
+        before["eval_l0"],
+        records[-1]["eval_l0"],
+    )
+
+
+class Lag(NamedTuple):
+    """How far L0 was from what it is steered to."""
+
+    share: float
+    """(L0 - k) / k where it is largest, of the last fifth of the schedule."""
+    epoch: int
+    """From 1."""
+    l0: float
+    k: int
+
+
+def lag(content: Content) -> Lag:
+    """The largest relative distance of L0 from k over the last fifth of the schedule."""
+    records = scheduled_epochs(content)
+    first = len(records) - max(1, round(LAST_SHARE * len(records)))
+    found = [
+        Lag((r["eval_l0"] - r["k"]) / r["k"], first + at + 1, r["eval_l0"], r["k"])
+        for at, r in enumerate(records[first:])
+    ]
+    return max(found, key=lambda one: abs(one.share))
+
+
+def strengths(content: Content) -> tuple[float, float] | None:
+    """Mean strength of L1 in the last epoch of the schedule and in the last one of the run; None
+    where there are no further epochs, or no strength was written."""
+    last, settled = scheduled_epochs(content)[-1], content["epochs"][-1]
+    if not content["config"]["extra_epochs"] or "strength" not in last:
+        return None
+    return last["strength"], settled["strength"]
+
+
+# -- deaths ----------------------------------------------------------------------------------------
+
+
+def phase_of_units(content: Content) -> list[str | None]:
+    """For each unit the phase in which it fell silent for the rest of the schedule, None for one
+    that is active after its last epoch.
+
+    "never alive" was active on the held-out images after no epoch. "before k cut": its first epoch
+    without activity lies before that in which k began to cut active units. Else "while k cut".
+    """
+    began = binding(content)
+    found: list[str | None] = []
+    for last in content["results"]["death_epoch"]:
+        if last is None:
+            found.append(None)
+        elif last == -1:
+            found.append(PHASES[0])
+        else:
+            found.append(PHASES[1] if began is None or last + 1 < began else PHASES[2])
+    return found
+
+
+def phases(content: Content) -> dict[str, float]:
+    """Share of all units in each of :data:`PHASES`; their sum is :func:`silent`."""
+    found = phase_of_units(content)
+    return {phase: found.count(phase) / len(found) for phase in PHASES}
+
+
+def early(content: Content) -> float:
+    """Share of units that fell silent for good before k cut anything, or were never alive in a
+    schedule whose k did not cut from the first epoch on."""
+    found = phases(content)
+    return found[PHASES[1]] + (0.0 if binding(content) == 0 else found[PHASES[0]])
+
+
+def silent(content: Content) -> float:
+    """Share of units without activity after the last epoch of the schedule."""
+    deaths = content["results"]["death_epoch"]
+    return sum(last is not None for last in deaths) / len(deaths)
+
+
+def silent_after_a_tenth(content: Content) -> float:
+    """The same after a tenth of the schedule."""
+    records = scheduled_epochs(content)
+    return records[max(1, int(EARLY_SHARE * len(records))) - 1]["eval_dead"]
+
+
+def silent_before_cut(content: Content) -> float:
+    """The same after the last epoch before k cut; 0 where k cut from the first epoch on."""
+    at = binding(content)
+    records = scheduled_epochs(content)
+    if at is None:
+        return records[-1]["eval_dead"]
+    return records[at - 1]["eval_dead"] if at else 0.0
+
+
+class Parts(NamedTuple):
+    """Silent units at the end of the schedule, as three shares of all units that add up."""
+
+    whole: Spread
+    early: float
+    """Silent for good since before k cut anything."""
+    uncut: float
+    """Silent only later, as many as in the dense control, in which k never cuts."""
+    excess: Difference
+    """Over the dense control."""
+
+
+def parts(measured: Measured, dataset: str, arm: str) -> Parts | None:
+    """Of an arm's silent units; None without cells of the arm and of the dense control."""
+    whole = measured.spread(dataset, arm, silent)
+    dense = measured.spread(dataset, "dense", silent)
+    if whole is None or dense is None:
+        return None
+    before = measured.known(dataset, arm, early).mean
+    return Parts(whole, before, dense.mean - before, welch(whole, dense))
+
+
+def shared_epochs(measured: Measured, dataset: str, arm: str) -> int:
+    """After how many epochs runs of the arm and of the dense control with the same seed were still
+    the same, by their held-out measurements: the least over the seeds, 0 without a pair."""
+    one, two = measured.of(dataset, arm), measured.of(dataset, "dense")
+    counts = []
+    for seed in set(one) & set(two):
+        pairs = zip(scheduled_epochs(one[seed]), scheduled_epochs(two[seed]), strict=False)
+        same = [all(a[n] == b[n] for n in ("eval_l0", "eval_reconstruction")) for a, b in pairs]
+        counts.append([*same, False].index(False))
+    return min(counts, default=0)
+
+
+def mean_of(values: Sequence[float | None]) -> Spread | None:
+    """Over the seeds, where every seed has a value."""
+    known = [value for value in values if value is not None]
+    return spread(known) if known and len(known) == len(values) else None
