@@ -11,6 +11,7 @@ import bench_activity
 import bench_autoencoder
 import bench_layers
 import bench_sparse_matmul
+import bench_threshold
 import bench_topk
 import bench_training
 import bench_vae_sae
@@ -32,6 +33,7 @@ STEMS = (
     bench_autoencoder,
     bench_training,
     bench_vae_sae,
+    bench_threshold,
 )
 BUILDERS = {op: stem.build for stem in STEMS for op in stem.OPS}
 # The operation whose automatic choice serves a layer.
@@ -41,6 +43,7 @@ SERVED_BY = {
     "training step": "linear_topk",
     "SparseBottleneck": "topk",
     "VAE-SAE step": "topk",
+    "SpatialSparsity": "channel_threshold",
 }
 
 

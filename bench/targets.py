@@ -23,6 +23,8 @@ HARD = (
 DENSE_INPUT = (
     "linear_topk", "SparseAutoencoder", "training step", "SparseBottleneck", "VAE-SAE step",
 )  # fmt: skip
+# Operations on tensors with channels: rows entries of n channels at k positions.
+BY_CHANNEL = ("channel_threshold", "SpatialSparsity", "pointwise_conv")
 ITSELF = "itself, normal data"
 RUN = "python bench/run.py"
 STORE = "python bench/activations.py"
@@ -57,6 +59,13 @@ class Workload:
             return f"two {self.n} x {self.d} matrices"
         if self.op == "count_active":
             return f"{self.rows * self.k} codes n={self.n}"
+        if self.op in BY_CHANNEL:
+            shape = f"({self.rows}, {self.n}, {self.k})"
+            if self.layout == "row-major":
+                shape = f"({self.rows * self.k}, {self.n})"
+            if self.op == "pointwise_conv":
+                return f"{shape} to {self.d} channels, density 0.001"
+            return f"{shape}, density {self.d * 1e-6:.1g}"
         if self.op == "ActivationStore":
             return f"{self.n * self.d * 2 / 1e9:.3g} GB, d={self.d}, batches of {self.rows}"
         return f"B={self.rows} n={self.n} k={self.k}"
@@ -201,6 +210,23 @@ def _vae_sae() -> Iterable[Target]:
         yield Target(step, "the reference", 1)
 
 
+def _sparling() -> Iterable[Target]:
+    cases = (
+        Workload("channel_threshold", 10, 10, 10_000, 50),
+        Workload("channel_threshold", 10, 10, 10_000, 50, layout="column-major"),
+        Workload("channel_threshold", 8, 32, 43_200, 10, layout="column-major"),
+    )
+    for case in cases:
+        yield Target(case, "torch.kthvalue", 15)
+    for case in cases:
+        layer = replace(case, op="SpatialSparsity", mode="forward+backward")
+        yield Target(layer, "batch_norm, kthvalue, relu", 3)
+    conv = Workload(
+        "pointwise_conv", 10, 10, 10_000, 512, layout="column-major", mode="forward+backward"
+    )
+    yield Target(conv, "F.conv2d", 5)
+
+
 def activation_store(rows: int, features: int, batch_size: int, dtype: str, pages: str) -> Target:
     """An epoch of shuffled batches from a float16 file [rows, features], as float16 or float32;
     pages: "dropped" from the system's cache before each pass, or "cached", which has no bar."""
@@ -259,7 +285,7 @@ def _extras() -> Iterable[Target]:
     yield Target(Workload("count_active", 4096, 65536, 64), "torch.bincount")
 
 
-CPU_TARGETS = (*_cpu(), *_autoencoder(), *_vae_sae(), *_store())
+CPU_TARGETS = (*_cpu(), *_autoencoder(), *_vae_sae(), *_sparling(), *_store())
 GPU_TARGETS = tuple(_gpu())
 TARGETS = CPU_TARGETS + GPU_TARGETS
 EXTRAS = tuple(_extras())

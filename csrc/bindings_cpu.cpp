@@ -81,6 +81,47 @@ void adam_step(Address parameter, Address grad, Address mean, Address square, in
                       static_cast<float>(weight_decay), unit_rows, static_cast<int>(threads));
 }
 
+void channel_threshold(Address x, int dtype, int64_t outer, int64_t channels, int64_t inner,
+                       int64_t rank, Address out, Address, int64_t threads) {
+  kernels().channel_threshold(at(x), dtype, outer, channels, inner, rank, at(out),
+                              static_cast<int>(threads));
+}
+
+void threshold_relu(Address x, int dtype, int64_t outer, int64_t channels, int64_t inner,
+                    Address threshold, Address scale, Address shift, Address y, Address counts,
+                    int64_t threads) {
+  kernels().threshold_relu(at(x), dtype, outer, channels, inner, at(threshold), at(scale),
+                           at(shift), at(y), at<int64_t>(counts), static_cast<int>(threads));
+}
+
+void threshold_codes(Address x, int dtype, int64_t outer, int64_t channels, int64_t inner,
+                     Address threshold, Address scale, Address shift, int64_t capacity,
+                     Address values, Address indices, Address counts, Address, int64_t threads) {
+  kernels().threshold_codes(at(x), dtype, outer, channels, inner, at(threshold), at(scale),
+                            at(shift), capacity, at(values), at<int64_t>(indices),
+                            at<int64_t>(counts), static_cast<int>(threads));
+}
+
+void pointwise_conv(Address values, int dtype, Address indices, int index_tag, int64_t count,
+                    int64_t outer, int64_t channels, int64_t inner, Address weight,
+                    int weight_dtype, int64_t outputs, int64_t stride_output,
+                    int64_t stride_channel, Address bias, Address out, Address, int64_t threads) {
+  kernels().pointwise_conv(at(values), dtype, at(indices), index_tag, count, outer, channels, inner,
+                           at(weight), weight_dtype, outputs, stride_output, stride_channel,
+                           at(bias), at(out), static_cast<int>(threads));
+}
+
+void pointwise_conv_backward(Address grad, int dtype, Address values, Address indices,
+                             int index_tag, int64_t count, int64_t outer, int64_t channels,
+                             int64_t inner, Address weight, int weight_dtype, int64_t outputs,
+                             int64_t stride_output, int64_t stride_channel, Address grad_values,
+                             Address grad_weight, Address grad_bias, Address, int64_t threads) {
+  kernels().pointwise_conv_backward(at(grad), dtype, at(values), at(indices), index_tag, count,
+                                    outer, channels, inner, at(weight), weight_dtype, outputs,
+                                    stride_output, stride_channel, at(grad_values), at(grad_weight),
+                                    at(grad_bias), static_cast<int>(threads));
+}
+
 std::vector<std::string> instruction_sets() {
   int count = 0;
   const auto* sets = sparsekern::cpu::runnable_kernels(&count);
@@ -114,6 +155,11 @@ PYBIND11_MODULE(_native, m) {
   m.def("sparse_matmul_backward", &sparse_matmul_backward, release);
   m.def("count_active", &count_active, release);
   m.def("adam_step", &adam_step, release);
+  m.def("channel_threshold", &channel_threshold, release);
+  m.def("threshold_relu", &threshold_relu, release);
+  m.def("threshold_codes", &threshold_codes, release);
+  m.def("pointwise_conv", &pointwise_conv, release);
+  m.def("pointwise_conv_backward", &pointwise_conv_backward, release);
   py::class_<KeptBlock>(m, "KeptBlock", py::buffer_protocol())
       .def(py::init<size_t>())
       .def_buffer([](const KeptBlock& block) {

@@ -25,6 +25,8 @@ FUNCTIONS = (
     "count_active",
     "topk",
     "adam_step",
+    "threshold",
+    "pointwise_conv",
     "kept_memory",
 )
 

@@ -11,9 +11,11 @@ from processes import spawn
 
 from sparsekern.cli import main
 from sparsekern.data import dsprites
-from sparsekern.studies.vae_sae import grid, runner
+from sparsekern.studies.reproduction import epochs_done, merged_request
+from sparsekern.studies.vae_sae import grid
 from sparsekern.studies.vae_sae.grid import ARMS, Cell, cell_config, cells, parsed_overrides
 from sparsekern.studies.vae_sae.reproduce import Request
+from sparsekern.training import RunError
 
 TINY = (
     "images=48", "epochs=3", "extra_epochs=1", "batch_size=16", "eval_images=16", "test_images=40",
@@ -74,8 +76,8 @@ def test_overrides_reach_every_cell_but_do_not_undo_an_arm():
     assert (config.learning_rate, config.k_start, config.k_end) == (3e-4, 20, 20)
     config = cell_config(Cell("shapes3d", "auxk", 0), "small", {"images": 300}, None)
     assert config.dead_after == 300, "an epoch, whatever its length"
-    config = cell_config(Cell("shapes3d", "l1", 0), "small", {"sparsifier": "topk"}, None)
-    assert config.sparsifier == "l1"
+    config = cell_config(Cell("shapes3d", "dense", 0), "small", {"units": 700, "k_start": 9}, None)
+    assert (config.k_start, config.k_end) == (700, 700), "never sparsified"
 
 
 @pytest.mark.parametrize(
@@ -107,6 +109,8 @@ def test_bad_flags(flags, message, tmp_path, capsys):
         ("epochs", "--set must be NAME=VALUE with NAME one of backend, batch_size"),
         ("epoch=3", "--set must be NAME=VALUE"),
         ("seed=3", "--set must be NAME=VALUE"),
+        ("sparsifier=l1", "--set must be NAME=VALUE"),
+        ("revival=auxk", "--set must be NAME=VALUE"),
         ("epochs=many", "--set epochs must be int, got 'many'"),
         ("standardize=maybe", "--set standardize must be bool, got 'maybe'"),
         ("epochs=0", "epochs must be at least 1, got 0"),
@@ -119,6 +123,17 @@ def test_bad_settings(setting, message, tmp_path, capsys):
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
     assert not (tmp_path / "report").exists()
+
+
+def test_bad_folders(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for out, message in (
+        ("", "--out must name a folder, got an empty name"),
+        (tmp_path / "file", "--out must be a folder, got the file"),
+    ):
+        assert main(command(out)) == 2
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1
 
 
 def test_groups_of_arms():
@@ -147,7 +162,6 @@ def test_a_reproduction_has_its_cells_and_a_report(complete):
     assert topk["k"] == topk["schedule"]["k"] == 4 and len(topk["death_epoch"]) == 20
     assert topk["steps"] == 4 * 3 and topk["l0"] <= 4
     assert topk["untrained"]["l0"] > 4
-    assert not list((complete / "cells").glob("*.log"))
 
 
 def test_finished_cells_are_kept_and_arms_can_be_added(complete, capsys, tmp_path, monkeypatch):
@@ -172,11 +186,37 @@ def test_another_protocol_needs_another_folder(complete, capsys):
     assert "holds a reproduction with overrides" in err and "name another folder" in err
 
 
+def test_a_data_file_may_move_but_not_change(tmp_path):
+    first, moved, changed = (tmp_path / f"{name}.npz" for name in ("first", "moved", "changed"))
+    first.write_bytes(b"images")
+    moved.write_bytes(b"images")
+    changed.write_bytes(b"other images")
+
+    def asked(path):
+        arguments = ["dsprites"], ["topk"], None, [f"dsprites={path}"], []
+        return {"seeds": 1, "digests": Request.from_options("small", *arguments).digests()}
+
+    folder = tmp_path / "report"
+    folder.mkdir()
+    (folder / "reproduction.json").write_text(json.dumps(asked(first)))
+    merged = merged_request(asked(moved), folder, fixed=("digests",), lists=())
+    assert merged == asked(first)
+    with pytest.raises(RunError, match="holds a reproduction with digests"):
+        merged_request(asked(changed), folder, fixed=("digests",), lists=())
+
+
 def test_data_files_are_looked_at_before_anything_starts(tmp_path, capsys):
     few = tmp_path / "few.npz"
     dsprites.rendered(103, seed=0).save(few)
     other = tmp_path / "other.npz"
     np.savez(other, imgs=np.zeros((200, 32, 32), np.uint8))
+    enough = tmp_path / "enough.npz"
+    dsprites.rendered(104, seed=0).save(enough)
+    fields = dict(np.load(enough))
+    unlabelled, wrong, outside = (tmp_path / f"{name}.npz" for name in ("none", "wrong", "outside"))
+    np.savez(unlabelled, imgs=fields["imgs"])
+    np.savez(wrong, **{**fields, "latents_classes": fields["latents_classes"][:, :5]})
+    np.savez(outside, **{**fields, "latents_classes": fields["latents_classes"] + 40})
     cut = tmp_path / "cut.npz"
     cut.write_bytes(few.read_bytes()[:-200])
     for path, message in (
@@ -184,6 +224,9 @@ def test_data_files_are_looked_at_before_anything_starts(tmp_path, capsys):
         (few, "count must lie in 1..103 (the number of images), got 104"),
         (other, "imgs must be uint8 [n, 64, 64], got uint8 [200, 32, 32]"),
         (cut, "data file is truncated or damaged"),
+        (unlabelled, "has no field 'latents_classes'"),
+        (wrong, "latents_classes must be integers [104, 6], got int64 [104, 5]"),
+        (outside, "latents_classes must lie below [1, 3, 6, 40, 32, 32]"),
     ):
         flags = ("--datasets", "dsprites", "--arms", "topk", "--data", f"dsprites={path}")
         assert main(command(tmp_path / "report", *flags)) == 2
@@ -232,7 +275,7 @@ def test_killed_and_started_again_it_ends_with_the_same_results(complete, tmp_pa
     for epochs in (1, 3):  # once in the middle of the cells, once further on
         process = spawn("-m", "sparsekern", *words)
         places = [folder / "cells" / f"shapes3d-{arm}-0" for arm in ("topk", "fixed")]
-        while sum(map(runner.epochs_done, places)) < epochs and process.poll() is None:
+        while sum(map(epochs_done, places)) < epochs and process.poll() is None:
             time.sleep(0.005)
         process.send_signal(number)
         out, err = process.communicate(timeout=180)

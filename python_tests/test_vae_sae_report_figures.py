@@ -6,13 +6,13 @@ import pytest
 import torch
 from made_up_cells import EPOCHS, EXTRA, SETS, UNITS, grid
 
+from sparsekern.studies.reproduction import cell_folder
 from sparsekern.studies.vae_sae.config import VAESAEConfig
 from sparsekern.studies.vae_sae.grid import Cell
 from sparsekern.studies.vae_sae.images import read
 from sparsekern.studies.vae_sae.report import figures as report_figures
 from sparsekern.studies.vae_sae.report import pictures as report_pictures
 from sparsekern.studies.vae_sae.report.summary import Measured
-from sparsekern.studies.vae_sae.runner import cell_folder
 from sparsekern.studies.vae_sae.task import Trained, make_model
 from sparsekern.training.checkpoints import model_tensors, write_checkpoint
 

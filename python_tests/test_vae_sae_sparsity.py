@@ -17,23 +17,35 @@ from sparsekern.studies.vae_sae.sparsity import (
 
 # -- steering --------------------------------------------------------------------------------------
 
+# The study's schedule, with 40 steps an epoch.
+FALLING = [500 - 450 * epoch / 49 for epoch in range(50) for _ in range(40)]
 
-def follow(steering, targets, l0=250.0, delay=20):
-    """A plant that L1 makes sparser with a delay: its L0 goes a share of the way each step."""
-    found = []
+
+def follow(steering, targets, most=250.0, half=0.3, delay=20):
+    """A plant that L1 makes sparser with a delay: its L0 goes a share of the way each step to what
+    the strength leaves of `most`, one half at a strength of `half`."""
+    l0, found = most, []
     for target in targets:
         steering.update(torch.tensor(l0), target)
-        wanted = 250 / (1 + float(steering.strength) / 0.3)
+        wanted = most / (1 + float(steering.strength) / half)
         l0 += (wanted - l0) / delay
         found.append(l0)
     return found
 
 
 def test_l0_follows_a_falling_target():
-    targets = [500 - 450 * epoch / 49 for epoch in range(50) for _ in range(48)]
-    found = follow(L1Steering(), targets)
+    found = follow(L1Steering(), FALLING)
     assert found[0] == pytest.approx(250, rel=0.05), "above 250 there is nothing to do"
     assert found[-1] == pytest.approx(50, rel=0.1)
+
+
+def test_l0_follows_where_only_a_strong_penalty_acts():
+    """As in a trained network, whose weights give way: the target binds late, and the strength has
+    to grow a thousandfold within a few epochs."""
+    found = follow(L1Steering(), FALLING, most=150.0, half=10.0)
+    lags = [found[i] / FALLING[i] - 1 for i in range(39, len(FALLING), 40)]
+    assert max(lags[40:]) < 0.2
+    assert max(map(abs, lags[44:])) < 0.05
 
 
 def test_a_target_out_of_reach_does_not_wind_it_up():

@@ -3,7 +3,7 @@
 import torch as _torch  # first: the native modules then share its OpenMP runtime
 
 from ._library import BackendUnavailableError, backend, describe, empty_cache
-from .nn import BatchTopK, DeadNeuronCounter, JumpReLU, SparseLinear, TopK
+from .nn import BatchTopK, DeadNeuronCounter, JumpReLU, SparseLinear, SpatialSparsity, TopK
 from .ops import (
     ChannelCodes,
     Codes,
@@ -35,6 +35,7 @@ __all__ = [
     "DeadNeuronCounter",
     "JumpReLU",
     "SparseLinear",
+    "SpatialSparsity",
     "TopK",
     "TransposedCodes",
     "Transposition",

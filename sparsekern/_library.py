@@ -33,11 +33,9 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _definitions = torch.library.Library(NAMESPACE, "DEF")
 _operations: dict[str, Operation] = {}
-# One choice for the whole process: autograd runs backward passes on threads of its own, which a
-# thread-local would miss.
+# For the whole process: autograd's own threads would miss a thread-local choice.
 _forced: list[str] = []
-# Stand-ins for the compiled modules by device type, used by the tests that run the CUDA sources on
-# a CPU.
+# By device type, for the tests that run the CUDA sources on a CPU.
 _stand_ins: dict[str, ModuleType] = {}
 
 
@@ -203,7 +201,8 @@ class Operation:
 
 
 def _ranked_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that decides: integer tensors (indices) are served wherever float32 is."""
+    """The dtype that decides the choice: integer tensors (indices) are served wherever float32
+    is."""
     return dtype if dtype.is_floating_point else torch.float32
 
 
@@ -226,10 +225,11 @@ def define(
 ) -> Callable[..., Any]:
     """Register one operation with torch and return it.
 
-    name: operation name inside the namespace. schema: torch schema without the name. reference,
-    implementations: functions of the schema's positional arguments. fake: shapes and dtypes only.
-    backward, setup_context: the one gradient that every backend shares. vmap: as in
-    torch.library.register_vmap. autocast: maps (arguments, dtype) to those inside its region.
+    name: inside the namespace. schema: torch's, without the name. reference, implementations:
+    functions of the schema's positional arguments. fake: shapes and dtypes only. backward,
+    setup_context: the one gradient that every backend shares. vmap: as in
+    torch.library.register_vmap. autocast: maps (arguments, dtype) to the arguments to use inside an
+    autocast region.
     """
     operation = Operation(name, schema, reference, implementations)
     _operations[name] = operation
@@ -251,7 +251,7 @@ def define(
 
 
 def unknown_size() -> Any:
-    """For an implementation without data: a size that only the data tell."""
+    """In a fake: the size of a dimension that depends on the data."""
     return torch.library.get_ctx().new_dynamic_size()
 
 
@@ -296,7 +296,8 @@ def _autocast_rule(
 
 
 def forced_backend() -> str | None:
-    """The backend forced by `backend(...)` or SPARSEKERN_BACKEND, or None."""
+    """The backend forced by `backend(...)` or SPARSEKERN_BACKEND, or None for the automatic
+    choice."""
     name = _forced[-1] if _forced else os.environ.get("SPARSEKERN_BACKEND", "auto")
     _check_backend(name, "backend" if _forced else "SPARSEKERN_BACKEND")
     return None if name == "auto" else name

@@ -13,6 +13,7 @@ def add_reproduce(commands: Any) -> None:
     parser = commands.add_parser("reproduce", help="run a published study and write its report")
     studies = parser.add_subparsers(title="studies", metavar="STUDY", required=True)
     _add_vae_sae(studies)
+    _add_sparling(studies)
 
 
 def _add_vae_sae(studies: Any) -> None:
@@ -44,22 +45,76 @@ def _add_vae_sae(studies: Any) -> None:
     add("--data", nargs="+", metavar="SET=FILE", default=[],
         help="published files of the data sets; others are rendered")  # fmt: skip
     add("--set", nargs="+", metavar="NAME=VALUE", default=[], dest="settings",
-        help="change the protocol: any flag of 'train vae-sae'")  # fmt: skip
+        help="change the protocol: flags of 'train vae-sae' that no arm sets")  # fmt: skip
     add("--jobs", type=int, help="cells at a time (default: the processors, or 1 with a GPU)")
     add("--progress", action=argparse.BooleanOptionalAction, default=True,
         help="show a progress bar (default: yes)")  # fmt: skip
     parser.set_defaults(function=_vae_sae, command="reproduce vae-sae")
 
 
+def _add_sparling(studies: Any) -> None:
+    from .studies.sparling.grid import ARMS, PRESETS
+
+    parser = studies.add_parser(
+        "sparling",
+        help="motifs found end to end by extreme activation sparsity (arXiv 2302.01976)",
+        description=(
+            "Trains every arm x seed of the Sparling study, several at a time, and writes "
+            "report.md, report.html, figures and CSV files into one folder. Started again with the "
+            "same --out it keeps what is finished and goes on; arms and seeds may be added."
+        ),
+        epilog="arms: " + "; ".join(f"{name}: {arm.text}" for name, arm in ARMS.items()),
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--preset", choices=tuple(PRESETS), default="tiny",
+        help="tiny: for two cores; the others are of the published size, for a GPU")  # fmt: skip
+    add("--out", metavar="FOLDER", help="of the report; by default runs/reproduce-sparling-<date>")
+    add("--arms", nargs="+", metavar="ARM", default=["study", "l1"],
+        help="names of arms, or study, l1, kl, ablations, all (default: study l1)")  # fmt: skip
+    add("--seeds", type=int, metavar="N",
+        help="seeds 0..N-1, at most 3 of other arms (default: 6 for tiny, else 1)")  # fmt: skip
+    add("--data", metavar="FOLDER", help="of the AudioMNIST recordings (preset audio)")
+    add("--set", nargs="+", metavar="NAME=VALUE", default=[], dest="settings",
+        help="change the protocol: flags of 'train sparling' that no arm sets")  # fmt: skip
+    add("--jobs", type=int, help="cells at a time (default: the processors, or 1 with a GPU)")
+    add("--progress", action=argparse.BooleanOptionalAction, default=True,
+        help="show a progress bar (default: yes)")  # fmt: skip
+    parser.set_defaults(function=_sparling, command="reproduce sparling")
+
+
+def _sparling(options: argparse.Namespace) -> int:
+    from .studies.sparling.reproduce import Request, reproduce
+
+    out = _folder(options.out, "sparling")
+    request = Request.from_options(
+        options.preset, options.arms, options.seeds, options.data, options.settings
+    )
+    ended = reproduce(request, out, jobs=options.jobs, progress=options.progress)
+    return _said(ended, "reproduce sparling", out)
+
+
 def _vae_sae(options: argparse.Namespace) -> int:
     from .studies.vae_sae.reproduce import Request, reproduce
 
-    out = options.out or time.strftime("runs/reproduce-vae-sae-%Y%m%d-%H%M%S")
+    out = _folder(options.out, "vae-sae")
     request = Request.from_options(
         options.preset, options.datasets, options.arms, options.seeds, options.data,
         options.settings,
     )  # fmt: skip
     ended = reproduce(request, out, jobs=options.jobs, progress=options.progress)
+    return _said(ended, "reproduce vae-sae", out)
+
+
+def _folder(given: str | None, study: str) -> str:
+    """The folder of a report; an empty name, such as that of an unset variable, is a mistake."""
+    if given == "":
+        raise ValueError("--out must name a folder, got an empty name")
+    return given or time.strftime(f"runs/reproduce-{study}-%Y%m%d-%H%M%S")
+
+
+def _said(ended: Any, command: str, out: str) -> int:
+    """Tells how a reproduction ended; the exit status."""
     if ended.signal is not None:
         sys.stdout.write(
             f"interrupted; finished cells are kept, the others are saved. Go on with the same "
@@ -67,7 +122,7 @@ def _vae_sae(options: argparse.Namespace) -> int:
         )
         return 128 + ended.signal
     for name, reason in ended.failed.items():
-        sys.stderr.write(f"sparsekern: error: reproduce vae-sae: cell {name} failed: {reason}\n")
+        sys.stderr.write(f"sparsekern: error: {command}: cell {name} failed: {reason}\n")
     sys.stdout.write(
         f"{len(ended.finished)} cells, {len(ended.failed)} failed; report: {out}/report.html and "
         f"report.md\n"

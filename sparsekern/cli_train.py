@@ -27,6 +27,14 @@ STUDIES = {
             "activations' makes such files."
         ),
     ),
+    "sparling": (
+        "motifs found by extreme activation sparsity",
+        (
+            "Trains a local network, a bottleneck of extreme sparsity and a readout end to end on "
+            "inputs labelled with sequences of symbols, while the bottleneck's density falls, and "
+            "measures whether its activations are the motifs. Without arguments it takes minutes."
+        ),
+    ),
 }
 
 

@@ -9,13 +9,17 @@
 #define SPARSEKERN_ISA avx2
 #include "activity.h"
 #include "adam.h"
+#include "pointwise_conv.h"
 #include "sparse_matmul.h"
+#include "threshold.h"
 #include "topk.h"
 #undef SPARSEKERN_ISA
 #define SPARSEKERN_ISA avx512
 #include "activity.h"
 #include "adam.h"
+#include "pointwise_conv.h"
 #include "sparse_matmul.h"
+#include "threshold.h"
 #include "topk.h"
 #undef SPARSEKERN_ISA
 #endif
@@ -27,7 +31,9 @@ namespace {
 #define SPARSEKERN_KERNELS(isa)                                                         \
   Kernels {                                                                             \
     #isa, &isa::topk, &isa::codes_to_dense, &isa::sparse_matmul, &isa::transpose_codes, \
-        &isa::sparse_matmul_backward, &isa::count_active, &isa::adam_step               \
+        &isa::sparse_matmul_backward, &isa::count_active, &isa::adam_step,              \
+        &isa::channel_threshold, &isa::threshold_relu, &isa::threshold_codes,           \
+        &isa::pointwise_conv, &isa::pointwise_conv_backward                             \
   }
 
 constexpr int kMaximumSets = 3;

@@ -4,7 +4,9 @@
 #define SPARSEKERN_ISA baseline
 #include "activity.h"
 #include "adam.h"
+#include "pointwise_conv.h"
 #include "sparse_matmul.h"
+#include "threshold.h"
 #include "topk.h"
 #undef SPARSEKERN_ISA
 
@@ -19,6 +21,11 @@ struct Kernels {
   decltype(&baseline::sparse_matmul_backward) sparse_matmul_backward;
   decltype(&baseline::count_active) count_active;
   decltype(&baseline::adam_step) adam_step;
+  decltype(&baseline::channel_threshold) channel_threshold;
+  decltype(&baseline::threshold_relu) threshold_relu;
+  decltype(&baseline::threshold_codes) threshold_codes;
+  decltype(&baseline::pointwise_conv) pointwise_conv;
+  decltype(&baseline::pointwise_conv_backward) pointwise_conv_backward;
 };
 
 // All sets that this build has and this CPU can run, best first; ends with baseline.

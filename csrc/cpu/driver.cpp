@@ -367,6 +367,8 @@ int main() {
     check_activity(kernels[i]);
     mismatches += sparsekern::cpu::check_topk(kernels[i], &cases["topk"]);
     mismatches += sparsekern::cpu::check_adam(kernels[i], &cases["adam_step"]);
+    mismatches += sparsekern::cpu::check_threshold(kernels[i], &cases["threshold"]);
+    mismatches += sparsekern::cpu::check_pointwise_conv(kernels[i], &cases["pointwise_conv"]);
   }
   mismatches += sparsekern::cpu::check_kept_memory(&cases["kept_memory"]);
   for (const auto& [function, count] : cases)

@@ -12,6 +12,10 @@ int check_topk(const Kernels& kernels, int* cases);
 // The same for adam_step.
 int check_adam(const Kernels& kernels, int* cases);
 
+// The same for the kernels of threshold.h and of pointwise_conv.h.
+int check_threshold(const Kernels& kernels, int* cases);
+int check_pointwise_conv(const Kernels& kernels, int* cases);
+
 // Takes and frees blocks of kept memory in turns, also on several threads; returns the number of
 // surprises and adds to *cases.
 int check_kept_memory(int* cases);

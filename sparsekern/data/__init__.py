@@ -1,4 +1,5 @@
-"""Data sets with known factors, rendered here or read from files, and stores of activations."""
+"""Data sets with known factors, rendered here or read from files, motif domains, and stores of
+activations."""
 
 from . import dsprites, shapes3d
 from .activation_sources import capture, convert, synthetic
@@ -7,19 +8,27 @@ from .activations import ActivationStore
 from .dsprites import DSprites, load, rendered
 from .factors import CountError, DataError
 from .image_writing import WritingInterrupted
+from .motif_drawing import draw_motifs
+from .motifs import TEST_SEED, VALIDATION_SEED, MotifBatch, MotifDomain, motif_domain
 from .shapes3d import Shapes3D
 
 __all__ = [
+    "TEST_SEED",
+    "VALIDATION_SEED",
     "ActivationStore",
     "CountError",
     "DSprites",
     "DataError",
+    "MotifBatch",
+    "MotifDomain",
     "Shapes3D",
     "WritingInterrupted",
     "capture",
     "convert",
+    "draw_motifs",
     "dsprites",
     "load",
+    "motif_domain",
     "rendered",
     "shapes3d",
     "synthetic",

@@ -167,7 +167,7 @@ class FactorImages:
 
     @classmethod
     def check(cls, path: str | Path, count: int | None = None) -> None:
-        """Looks at the head of a file only, which is quick.
+        """Looks at everything but the images themselves, which is quick.
 
         Args:
             path: the file.
@@ -181,6 +181,7 @@ class FactorImages:
             (available, *_), _ = cls._images_header(path, reader, fields)
             if count is not None:
                 check_count(f"data file {path}", available, count)
+            cls._classes(path, reader, fields, available, None)
 
     @classmethod
     @contextmanager
@@ -224,26 +225,36 @@ class FactorImages:
     def _read(
         cls, path: Path, reader: Reader, fields: Fields, count: int | None, seed: int
     ) -> Self:
-        another = f"data file has another layout: {path}: "
         shape, dtype = cls._images_header(path, reader, fields)
+        wanted = subset(f"data file {path}", shape[0], count, seed)
+        classes = cls._classes(path, reader, fields, shape[0], wanted)
+        images = gather(reader.blocks(fields.images), wanted, shape, dtype)
+        if images.size and images.max() > cls.largest:
+            raise DataError(
+                f"data file has another layout: {path}: {fields.images} must hold 0 and 1, got "
+                f"{images.max()}"
+            )
+        return cls(images, classes, str(path))
+
+    @classmethod
+    def _classes(
+        cls, path: Path, reader: Reader, fields: Fields, count: int, wanted: np.ndarray | None
+    ) -> np.ndarray:
+        """The classes int64 [w, f] of the wanted ones of `count` images, or of all."""
+        another = f"data file has another layout: {path}: "
         # The classes where the file holds them: they need no rounding.
         name = fields.classes or fields.values
         assert name is not None
-        factor_shape, factor_dtype = reader.header(name)
-        expected = (shape[0], len(cls.factors.names))
+        shape, dtype = reader.header(name)
+        expected = (count, len(cls.factors.names))
         kinds, said = ("iu", "integers") if fields.classes else ("f", "floats")
-        if factor_shape != expected or factor_dtype.kind not in kinds:
+        if shape != expected or dtype.kind not in kinds:
             raise DataError(
-                f"{another}{name} must be {said} {list(expected)}, "
-                f"got {factor_dtype} {list(factor_shape)}"
+                f"{another}{name} must be {said} {list(expected)}, got {dtype} {list(shape)}"
             )
-        wanted = subset(f"data file {path}", shape[0], count, seed)
-        classes = gather(reader.blocks(name), wanted, factor_shape, factor_dtype)
+        classes = gather(reader.blocks(name), wanted, shape, dtype)
         if fields.classes is None:
             classes = cls.factors.nearest(classes, f"{another}{name}")
         elif ((classes < 0) | (classes >= np.array(cls.factors.sizes))).any():
             raise DataError(f"{another}{name} must lie below {list(cls.factors.sizes)}")
-        images = gather(reader.blocks(fields.images), wanted, shape, dtype)
-        if images.size and images.max() > cls.largest:
-            raise DataError(f"{another}{fields.images} must hold 0 and 1, got {images.max()}")
-        return cls(images, classes.astype(np.int64, copy=False), str(path))
+        return classes.astype(np.int64, copy=False)

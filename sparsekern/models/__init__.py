@@ -2,16 +2,36 @@
 
 from .bottleneck import BottleneckOutput, SparseBottleneck
 from .sae import SAELoss, SAEOutput, SparseAutoencoder
+from .sparling import (
+    MotifModel,
+    MotifOutput,
+    PatchMotifs,
+    PenalizedBottleneck,
+    ResidualMotifs,
+    SequenceReadout,
+    SlotReadout,
+    Widening,
+    motif_loss,
+)
 from .vae_sae import VAESAE, VAESAELoss, VAESAEOutput, vae_sae_loss
 
 __all__ = [
     "VAESAE",
     "BottleneckOutput",
+    "MotifModel",
+    "MotifOutput",
+    "PatchMotifs",
+    "PenalizedBottleneck",
+    "ResidualMotifs",
     "SAELoss",
     "SAEOutput",
+    "SequenceReadout",
+    "SlotReadout",
     "SparseAutoencoder",
     "SparseBottleneck",
     "VAESAELoss",
     "VAESAEOutput",
+    "Widening",
+    "motif_loss",
     "vae_sae_loss",
 ]

@@ -35,7 +35,8 @@ class BottleneckOutput(NamedTuple):
     values: Tensor
     """Activations of the selected units, [B, K]; of all units, [B, N], where indices is None."""
     indices: Tensor | None
-    """Which units these are, int64 [B, K]; None for all, in order: under L1, and where k is N."""
+    """Which units these are, int64 [B, K]; None for all, in order: under L1, and for
+    top-k by value where k is N."""
     output: Tensor
     """[B, E]."""
 

@@ -4,6 +4,7 @@ from .batch_topk import BatchTopK
 from .counter import DeadNeuronCounter
 from .jumprelu import JumpReLU, jumprelu, step
 from .linear import SparseLinear
+from .spatial_sparsity import SpatialSparsity
 from .topk import TopK
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "DeadNeuronCounter",
     "JumpReLU",
     "SparseLinear",
+    "SpatialSparsity",
     "TopK",
     "jumprelu",
     "step",

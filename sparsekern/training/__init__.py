@@ -1,6 +1,7 @@
 """Training that knows no model by name: the loop, schedules, checkpoints and run folders."""
 
 from .._system import stop_signals
+from .annealing import AccuracyGatedDensity
 from .batches import permuted_rows
 from .checkpoints import CheckpointError
 from .loop import LoopConfig, Outcome, Task, TrainingError, train
@@ -9,6 +10,7 @@ from .schedules import SCHEDULES, scheduled_k
 
 __all__ = [
     "SCHEDULES",
+    "AccuracyGatedDensity",
     "CheckpointError",
     "LoopConfig",
     "Outcome",

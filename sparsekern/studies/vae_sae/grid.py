@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from operator import itemgetter
 from typing import Any, NamedTuple
 
+from ..reproduction import parsed_settings
 from .config import VAESAEConfig
 
 EXTRA_EPOCHS = 100
@@ -38,7 +39,11 @@ ARMS: dict[str, Arm] = {
         "L1, steered so that L0 follows the same schedule",
         {"sparsifier": "l1", "extra_epochs": EXTRA_EPOCHS},
     ),
-    "dense": Arm("control", "never sparsified", {"k_end": itemgetter("k_start")}),
+    "dense": Arm(
+        "control",
+        "never sparsified",
+        {"k_start": itemgetter("units"), "k_end": itemgetter("units")},
+    ),
     "fixed": Arm("control", "the final k from the first epoch", {"k_start": itemgetter("k_end")}),
     "standardize": Arm("cure", "standardized input of the sparse layer", {"standardize": True}),
     "auxk": Arm("cure", "auxiliary loss of dead units (AuxK on scores)", {"revival": "auxk"}),
@@ -160,37 +165,6 @@ def parsed_overrides(settings: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError: an unknown name, a value of the wrong type, or a field that the grid sets.
     """
-    kinds = typing.get_type_hints(VAESAEConfig)
-    taken = {"dataset", "data", "seed", "progress"}
-    found: dict[str, Any] = {}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        name = name.replace("-", "_")
-        if not equals or name not in kinds or name in taken:
-            known = ", ".join(sorted(set(kinds) - taken))
-            raise ValueError(f"--set must be NAME=VALUE with NAME one of {known}, got {setting!r}")
-        try:
-            found[name] = _parsed(kinds[name], text)
-        except ValueError:
-            raise ValueError(f"--set {name} must be {kinds[name].__name__}, got {text!r}") from None
-    return found
-
-
-def _parsed(kind: Any, text: str) -> Any:
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError(text)
-        return text.lower() == "true"
-    return kind(text)
-
-
-def checked_names(option: str, names: Sequence[str], known: Sequence[str]) -> list[str]:
-    """The names without repetitions.
-
-    Raises:
-        ValueError: one is unknown.
-    """
-    for name in names:
-        if name not in known:
-            raise ValueError(f"{option} must be among {', '.join(known)}, got {name!r}")
-    return list(dict.fromkeys(names))
+    # The last two are what makes an arm.
+    taken = {"dataset", "data", "seed", "progress", "sparsifier", "revival"}
+    return parsed_settings(settings, typing.get_type_hints(VAESAEConfig), taken)

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from ...training import RunError
 from ...training.runs import write_atomically
 from ..configs import check_packages, usable_device
+from ..reproduction import (
+    REQUEST,
+    Ended,
+    checked_names,
+    is_finished,
+    locked,
+    merged_request,
+    read_cells,
+    run_cells,
+    usable_processors,
+)
 from . import grid, report
 from .config import DATASETS, VAESAEConfig
-from .grid import Cell, cell_config, cells, checked_names, parsed_overrides
+from .grid import Cell, cell_config, cells, parsed_overrides
 from .images import check_file
-from .runner import Ended, is_finished, read_cells, run_cells, usable_processors
 
-REQUEST = "reproduction.json"
-LOCK = "lock"
+STUDY = "vae_sae"
 GROUPS = {
     "study": grid.STUDY,
     "controls": grid.CONTROLS,
@@ -79,6 +86,17 @@ class Request:
             parsed_overrides(settings),
         )
 
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the data files, by data set: a file may move, but not change."""
+        found = {}
+        for name, path in self.data.items():
+            digest = hashlib.sha256()
+            with open(path, "rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+            found[name] = digest.hexdigest()
+        return found
+
     def configs(self) -> dict[Cell, VAESAEConfig]:
         """What each cell runs."""
         wanted = cells(self.datasets, self.arms, range(self.seeds))
@@ -116,45 +134,17 @@ def reproduce(
         if cell.seed == 0:
             check_file(config)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise RunError(f"another process is writing the report in {folder}") from error
-    with lock:
-        asked = _merged(request, folder)
-        finished = [cell for cell, config in configs.items() if is_finished(folder, cell, config)]
+    with locked(folder):
+        new = {**json.loads(json.dumps(asdict(request))), "digests": request.digests()}
+        asked = merged_request(
+            new, folder, fixed=("preset", "overrides", "digests"), lists=("datasets", "arms")
+        )
+        finished = [c for c, config in configs.items() if is_finished(STUDY, folder, c, config)]
         text = json.dumps(asked, indent=2) + "\n"
         write_atomically(folder / REQUEST, text.encode())
-        ended = run_cells(folder, configs, finished, jobs=jobs, progress=progress)
+        ended = run_cells(STUDY, folder, configs, finished, jobs=jobs, progress=progress)
         everything = cells(asked["datasets"], asked["arms"], range(asked["seeds"]))
-        found = read_cells(folder, everything)
+        found = read_cells(STUDY, folder, everything)
         if found:
             report.write(folder, asked, found, failed=ended.failed, total=len(everything))
     return ended
-
-
-def _merged(request: Request, folder: Path) -> dict[str, Any]:
-    """The request together with earlier ones in the folder, JSON types."""
-    new = json.loads(json.dumps(asdict(request)))
-    path = folder / REQUEST
-    if not path.exists():
-        strangers = [p.name for p in folder.iterdir() if p.name not in (LOCK, ".new")]
-        if strangers:
-            raise RunError(f"folder is not empty: {folder} holds {sorted(strangers)[0]}")
-        return new
-    try:
-        old = json.loads(path.read_text())
-        for name in ("preset", "overrides", "data"):
-            if old[name] != new[name]:
-                raise RunError(
-                    f"{folder} holds a reproduction with {name} {old[name]!r}, not {new[name]!r}: "
-                    "name another folder"
-                )
-        for name in ("datasets", "arms"):
-            new[name] = list(dict.fromkeys([*old[name], *new[name]]))
-        new["seeds"] = max(old["seeds"], new["seeds"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path} is damaged: {error}") from error
-    return new

@@ -1,7 +1,7 @@
 """Runs of the study: training, final measurements, pictures, and the table for a terminal.
 
 Dead shares are measured on test images with z at its posterior mean, and also with z drawn, which
-gives far lower ones.
+gives lower ones where the sparse layer comes after z.
 """
 
 from __future__ import annotations
@@ -110,8 +110,6 @@ def _untrained(config: VAESAEConfig, parts: Parts) -> dict[str, Any]:
 
 @torch.no_grad()
 def _write_results(place: RunFolder, results: Mapping[str, Any], model: VAESAE, test: Part) -> None:
-    text = json.dumps(results, allow_nan=False) + "\n"
-    write_atomically(place.path / "results.json", text.encode())
     epochs = place.read_metrics("epoch")
     title = f"VAE-SAE on {results['data']}"
     figures.save_history(place.path / "history.png", epochs, title)
@@ -123,6 +121,9 @@ def _write_results(place: RunFolder, results: Mapping[str, Any], model: VAESAE, 
         _pictures(output),
         f"held-out images and their reconstructions at k = {results['k']}",
     )
+    # Last: it says that the run is finished.
+    text = json.dumps(results, allow_nan=False) + "\n"
+    write_atomically(place.path / "results.json", text.encode())
 
 
 def _pictures(images: torch.Tensor) -> Any:

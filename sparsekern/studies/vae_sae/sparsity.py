@@ -36,7 +36,7 @@ class L1Steering(nn.Module):
     integral: Tensor
     level: Tensor
 
-    def __init__(self, start: float = 0.01, rate: float = 0.1, proportional: float = 2.0) -> None:
+    def __init__(self, start: float = 0.01, rate: float = 0.3, proportional: float = 4.0) -> None:
         super().__init__()
         self.rate, self.proportional = rate, proportional
         self.register_buffer("integral", torch.tensor(math.log(start), dtype=torch.float64))

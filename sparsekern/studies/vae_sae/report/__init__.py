@@ -17,8 +17,8 @@ import torch
 
 from .... import __version__
 from ....training.runs import write_atomically
+from ...reproduction import usable_processors
 from ..grid import Cell, cells
-from ..runner import usable_processors
 from . import arms, sections
 from .document import Document, Heading, Items, Paragraph, markdown, page
 from .summary import Measured
@@ -42,7 +42,7 @@ def write(
     Args:
         folder: of the reproduction, with its run folders.
         asked: the content of reproduction.json.
-        found: the finished cells, see runner.read_cells.
+        found: the finished cells, see reproduction.read_cells.
         failed: cell's name -> why, of this call.
         total: cells that were asked for.
 

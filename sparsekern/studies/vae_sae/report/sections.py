@@ -10,8 +10,8 @@ from typing import Any
 
 from ....data import DataError
 from ....training.checkpoints import CheckpointError
+from ...reproduction import cell_folder
 from ..grid import STUDY, Cell
-from ..runner import cell_folder
 from . import figures, pictures
 from .conclusions import conclusions, seeds
 from .document import Code, Document, Heading, Items, Paragraph, Table

@@ -15,7 +15,7 @@ from ....training import RunError
 from ..grid import ARMS, Cell
 
 Content = Mapping[str, Any]
-"""Config, results and epoch records of a cell: see runner.read_cells."""
+"""Config, results and epoch records of a cell: see reproduction.read_cells."""
 Getter = Callable[[Content], float]
 
 EARLY_SHARE = 0.9  # of k_start; a unit that dies while k is at least that died early

@@ -1,13 +1,14 @@
-"""Trains the cells of a reproduction, several at a time, in processes that take one after another.
+"""Trains the cells of a grid, several at a time, in processes that take one after another.
 
-A cell is a run folder. One that is finished is kept, one that was interrupted goes on, and one that
-another process trains is left to it for a while; so a reproduction that was killed at any moment is
-started again with the same command, and no cell counts twice.
+A cell is a run of the study, in a folder. One that is finished is kept, one that was interrupted
+goes on, and one that another process trains is left to it for a while; so a reproduction that was
+killed at any moment is started again with the same command, and no cell counts twice.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -21,23 +22,47 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol, TypeVar
 
 from ...training import RunError, stop_signals
 from ...training.runs import read_metrics
-from .config import VAESAEConfig
-from .grid import Cell
-from .run import saved_config
 
 CELLS = "cells"
 POLL_SECONDS = 0.5
+
+
+class Cell(Protocol):
+    """A cell of a grid; hashable."""
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+
+
+class CellConfig(Protocol):
+    """What a cell runs, a dataclass."""
+
+    @property
+    def all_epochs(self) -> int:
+        """Epochs that a finished run has logged."""
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that must be equal when a run is resumed."""
+
+
+AnyCell = TypeVar("AnyCell", bound=Cell)
+
+
+def module_of(study: str) -> Any:
+    """The module of a study, such as "vae_sae": its Config, run and saved_config."""
+    return importlib.import_module(f"..{study}", __package__)
 
 
 @dataclass
 class Ended:
     """How the cells of a call ended."""
 
-    finished: list[Cell] = field(default_factory=list)
+    finished: list[Any] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     """Cell's name -> why."""
     signal: int | None = None
@@ -49,7 +74,7 @@ def cell_folder(folder: Path, cell: Cell) -> Path:
     return folder / CELLS / cell.name
 
 
-def is_finished(folder: Path, cell: Cell, config: VAESAEConfig) -> bool:
+def is_finished(study: str, folder: Path, cell: Cell, config: CellConfig) -> bool:
     """Whether a cell has its results.
 
     Raises:
@@ -58,7 +83,7 @@ def is_finished(folder: Path, cell: Cell, config: VAESAEConfig) -> bool:
     place = cell_folder(folder, cell)
     if not (place / "config.json").exists():
         return False
-    there, here = saved_config(place).identity(), config.identity()
+    there, here = module_of(study).saved_config(place).identity(), config.identity()
     for name, value in here.items():
         if there[name] != value:
             raise RunError(
@@ -69,9 +94,10 @@ def is_finished(folder: Path, cell: Cell, config: VAESAEConfig) -> bool:
 
 
 def run_cells(
+    study: str,
     folder: Path,
-    configs: Mapping[Cell, VAESAEConfig],
-    finished: Sequence[Cell],
+    configs: Mapping[AnyCell, Any],
+    finished: Sequence[AnyCell],
     *,
     jobs: int,
     progress: bool,
@@ -79,8 +105,9 @@ def run_cells(
     """Trains what is not finished yet.
 
     Args:
+        study: see :func:`module_of`.
         folder: of the reproduction.
-        configs: what to run, in this order.
+        configs: what to run, in this order; each a :class:`CellConfig`.
         finished: those of them that have their results; see :func:`is_finished`.
         jobs: processes at a time, >= 1; they share the processors.
         progress: show one bar for all.
@@ -90,7 +117,7 @@ def run_cells(
     # Whatever is finished already: the number of threads changes the last bits.
     threads = max(1, usable_processors() // jobs)
     with stop_signals() as stop, _bar(folder, configs, progress) as show:
-        workers = [_Worker(folder, configs, waiting, ended, threads) for _ in range(jobs)]
+        workers = [_Worker(study, folder, configs, waiting, ended, threads) for _ in range(jobs)]
         while any(worker.thread.is_alive() for worker in workers):
             if stop and ended.signal is None:
                 ended.signal = stop[0]
@@ -111,6 +138,7 @@ class _Worker:
     """Hands cells to a process, and notes how they end; a process that dies is replaced.
 
     Args:
+        study: of the cells.
         folder: of the reproduction.
         configs: of the cells.
         waiting: cells nobody has taken yet; shared with the other workers.
@@ -120,13 +148,14 @@ class _Worker:
 
     def __init__(
         self,
+        study: str,
         folder: Path,
-        configs: Mapping[Cell, VAESAEConfig],
-        waiting: deque[Cell],
+        configs: Mapping[Any, Any],
+        waiting: deque[Any],
         ended: Ended,
         threads: int,
     ) -> None:
-        self.folder, self.configs, self.threads = folder, configs, threads
+        self.study, self.folder, self.configs, self.threads = study, folder, configs, threads
         self.waiting, self.ended = waiting, ended
         self.process: subprocess.Popen[str] | None = None
         self.interrupted = False
@@ -157,7 +186,8 @@ class _Worker:
             self.process = self._spawned(log)
         place = cell_folder(self.folder, cell)
         place.parent.mkdir(parents=True, exist_ok=True)
-        answer = _ask(self.process, {"folder": str(place), "config": asdict(self.configs[cell])})
+        job = {"study": self.study, "folder": str(place), "config": asdict(self.configs[cell])}
+        answer = _ask(self.process, job)
         if answer is None:
             if not self.interrupted:
                 self.ended.failed[cell.name] = _last_words(self.process, log)
@@ -228,7 +258,7 @@ def usable_processors() -> int:
 
 
 @contextmanager
-def _bar(folder: Path, configs: Mapping[Cell, VAESAEConfig], progress: bool) -> Iterator[Any]:
+def _bar(folder: Path, configs: Mapping[Any, Any], progress: bool) -> Iterator[Any]:
     """A function that brings a bar of epochs up to date."""
     from tqdm import tqdm
 
@@ -266,7 +296,9 @@ def epochs_done(place: Path) -> int:
         return 0
 
 
-def read_cells(folder: Path, wanted: Sequence[Cell]) -> dict[Cell, dict[str, Any]]:
+def read_cells(
+    study: str, folder: Path, wanted: Sequence[AnyCell]
+) -> dict[AnyCell, dict[str, Any]]:
     """The finished ones with their config, results and epoch records."""
     found = {}
     for cell in wanted:
@@ -274,7 +306,7 @@ def read_cells(folder: Path, wanted: Sequence[Cell]) -> dict[Cell, dict[str, Any
         if not (place / "results.json").exists():
             continue
         found[cell] = {
-            "config": asdict(saved_config(place)),
+            "config": asdict(module_of(study).saved_config(place)),
             "results": json.loads((place / "results.json").read_text()),
             "epochs": read_metrics(place, "epoch"),
         }

@@ -1,9 +1,9 @@
 """A process that trains cells of a reproduction, one after the other.
 
-Reads one line of JSON from stdin for each cell: folder, config. Answers each on stdout with a line
-of JSON: signal (null, or what interrupted it) and error (null, or why it failed). What the cells
-print goes to stderr. When stdin ends, whoever started it is gone or has no more work: it saves and
-stops, as it does after SIGTERM.
+Reads one line of JSON from stdin for each cell: study, folder, config. Answers each on stdout with
+a line of JSON: signal (null, or what interrupted it) and error (null, or why it failed). What the
+cells print goes to stderr. When stdin ends, whoever started it is gone or has no more work: it
+saves and stops, as it does after SIGTERM.
 
 One process for many cells, because to start one and to trace the scenes of Shapes3D takes longer
 than an epoch.
@@ -35,7 +35,7 @@ def main(threads: int) -> None:
     answers = sys.stdout
     while (job := jobs.get()) is not None:
         with contextlib.redirect_stdout(sys.stderr):
-            answer = _answer(Path(job["folder"]), job["config"])
+            answer = _answer(job["study"], Path(job["folder"]), job["config"])
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
@@ -48,26 +48,27 @@ def _read(jobs: queue.SimpleQueue[dict[str, Any] | None]) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _answer(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def _answer(study: str, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     from ..configs import EXPECTED_ERRORS
 
     try:
-        return {"signal": _train(folder, settings), "error": None}
+        return {"signal": _train(study, folder, settings), "error": None}
     except EXPECTED_ERRORS as error:
         return {"signal": None, "error": " ".join(str(error).split())}
 
 
-def _train(folder: Path, settings: dict[str, Any]) -> int | None:
+def _train(study: str, folder: Path, settings: dict[str, Any]) -> int | None:
     from ...training import RunError
-    from .config import VAESAEConfig
-    from .run import run
+    from .cells import module_of
 
-    config = VAESAEConfig(**settings)
+    module = module_of(study)
+    config = module.Config(**settings)
     resume = (folder / "config.json").exists()
     give_up = time.monotonic() + LOCK_SECONDS
     while True:
         try:
-            return run(config, folder, resume=resume).outcome.signal
+            signal: int | None = module.run(config, folder, resume=resume).outcome.signal
+            return signal
         except RunError as error:
             # One that was told to stop a moment ago may still be saving.
             if "another process" not in str(error) or time.monotonic() > give_up:

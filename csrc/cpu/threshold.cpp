@@ -1,0 +1,193 @@
+// Thresholds per channel: the elements above a bound that only rises, gathered in one pass.
+#include "threshold.h"
+
+#include <type_traits>
+
+#include "channels.h"
+#include "topk_digits.h"
+
+namespace sparsekern::cpu::SPARSEKERN_ISA {
+
+namespace {
+
+// Elements that keep a thread busy for longer than it takes to wake it.
+constexpr int64_t kElementsPerThread = 1 << 15;
+// Candidates beyond the wanted ones before they are reduced to those: few enough for the bound to
+// rise early, many enough for the histograms of a selection (24 KiB) to pay.
+constexpr int64_t kLeastSlack = 512;
+// A vector of a 64-byte line; patterns are read at any offset, so lines are all that aligns them.
+constexpr int kLanes = kFloatLanes;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// The keys of a channel's largest elements so far.
+class Candidates {
+ public:
+  // Of `wanted` elements, among at most `most` of them.
+  Candidates(int64_t wanted, int64_t most) : wanted_(wanted) {
+    const int64_t slack = wanted > kLeastSlack ? wanted : kLeastSlack;
+    room_ = wanted + slack < most ? wanted + slack : most;
+  }
+  ~Candidates() { std::free(keys_); }
+  Candidates(const Candidates&) = delete;
+  Candidates& operator=(const Candidates&) = delete;
+
+  int64_t count() const { return count_; }
+  const int32_t* keys() const { return keys_; }
+
+  // Takes x in. True when the bound has risen: elements <= bound() no longer matter.
+  bool add(float x) {
+    if (count_ == allocated_) grow();
+    keys_[count_++] = key_of(x);
+    if (count_ < room_ || count_ <= wanted_) return false;
+    keep_wanted();
+    return true;
+  }
+
+  float bound() const { return bound_; }
+
+ private:
+  void grow() {
+    const int64_t doubled = allocated_ == 0 ? kLeastSlack : 2 * allocated_;
+    allocated_ = doubled < room_ ? doubled : room_;
+    void* moved = std::realloc(keys_, static_cast<size_t>(allocated_) * sizeof(int32_t));
+    if (moved == nullptr) throw std::bad_alloc();
+    keys_ = static_cast<int32_t*>(moved);
+  }
+
+  void keep_wanted() {
+    const int32_t last =
+        kth_by_digits<int32_t>([&](int64_t i) { return keys_[i]; }, count_, wanted_).key;
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count_; ++i) {
+      const int32_t key = keys_[i];
+      keys_[kept] = key;
+      kept += key > last;
+    }
+    while (kept < wanted_) keys_[kept++] = last;
+    count_ = kept;
+    // Above +inf there is only NaN, which exceeds every bound.
+    bound_ = last > key_of(kInfinity) ? kInfinity : float_of(last);
+  }
+
+  int64_t wanted_, room_, count_ = 0, allocated_ = 0;
+  int32_t* keys_ = nullptr;
+  float bound_ = -kInfinity;
+};
+
+// Candidates of all channels from one thread's share of the elements.
+class Gathered {
+ public:
+  Gathered(int64_t channels, int64_t wanted, int64_t most)
+      : channels_(channels),
+        all_(static_cast<Candidates*>(std::malloc(sizeof(Candidates) * (channels + 1)))) {
+    if (all_ == nullptr) throw std::bad_alloc();
+    for (int64_t c = 0; c < channels; ++c) new (all_ + c) Candidates(wanted, most);
+  }
+  ~Gathered() {
+    for (int64_t c = 0; c < channels_; ++c) all_[c].~Candidates();
+    std::free(all_);
+  }
+  Gathered(const Gathered&) = delete;
+  Gathered& operator=(const Gathered&) = delete;
+
+  Candidates& operator[](int64_t channel) const { return all_[channel]; }
+
+ private:
+  int64_t channels_;
+  Candidates* all_;
+};
+
+// Bound by memory: a load, a load from the caches and a comparison per vector; few elements pass.
+template <class Stored>
+void gather(const Stored* x, const ChannelPattern<kLanes>& pattern, const int32_t* channel_at,
+            Share share, int64_t channels, const Gathered& gathered) {
+  const Buffer<float> bounds(pattern.size());
+  for (int64_t c = 0; c < channels; ++c) pattern.set(bounds.get(), c, -kInfinity);
+  pattern.walk(share.begin, share.end, [&](int64_t first, int count, int64_t place) {
+    const FloatLanes vector = load_some(x + first, count);
+    uint32_t passed = exceeding(vector, load(bounds.get() + place), count);
+    for (; passed != 0; passed &= passed - 1) {
+      const int lane = __builtin_ctz(passed);
+      const int32_t channel = channel_at[place + lane];
+      Candidates& candidates = gathered[channel];
+      if (candidates.add(vector[lane])) pattern.set(bounds.get(), channel, candidates.bound());
+    }
+  });
+}
+
+// The wanted-th largest of a channel, from the candidates of all threads. What is missing in them
+// is -inf: nothing else fails to exceed the first bound.
+float wanted_of(Gathered** gathered, int team, int64_t channel, int64_t wanted) {
+  int64_t count = 0;
+  for (int t = 0; t < team; ++t) count += (*gathered[t])[channel].count();
+  if (count < wanted) return -kInfinity;
+  const Buffer<int32_t> keys(count);
+  int64_t filled = 0;
+  for (int t = 0; t < team; ++t) {
+    const Candidates& part = (*gathered[t])[channel];
+    if (part.count() == 0) continue;
+    std::memcpy(keys.get() + filled, part.keys(),
+                static_cast<size_t>(part.count()) * sizeof(int32_t));
+    filled += part.count();
+  }
+  const int32_t key =
+      kth_by_digits<int32_t>([&](int64_t i) { return keys.get()[i]; }, count, wanted).key;
+  return key > key_of(kInfinity) ? std::numeric_limits<float>::quiet_NaN() : float_of(key);
+}
+
+template <class Stored>
+void thresholds(const Stored* x, const ChannelShape& shape, int64_t rank, Stored* out,
+                int threads) {
+  const int64_t wanted = shape.per_channel() - rank + 1;
+  const int team = useful_threads(threads, shape.total(), kElementsPerThread);
+  const ChannelPattern<kLanes> pattern(shape);
+  const Buffer<int32_t> channel_at(pattern.size());
+  for (int64_t c = 0; c < shape.channels; ++c) {
+    pattern.set(channel_at.get(), c, static_cast<int32_t>(c));
+  }
+  Buffer<Gathered*> gathered(team);
+  for (int t = 0; t < team; ++t) {
+    gathered.get()[t] = new Gathered(shape.channels, wanted, shape.per_channel());
+  }
+#pragma omp parallel for num_threads(team) schedule(static, 1)
+  for (int t = 0; t < team; ++t) {
+    gather(x, pattern, channel_at.get(), share_of(shape.total(), t, team), shape.channels,
+           *gathered.get()[t]);
+  }
+#pragma omp parallel for num_threads(team) schedule(static)
+  for (int64_t c = 0; c < shape.channels; ++c) {
+    from_sum(wanted_of(gathered.get(), team, c, wanted), out + c);
+  }
+  for (int t = 0; t < team; ++t) delete gathered.get()[t];
+}
+
+// Doubles are for checking gradients: channel by channel, without vectors.
+void thresholds(const double* x, const ChannelShape& shape, int64_t rank, double* out,
+                int threads) {
+  const int64_t n = shape.per_channel(), step = shape.channels * shape.inner;
+  const int team = useful_threads(threads, shape.total(), kElementsPerThread);
+#pragma omp parallel for num_threads(team) schedule(static)
+  for (int64_t c = 0; c < shape.channels; ++c) {
+    const double* first = x + c * shape.inner;
+    const auto key_at = [&](int64_t i) {
+      return key_of(first[i / shape.inner * step + i % shape.inner]);
+    };
+    const int64_t key = kth_by_digits<int64_t>(key_at, n, n - rank + 1).key;
+    const bool number = key <= key_of(std::numeric_limits<double>::infinity());
+    out[c] = number ? bit_cast<double>(key ^ ((key >> 63) & INT64_MAX))
+                    : std::numeric_limits<double>::quiet_NaN();
+  }
+}
+
+}  // namespace
+
+void channel_threshold(const void* x, int dtype, int64_t outer, int64_t channels, int64_t inner,
+                       int64_t rank, void* out, int threads) {
+  const ChannelShape shape{outer, channels, inner};
+  visit_types(dtype, dtype, [&](auto stored, auto) {
+    using Stored = decltype(stored);
+    thresholds(static_cast<const Stored*>(x), shape, rank, static_cast<Stored*>(out), threads);
+  });
+}
+
+}  // namespace sparsekern::cpu::SPARSEKERN_ISA

@@ -1,0 +1,298 @@
+"""The bottleneck of Sparling: few activations in space, by a threshold for each channel."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.channels import check_channels
+from ..ops.checks import check_count
+from ..ops.threshold import channel_threshold, check_density
+from ..ops.threshold_relu import ChannelCodes, threshold_codes, threshold_relu
+from ..ops.topk import topk
+
+EPS = 1e-5  # of torch.nn.BatchNorm2d, whose statistics and formula the layer uses
+
+
+class SpatialSparsity(nn.Module):
+    """Keep the share `density` of the activations over batch and space; everything else is zero.
+
+    In training, with z the batch-normalised x and q_c its (1 - density) quantile over batch and
+    space (see :func:`sparsekern.channel_threshold`)::
+
+        threshold = (1 - momentum) * threshold + momentum * q     # first
+        y = relu(z - threshold)
+
+    In evaluation normalisation and threshold stand still, and both are one pass with the ReLU.
+    Thresholds are constants to the gradient.
+
+    Args:
+        channels: C.
+        density: share of the activations to keep, above 0 and at most 1. The attribute may be
+            changed at any time during training.
+        momentum: weight of the newest quantile in the running threshold, above 0 and at most 1.
+        per_channel: a threshold for each channel (Sparling's MT); otherwise a single one over all
+            of them (ST).
+        accumulate: number of motifs, at least 1: update the threshold only when so many activations
+            are expected above the quantile, from as many batches as that takes. For densities at
+            which a batch holds less than one activation; costs memory for 2 * accumulate + 2
+            activations per channel.
+        affine: give the normalisation a trained scale and shift; None for no normalisation.
+        channel_dim: which dimension of x holds the channels: 1, or -1 for channels last.
+
+    Attributes:
+        threshold: [C], or [1] for a single one; 0 at first, saved with the model.
+        counts: int64 [C], activations of each channel in the last forward pass.
+
+    Shape: x [B, C, ...] floating point -> the same.
+
+    Raises:
+        TypeError, ValueError: an argument is out of its range; x has another number of channels,
+            or, on a CPU in training, NaN in it. (On a GPU, where looking would make the host wait,
+            NaN passes through to the loss.)
+
+    Source: Gupta et al., Sparling (arXiv 2302.01976), section 3, and the authors' public code.
+
+    Example:
+        >>> import torch, sparsekern
+        >>> layer = sparsekern.SpatialSparsity(4, density=0.1)
+        >>> layer(torch.randn(8, 4, 16, 16)).shape
+        torch.Size([8, 4, 16, 16])
+    """
+
+    channels: int
+    momentum: float
+    per_channel: bool
+    accumulate: int | None
+    affine: bool | None
+    channel_dim: int
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+    threshold: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    largest: Tensor
+    rows: Tensor
+    counts: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        density: float,
+        momentum: float = 0.1,
+        per_channel: bool = True,
+        accumulate: int | None = None,
+        *,
+        affine: bool | None = True,
+        channel_dim: int = 1,
+    ) -> None:
+        super().__init__()
+        op = "SpatialSparsity"
+        self.channels = check_count(op, "channels", channels, 2**31 - 1, "the number of channels")
+        check_density(op, density)
+        self._density = float(density)
+        self._elements, self._warned = 0, False
+        self._rows: int | None = None
+        if isinstance(momentum, bool) or not isinstance(momentum, numbers.Real):
+            raise TypeError(f"{op}: momentum must be a number, got {momentum!r}")
+        if not 0 < momentum <= 1:
+            raise ValueError(f"{op}: momentum must be above 0 and at most 1, got {momentum}")
+        if channel_dim not in (1, -1):
+            raise ValueError(f"{op}: channel_dim must be 1 or -1, got {channel_dim}")
+        self.momentum, self.per_channel, self.affine = momentum, per_channel, affine
+        self.channel_dim = channel_dim
+        columns = self.channels if per_channel else 1
+        self.register_buffer("threshold", torch.zeros(columns))
+        self.register_buffer("counts", torch.zeros(self.channels, dtype=torch.int64), False)
+        if affine:
+            self.weight = nn.Parameter(torch.ones(self.channels))
+            self.bias = nn.Parameter(torch.zeros(self.channels))
+        else:
+            self.register_parameter("weight", None)
+            self.register_parameter("bias", None)
+        if affine is not None:
+            self.register_buffer("running_mean", torch.zeros(self.channels))
+            self.register_buffer("running_var", torch.ones(self.channels))
+        self.accumulate = accumulate
+        if accumulate is not None:
+            room = (
+                2 * check_count(op, "accumulate", accumulate, 2**31 - 1, "a number of motifs") + 2
+            )
+            self.register_buffer("largest", torch.full((columns, room), -math.inf))
+            self.register_buffer("rows", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def density(self) -> float:
+        """Share of the activations to keep."""
+        return self._density
+
+    @density.setter
+    def density(self, value: float) -> None:
+        check_density("SpatialSparsity", value)
+        self._density = float(value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y like x."""
+        dim = self._check(x)
+        if self.training or self.affine is None:
+            z = self._updated(x, dim)
+            y, counts = threshold_relu(z, self._thresholds(), channel_dim=dim)
+        else:
+            scale, shift = self._frozen()
+            y, counts = threshold_relu(
+                x, self._thresholds(), scale=scale, shift=shift, channel_dim=dim
+            )
+        self._note(counts, x)
+        return y
+
+    def codes(self, x: Tensor) -> ChannelCodes:
+        """What :meth:`forward` leaves: values, flat indices into x's shape, counts per channel.
+
+        See :func:`sparsekern.threshold_codes`.
+        """
+        dim = self._check(x)
+        if self.training or self.affine is None:
+            z = self._updated(x, dim)
+            codes = threshold_codes(z, self._thresholds(), channel_dim=dim)
+        else:
+            scale, shift = self._frozen()
+            codes = threshold_codes(
+                x, self._thresholds(), scale=scale, shift=shift, channel_dim=dim
+            )
+        self._note(codes.counts, x)
+        return codes
+
+    def measured_density(self) -> float:
+        """Share of the activations that the last forward pass kept; the host waits for it."""
+        return int(self.counts.sum()) / max(self._elements, 1)
+
+    # -- steps of a forward pass -------------------------------------------------------------------
+
+    def _check(self, x: Tensor) -> int:
+        dim = check_channels("SpatialSparsity", x, self.channel_dim)
+        if x.shape[dim] != self.channels:
+            raise ValueError(
+                f"SpatialSparsity: x must have {self.channels} channels in dimension "
+                f"{self.channel_dim}, got shape {list(x.shape)}"
+            )
+        return dim
+
+    def _updated(self, x: Tensor, dim: int) -> Tensor:
+        """Normalised x; in training with the statistics of the batch, and its thresholds taken
+        in."""
+        z = x if self.affine is None else self._normalised(x, dim)
+        if self.training and x.numel() > 0:
+            with torch.no_grad():
+                self._update_threshold(z, dim)
+        return z
+
+    def _normalised(self, x: Tensor, dim: int) -> Tensor:
+        """torch's batch normalisation with a momentum of 0.1, the channels in any dimension."""
+        columns = x if dim == 1 else x.reshape(-1, self.channels)
+        z = F.batch_norm(
+            columns, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1
+        )
+        return z.view(x.shape)
+
+    def _frozen(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift of the normalisation in evaluation mode."""
+        scale = (self.running_var + EPS).rsqrt()
+        if self.weight is not None and self.bias is not None:
+            scale = scale * self.weight
+            return scale, self.bias - self.running_mean * scale
+        return scale, -self.running_mean * scale
+
+    def _thresholds(self) -> Tensor:
+        return self.threshold if self.per_channel else self.threshold.expand(self.channels)
+
+    def _note(self, counts: Tensor, x: Tensor) -> None:
+        self.counts.copy_(counts)
+        self._elements = x.numel()
+
+    # -- thresholds --------------------------------------------------------------------------------
+
+    def _update_threshold(self, z: Tensor, dim: int) -> None:
+        if z.device.type == "cpu" and bool(z.sum().isnan()):
+            raise ValueError(
+                f"SpatialSparsity: x must not hold NaN, got {int(z.isnan().sum())} of them after "
+                "the normalisation (infinities become NaN there)"
+            )
+        if not self.per_channel:  # one column of everything
+            z, dim = z.movedim(dim, -1).reshape(-1, 1), 1
+        elements = z.numel() // z.shape[dim]
+        if self.accumulate is not None and elements * self.density < self.accumulate:
+            quantile = self._accumulated(z, dim, elements)
+        else:
+            self._warn_of_few(elements)
+            quantile = channel_threshold(z, self.density, channel_dim=dim)
+        if quantile is not None:
+            self.threshold.lerp_(quantile.to(self.threshold.dtype), self.momentum)
+
+    def _warn_of_few(self, elements: int) -> None:
+        if self._warned or self.accumulate is not None or elements * self.density >= 1:
+            return
+        self._warned = True
+        warnings.warn(
+            f"SpatialSparsity: a batch of {elements} positions is expected to hold "
+            f"{elements * self.density:.2g} activations per channel at density {self.density:.3g}, "
+            "less than one, so its largest activation becomes the threshold; use larger batches or "
+            "accumulate=10",
+            UserWarning,
+            stacklevel=2,
+        )
+
+    def _accumulated(self, z: Tensor, dim: int, elements: int) -> Tensor | None:
+        """The quantile over this and earlier batches, once enough activations are expected.
+
+        Of n elements so far, the threshold at the end is among the n * density + 2 largest of a
+        channel, and n * density stays below 2 * accumulate: so that many are kept.
+        """
+        room = self.largest.shape[1]
+        together = torch.cat((self.largest, self._largest_of(z, dim, room)), 1)
+        self.largest.copy_(topk(together, room).values)
+        if self._rows is None:
+            self._rows = int(self.rows)
+        self._rows += elements
+        self.rows.fill_(self._rows)
+        if self._rows * self.density < (self.accumulate or 0):
+            return None
+        place = self._rows - max(1, int(self._rows * (1 - self.density)))
+        quantile = self.largest[:, place].clone()
+        self._rows = 0
+        self.largest.fill_(-math.inf)
+        self.rows.zero_()
+        return quantile
+
+    def _largest_of(self, z: Tensor, dim: int, count: int) -> Tensor:
+        """At most `count` of the largest of each channel of z, float32 [C, ...]; any others matter
+        no more than what is there already."""
+        if dim == z.dim() - 1:
+            found = topk(
+                z.reshape(-1, z.shape[dim]).t(), min(count, z.numel() // z.shape[dim])
+            ).values
+        else:
+            planes = z.flatten(2)
+            found = topk(planes, min(count, planes.shape[2])).values.transpose(0, 1).flatten(1)
+        return found.to(self.largest.dtype)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._rows = None  # to be read from the buffer
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.channels}, density={self.density:.4g}, momentum={self.momentum}"]
+        if not self.per_channel:
+            parts.append("per_channel=False")
+        if self.accumulate is not None:
+            parts.append(f"accumulate={self.accumulate}")
+        if self.affine is not True:
+            parts.append(f"affine={self.affine}")
+        if self.channel_dim != 1:
+            parts.append(f"channel_dim={self.channel_dim}")
+        return ", ".join(parts)

@@ -1,0 +1,119 @@
+"""The folder of a reproduction: who writes in it, what it was asked for, and settings in words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ...training import RunError
+
+REQUEST = "reproduction.json"
+LOCK = "lock"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Makes the folder and keeps others from writing a report in it.
+
+    Raises:
+        RunError: another process does, or it is a file.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise RunError(f"--out must be a folder, got the file {folder}") from error
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunError(f"another process is writing the report in {folder}") from error
+    with lock:
+        yield
+
+
+def merged_request(
+    new: dict[str, Any], folder: Path, *, fixed: Sequence[str], lists: Sequence[str]
+) -> dict[str, Any]:
+    """A request together with earlier ones in the folder, in JSON types.
+
+    Args:
+        new: the request, with seeds, a number.
+        folder: of the reproduction.
+        fixed: what must be as it was.
+        lists: what may be added to.
+
+    Raises:
+        RunError: the folder holds something else.
+    """
+    path = folder / REQUEST
+    if not path.exists():
+        strangers = [p.name for p in folder.iterdir() if p.name not in (LOCK, ".new")]
+        if strangers:
+            raise RunError(f"folder is not empty: {folder} holds {sorted(strangers)[0]}")
+        return new
+    try:
+        old = json.loads(path.read_text())
+        for name in fixed:
+            if old[name] != new[name]:
+                raise RunError(
+                    f"{folder} holds a reproduction with {name} {old[name]!r}, not {new[name]!r}: "
+                    "name another folder"
+                )
+        for name in lists:
+            new[name] = list(dict.fromkeys([*old[name], *new[name]]))
+        new["seeds"] = max(old["seeds"], new["seeds"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path} is damaged: {error}") from error
+    return new
+
+
+def parsed_settings(
+    settings: Sequence[str], kinds: Mapping[str, Any], taken: Collection[str]
+) -> dict[str, Any]:
+    """NAME=VALUE pairs as fields of a config.
+
+    Args:
+        settings: in the words of the command line.
+        kinds: type of each field.
+        taken: fields that the grid sets.
+
+    Raises:
+        ValueError: an unknown name, a value of the wrong type, or a field that the grid sets.
+    """
+    found: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        name = name.replace("-", "_")
+        if not equals or name not in kinds or name in taken:
+            known = ", ".join(sorted(set(kinds) - set(taken)))
+            raise ValueError(f"--set must be NAME=VALUE with NAME one of {known}, got {setting!r}")
+        try:
+            found[name] = _parsed(kinds[name], text)
+        except ValueError:
+            raise ValueError(f"--set {name} must be {kinds[name].__name__}, got {text!r}") from None
+    return found
+
+
+def _parsed(kind: Any, text: str) -> Any:
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(text)
+        return text.lower() == "true"
+    return kind(text)
+
+
+def checked_names(option: str, names: Sequence[str], known: Sequence[str]) -> list[str]:
+    """The names without repetitions.
+
+    Raises:
+        ValueError: one is unknown.
+    """
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{option} must be among {', '.join(known)}, got {name!r}")
+    return list(dict.fromkeys(names))

@@ -1,0 +1,134 @@
+"""What is measured of a motif model."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...data.motifs import TEST_SEED, MotifBatch, MotifDomain
+from ...models.sparling import PAD, MotifModel
+from ...motif_errors import (
+    Found,
+    bootstrap_errors,
+    edit_errors,
+    exact_matches,
+    find_motifs,
+    joined,
+    motif_errors,
+)
+
+BATCH = 250
+RESAMPLES = 1000
+# Activations compared with motifs at once: a dense bottleneck's take some 200 bytes each.
+MOST_ACTIVATIONS = 2_000_000
+
+
+def on_device(inputs: Tensor, device: torch.device) -> Tensor:
+    """Inputs as float32 on a device; images with their channels last in memory."""
+    inputs = inputs.to(device).float()
+    return inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs
+
+
+def padded(labels: Tensor, domain: MotifDomain) -> Tensor:
+    """Labels [B, L] with room for the end of the longest, [B, L + 1], where a readout predicts it;
+    the slots of the small readout need none."""
+    return labels if domain.name == "tiny" else F.pad(labels, (0, 1), value=PAD)
+
+
+def batch_of(domain: MotifDomain, channels: int) -> int:
+    """How many samples are compared with their motifs at once."""
+    return max(1, min(BATCH, MOST_ACTIVATIONS // (channels * math.prod(domain.space))))
+
+
+@torch.no_grad()
+def accuracy(
+    model: MotifModel, domain: MotifDomain, samples: MotifBatch, device: torch.device
+) -> float:
+    """Share of the label sequences that are predicted exactly, by a model in evaluation mode."""
+    right = 0
+    for start in range(0, len(samples.labels), BATCH):
+        inputs = on_device(samples.inputs[start : start + BATCH], device)
+        labels = padded(samples.labels[start : start + BATCH], domain).to(device)
+        right += int(exact_matches(model.predict(inputs), labels).sum())
+    return right / len(samples.labels)
+
+
+@torch.no_grad()
+def quick_errors(
+    model: MotifModel, domain: MotifDomain, samples: MotifBatch, device: torch.device
+) -> dict[str, float | None]:
+    """fpe, fne, ce and relative_density of a few samples, by a model in evaluation mode."""
+    activations, _ = model.activations(on_device(samples.inputs, device))
+    channels = activations.shape[1]
+    found = find_motifs(activations.cpu(), samples.motifs, margin=domain.margin)
+    errors = motif_errors(found, len(domain.symbols), channels, one_to_one=domain.one_to_one)
+    density = int(found.active.sum()) / activations.numel()
+    shares = {name: getattr(errors, name) for name in ("fpe", "fne", "ce")}
+    return {
+        **{name: None if math.isnan(share) else share for name, share in shares.items()},
+        "relative_density": density / domain.density(channels),
+    }
+
+
+@torch.no_grad()
+def measure(
+    model: MotifModel, domain: MotifDomain, count: int, channels: int, device: torch.device
+) -> dict[str, Any]:
+    """Everything that the report tells of a model in evaluation mode, in JSON types.
+
+    fpe, fne, ce, e2ee and exact, shares of `count` test samples, each with its 95 % interval over
+    samples; density, the share of activations that are not zero; relative_density, in multiples of
+    the domain's own; assignment, the symbol of each channel; confusion [symbols][channels].
+    """
+    found: list[Found] = []
+    edits, exact = [], []
+    size = batch_of(domain, channels)
+    for start in range(0, count, size):
+        batch = domain.batch(TEST_SEED, start, min(size, count - start))
+        activations, _ = model.activations(on_device(batch.inputs, device))
+        predicted = model.readout.decode(activations).cpu()  # type: ignore[operator]
+        labels = padded(batch.labels, domain)
+        edits.append(edit_errors(predicted, labels))
+        exact.append(exact_matches(predicted, labels))
+        found.append(find_motifs(activations.cpu(), batch.motifs, margin=domain.margin))
+    everything = joined(found)
+    symbols, one_to_one = len(domain.symbols), domain.one_to_one
+    errors = motif_errors(everything, symbols, channels, one_to_one=one_to_one)
+    intervals = bootstrap_errors(
+        everything, symbols, channels, one_to_one=one_to_one, resamples=RESAMPLES
+    )
+    elements = count * channels * int(np.prod(domain.space))
+    density = int(everything.active.sum()) / elements
+    facts: dict[str, Any] = {
+        name: _share(getattr(errors, name), *intervals[name]) for name in ("fpe", "fne", "ce")
+    }
+    facts["e2ee"] = _bootstrapped(torch.cat(edits).numpy())
+    facts["exact"] = _bootstrapped(torch.cat(exact).double().numpy())
+    return {
+        **facts,
+        "density": density,
+        "relative_density": density / domain.density(channels),
+        "assignment": list(errors.assignment),
+        "confusion": errors.confusion.tolist(),
+    }
+
+
+def _bootstrapped(values: np.ndarray) -> dict[str, float | None]:
+    generator = np.random.default_rng(0)
+    n = len(values)
+    means = [values[generator.integers(n, size=n)].mean() for _ in range(RESAMPLES)]
+    low, high = np.quantile(means, (0.025, 0.975))
+    return _share(float(values.mean()), float(low), float(high))
+
+
+def _share(value: float, low: float, high: float) -> dict[str, float | None]:
+    """JSON has no NaN: a share of nothing is null."""
+    return {
+        name: None if number != number else float(number)
+        for name, number in (("value", value), ("low", low), ("high", high))
+    }

@@ -1,0 +1,119 @@
+"""Figures of the Sparling study."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...data.motif_drawing import draw_motifs
+from ...data.motifs import TEST_SEED, MotifDomain
+from ...models.sparling import MotifModel
+from . import measures
+
+SHOWN = 6
+# Activations drawn in an input; a bottleneck that is not sparse has thousands.
+MOST_SHOWN = 60
+DOTS_PER_INCH = 110
+ERRORS = {"fpe": "tab:red", "fne": "tab:orange", "ce": "tab:purple"}
+NAMES = {"fpe": "false positive", "fne": "false negative", "ce": "confusion"}
+DENSITY = "density of the activations, in multiples of the motifs'"
+LEAST_PERCENT = 1e-2  # of a logarithmic axis; zero is drawn there
+
+
+def _new_figure(width: float, height: float) -> Any:
+    # The object interface: pyplot would pick a window system and keep global state.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout="constrained")
+
+
+def _png(figure: Any) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", metadata={"Software": None})
+    return stream.getvalue()
+
+
+@torch.no_grad()
+def found_motifs(
+    model: MotifModel, domain: MotifDomain, assignment: Sequence[int], device: torch.device
+) -> bytes:
+    """A PNG of the first test inputs with their motifs and a model's activations."""
+    batch = domain.batch(TEST_SEED, 0, SHOWN)
+    activations, _ = model.activations(measures.on_device(batch.inputs, device))
+    columns = 3 if len(domain.space) == 2 and domain.space[0] == domain.space[1] else 1
+    rows = SHOWN // columns
+    figure = _new_figure(9, 3.2 * rows if columns > 1 else 2.4 * rows)
+    for sample, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+        found = _strongest(activations[sample].cpu())
+        draw_motifs(domain, batch, sample, axes, found=found, channel_symbols=assignment)
+    return _png(figure)
+
+
+def _strongest(activations: Tensor) -> Tensor:
+    """int64 [n, 1 + d]: channel and position of the largest of activations [C, *space], those that
+    are not zero and at most MOST_SHOWN of them."""
+    found = activations.nonzero()
+    if len(found) > MOST_SHOWN:
+        values = activations[tuple(found.unbind(1))].abs()
+        found = found[values.topk(MOST_SHOWN).indices]
+    return found
+
+
+def annealing_path(runs: Mapping[int, Sequence[Mapping[str, Any]]]) -> bytes:
+    """A PNG of motif errors against density, and of density and accuracy against samples.
+
+    Args:
+        runs: epoch records of each seed.
+    """
+    figure = _new_figure(9, 6.5)
+    errors, course = figure.subplots(2, 1)
+    for number, epochs in enumerate(runs.values()):
+        for name, colour in ERRORS.items():
+            points = [
+                (e["relative_density"], max(100 * e[name], LEAST_PERCENT))
+                for e in epochs
+                if e[name] is not None and e["relative_density"] > 0
+            ]
+            label = NAMES[name] if number == 0 else None
+            errors.plot(*zip(*points, strict=True), ".-", ms=3, lw=0.7, c=colour, label=label)
+        samples = [(e["epoch"] + 1) * e["samples"] / 1000 for e in epochs]
+        course.plot(samples, [100 * e["accuracy"] for e in epochs], c="tab:blue", lw=0.8)
+    errors.set(
+        xscale="log", yscale="log", xlabel=DENSITY,
+        ylabel="error (%)", ylim=(LEAST_PERCENT, 120),
+    )  # fmt: skip
+    errors.invert_xaxis()
+    errors.legend(fontsize=8)
+    course.set(xlabel="training samples (thousands)", ylabel="exact labels,\nvalidation (%)")
+    course.set_ylim(0, 102)
+    for axes in (errors, course):
+        axes.grid(alpha=0.3)
+    return _png(figure)
+
+
+def sweep(rows: Sequence[tuple[str, float, float]]) -> bytes:
+    """A PNG of the total motif error against the density of each run.
+
+    Args:
+        rows: kind, relative density and total error in percent of each.
+    """
+    figure = _new_figure(9, 4)
+    axes = figure.subplots()
+    kinds = list(dict.fromkeys(kind for kind, _, _ in rows))
+    for kind in kinds:
+        points = [(d, t) for k, d, t in rows if k == kind and d > 0 and not math.isnan(t)]
+        if points:
+            axes.scatter(*zip(*points, strict=True), s=22, label=kind)
+    axes.set(
+        xscale="log", yscale="log", xlabel=DENSITY,
+        ylabel="FPE + FNE + CE (%)",
+    )  # fmt: skip
+    axes.axhline(10, color="0.5", lw=0.8)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return _png(figure)

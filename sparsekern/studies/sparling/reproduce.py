@@ -1,0 +1,116 @@
+"""The reproduction of the study by one command: a grid of cells and a report on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ...training.runs import write_atomically
+from ..configs import check_packages, usable_device
+from ..reproduction import (
+    REQUEST,
+    Ended,
+    checked_names,
+    is_finished,
+    locked,
+    merged_request,
+    read_cells,
+    run_cells,
+    usable_processors,
+)
+from . import grid, report
+from .config import SparlingConfig
+from .grid import Cell, cell_config, cells, parsed_overrides
+from .run import domain_of
+
+STUDY = "sparling"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to reproduce."""
+
+    preset: str
+    arms: tuple[str, ...]
+    seeds: int
+    """Seeds 0..seeds-1."""
+    data: str | None
+    """Folder of recordings."""
+    overrides: dict[str, Any]
+    """Fields of the config that differ from the preset."""
+
+    @classmethod
+    def from_options(
+        cls,
+        preset: str,
+        arms: Sequence[str],
+        seeds: int | None,
+        data: str | None,
+        settings: Sequence[str],
+    ) -> Request:
+        """A request in the words of the command line.
+
+        Raises:
+            ValueError: an unknown name or a value out of its range.
+        """
+        names = [name for arm in arms for name in grid.GROUPS.get(arm, (arm,))]
+        seeds = grid.SEEDS[preset] if seeds is None else seeds
+        if seeds < 1:
+            raise ValueError(f"--seeds must be at least 1, got {seeds}")
+        wanted = tuple(checked_names("--arms", names, tuple(grid.ARMS)))
+        return cls(preset, wanted, seeds, data, parsed_overrides(settings))
+
+    def configs(self) -> dict[Cell, SparlingConfig]:
+        """What each cell runs."""
+        return {
+            cell: cell_config(cell, self.preset, self.overrides, self.data)
+            for cell in cells(self.arms, self.seeds)
+        }
+
+
+def reproduce(
+    request: Request, folder: str | Path, *, jobs: int | None = None, progress: bool = True
+) -> Ended:
+    """Runs what is not finished yet and writes the report on everything that is.
+
+    Args:
+        request: what to run.
+        folder: of the report; an earlier reproduction there is continued, and must have been asked
+            for with the same preset, settings and data.
+        jobs: cells at a time; by default one for each processor, or one with a GPU.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: settings that do not fit together.
+        DataError: the recordings cannot be used.
+        RunError: the folder is in use, or holds something else.
+    """
+    check_packages()
+    configs = request.configs()
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {jobs}")
+    first = next(iter(configs.values()))
+    device = usable_device(first.device)
+    domain = domain_of(first)  # reads the recordings
+    if jobs is None:
+        jobs = 1 if device.type == "cuda" else min(usable_processors(), len(configs))
+    folder = Path(folder)
+    with locked(folder):
+        asked = merged_request(
+            json.loads(json.dumps(asdict(request))),
+            folder,
+            fixed=("preset", "overrides", "data"),
+            lists=("arms",),
+        )
+        finished = [c for c, config in configs.items() if is_finished(STUDY, folder, c, config)]
+        text = json.dumps(asked, indent=2) + "\n"
+        write_atomically(folder / REQUEST, text.encode())
+        ended = run_cells(STUDY, folder, configs, finished, jobs=jobs, progress=progress)
+        everything = cells(asked["arms"], asked["seeds"])
+        found = read_cells(STUDY, folder, everything)
+        if found:
+            report.write(folder, asked, found, domain, failed=ended.failed, total=len(everything))
+    return ended

@@ -1,0 +1,144 @@
+"""Runs of the study: training, final measurements, and the table for a terminal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ... import backend
+from ...data.motifs import MotifDomain, motif_domain
+from ...training import RunFolder, train
+from ...training.runs import write_atomically
+from ..configs import Report, backends_of, check_packages, read_config, usable_device
+from . import measures, pictures
+from .config import PRESETS, SparlingConfig
+from .cost import Cost, cost_of
+from .task import CHANNELS, SparlingTask
+
+NAME = "sparling"
+OPERATIONS = ("channel_threshold", "threshold_relu", "topk")
+FILES = ("results.json", "metrics.jsonl", "motifs.png")
+
+
+def run(config: SparlingConfig, folder: str | Path, *, resume: bool = False) -> Report:
+    """Trains, measures and fills a run folder; a finished run has results.json and motifs.png
+    besides what training writes (see training/runs.py).
+
+    Args:
+        config: what to run.
+        folder: where; must not hold a run yet, unless resumed.
+        resume: go on from the folder's checkpoint. The config must equal that of the checkpoint,
+            except for its free fields.
+
+    Raises:
+        DataError: the recordings cannot be used.
+        RunError, CheckpointError, TrainingError: see sparsekern.training.
+        BackendUnavailableError: the forced backend cannot run here.
+        ModuleNotFoundError: the packages of the extra "data" are not installed.
+    """
+    folder = Path(folder)
+    check_packages()
+    device = usable_device(config.device)
+    with backend(config.backend):
+        if not resume:
+            RunFolder.check_new(folder)
+        domain = domain_of(config)
+        stored = {"study": NAME, "config": asdict(config)}
+        task = SparlingTask(config, domain, device)
+        with RunFolder.open(folder) if resume else RunFolder.create(folder, stored) as place:
+            outcome = train(task, config.loop(), place, identity=config.identity())
+            if outcome.signal is not None:
+                return Report(outcome, None)
+            results = {
+                **_measured(task, domain, config, device),
+                "steps": outcome.step,
+                "samples_per_second": outcome.examples_per_second,
+                "seconds": config.samples / outcome.examples_per_second,
+                "cost": cost_of(task.motifs, domain, device)._asdict(),
+                "device": device.type,
+                "backends": backends_of(OPERATIONS, device.type),
+            }
+            picture = pictures.found_motifs(task.motifs, domain, results["assignment"], device)
+            write_atomically(place.path / "motifs.png", picture)
+            # Last: it says that the run is finished.
+            text = json.dumps(results, allow_nan=False) + "\n"
+            write_atomically(place.path / "results.json", text.encode())
+    return Report(outcome, results)
+
+
+def domain_of(config: SparlingConfig) -> MotifDomain:
+    """The domain of a run."""
+    options = {"folder": config.data} if config.data is not None else {}
+    return motif_domain(config.domain, **options)
+
+
+@torch.no_grad()
+def _measured(
+    task: SparlingTask, domain: MotifDomain, config: SparlingConfig, device: torch.device
+) -> dict[str, Any]:
+    channels = CHANNELS[config.domain]
+    task.motifs.eval()
+    gate = task.model.gate
+    return {
+        "domain": domain.name,
+        "test_samples": config.test_samples,
+        "validation_exact": measures.accuracy(task.motifs, domain, task.validation, device),
+        "trained_density": float(gate.trained_density) if task.sparse else None,
+        "annealed_at": int(gate.reached) if task.sparse and gate.done else None,
+        **measures.measure(task.motifs, domain, config.test_samples, channels, device),
+    }
+
+
+def table(results: Mapping[str, Any], config: SparlingConfig) -> str:
+    """The final measurements as text for a terminal."""
+
+    def share(name: str) -> str:
+        found = results[name]
+        if found["value"] is None:
+            return "none to count"
+        low, high = (100 * found[end] for end in ("low", "high"))
+        return f"{100 * found['value']:.2f} %  (95 %: {low:.2f} to {high:.2f})"
+
+    rows: list[tuple[str, str]] = [
+        ("domain", results["domain"]),
+        ("training", f"{config.samples} samples, {results['steps']} steps"),
+        ("bottleneck", config.bottleneck),
+        ("false positive error", share("fpe")),
+        ("false negative error", share("fne")),
+        ("confusion error", share("ce")),
+        ("end-to-end error", share("e2ee")),
+        ("exact labels", share("exact")),
+        (
+            "density",
+            f"{results['density']:.3g}, {results['relative_density']:.2f} times the motifs'",
+        ),
+        ("samples per second", f"{results['samples_per_second']:.3g} in training"),
+        ("cost of a sample", _cost(Cost(**results["cost"]), config)),
+        *((f"{name} by", served) for name, served in results["backends"].items()),
+    ]
+    width = max(len(name) for name, _ in rows)
+    head = f"Sparling on {results['device']}, measured on {results['test_samples']} test samples"
+    return "\n".join([head, *(f"  {name:<{width}}  {value}" for name, value in rows)])
+
+
+def _cost(cost: Cost, config: SparlingConfig) -> str:
+    samples = max(PRESETS.get(config.domain, {}).get("samples", 0), config.samples)
+    hours = samples * cost.gpu_seconds() / 3600
+    return (
+        f"{cost.flops / 1e9:.3g} GFLOP, {cost.bytes / 1e6:.3g} MB; {samples} samples on an H200: "
+        f"{hours:.2g} h (estimated, not measured)"
+    )
+
+
+def saved_config(folder: str | Path) -> SparlingConfig:
+    """The config of the run in a folder.
+
+    Raises:
+        RunError: there is no run, or not one of this study.
+    """
+    return read_config(folder, NAME, SparlingConfig)
