@@ -10,8 +10,8 @@ from made_up_cells import EPOCHS, SETS, UNITS, asked, content, grid, written
 
 from sparsekern.cli import _parser
 from sparsekern.studies.reproduction import cell_folder
+from sparsekern.studies.reproduction import document as report_document
 from sparsekern.studies.vae_sae.grid import Cell, cells
-from sparsekern.studies.vae_sae.report import document as report_document
 from sparsekern.studies.vae_sae.report import figures as report_figures
 from sparsekern.studies.vae_sae.report import pictures as report_pictures
 from sparsekern.studies.vae_sae.report.sections import command

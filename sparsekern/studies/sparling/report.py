@@ -21,7 +21,7 @@ from ... import __version__
 from ...data.motifs import MotifDomain
 from ...training.runs import write_atomically
 from ..reproduction import cell_folder, usable_processors
-from ..vae_sae.report.document import (
+from ..reproduction.document import (
     Code,
     Document,
     Heading,

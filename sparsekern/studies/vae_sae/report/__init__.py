@@ -18,9 +18,9 @@ import torch
 from .... import __version__
 from ....training.runs import write_atomically
 from ...reproduction import usable_processors
+from ...reproduction.document import Document, Heading, Items, Paragraph, markdown, page
 from ..grid import Cell, cells
 from . import arms, collapse, sections
-from .document import Document, Heading, Items, Paragraph, markdown, page
 from .statistics import counted
 from .summary import Measured
 from .tables import cell_rows, epoch_rows, table_bytes, unit_rows

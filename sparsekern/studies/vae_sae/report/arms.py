@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ...reproduction.document import Document, Heading, Items, Paragraph, Table
 from ..grid import ARMS, Cell
 from . import figures
 from .activity import early
-from .document import Document, Heading, Items, Paragraph, Table
 from .figures import SETS, definition, named
 from .statistics import CURED_BELOW, mig_floor
 from .summary import OTHER_DEFINITIONS, UNCURED, Measured, mig_score, never, scheduled

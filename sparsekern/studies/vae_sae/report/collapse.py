@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ...reproduction.document import Document, Heading, Paragraph, Table
 from ..grid import STUDY
 from . import figures, traces
 from .activity import (
@@ -17,7 +18,6 @@ from .activity import (
     silent_before_cut,
     strengths,
 )
-from .document import Document, Heading, Paragraph, Table
 from .figures import SETS, named
 from .on_collapse import span
 from .statistics import Spread, spread

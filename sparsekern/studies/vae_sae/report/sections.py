@@ -10,10 +10,10 @@ from typing import Any
 from ....data import DataError
 from ....training.checkpoints import CheckpointError
 from ...reproduction import cell_folder
+from ...reproduction.document import Code, Document, Heading, Items, Paragraph, Table
 from ..grid import STUDY, Cell
 from . import figures, pictures
 from .conclusions import conclusions
-from .document import Code, Document, Heading, Items, Paragraph, Table
 from .figures import SETS, definition, named
 from .limits import changed_settings, is_rendered, limits
 from .statistics import Spread, counted, spread
