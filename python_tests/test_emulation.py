@@ -40,7 +40,7 @@ def check_clean(driver: pathlib.Path, *arguments: str) -> None:
     print(output)
     assert status == 0, output
     counts = dict(re.findall(r"^(\w+): (\d+) cases, 0 failures", output, re.MULTILINE))
-    parts = {"emulation", "topk", "products", "adam", "threshold", "pointwise"}
+    parts = {"emulation", "topk", "products", "adam", "threshold", "pointwise_conv"}
     assert set(counts) == parts
     assert all(int(count) > 0 for count in counts.values())
 

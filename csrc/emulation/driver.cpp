@@ -55,7 +55,7 @@ int main_with(int count, char** arguments) {
     failures += report("products", check_products);
     failures += report("adam", check_adam);
     failures += report("threshold", check_threshold);
-    failures += report("pointwise", check_pointwise);
+    failures += report("pointwise_conv", check_pointwise_conv);
   }
   return failures == 0 ? 0 : 1;
 }

@@ -23,4 +23,4 @@ int check_topk(int* cases);
 int check_products(int* cases);
 int check_adam(int* cases);
 int check_threshold(int* cases);
-int check_pointwise(int* cases);
+int check_pointwise_conv(int* cases);

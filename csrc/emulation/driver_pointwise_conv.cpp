@@ -43,7 +43,8 @@ struct Verdict {
     if (holds || failed) return;
     failed = true;
     std::printf(
-        "pointwise: %s is wrong at %lld: outer %d channels %d inner %d outputs %d count %d dtypes "
+        "pointwise_conv: %s is wrong at %lld: outer %d channels %d inner %d outputs %d count %d "
+        "dtypes "
         "%d %d index %d bias %d transposed %d shift %d spread %d\n",
         what, static_cast<long long>(place), int(c.outer), int(c.channels), int(c.inner),
         int(c.outputs), int(c.count), c.dtype, c.weight_dtype, c.index_tag, c.bias, c.transposed,
@@ -283,7 +284,7 @@ int check(const Case& c, std::mt19937& random, int* cases) {
 
 }  // namespace
 
-int check_pointwise(int* cases) {
+int check_pointwise_conv(int* cases) {
   std::mt19937 random(20240923);
   int failures = 0;
   int turn = 0;
