@@ -133,20 +133,17 @@ def test_a_report_says_what_the_cells_measured(complete):
         assert len(list(csv.DictReader(file))) == 6
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_killed_and_started_again_it_ends_with_the_same_results(complete, tmp_path, number):
+def test_killed_and_started_again_it_ends_with_the_same_results(complete, tmp_path):
+    """Interruptions by other signals are those of test_reproduce.py."""
     folder = tmp_path / "report"
     words = command(folder, *WANTED)
     process = spawn("-m", "sparsekern", *words)
     places = [folder / "cells" / name for name in ("sparling-0", "l1-3-0")]
     while sum(map(epochs_done, places)) < 1 and process.poll() is None:
         time.sleep(0.005)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=180)
-    assert process.returncode in (0, 130, -number), err
-    assert "Traceback" not in err
-    if process.returncode == 130:
-        assert f"--out {folder}" in out
+    process.send_signal(signal.SIGKILL)
+    _, err = process.communicate(timeout=180)
+    assert process.returncode in (0, -signal.SIGKILL), err
     assert main(words) == 0
     assert results(folder) == results(complete)
 
