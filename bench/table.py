@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rows import Row, load
-from targets import CPU_TARGETS, GPU_TARGETS, ITSELF, MIB, RUN, Target, key_of, peak_of
+from targets import BY_CHANNEL, CPU_TARGETS, GPU_TARGETS, ITSELF, MIB, RUN, Target, key_of, peak_of
 
 RESULTS = Path(__file__).resolve().parent / "results"
 HEADER = (
@@ -50,7 +50,8 @@ class Line:
         names += [workload.mode] * (workload.mode != "forward")
         names += [target.backend] * (workload.device == "cuda")
         extras = [workload.fill] * (workload.fill != "normal")
-        extras += ["nn.Linear weight"] * (workload.layout == "column-major")
+        transposed = workload.layout == "column-major" and workload.op not in BY_CHANNEL
+        extras += ["nn.Linear weight"] * transposed
         start = (" ".join(names), ", ".join([workload.case, *extras]))
         if row is None:
             where = "on a GPU" if workload.device == "cuda" else "on this machine"
