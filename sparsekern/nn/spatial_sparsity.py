@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -139,15 +140,7 @@ class SpatialSparsity(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y like x."""
-        dim = self._check(x)
-        if self.training or self.affine is None:
-            z = self._updated(x, dim)
-            y, counts = threshold_relu(z, self._thresholds(), channel_dim=dim)
-        else:
-            scale, shift = self._frozen()
-            y, counts = threshold_relu(
-                x, self._thresholds(), scale=scale, shift=shift, channel_dim=dim
-            )
+        y, counts = self._through(threshold_relu, x)
         self._note(counts, x)
         return y
 
@@ -156,15 +149,7 @@ class SpatialSparsity(nn.Module):
 
         See :func:`sparsekern.threshold_codes`.
         """
-        dim = self._check(x)
-        if self.training or self.affine is None:
-            z = self._updated(x, dim)
-            codes = threshold_codes(z, self._thresholds(), channel_dim=dim)
-        else:
-            scale, shift = self._frozen()
-            codes = threshold_codes(
-                x, self._thresholds(), scale=scale, shift=shift, channel_dim=dim
-            )
+        codes: ChannelCodes = self._through(threshold_codes, x)
         self._note(codes.counts, x)
         return codes
 
@@ -173,6 +158,16 @@ class SpatialSparsity(nn.Module):
         return int(self.counts.sum()) / max(self._elements, 1)
 
     # -- steps of a forward pass -------------------------------------------------------------------
+
+    def _through(self, operation: Callable[..., Any], x: Tensor) -> Any:
+        """What an operation makes of x, normalised before it or, in evaluation mode, in it."""
+        dim = self._check(x)
+        scale, shift = None, None
+        if self.training or self.affine is None:
+            x = self._updated(x, dim)
+        else:
+            scale, shift = self._frozen()
+        return operation(x, self._thresholds(), scale=scale, shift=shift, channel_dim=dim)
 
     def _check(self, x: Tensor) -> int:
         dim = check_channels("SpatialSparsity", x, self.channel_dim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,19 @@ import numpy as np
 DOTS_PER_INCH = 120
 
 
-def _new_figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float, dots_per_inch: int = DOTS_PER_INCH) -> Any:
+    """A figure of this size in inches."""
     # The object interface: pyplot would pick a window system and keep global state.
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout="constrained")
+    return Figure(figsize=(width, height), dpi=dots_per_inch, layout="constrained")
+
+
+def as_png(figure: Any) -> bytes:
+    """A figure as a PNG file's content."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def save_history(path: Path, epochs: Sequence[Mapping[str, Any]], title: str) -> None:
@@ -27,7 +36,7 @@ def save_history(path: Path, epochs: Sequence[Mapping[str, Any]], title: str) ->
             and train_dead.
         title: above the panels.
     """
-    figure = _new_figure(7, 8)
+    figure = new_figure(7, 8)
     figure.suptitle(title, fontsize=11)
     panels = figure.subplots(3, 1, sharex=True)
     number = [record["epoch"] + 1 for record in epochs]
@@ -59,7 +68,7 @@ def save_sae_history(path: Path, steps: Sequence[Mapping[str, Any]], batch_size:
         steps: logged step records with step, fvu, l0, dead and, where the activation has one, k.
         batch_size: tokens of a step.
     """
-    figure = _new_figure(7, 7)
+    figure = new_figure(7, 7)
     panels = figure.subplots(3, 1, sharex=True)
     tokens = [record["step"] * batch_size for record in steps]
 
@@ -91,7 +100,7 @@ def save_reconstructions(
         title: above the rows.
     """
     count = len(images)
-    figure = _new_figure(1.0 * count, 2.6)
+    figure = new_figure(1.0 * count, 2.6)
     figure.suptitle(title, fontsize=11)
     axes = figure.subplots(2, count, squeeze=False)
     for row, (label, pictures) in enumerate((("input", images), ("output", reconstructions))):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from ...data.motif_drawing import draw_motifs
 from ...data.motifs import TEST_SEED, MotifDomain
 from ...models.sparling import MotifModel
+from ..figures import as_png, new_figure
 from . import measures
 
 SHOWN = 6
@@ -25,19 +25,6 @@ DENSITY = "density of the activations, in multiples of the motifs'"
 LEAST_PERCENT = 1e-2  # of a logarithmic axis; zero is drawn there
 
 
-def _new_figure(width: float, height: float) -> Any:
-    # The object interface: pyplot would pick a window system and keep global state.
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout="constrained")
-
-
-def _png(figure: Any) -> bytes:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", metadata={"Software": None})
-    return stream.getvalue()
-
-
 @torch.no_grad()
 def found_motifs(
     model: MotifModel, domain: MotifDomain, assignment: Sequence[int], device: torch.device
@@ -47,11 +34,11 @@ def found_motifs(
     activations, _ = model.activations(measures.on_device(batch.inputs, device))
     columns = 3 if len(domain.space) == 2 and domain.space[0] == domain.space[1] else 1
     rows = SHOWN // columns
-    figure = _new_figure(9, 3.2 * rows if columns > 1 else 2.4 * rows)
+    figure = new_figure(9, 3.2 * rows if columns > 1 else 2.4 * rows, DOTS_PER_INCH)
     for sample, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         found = _strongest(activations[sample].cpu())
         draw_motifs(domain, batch, sample, axes, found=found, channel_symbols=assignment)
-    return _png(figure)
+    return as_png(figure)
 
 
 def _strongest(activations: Tensor) -> Tensor:
@@ -70,7 +57,7 @@ def annealing_path(runs: Mapping[int, Sequence[Mapping[str, Any]]]) -> bytes:
     Args:
         runs: epoch records of each seed.
     """
-    figure = _new_figure(9, 6.5)
+    figure = new_figure(9, 6.5, DOTS_PER_INCH)
     errors, course = figure.subplots(2, 1)
     for number, epochs in enumerate(runs.values()):
         for name, colour in ERRORS.items():
@@ -93,7 +80,7 @@ def annealing_path(runs: Mapping[int, Sequence[Mapping[str, Any]]]) -> bytes:
     course.set_ylim(0, 102)
     for axes in (errors, course):
         axes.grid(alpha=0.3)
-    return _png(figure)
+    return as_png(figure)
 
 
 def sweep(rows: Sequence[tuple[str, float, float]]) -> bytes:
@@ -102,7 +89,7 @@ def sweep(rows: Sequence[tuple[str, float, float]]) -> bytes:
     Args:
         rows: kind, relative density and total error in percent of each.
     """
-    figure = _new_figure(9, 4)
+    figure = new_figure(9, 4, DOTS_PER_INCH)
     axes = figure.subplots()
     kinds = list(dict.fromkeys(kind for kind, _, _ in rows))
     for kind in kinds:
@@ -116,4 +103,4 @@ def sweep(rows: Sequence[tuple[str, float, float]]) -> bytes:
     axes.axhline(10, color="0.5", lw=0.8)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    return _png(figure)
+    return as_png(figure)

@@ -272,9 +272,8 @@ def _contrast(document: Document, found: Found, group: str, title: str) -> None:
                 _spread([results["relative_density"] for results in all_results]),
             ]
         )
-        kind = "sparling" if arm == "sparling" else arm
         points += [
-            (kind, results["relative_density"], total)
+            (arm, results["relative_density"], total)
             for results, total in zip(all_results, totals, strict=True)
         ]
     document.add(Heading(title))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from ...figures import as_png as as_png
+from ...figures import new_figure as sized_figure
 from ..grid import ARMS, STUDY
 from .statistics import CURED_BELOW, spread
 from .summary import (
@@ -56,18 +57,8 @@ def definition(name: str) -> str:
 
 def new_figure(height: float, rows: int, columns: int, **options: Any) -> tuple[Any, Any]:
     """A figure of a report's width and this height in inches, and its panels [rows, columns]."""
-    # The object interface: pyplot would pick a window system and keep global state.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, height), dpi=DOTS_PER_INCH, layout="constrained")
+    figure = sized_figure(WIDTH, height, DOTS_PER_INCH)
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
-
-
-def as_png(figure: Any) -> bytes:
-    """A figure as a PNG file's content."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def legend_below(figure: Any, panels: Any, columns: int = 4) -> None:
