@@ -25,6 +25,7 @@ import torch
 from .. import _library
 from .channels import channels_of
 from .checks import check_codes, check_floating, check_range, check_same_device, check_weight_dtype
+from .sparse_matmul import sum_dtype
 
 
 def pointwise_conv(
@@ -114,10 +115,6 @@ def _checked_weight(
 # -- references ------------------------------------------------------------------------------------
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _places(indices: torch.Tensor, channels: int, inner: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Channel, and row of the output seen as [outer * inner, E], of each index."""
     indices = indices.long()
@@ -136,7 +133,7 @@ def pointwise_conv_reference(
 ) -> torch.Tensor:
     outputs, channels = weight.shape
     check_range("pointwise_conv", indices, outer * channels * inner)
-    kind = _wide(values.dtype)
+    kind = sum_dtype(values.dtype)
     found, rows = _places(indices, channels, inner)
     terms = values.to(kind).unsqueeze(1) * weight.to(kind).t()[found]
     out = terms.new_zeros(outer * inner, outputs).index_add(0, rows, terms)
@@ -151,7 +148,7 @@ def pointwise_conv_backward_reference(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     inner = grad.shape[2]
     outputs, channels = weight.shape
-    kind = _wide(values.dtype)
+    kind = sum_dtype(values.dtype)
     found, rows = _places(indices, channels, inner)
     wide = grad.to(kind)
     at = wide.transpose(1, 2).reshape(-1, outputs)[rows]

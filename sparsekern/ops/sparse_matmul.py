@@ -105,7 +105,8 @@ def _check_dictionary(
 # -- reference -------------------------------------------------------------------------------------
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which operations on this one accumulate."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -117,7 +118,7 @@ def sparse_matmul_reference(
     *_transposition: Any,
 ) -> torch.Tensor:
     check_range("sparse_matmul", indices, weight.shape[0])
-    wide = _wide(values.dtype)
+    wide = sum_dtype(values.dtype)
     out = torch.einsum("...k,...kd->...d", values.to(wide), weight[indices.long()].to(wide))
     if bias is not None:
         out = out + bias.to(wide)
@@ -133,7 +134,7 @@ def sparse_matmul_backward_reference(
     need_weight: bool,
     *_transposition: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    wide = _wide(values.dtype)
+    wide = sum_dtype(values.dtype)
     n, d = weight.shape
     grad_values, grad_weight = values.new_empty(0), weight.new_empty(0)
     if need_values:
@@ -265,7 +266,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> Any:
         grad_values = both[0] if need_values else None
         grad_weight = both[1] if need_weight else None
     if need_bias:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=_wide(grad.dtype))
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=sum_dtype(grad.dtype))
         grad_bias = grad_bias.to(ctx.bias_dtype)
     return grad_values, None, grad_weight, grad_bias, None, None
 

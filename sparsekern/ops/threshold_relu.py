@@ -23,6 +23,7 @@ import torch
 from .. import _library
 from .channels import across, channels_of, check_channels, layout, one_by_one, pooled_dims
 from .checks import check_floating, check_same_device
+from .sparse_matmul import sum_dtype
 
 
 class ChannelCodes(NamedTuple):
@@ -146,7 +147,7 @@ def _checked(
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:
     """In the dtype that the operations compute in."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return tensor.to(sum_dtype(tensor.dtype))
 
 
 def _excess(
@@ -201,7 +202,7 @@ def threshold_codes_reference(
 
 def _constants(x: torch.Tensor, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     """Numbers per channel as the kernels take them: contiguous, in the dtype they compute in."""
-    kind = wide(x[:0]).dtype
+    kind = sum_dtype(x.dtype)
     return [None if tensor is None else tensor.to(kind).contiguous() for tensor in tensors]
 
 

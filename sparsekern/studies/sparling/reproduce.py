@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...training.runs import write_atomically
 from ..configs import check_packages, usable_device
-from ..reproduction import (
-    REQUEST,
-    Ended,
-    checked_names,
-    is_finished,
-    locked,
-    merged_request,
-    read_cells,
-    run_cells,
-    usable_processors,
-)
+from ..reproduction import Ended, checked_jobs, checked_names, locked, read_cells, run_grid
 from . import grid, report
 from .config import SparlingConfig
 from .grid import Cell, cell_config, cells, parsed_overrides
@@ -90,25 +78,23 @@ def reproduce(
     """
     check_packages()
     configs = request.configs()
-    if jobs is not None and jobs < 1:
-        raise ValueError(f"--jobs must be at least 1, got {jobs}")
+    jobs = checked_jobs(jobs)
     first = next(iter(configs.values()))
     device = usable_device(first.device)
     domain = domain_of(first)  # reads the recordings
-    if jobs is None:
-        jobs = 1 if device.type == "cuda" else min(usable_processors(), len(configs))
     folder = Path(folder)
     with locked(folder):
-        asked = merged_request(
-            json.loads(json.dumps(asdict(request))),
+        ended, asked = run_grid(
+            STUDY,
             folder,
+            configs,
+            asdict(request),
             fixed=("preset", "overrides", "data"),
             lists=("arms",),
+            jobs=jobs,
+            device=device,
+            progress=progress,
         )
-        finished = [c for c, config in configs.items() if is_finished(STUDY, folder, c, config)]
-        text = json.dumps(asked, indent=2) + "\n"
-        write_atomically(folder / REQUEST, text.encode())
-        ended = run_cells(STUDY, folder, configs, finished, jobs=jobs, progress=progress)
         everything = cells(asked["arms"], asked["seeds"])
         found = read_cells(STUDY, folder, everything)
         if found:

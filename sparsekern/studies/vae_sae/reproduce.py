@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...training.runs import write_atomically
 from ..configs import check_packages, usable_device
-from ..reproduction import (
-    REQUEST,
-    Ended,
-    checked_names,
-    is_finished,
-    locked,
-    merged_request,
-    read_cells,
-    run_cells,
-    usable_processors,
-)
+from ..reproduction import Ended, checked_jobs, checked_names, locked, read_cells, run_grid
 from . import grid, report
 from .config import DATASETS, VAESAEConfig
 from .grid import Cell, cell_config, cells, parsed_overrides
@@ -125,24 +113,24 @@ def reproduce(
     """
     check_packages()
     configs = request.configs()
-    if jobs is not None and jobs < 1:
-        raise ValueError(f"--jobs must be at least 1, got {jobs}")
+    jobs = checked_jobs(jobs)
     device = usable_device(next(iter(configs.values())).device)
-    if jobs is None:
-        jobs = 1 if device.type == "cuda" else min(usable_processors(), len(configs))
     for cell, config in configs.items():
         if cell.seed == 0:
             check_file(config)
     folder = Path(folder)
     with locked(folder):
-        new = {**json.loads(json.dumps(asdict(request))), "digests": request.digests()}
-        asked = merged_request(
-            new, folder, fixed=("preset", "overrides", "digests"), lists=("datasets", "arms")
+        ended, asked = run_grid(
+            STUDY,
+            folder,
+            configs,
+            {**asdict(request), "digests": request.digests()},
+            fixed=("preset", "overrides", "digests"),
+            lists=("datasets", "arms"),
+            jobs=jobs,
+            device=device,
+            progress=progress,
         )
-        finished = [c for c, config in configs.items() if is_finished(STUDY, folder, c, config)]
-        text = json.dumps(asked, indent=2) + "\n"
-        write_atomically(folder / REQUEST, text.encode())
-        ended = run_cells(STUDY, folder, configs, finished, jobs=jobs, progress=progress)
         everything = cells(asked["datasets"], asked["arms"], range(asked["seeds"]))
         found = read_cells(STUDY, folder, everything)
         if found:
