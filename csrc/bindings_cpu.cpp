@@ -102,6 +102,21 @@ void threshold_codes(Address x, int dtype, int64_t outer, int64_t channels, int6
                             at<int64_t>(counts), static_cast<int>(threads));
 }
 
+void batch_norm(Address x, int dtype, int64_t outer, int64_t channels, int64_t inner,
+                Address weight, Address bias, double eps, Address z, Address mean, Address var,
+                int64_t threads) {
+  kernels().batch_norm(at(x), dtype, outer, channels, inner, at(weight), at(bias), eps, at(z),
+                       at(mean), at(var), static_cast<int>(threads));
+}
+
+void batch_norm_backward(Address grad, Address x, int dtype, int64_t outer, int64_t channels,
+                         int64_t inner, Address weight, Address mean, Address var, double eps,
+                         Address grad_x, Address grad_weight, Address grad_bias, int64_t threads) {
+  kernels().batch_norm_backward(at(grad), at(x), dtype, outer, channels, inner, at(weight),
+                                at(mean), at(var), eps, at(grad_x), at(grad_weight), at(grad_bias),
+                                static_cast<int>(threads));
+}
+
 void pointwise_conv(Address values, int dtype, Address indices, int index_tag, int64_t count,
                     int64_t outer, int64_t channels, int64_t inner, Address weight,
                     int weight_dtype, int64_t outputs, int64_t stride_output,
@@ -158,6 +173,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("channel_threshold", &channel_threshold, release);
   m.def("threshold_relu", &threshold_relu, release);
   m.def("threshold_codes", &threshold_codes, release);
+  m.def("batch_norm", &batch_norm, release);
+  m.def("batch_norm_backward", &batch_norm_backward, release);
   m.def("pointwise_conv", &pointwise_conv, release);
   m.def("pointwise_conv_backward", &pointwise_conv_backward, release);
   py::class_<KeptBlock>(m, "KeptBlock", py::buffer_protocol())

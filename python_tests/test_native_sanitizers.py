@@ -25,6 +25,7 @@ FUNCTIONS = (
     "count_active",
     "topk",
     "adam_step",
+    "batch_norm",
     "threshold",
     "pointwise_conv",
     "kept_memory",

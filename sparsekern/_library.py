@@ -29,6 +29,8 @@ from ._direct import dispatcher_has_nothing_to_do
 
 NAMESPACE = "sparsekern"
 BACKENDS = ("auto", "reference", "native", "triton")
+# The order in which the automatic choice tries them, before the reference.
+PREFERRED = {"cpu": ("native",), "cuda": ("native", "triton")}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _definitions = torch.library.Library(NAMESPACE, "DEF")
@@ -142,18 +144,15 @@ def _missing_triton(device_type: str) -> str:
 class Operation:
     """One torch operation: its schema, its reference, and how else it can be computed.
 
-    `implementations` maps a backend name to a function of the operation's arguments; `preferred`
-    names, per device type, the order in which the automatic choice tries them (the reference always
-    comes last).
+    `implementations` maps a backend name to a function of the operation's arguments; `cpu_only`
+    says that the native one has no CUDA kernel.
     """
 
     name: str
     schema: str
     reference: Callable[..., Any]
     implementations: dict[str, Callable[..., Any]]
-    preferred: dict[str, tuple[str, ...]] = field(
-        default_factory=lambda: {"cpu": ("native",), "cuda": ("native", "triton")}
-    )
+    cpu_only: bool = False
     choices: dict[tuple[str, torch.dtype], Callable[..., Any]] = field(default_factory=dict)
 
     def missing(self, name: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
@@ -162,13 +161,12 @@ class Operation:
             return ""
         if name not in self.implementations:
             return f"{self.name} has no {name} implementation"
-        if name == "triton":
-            reason = _missing_triton(device_type)
-        else:
-            reason = native_module(device_type)[1]
+        reason = _missing_triton(device_type) if name == "triton" else native_module(device_type)[1]
         if reason:
             return reason
         on_cpu = name == "native" and device_type == "cpu" and device_type not in _stand_ins
+        if self.cpu_only and not on_cpu:
+            return f"{self.name} has kernels for the CPU only"
         if dtype == torch.float64 and not on_cpu:
             return "float64 is served by the reference and the CPU kernels only"
         return ""
@@ -183,7 +181,7 @@ class Operation:
                 )
             return forced, "forced"
         reasons: list[str] = []
-        for name in self.preferred.get(device_type, ()):
+        for name in PREFERRED.get(device_type, ()):
             if not (reason := self.missing(name, device_type, dtype)):
                 return name, "; ".join(reasons) or "first choice"
             reasons.append(f"no {name}: {reason}")
@@ -222,6 +220,7 @@ def define(
     setup_context: Callable[..., None] | None = None,
     vmap: Callable[..., Any] | None = None,
     autocast: Callable[..., Any] | None = None,
+    cpu_only: bool = False,
 ) -> Callable[..., Any]:
     """Register one operation with torch and return it.
 
@@ -229,9 +228,9 @@ def define(
     functions of the schema's positional arguments. fake: shapes and dtypes only. backward,
     setup_context: the one gradient that every backend shares. vmap: as in
     torch.library.register_vmap. autocast: maps (arguments, dtype) to the arguments to use inside an
-    autocast region.
+    autocast region. cpu_only: there is no kernel for GPUs.
     """
-    operation = Operation(name, schema, reference, implementations)
+    operation = Operation(name, schema, reference, implementations, cpu_only)
     _operations[name] = operation
     qualified = f"{NAMESPACE}::{name}"
     _definitions.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))

@@ -9,6 +9,7 @@
 #define SPARSEKERN_ISA avx2
 #include "activity.h"
 #include "adam.h"
+#include "batch_norm.h"
 #include "pointwise_conv.h"
 #include "sparse_matmul.h"
 #include "threshold.h"
@@ -17,6 +18,7 @@
 #define SPARSEKERN_ISA avx512
 #include "activity.h"
 #include "adam.h"
+#include "batch_norm.h"
 #include "pointwise_conv.h"
 #include "sparse_matmul.h"
 #include "threshold.h"
@@ -33,7 +35,8 @@ namespace {
     #isa, &isa::topk, &isa::codes_to_dense, &isa::sparse_matmul, &isa::transpose_codes, \
         &isa::sparse_matmul_backward, &isa::count_active, &isa::adam_step,              \
         &isa::channel_threshold, &isa::threshold_relu, &isa::threshold_codes,           \
-        &isa::pointwise_conv, &isa::pointwise_conv_backward                             \
+        &isa::pointwise_conv, &isa::pointwise_conv_backward, &isa::batch_norm,          \
+        &isa::batch_norm_backward                                                       \
   }
 
 constexpr int kMaximumSets = 3;

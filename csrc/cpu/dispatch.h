@@ -4,6 +4,7 @@
 #define SPARSEKERN_ISA baseline
 #include "activity.h"
 #include "adam.h"
+#include "batch_norm.h"
 #include "pointwise_conv.h"
 #include "sparse_matmul.h"
 #include "threshold.h"
@@ -26,6 +27,8 @@ struct Kernels {
   decltype(&baseline::threshold_codes) threshold_codes;
   decltype(&baseline::pointwise_conv) pointwise_conv;
   decltype(&baseline::pointwise_conv_backward) pointwise_conv_backward;
+  decltype(&baseline::batch_norm) batch_norm;
+  decltype(&baseline::batch_norm_backward) batch_norm_backward;
 };
 
 // All sets that this build has and this CPU can run, best first; ends with baseline.

@@ -367,6 +367,7 @@ int main() {
     check_activity(kernels[i]);
     mismatches += sparsekern::cpu::check_topk(kernels[i], &cases["topk"]);
     mismatches += sparsekern::cpu::check_adam(kernels[i], &cases["adam_step"]);
+    mismatches += sparsekern::cpu::check_batch_norm(kernels[i], &cases["batch_norm"]);
     mismatches += sparsekern::cpu::check_threshold(kernels[i], &cases["threshold"]);
     mismatches += sparsekern::cpu::check_pointwise_conv(kernels[i], &cases["pointwise_conv"]);
   }

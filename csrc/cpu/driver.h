@@ -9,8 +9,9 @@ namespace sparsekern::cpu {
 // *cases.
 int check_topk(const Kernels& kernels, int* cases);
 
-// The same for adam_step.
+// The same for adam_step, and for batch_norm and its gradient.
 int check_adam(const Kernels& kernels, int* cases);
+int check_batch_norm(const Kernels& kernels, int* cases);
 
 // The same for the kernels of threshold.h and of pointwise_conv.h.
 int check_threshold(const Kernels& kernels, int* cases);

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.batch_norm import batch_norm
 from ..ops.channels import check_channels
 from ..ops.checks import check_count
 from ..ops.threshold import channel_threshold, check_density
@@ -181,19 +182,38 @@ class SpatialSparsity(nn.Module):
     def _updated(self, x: Tensor, dim: int) -> Tensor:
         """Normalised x; in training with the statistics of the batch, and its thresholds taken
         in."""
-        z = x if self.affine is None else self._normalised(x, dim)
-        if self.training and x.numel() > 0:
-            with torch.no_grad():
-                self._update_threshold(z, dim)
+        if not self.training or x.numel() == 0:
+            return x if self.affine is None else self._torch_normalised(x, dim)
+        if self.affine is None:
+            z = x
+            self._refuse_nan(x, x)
+        elif x.device.type == "cpu" and x.numel() > self.channels:
+            z = self._normalised(x, dim)
+        else:
+            z = self._torch_normalised(x, dim)
+        with torch.no_grad():
+            self._update_threshold(z, dim)
         return z
 
-    def _normalised(self, x: Tensor, dim: int) -> Tensor:
-        """torch's batch normalisation with a momentum of 0.1, the channels in any dimension."""
+    def _torch_normalised(self, x: Tensor, dim: int) -> Tensor:
+        """Batch normalisation with a momentum of 0.1, the channels in any dimension."""
         columns = x if dim == 1 else x.reshape(-1, self.channels)
         z = F.batch_norm(
             columns, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1
         )
         return z.view(x.shape)
+
+    def _normalised(self, x: Tensor, dim: int) -> Tensor:
+        """The same, by the kernel for CPUs."""
+        z, mean, var = batch_norm(x, self.weight, self.bias, eps=EPS, channel_dim=dim)
+        with torch.no_grad():
+            numbers = (t for t in (mean, var, self.weight, self.bias) if t is not None)
+            self._refuse_nan(torch.cat(list(numbers)), z)
+            elements = x.numel() // self.channels
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), 0.1)
+            unbiased = var * (elements / (elements - 1))
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), 0.1)
+        return z
 
     def _frozen(self) -> tuple[Tensor, Tensor]:
         """Scale and shift of the normalisation in evaluation mode."""
@@ -213,11 +233,6 @@ class SpatialSparsity(nn.Module):
     # -- thresholds --------------------------------------------------------------------------------
 
     def _update_threshold(self, z: Tensor, dim: int) -> None:
-        if z.device.type == "cpu" and bool(z.sum().isnan()):
-            raise ValueError(
-                f"SpatialSparsity: x must not hold NaN, got {int(z.isnan().sum())} of them after "
-                "the normalisation (infinities become NaN there)"
-            )
         if not self.per_channel:  # one column of everything
             z, dim = z.movedim(dim, -1).reshape(-1, 1), 1
         elements = z.numel() // z.shape[dim]
@@ -228,6 +243,14 @@ class SpatialSparsity(nn.Module):
             quantile = channel_threshold(z, self.density, channel_dim=dim)
         if quantile is not None:
             self.threshold.lerp_(quantile.to(self.threshold.dtype), self.momentum)
+
+    def _refuse_nan(self, numbers: Tensor, z: Tensor) -> None:
+        """Raise if there is NaN in numbers that any NaN in z makes NaN, on a CPU."""
+        if numbers.device.type == "cpu" and bool(numbers.sum().isnan()):
+            raise ValueError(
+                f"SpatialSparsity: x must not hold NaN, got {int(z.isnan().sum())} of them after "
+                "the normalisation (infinities become NaN there)"
+            )
 
     def _warn_of_few(self, elements: int) -> None:
         if self._warned or self.accumulate is not None or elements * self.density >= 1:

@@ -2,6 +2,7 @@
 
 from .activity import count_active
 from .adam import adam_step
+from .batch_norm import batch_norm
 from .batch_topk import batch_topk
 from .jumprelu import jumprelu, step
 from .linear_at import linear_at
@@ -20,6 +21,7 @@ __all__ = [
     "TransposedCodes",
     "Transposition",
     "adam_step",
+    "batch_norm",
     "batch_topk",
     "channel_threshold",
     "codes_to_dense",
