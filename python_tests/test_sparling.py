@@ -24,9 +24,22 @@ from sparsekern.models import (
     motif_loss,
 )
 from sparsekern.models.sparling import MotifOutput, ended
+from sparsekern.studies.sparling.config import SparlingConfig
 from sparsekern.studies.sparling.cost import cost_of
+from sparsekern.studies.sparling.run import domain_of
 
 __all__ = ["one_thread"]  # a fixture
+
+# -- the domain ------------------------------------------------------------------------------------
+
+
+def test_sound_is_tested_with_other_speakers():
+    config = SparlingConfig(domain="audio")
+    trained, tested = domain_of(config), domain_of(config, test=True)
+    assert not set(trained.speakers.tolist()) & set(tested.speakers.tolist())
+    tiny = SparlingConfig()
+    assert domain_of(tiny) == domain_of(tiny, test=True)
+
 
 # -- the model -------------------------------------------------------------------------------------
 

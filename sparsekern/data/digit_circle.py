@@ -23,7 +23,7 @@ import torch
 
 from .counter_random import coins, fractions, integers, words
 from .digit_stamps import STAMPS
-from .motifs import NONE, MotifBatch, MotifDomain, check_parameters
+from .motifs import NONE, MotifBatch, MotifDomain, Replacement, check_parameters
 
 # The smaller, easier domain: delta* = 9.57e-4 with four channels.
 TINY: dict[str, Any] = {
@@ -157,6 +157,16 @@ class DigitCircle(MotifDomain):
         motifs[absent] = NONE
         inputs = self._images(start, motifs)
         return MotifBatch(*(torch.from_numpy(array) for array in (inputs, labels, motifs)))
+
+    def replacements(self, label: list[int], symbols: list[int]) -> list[Replacement]:
+        found = []
+        for motif, symbol in enumerate(symbols):
+            for other in range(len(self.digits)):
+                if other not in label:
+                    digits = [other if digit == symbol else digit for digit in label]
+                    first = digits.index(min(digits))
+                    found.append(Replacement(motif, other, digits[first:] + digits[:first]))
+        return found
 
     def _sequences(self, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Distinct digits in angular order int64 [B, M], and how many of them count int64 [B]."""

@@ -23,7 +23,7 @@ import torch
 from . import formula_grammar
 from .counter_random import coins, fractions, integers, words
 from .formula_pictures import POINTS_PER_INCH, SYMBOLS, Picture, picture
-from .motifs import NONE, MotifBatch, MotifDomain, check_parameters
+from .motifs import NONE, MotifBatch, MotifDomain, Replacement, check_parameters
 
 # Positions of the random numbers of a sample; those of formulas follow each other from FORMULA on.
 LENGTH, PLACE, FORMULA, NOISE = 0, 1, 1 << 8, 1 << 32
@@ -115,6 +115,22 @@ class LatexFormulas(MotifDomain):
             labels[sample, : len(tokens)] = [TOKEN_NUMBERS[token] for token in tokens]
             motifs[sample, : len(drawn.motifs)] = drawn.motifs + np.array([0, top, top, left, left])
         return MotifBatch(*(torch.from_numpy(array) for array in (inputs, labels, motifs)))
+
+    def replacements(self, label: list[int], symbols: list[int]) -> list[Replacement]:
+        """Digits and letters that occur once, as other digits and letters: any formula may hold any
+        of them."""
+        found = []
+        for motif, symbol in enumerate(symbols):
+            if SYMBOLS[symbol] not in formula_grammar.DIGITS_AND_LETTERS:
+                continue
+            token = TOKEN_NUMBERS[SYMBOLS[symbol]]
+            if label.count(token) != 1:
+                continue
+            for other in formula_grammar.DIGITS_AND_LETTERS:
+                if other != SYMBOLS[symbol]:
+                    tokens = [TOKEN_NUMBERS[other] if t == token else t for t in label]
+                    found.append(Replacement(motif, SYMBOLS.index(other), tokens))
+        return found
 
     def _formula(self, start: np.ndarray) -> tuple[tuple[str, ...], Picture]:
         """The tokens of the sample that starts at ``start``, uint64 [1], and their picture.

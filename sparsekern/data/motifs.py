@@ -37,6 +37,17 @@ class MotifBatch(NamedTuple):
     motifs: Tensor
 
 
+class Replacement(NamedTuple):
+    """One motif of an input as another symbol."""
+
+    motif: int
+    """Row of the motif."""
+    symbol: int
+    """What it becomes."""
+    label: list[int]
+    """Of the input after that."""
+
+
 class MotifDomain(ABC):
     """What the domains have in common. Subclasses are frozen dataclasses: equal parameters mean
     equal samples."""
@@ -79,6 +90,15 @@ class MotifDomain(ABC):
     @abstractmethod
     def draw(self, start: np.ndarray) -> MotifBatch:
         """The samples whose random numbers start at ``start``, uint64 ``[B]``."""
+
+    @abstractmethod
+    def replacements(self, label: list[int], symbols: list[int]) -> list[Replacement]:
+        """Every way to make one motif another symbol so that the label is known and possible.
+
+        Args:
+            label: of an input, without its padding.
+            symbols: of its motifs, without their padding.
+        """
 
     def density(self, channels: int) -> float:
         """The share of activations that are not zero where each motif has one, delta*:

@@ -24,7 +24,7 @@ from . import mel_spectrograms
 from .audio_mnist import DIGITS, Recordings
 from .counter_random import fractions, integers, words
 from .factors import DataError
-from .motifs import NONE, MotifBatch, MotifDomain, check_parameters
+from .motifs import NONE, MotifBatch, MotifDomain, Replacement, check_parameters
 from .synthetic_speech import Speech
 
 RATE, WINDOW, MELS, TOP_DB = 8000, 375, 64, 80.0
@@ -121,6 +121,14 @@ class SpokenDigits(MotifDomain):
                 torch.from_numpy(signal), rate=RATE, window=WINDOW, mels=MELS, top_db=TOP_DB
             )
         return MotifBatch(inputs, torch.from_numpy(labels), torch.from_numpy(motifs))
+
+    def replacements(self, label: list[int], symbols: list[int]) -> list[Replacement]:
+        return [
+            Replacement(motif, other, [*label[:motif], other, *label[motif + 1 :]])
+            for motif, symbol in enumerate(symbols)
+            for other in range(DIGITS)
+            if other != symbol
+        ]
 
     def clip(self, start: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The sound of the sample whose random numbers start at ``start``, uint64 ``[1]``.

@@ -47,15 +47,15 @@ def run(config: SparlingConfig, folder: str | Path, *, resume: bool = False) -> 
     with backend(config.backend):
         if not resume:
             RunFolder.check_new(folder)
-        domain = domain_of(config)
+        domain, tested = domain_of(config), domain_of(config, test=True)
         stored = {"study": NAME, "config": asdict(config)}
-        task = SparlingTask(config, domain, device)
+        task = SparlingTask(config, domain, tested, device)
         with RunFolder.open(folder) if resume else RunFolder.create(folder, stored) as place:
             outcome = train(task, config.loop(), place, identity=config.identity())
             if outcome.signal is not None:
                 return Report(outcome, None)
             results = {
-                **_measured(task, domain, config, device),
+                **_measured(task, tested, config, device),
                 "steps": outcome.step,
                 "samples_per_second": outcome.examples_per_second,
                 "seconds": config.samples / outcome.examples_per_second,
@@ -63,7 +63,7 @@ def run(config: SparlingConfig, folder: str | Path, *, resume: bool = False) -> 
                 "device": device.type,
                 "backends": backends_of(OPERATIONS, device.type),
             }
-            picture = pictures.found_motifs(task.motifs, domain, results["assignment"], device)
+            picture = pictures.found_motifs(task.motifs, tested, results["assignment"], device)
             write_atomically(place.path / "motifs.png", picture)
             # Last: it says that the run is finished.
             text = json.dumps(results, allow_nan=False) + "\n"
@@ -71,26 +71,30 @@ def run(config: SparlingConfig, folder: str | Path, *, resume: bool = False) -> 
     return Report(outcome, results)
 
 
-def domain_of(config: SparlingConfig) -> MotifDomain:
-    """The domain of a run."""
+def domain_of(config: SparlingConfig, *, test: bool = False) -> MotifDomain:
+    """The domain of a run; that of its tests has other speakers where there are any."""
     options = {"folder": config.data} if config.data is not None else {}
+    if test and config.domain == "audio":
+        options["split"] = "test"
     return motif_domain(config.domain, **options)
 
 
 @torch.no_grad()
 def _measured(
-    task: SparlingTask, domain: MotifDomain, config: SparlingConfig, device: torch.device
+    task: SparlingTask, tested: MotifDomain, config: SparlingConfig, device: torch.device
 ) -> dict[str, Any]:
-    channels = CHANNELS[config.domain]
+    channels, count = CHANNELS[config.domain], config.test_samples
     task.motifs.eval()
     gate = task.model.gate
+    measured = measures.measure(task.motifs, tested, count, channels, device)
     return {
-        "domain": domain.name,
-        "test_samples": config.test_samples,
-        "validation_exact": measures.accuracy(task.motifs, domain, task.validation, device),
+        "domain": tested.name,
+        "test_samples": count,
+        "validation_exact": measures.accuracy(task.motifs, task.domain, task.validation, device),
         "trained_density": float(gate.trained_density) if task.sparse else None,
         "annealed_at": int(gate.reached) if task.sparse and gate.done else None,
-        **measures.measure(task.motifs, domain, config.test_samples, channels, device),
+        **measured,
+        "perturbation": measures.perturbed(task.motifs, tested, count, measured, device),
     }
 
 
@@ -113,6 +117,7 @@ def table(results: Mapping[str, Any], config: SparlingConfig) -> str:
         ("confusion error", share("ce")),
         ("end-to-end error", share("e2ee")),
         ("exact labels", share("exact")),
+        ("perturbation consistency", share("perturbation")),
         (
             "density",
             f"{results['density']:.3g}, {results['relative_density']:.2f} times the motifs'",

@@ -79,12 +79,18 @@ def _bottleneck(config: SparlingConfig, domain: MotifDomain, channels: int) -> n
 class SparlingTask:
     """Model, data and annealing; :class:`sparsekern.training.Task` says what the methods are for.
 
-    An epoch is what lies between two validations.
+    An epoch is what lies between two validations. `tested` is the domain of the test samples.
     """
 
     unit = "sample"
 
-    def __init__(self, config: SparlingConfig, domain: MotifDomain, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: SparlingConfig,
+        domain: MotifDomain,
+        tested: MotifDomain,
+        device: torch.device,
+    ) -> None:
         self.config, self.domain, self.device = config, domain, device
         self.examples = config.validate_every
         channels = CHANNELS[config.domain]
@@ -101,7 +107,7 @@ class SparlingTask:
         self.validation = domain.batch(VALIDATION_SEED, 0, config.validation_samples)
         # On which motif errors are followed through training.
         followed = min(measures.batch_of(domain, channels), config.test_samples)
-        self.path = domain.batch(TEST_SEED, 0, followed)
+        self.path = tested.batch(TEST_SEED, 0, followed)
 
     @property
     def sparse(self) -> bool:
