@@ -12,19 +12,39 @@ namespace {
 
 // Elements that keep a thread busy for longer than it takes to wake it.
 constexpr int64_t kElementsPerThread = 1 << 15;
+// So many wanted ones are selected by insertion, more of them by the histograms of their digits.
+constexpr int64_t kFew = 32;
 // Candidates beyond the wanted ones before they are reduced to those: few enough for the bound to
-// rise early, many enough for the histograms of a selection (24 KiB) to pay.
-constexpr int64_t kLeastSlack = 512;
+// rise early, many enough for a selection to pay, whose histograms take 24 KiB.
+constexpr int64_t kSlackOfFew = 64, kLeastSlack = 512;
 // A vector of a 64-byte line; patterns are read at any offset, so lines are all that aligns them.
 constexpr int kLanes = kFloatLanes;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// The wanted-th largest of count >= wanted keys.
+int32_t kth_largest(const int32_t* keys, int64_t count, int64_t wanted) {
+  if (wanted > kFew) {
+    return kth_by_digits<int32_t>([&](int64_t i) { return keys[i]; }, count, wanted).key;
+  }
+  int32_t largest[kFew];  // descending
+  int64_t held = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t key = keys[i];
+    if (held == wanted && key <= largest[held - 1]) continue;
+    int64_t place = held < wanted ? held++ : held - 1;
+    for (; place > 0 && largest[place - 1] < key; --place) largest[place] = largest[place - 1];
+    largest[place] = key;
+  }
+  return largest[wanted - 1];
+}
 
 // The keys of a channel's largest elements so far.
 class Candidates {
  public:
   // Of `wanted` elements, among at most `most` of them.
   Candidates(int64_t wanted, int64_t most) : wanted_(wanted) {
-    const int64_t slack = wanted > kLeastSlack ? wanted : kLeastSlack;
+    const int64_t many = wanted > kLeastSlack ? wanted : kLeastSlack;
+    const int64_t slack = wanted > kFew ? many : kSlackOfFew;
     room_ = wanted + slack < most ? wanted + slack : most;
   }
   ~Candidates() { std::free(keys_); }
@@ -47,7 +67,7 @@ class Candidates {
 
  private:
   void grow() {
-    const int64_t doubled = allocated_ == 0 ? kLeastSlack : 2 * allocated_;
+    const int64_t doubled = allocated_ == 0 ? kFew + kSlackOfFew : 2 * allocated_;
     allocated_ = doubled < room_ ? doubled : room_;
     void* moved = std::realloc(keys_, static_cast<size_t>(allocated_) * sizeof(int32_t));
     if (moved == nullptr) throw std::bad_alloc();
@@ -55,8 +75,7 @@ class Candidates {
   }
 
   void keep_wanted() {
-    const int32_t last =
-        kth_by_digits<int32_t>([&](int64_t i) { return keys_[i]; }, count_, wanted_).key;
+    const int32_t last = kth_largest(keys_, count_, wanted_);
     int64_t kept = 0;
     for (int64_t i = 0; i < count_; ++i) {
       const int32_t key = keys_[i];
@@ -130,8 +149,7 @@ float wanted_of(Gathered** gathered, int team, int64_t channel, int64_t wanted) 
                 static_cast<size_t>(part.count()) * sizeof(int32_t));
     filled += part.count();
   }
-  const int32_t key =
-      kth_by_digits<int32_t>([&](int64_t i) { return keys.get()[i]; }, count, wanted).key;
+  const int32_t key = kth_largest(keys.get(), count, wanted);
   return key > key_of(kInfinity) ? std::numeric_limits<float>::quiet_NaN() : float_of(key);
 }
 
