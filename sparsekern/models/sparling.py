@@ -246,9 +246,9 @@ class SequenceReadout(nn.Module):
         dims = len(space)
         self.symbols, self.length = symbols, length
         self.widening = Widening(channels, width, pool, dims=dims)
-        self.rows = nn.LSTM(width, width // 2, bidirectional=True, batch_first=True)
-        if dims == 1:
-            self.rows = None  # type: ignore[assignment]
+        self.rows: nn.LSTM | None = None
+        if dims == 2:
+            self.rows = nn.LSTM(width, width // 2, bidirectional=True, batch_first=True)
         self.dropout = nn.Dropout(dropout)
         encoder = nn.TransformerEncoderLayer(width, heads, feedforward, dropout, batch_first=True)
         decoder = nn.TransformerDecoderLayer(width, heads, feedforward, dropout, batch_first=True)

@@ -23,8 +23,15 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import _library
-from .channels import across, check_channels, layout, one_by_one, pooled_dims
-from .checks import check_floating, check_same_device
+from .channels import (
+    across,
+    check_channels,
+    check_constants,
+    constants,
+    layout,
+    one_by_one,
+    pooled_dims,
+)
 from .sparse_matmul import sum_dtype
 
 
@@ -75,16 +82,7 @@ def batch_norm(
     dim = check_channels(op, x, channel_dim)
     if x.numel() == 0:
         raise ValueError(f"{op}: x must not be empty, got shape {list(x.shape)}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        check_floating(op, name, tensor)
-        if tensor.shape != (x.shape[dim],):
-            raise ValueError(
-                f"{op}: {name} must have shape [{x.shape[dim]}] (the channels of x), got "
-                f"{list(tensor.shape)}"
-            )
-    check_same_device(op, x=x, weight=weight, bias=bias)
+    check_constants(op, x, dim, weight=weight, bias=bias)
     return Normalized(*_batch_norm(x, weight, bias, eps, dim))
 
 
@@ -147,10 +145,6 @@ def batch_norm_backward_reference(
 # -- implementations -------------------------------------------------------------------------------
 
 
-def _constants(kind: torch.dtype, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    return [None if tensor is None else tensor.to(kind).contiguous() for tensor in tensors]
-
-
 def _native(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -161,7 +155,7 @@ def _native(
     placed = layout(x, channel_dim)
     kind = sum_dtype(x.dtype)
     z, mean, var = _library.kernels("native", "batch_norm").batch_norm(
-        placed.tensor, *_constants(kind, weight, bias), eps, kind
+        placed.tensor, *constants(kind, weight, bias), eps, kind
     )
     return placed.restored(z), mean, var
 
@@ -180,7 +174,7 @@ def _native_backward(
     of_x, of_weight, of_bias = _library.kernels("native", "batch_norm").batch_norm_backward(
         alike.contiguous().view(placed.tensor.shape),
         placed.tensor,
-        *_constants(mean.dtype, weight, mean, var),
+        *constants(mean.dtype, weight, mean, var),
         eps,
     )
     return placed.restored(of_x), of_weight, of_bias

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .checks import check_floating
+from .checks import check_floating, check_same_device
 
 
 class Layout(NamedTuple):
@@ -42,6 +42,25 @@ def check_channels(op: str, x: torch.Tensor, channel_dim: int) -> int:
             f"dimensions), got {channel_dim}"
         )
     return channel_dim % x.dim()
+
+
+def check_constants(op: str, x: torch.Tensor, dim: int, **tensors: torch.Tensor | None) -> None:
+    """Numbers per channel, [C] floating point on x's device, by the names of their arguments."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        check_floating(op, name, tensor)
+        if tensor.shape != (x.shape[dim],):
+            raise ValueError(
+                f"{op}: {name} must have shape [{x.shape[dim]}] (the channels of x), got "
+                f"{list(tensor.shape)}"
+            )
+    check_same_device(op, x=x, **tensors)
+
+
+def constants(kind: torch.dtype, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """Numbers per channel as the kernels take them: contiguous, in the dtype they compute in."""
+    return [None if tensor is None else tensor.to(kind).contiguous() for tensor in tensors]
 
 
 def layout(x: torch.Tensor, dim: int) -> Layout:

@@ -21,8 +21,16 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import _library
-from .channels import across, channels_of, check_channels, layout, one_by_one, pooled_dims
-from .checks import check_floating, check_same_device
+from .channels import (
+    across,
+    channels_of,
+    check_channels,
+    check_constants,
+    constants,
+    layout,
+    one_by_one,
+    pooled_dims,
+)
 from .sparse_matmul import sum_dtype
 
 
@@ -129,16 +137,7 @@ def _checked(
     if (scale is None) != (shift is None):
         given, missing = ("shift", "scale") if scale is None else ("scale", "shift")
         raise ValueError(f"{op}: {given} needs {missing}, got {given} alone")
-    for name, tensor in (("threshold", threshold), ("scale", scale), ("shift", shift)):
-        if tensor is None:
-            continue
-        check_floating(op, name, tensor)
-        if tensor.shape != (x.shape[dim],):
-            raise ValueError(
-                f"{op}: {name} must have shape [{x.shape[dim]}] (the channels of x), got "
-                f"{list(tensor.shape)}"
-            )
-    check_same_device(op, x=x, threshold=threshold, scale=scale, shift=shift)
+    check_constants(op, x, dim, threshold=threshold, scale=scale, shift=shift)
     return dim, threshold.detach()
 
 
@@ -200,12 +199,6 @@ def threshold_codes_reference(
 # -- implementations -------------------------------------------------------------------------------
 
 
-def _constants(x: torch.Tensor, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """Numbers per channel as the kernels take them: contiguous, in the dtype they compute in."""
-    kind = sum_dtype(x.dtype)
-    return [None if tensor is None else tensor.to(kind).contiguous() for tensor in tensors]
-
-
 def _dense(backend: str) -> Any:
     def run(
         x: torch.Tensor,
@@ -218,7 +211,7 @@ def _dense(backend: str) -> Any:
             return threshold_relu_reference(x, threshold, scale, shift, channel_dim)
         placed = layout(x, channel_dim)
         y, counts = _library.kernels(backend, "threshold").threshold_relu(
-            placed.tensor, *_constants(x, threshold, scale, shift)
+            placed.tensor, *constants(sum_dtype(x.dtype), threshold, scale, shift)
         )
         return placed.restored(y), counts
 
@@ -237,7 +230,7 @@ def _compacted(backend: str) -> Any:
             return threshold_codes_reference(x, threshold, scale, shift, channel_dim)
         placed = layout(x, channel_dim)
         values, indices, counts = _library.kernels(backend, "threshold").threshold_codes(
-            placed.tensor, *_constants(x, threshold, scale, shift)
+            placed.tensor, *constants(sum_dtype(x.dtype), threshold, scale, shift)
         )
         if placed.moved:  # from places in memory to indices, and into their order
             channels, inner = x.shape[channel_dim], math.prod(x.shape[channel_dim + 1 :])
