@@ -44,12 +44,18 @@ def _add_vae_sae(studies: Any) -> None:
     add("--seeds", type=int, metavar="N", help="seeds 0..N-1 (default: 2 for small, 3 for full)")
     add("--data", nargs="+", metavar="SET=FILE", default=[],
         help="published files of the data sets; others are rendered")  # fmt: skip
+    _add_run(parser, "vae-sae")
+    parser.set_defaults(function=_vae_sae, command="reproduce vae-sae")
+
+
+def _add_run(parser: argparse.ArgumentParser, study: str) -> None:
+    """The flags of every study."""
+    add = parser.add_argument
     add("--set", nargs="+", metavar="NAME=VALUE", default=[], dest="settings",
-        help="change the protocol: flags of 'train vae-sae' that no arm sets")  # fmt: skip
+        help=f"change the protocol: flags of 'train {study}' that no arm sets")  # fmt: skip
     add("--jobs", type=int, help="cells at a time (default: the processors, or 1 with a GPU)")
     add("--progress", action=argparse.BooleanOptionalAction, default=True,
         help="show a progress bar (default: yes)")  # fmt: skip
-    parser.set_defaults(function=_vae_sae, command="reproduce vae-sae")
 
 
 def _add_sparling(studies: Any) -> None:
@@ -75,11 +81,7 @@ def _add_sparling(studies: Any) -> None:
     add("--seeds", type=int, metavar="N",
         help="seeds 0..N-1, at most 3 of other arms (default: 6 for tiny, else 1)")  # fmt: skip
     add("--data", metavar="FOLDER", help="of the AudioMNIST recordings (preset audio)")
-    add("--set", nargs="+", metavar="NAME=VALUE", default=[], dest="settings",
-        help="change the protocol: flags of 'train sparling' that no arm sets")  # fmt: skip
-    add("--jobs", type=int, help="cells at a time (default: the processors, or 1 with a GPU)")
-    add("--progress", action=argparse.BooleanOptionalAction, default=True,
-        help="show a progress bar (default: yes)")  # fmt: skip
+    _add_run(parser, "sparling")
     parser.set_defaults(function=_sparling, command="reproduce sparling")
 
 
