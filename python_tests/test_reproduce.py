@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from processes import spawn
+from reproductions import command_of, results
 
 from sparsekern.cli import main
 from sparsekern.data import dsprites
@@ -24,18 +25,7 @@ TINY = (
 
 
 def command(folder, *flags, settings=TINY):
-    words = ["reproduce", "vae-sae", "--no-progress", "--out", folder, *flags, "--set", *settings]
-    return list(map(str, words))
-
-
-def results(folder):
-    """Of all finished cells, without what depends on the clock."""
-    found = {}
-    for path in sorted((folder / "cells").glob("*/results.json")):
-        found[path.parent.name] = json.loads(path.read_text())
-        for name in ("images_per_second", "seconds"):
-            del found[path.parent.name][name]
-    return found
+    return command_of("vae-sae", folder, *flags, settings=settings)
 
 
 # -- the grid --------------------------------------------------------------------------------------

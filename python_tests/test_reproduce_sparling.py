@@ -1,12 +1,12 @@
 """`sparsekern reproduce sparling`: the grid, the report's numbers, and what killing it does."""
 
 import csv
-import json
 import signal
 import time
 
 import pytest
 from processes import spawn
+from reproductions import command_of, results
 
 from sparsekern.cli import main
 from sparsekern.studies.reproduction import epochs_done
@@ -22,18 +22,7 @@ WANTED = ("--arms", "sparling", "l1-3", "--seeds", "1", "--jobs", "2")
 
 
 def command(folder, *flags, settings=SMALL):
-    words = ["reproduce", "sparling", "--no-progress", "--out", folder, *flags, "--set", *settings]
-    return list(map(str, words))
-
-
-def results(folder):
-    """Of all finished cells, without what depends on the clock."""
-    found = {}
-    for path in sorted((folder / "cells").glob("*/results.json")):
-        found[path.parent.name] = json.loads(path.read_text())
-        for name in ("samples_per_second", "seconds"):
-            del found[path.parent.name][name]
-    return found
+    return command_of("sparling", folder, *flags, settings=settings)
 
 
 # -- the grid --------------------------------------------------------------------------------------
