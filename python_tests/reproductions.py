@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 
-CLOCK = ("images_per_second", "samples_per_second", "seconds")
+CLOCK = ("images_per_second", "samples_per_second", "seconds", "draw_seconds")
 
 
 def command_of(study: str, folder, *flags, settings) -> list[str]:

@@ -137,6 +137,16 @@ def test_one_outlier_does_not_spoil_the_rest(target):
     )
 
 
+def test_a_constant_channel(target):
+    """Whose float32 sum is off by more than its deviation, which is zero."""
+    for constant in (1000.1, 12345.678, -3e7):
+        x = torch.full((4, 2, 4096), constant, device=target.device)
+        found = batch_norm(x)
+        assert float((found.mean - x[0, 0, 0]).abs().max()) <= abs(constant) * 1.2e-7
+        if target.name == "native-cpu":
+            assert float(found.tensor.abs().max()) <= abs(constant) * 1.2e-7 / 1e-5**0.5
+
+
 def test_nan_and_infinity_stay_in_their_channel(target):
     for odd in (float("nan"), float("inf")):
         x = torch.randn(50, 3, device=target.device)

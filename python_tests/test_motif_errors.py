@@ -129,3 +129,10 @@ def test_edit_errors():
 def test_shapes_that_do_not_fit():
     with pytest.raises(ValueError, match=r"motifs must have shape \[2, M, 5\].*got \[2, 1, 3\]"):
         find_motifs(torch.zeros(2, 1, 6, 6), torch.zeros(2, 1, 3, dtype=torch.int64))
+
+
+def test_a_share_of_nothing_has_no_interval():
+    found = find_motifs(torch.zeros(3, 2, 8), torch.tensor([[[0, 2, 5]]] * 3))
+    intervals = bootstrap_errors(found, 2, 2, one_to_one=True, resamples=20)
+    assert intervals["fne"] == (1.0, 1.0)
+    assert all(math.isnan(end) for name in ("fpe", "ce") for end in intervals[name])

@@ -173,13 +173,84 @@ def test_bad_input():
     layer = SpatialSparsity(3, 0.1)
     with pytest.raises(ValueError, match=r"must have 3 channels in dimension 1, got shape \[2, 4"):
         layer(torch.randn(2, 4, 5))
+    for wrong in ({"per_channel": "yes"}, {"affine": 1.0}):
+        with pytest.raises(TypeError, match=f"{next(iter(wrong))} must be one of "):
+            SpatialSparsity(3, 0.1, **wrong)
     with pytest.raises(TypeError, match="density must be a number, got 'half'"):
         layer.density = "half"
     x = torch.randn(2, 3, 5)
     x[0, 1, 2] = float("nan")
-    with pytest.raises(ValueError, match="x must not hold NaN"):
+    with pytest.raises(ValueError, match=r"x must be finite, .* got 10 activations"):
         layer(x)
     assert not layer.threshold.any(), "nothing was taken in"
+
+
+def test_what_is_not_finite():
+    plain = SpatialSparsity(2, 0.5, affine=None)
+    for odd in (float("inf"), float("nan")):
+        x = torch.randn(4, 2, 9)
+        x[1, 0, 3] = odd
+        with pytest.raises(ValueError, match=r"x must be finite, .* got 1 activations"):
+            plain(x)
+    plain(torch.tensor([[3e38, -3e38], [3e38, 3e38]]))  # whose sum is not, but each of them is
+    layer = SpatialSparsity(2, 0.5)
+    layer.weight.data[0] = float("nan")
+    with pytest.raises(ValueError, match="as must weight and bias, got 20 activations"):
+        layer(torch.randn(20, 2))
+    with pytest.raises(ValueError, match=r"more than one activation per channel.*\[1, 2, 1\]"):
+        SpatialSparsity(2, 0.1)(torch.randn(1, 2, 1))
+
+
+def test_running_statistics_are_those_of_batch_normalisation():
+    """By the kernel, and where torch's own is used (long periods of channels)."""
+    torch.manual_seed(0)
+    for channels, space in ((3, (7, 5)), (600, (2,)), (4, (100,))):
+        layer = SpatialSparsity(channels, 0.1)
+        norm = torch.nn.BatchNorm1d(channels)
+        for _ in range(4):
+            x = torch.randn(6, channels, *space) * 3 + 1
+            layer(x), norm(x.flatten(2))
+        torch.testing.assert_close(layer.running_mean, norm.running_mean)
+        torch.testing.assert_close(layer.running_var, norm.running_var)
+
+
+@pytest.mark.parametrize("affine", [True, False, None])
+def test_training_compiles_into_one_graph(affine):
+    torch.compiler.reset()
+    eager, compiled = (SpatialSparsity(3, 0.1, affine=affine) for _ in range(2))
+    step = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    for seed in range(3):
+        x = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(step(x), eager(x))
+    torch.testing.assert_close(compiled.threshold, eager.threshold)
+    assert compiled.threshold.any()
+
+
+def test_a_density_that_rises_starts_accumulating_anew():
+    torch.manual_seed(0)
+    layer = SpatialSparsity(2, 1e-3, 1.0, accumulate=5, affine=None)
+    for _ in range(4):
+        layer(torch.randn(1000, 2))
+    assert int(layer.rows) == 4000 and not layer.threshold.any()
+    layer.density = 4e-3
+    x = torch.randn(1000, 2)
+    layer(x)  # 20 activations are expected of all, for which too few were kept; 4 of this one
+    assert int(layer.rows) == 1000 and not layer.threshold.any()
+    more = torch.randn(1000, 2)
+    layer(more)
+    kept = torch.cat((x, more)).kthvalue(1992, dim=0).values
+    torch.testing.assert_close(layer.threshold, kept)
+
+
+def test_a_batch_that_is_enough_by_itself_is_taken_alone():
+    layer = SpatialSparsity(1, 0.01, 1.0, accumulate=5, affine=None)
+    layer(torch.arange(1000.0, 1400.0).view(-1, 1))
+    assert int(layer.rows) == 400
+    layer(torch.arange(600.0).view(-1, 1))
+    assert float(layer.threshold) == 593 and int(layer.rows) == 0
+    layer(torch.zeros(400, 1))
+    layer(torch.zeros(100, 1))
+    assert float(layer.threshold) == 0, "nothing of the first batch is left"
 
 
 # -- annealing -------------------------------------------------------------------------------------

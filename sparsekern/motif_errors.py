@@ -3,6 +3,7 @@
 Definitions, of Gupta et al. (arXiv 2302.01976), section 4, and the authors' public code. Each true
 motif has a region, its box widened by a margin. Its prediction is the channel of the largest
 activation in the region, or none if all are zero; then all activations in the region are consumed.
+An activation in the regions of two motifs is the first one's, in the order of the motifs.
 
     FNE = motifs without a prediction / motifs
     FPE = activations never consumed / (activations never consumed + motifs with a prediction)
@@ -149,7 +150,7 @@ def _errors(found: Found, confusion: np.ndarray, assignment: tuple[int, ...]) ->
     )
 
 
-def _share(part: int, whole: int) -> float:
+def _share(part: float, whole: float) -> float:
     return part / whole if whole else float("nan")
 
 
@@ -177,12 +178,16 @@ def bootstrap_errors(
     for i in range(resamples):
         motifs, matches, wrongs, spare = facts[generator.integers(n, size=n)].sum(0)
         draws[i] = (
-            spare / max(spare + matches, 1),
-            (motifs - matches) / max(motifs, 1),
-            wrongs / max(matches, 1),
+            _share(spare, spare + matches),
+            _share(motifs - matches, motifs),
+            _share(wrongs, matches),
         )
-    low, high = np.quantile(draws, (0.025, 0.975), axis=0)
-    return {name: (low[i], high[i]) for i, name in enumerate(("fpe", "fne", "ce"))}
+    intervals = {}
+    for name, column in zip(("fpe", "fne", "ce"), draws.T, strict=True):
+        known = column[~np.isnan(column)]  # a resample can lack what the share is of
+        low, high = np.quantile(known, (0.025, 0.975)) if len(known) else (np.nan, np.nan)
+        intervals[name] = (float(low), float(high))
+    return intervals
 
 
 # -- labels ----------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 """Whether a readout takes activations for the symbols that they stand for.
 
-Definition, of Gupta et al. (arXiv 2302.01976), section 4: of an input whose label is predicted
+Definition, after Gupta et al. (arXiv 2302.01976), section 4: of an input whose label is predicted
 exactly, the activations of one motif are moved to the channel of another symbol. The readout is
 consistent there if it then predicts the label in which that symbol was replaced. Only local maxima
 of each channel take part, before and after: the many activations around a motif may hold more than
-its symbol.
+its symbol. So an input counts whose label is predicted exactly from its local maxima alone.
 """
 
 from __future__ import annotations

@@ -33,13 +33,14 @@ double at_or(const Scalar* numbers, int64_t channel, double missing) {
 }
 
 // Reads x twice for the moments, since the variance is that around the mean, and once to write z.
+// The second reading also tells what the first mean was off by.
 template <class Stored, class Scalar>
 void forward(const Stored* x, const ChannelShape& shape, const Scalar* weight, const Scalar* bias,
              double eps, Stored* z, Scalar* mean, Scalar* var, int threads) {
   using Lanes = typename Sum<Stored>::Lanes;
   const ChannelPieces<Sum<Stored>::kLanes> pieces(shape);
   const double n = static_cast<double>(shape.per_channel());
-  const Buffer<double> totals(shape.channels);
+  const Buffer<double> totals(2 * shape.channels);
 
   channel_sums<Lanes, 1>(
       pieces,
@@ -48,16 +49,23 @@ void forward(const Stored* x, const ChannelShape& shape, const Scalar* weight, c
       },
       totals.get(), threads);
   for (int64_t c = 0; c < shape.channels; ++c) mean[c] = static_cast<Scalar>(totals.get()[c] / n);
-  const Spread<Stored> means(pieces, [mean](int64_t c) { return mean[c]; });
+  const Spread<Stored> first_means(pieces, [mean](int64_t c) { return mean[c]; });
 
-  channel_sums<Lanes, 1>(
+  channel_sums<Lanes, 2>(
       pieces,
-      [x, &means](int64_t first, int count, int64_t place, Lanes* sums) {
-        const Lanes away = load_some(x + first, count) - means[place];
-        sums[0] = multiply_add(away, away, sums[0]);
+      [x, &first_means](int64_t first, int count, int64_t place, Lanes* sums) {
+        const Lanes away = load_some(x + first, count) - first_means[place];
+        sums[0] += away;
+        sums[1] = multiply_add(away, away, sums[1]);
       },
       totals.get(), threads);
-  for (int64_t c = 0; c < shape.channels; ++c) var[c] = static_cast<Scalar>(totals.get()[c] / n);
+  for (int64_t c = 0; c < shape.channels; ++c) {
+    const double off = totals.get()[c] / n;
+    mean[c] = static_cast<Scalar>(static_cast<double>(mean[c]) + off);
+    const double square = totals.get()[shape.channels + c] / n - off * off;
+    var[c] = static_cast<Scalar>(square < 0 ? 0 : square);  // NaN stays
+  }
+  const Spread<Stored> means(pieces, [mean](int64_t c) { return mean[c]; });
 
   const Spread<Stored> scales(pieces, [=](int64_t c) {
     return at_or(weight, c, 1) / std::sqrt(static_cast<double>(var[c]) + eps);

@@ -158,6 +158,12 @@ class DigitCircle(MotifDomain):
         inputs = self._images(start, motifs)
         return MotifBatch(*(torch.from_numpy(array) for array in (inputs, labels, motifs)))
 
+    @property
+    def origin(self) -> str:
+        if self != DigitCircle():
+            return "digits on a circle, smaller or easier than the published domain: our own"
+        return "digits on a circle as published, with bitmaps of our own and without overlaps"
+
     def replacements(self, label: list[int], symbols: list[int]) -> list[Replacement]:
         found = []
         for motif, symbol in enumerate(symbols):

@@ -67,6 +67,14 @@ class LatexFormulas(MotifDomain):
         )
 
     @property
+    def origin(self) -> str:
+        return (
+            "formulas as published, with token weights of our own; an activation in the regions of "
+            "two motifs counts for the first one, which leaves fraction bars and parentheses "
+            "without one at times, whatever found them"
+        )
+
+    @property
     def symbols(self) -> tuple[str, ...]:
         return SYMBOLS
 

@@ -59,6 +59,11 @@ class MotifDomain(ABC):
 
     @property
     @abstractmethod
+    def origin(self) -> str:
+        """What the samples are, and how far they are the published ones: for reports."""
+
+    @property
+    @abstractmethod
     def symbols(self) -> tuple[str, ...]:
         """What the first column of ``motifs`` counts."""
 

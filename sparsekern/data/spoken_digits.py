@@ -77,6 +77,15 @@ class SpokenDigits(MotifDomain):
         object.__setattr__(self, "_sounds", sounds)
 
     @property
+    def origin(self) -> str:
+        if self.folder is None:
+            return (
+                "digits synthesised as stand-ins for the recordings of AudioMNIST; what is found "
+                "on them says nothing about those"
+            )
+        return "recordings of AudioMNIST"
+
+    @property
     def symbols(self) -> tuple[str, ...]:
         return tuple(map(str, range(DIGITS)))
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.batch_norm import batch_norm
+from ..ops.batch_norm import batch_norm, quicker_than_torch
 from ..ops.channels import check_channels
 from ..ops.checks import check_count
 from ..ops.threshold import channel_threshold, check_density
@@ -42,9 +42,9 @@ class SpatialSparsity(nn.Module):
         per_channel: a threshold for each channel (Sparling's MT); otherwise a single one over all
             of them (ST).
         accumulate: number of motifs, at least 1: update the threshold only when so many activations
-            are expected above the quantile, from as many batches as that takes. For densities at
-            which a batch holds less than one activation; costs memory for 2 * accumulate + 2
-            activations per channel.
+            are expected above the quantile, from as many batches as that takes; a batch that is
+            enough by itself is taken alone. For densities at which a batch holds less than one
+            activation; costs memory for 2 * accumulate + 2 activations per channel.
         affine: give the normalisation a trained scale and shift; None for no normalisation.
         channel_dim: which dimension of x holds the channels: 1, or -1 for channels last.
 
@@ -56,8 +56,8 @@ class SpatialSparsity(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument is out of its range; x has another number of channels,
-            or, on a CPU in training, NaN in it. (On a GPU, where looking would make the host wait,
-            NaN passes through to the loss.)
+            or, on a CPU in training, is not finite. (On a GPU, where looking would make the host
+            wait, in evaluation and when compiled, NaN passes through to the loss.)
 
     Source: Gupta et al., Sparling (arXiv 2302.01976), section 3, and the authors' public code.
 
@@ -105,6 +105,11 @@ class SpatialSparsity(nn.Module):
             raise TypeError(f"{op}: momentum must be a number, got {momentum!r}")
         if not 0 < momentum <= 1:
             raise ValueError(f"{op}: momentum must be above 0 and at most 1, got {momentum}")
+        for name, value, allowed in (
+            ("per_channel", per_channel, (True, False)), ("affine", affine, (True, False, None)),
+        ):  # fmt: skip
+            if not any(value is option for option in allowed):
+                raise TypeError(f"{op}: {name} must be one of {allowed}, got {value!r}")
         if channel_dim not in (1, -1):
             raise ValueError(f"{op}: channel_dim must be 1 or -1, got {channel_dim}")
         self.momentum, self.per_channel, self.affine = momentum, per_channel, affine
@@ -186,11 +191,17 @@ class SpatialSparsity(nn.Module):
             return x if self.affine is None else self._torch_normalised(x, dim)
         if self.affine is None:
             z = x
-            self._refuse_nan(x, x)
-        elif x.device.type == "cpu" and x.numel() > self.channels:
+            self._check_finite(x, x)
+        elif x.numel() == self.channels:
+            raise ValueError(
+                "SpatialSparsity: x must have more than one activation per channel in training, "
+                f"which its normalisation needs, got shape {list(x.shape)}"
+            )
+        elif quicker_than_torch(x, dim):
             z = self._normalised(x, dim)
         else:
             z = self._torch_normalised(x, dim)
+            self._check_finite(z.detach(), z)
         with torch.no_grad():
             self._update_threshold(z, dim)
         return z
@@ -208,7 +219,7 @@ class SpatialSparsity(nn.Module):
         z, mean, var = batch_norm(x, self.weight, self.bias, eps=EPS, channel_dim=dim)
         with torch.no_grad():
             numbers = (t for t in (mean, var, self.weight, self.bias) if t is not None)
-            self._refuse_nan(torch.cat(list(numbers)), z)
+            self._check_finite(torch.cat(list(numbers)), z)
             elements = x.numel() // self.channels
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), 0.1)
             unbiased = var * (elements / (elements - 1))
@@ -239,17 +250,23 @@ class SpatialSparsity(nn.Module):
         if self.accumulate is not None and elements * self.density < self.accumulate:
             quantile = self._accumulated(z, dim, elements)
         else:
+            if self.accumulate is not None:  # enough by itself
+                self._forget()
             self._warn_of_few(elements)
             quantile = channel_threshold(z, self.density, channel_dim=dim)
         if quantile is not None:
             self.threshold.lerp_(quantile.to(self.threshold.dtype), self.momentum)
 
-    def _refuse_nan(self, numbers: Tensor, z: Tensor) -> None:
-        """Raise if there is NaN in numbers that any NaN in z makes NaN, on a CPU."""
-        if numbers.device.type == "cpu" and bool(numbers.sum().isnan()):
+    def _check_finite(self, numbers: Tensor, z: Tensor) -> None:
+        """Raise if z is not finite, on a CPU; then there are such numbers, too."""
+        if numbers.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        if bool(numbers.sum().isfinite()):
+            return
+        if count := int(z.isfinite().logical_not().sum()):
             raise ValueError(
-                f"SpatialSparsity: x must not hold NaN, got {int(z.isnan().sum())} of them after "
-                "the normalisation (infinities become NaN there)"
+                f"SpatialSparsity: x must be finite, as must weight and bias, got {count} "
+                "activations that are NaN or infinite after the normalisation"
             )
 
     def _warn_of_few(self, elements: int) -> None:
@@ -269,23 +286,31 @@ class SpatialSparsity(nn.Module):
         """The quantile over this and earlier batches, once enough activations are expected.
 
         Of n elements so far, the threshold at the end is among the n * density + 2 largest of a
-        channel, and n * density stays below 2 * accumulate: so that many are kept.
+        channel, and n * density stays below 2 * accumulate: so that many are kept. Only where the
+        density has risen since are they too few; then the earlier batches are left out.
         """
+        enough = self.accumulate or 0
         room = self.largest.shape[1]
-        together = torch.cat((self.largest, self._largest_of(z, dim, room)), 1)
-        self.largest.copy_(topk(together, room).values)
         if self._rows is None:
             self._rows = int(self.rows)
+        if (self._rows + elements) * self.density >= 2 * enough:
+            self._forget()
+        together = torch.cat((self.largest, self._largest_of(z, dim, room)), 1)
+        self.largest.copy_(topk(together, room).values)
         self._rows += elements
         self.rows.fill_(self._rows)
-        if self._rows * self.density < (self.accumulate or 0):
+        if self._rows * self.density < enough:
             return None
         place = self._rows - max(1, int(self._rows * (1 - self.density)))
         quantile = self.largest[:, place].clone()
+        self._forget()
+        return quantile
+
+    def _forget(self) -> None:
+        """Leave out what has been accumulated."""
         self._rows = 0
         self.largest.fill_(-math.inf)
         self.rows.zero_()
-        return quantile
 
     def _largest_of(self, z: Tensor, dim: int, count: int) -> Tensor:
         """At most `count` of the largest of each channel of z, float32 [C, ...]; any others matter

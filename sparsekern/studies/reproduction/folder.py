@@ -27,6 +27,8 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise RunError(f"--out must be a folder, got the file {folder}") from error
+    except OSError as error:
+        raise RunError(f"--out cannot be written: {folder} ({error.strerror})") from error
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)

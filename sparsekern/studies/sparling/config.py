@@ -7,6 +7,7 @@ source says "ours", a choice declared by us. Time is counted in training samples
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -139,6 +140,32 @@ _PUBLISHED: dict[str, Any] = {
     "learning_rate": 2e-4,
     "precision": "bfloat16",
 }
+# What the authors used besides a field's default.
+_THEIRS: dict[str, tuple[Any, ...]] = {
+    "samples": (6_000_000, 60_000_000),
+    "density_start": (0.5,),
+    "momentum": (0.1,),
+    "target_fall": (1e-7,),
+    "validate_every": (20_000,),
+    "validation_samples": (10_000,),
+    "batch_size": (8, 10),
+    "learning_rate": (1e-5,),
+    "affine": (False,),
+    "accumulate": (10,),
+}
+
+
+def source_of(name: str, config: Mapping[str, Any]) -> str:
+    """Where the value of a field comes from."""
+    value = config[name]
+    if (name, value) == ("domain", "tiny"):
+        return OURS
+    if value in _THEIRS.get(name, ()):
+        return CODE
+    field = SparlingConfig.__dataclass_fields__[name]
+    return str(field.metadata["source"]) if value == field.default else OURS
+
+
 # Batches larger than the published ones of 10 and 8, with a rate larger than 1e-5: for one GPU.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},

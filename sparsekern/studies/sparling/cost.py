@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any, NamedTuple
 
 import torch
@@ -21,18 +22,20 @@ BANDWIDTH, BANDWIDTH_SHARE = 4.8e12, 0.5
 # what was kept: six times its bfloat16 bytes.
 BYTES_PER_ACTIVATION = 6 * 2
 COUNTED = 2  # samples in the step that is counted
+DRAWN = 32  # samples whose drawing is timed
 
 
 class Cost(NamedTuple):
-    """Of one sample in training."""
+    """Of one sample."""
 
     flops: float
-    """Of convolutions, products and attention, forward and backward."""
+    """Of convolutions, products and attention in training, forward and backward."""
     bytes: float
     """Moved for the outputs of all modules."""
 
     def gpu_seconds(self) -> float:
-        """Estimated seconds of one H200, not measured: products and memory do not overlap."""
+        """Estimated seconds of training on one H200, not measured: products and memory do not
+        overlap."""
         products = self.flops / (FLOPS * FLOPS_SHARE)
         return products + self.bytes / (BANDWIDTH * BANDWIDTH_SHARE)
 
@@ -64,6 +67,13 @@ def cost_of(model: MotifModel, domain: MotifDomain, device: torch.device) -> Cos
         for module, training in modes.items():
             module.training = training
     return Cost(counter.get_total_flops() / COUNTED, BYTES_PER_ACTIVATION * elements / COUNTED)
+
+
+def draw_seconds(domain: MotifDomain) -> float:
+    """To draw a sample on one core, measured here."""
+    began = time.perf_counter()
+    domain.batch(0, 0, DRAWN)
+    return (time.perf_counter() - began) / DRAWN
 
 
 def _step(model: MotifModel, domain: MotifDomain, batch: MotifBatch, device: torch.device) -> None:

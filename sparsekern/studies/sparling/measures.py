@@ -130,7 +130,8 @@ def perturbed(
 ) -> dict[str, Any]:
     """Perturbation consistency of a model in evaluation mode, in JSON types: the share, its 95 %
     interval over samples, and the number of inputs tested: a thousand, or as many of `count` test
-    samples as are solved. `measured` is what :func:`measure` found."""
+    samples as can be (see sparsekern.motif_perturbation). `measured` is what :func:`measure`
+    found."""
     channels = channels_of_symbols(measured["assignment"], measured["confusion"])
     generator = np.random.default_rng(0)
     verdicts: list[Tensor] = []

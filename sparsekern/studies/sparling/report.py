@@ -7,8 +7,6 @@ cells.csv, epochs.csv
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,12 +30,12 @@ from ..reproduction.document import (
     page,
 )
 from . import pictures
-from .config import SparlingConfig
+from .config import SparlingConfig, source_of
 from .grid import ARMS, Cell
+from .raw_results import SHARES, as_csv, cell_rows, epoch_rows
 
 TITLE = "Sparling: motifs found by extreme activation sparsity"
 FIGURES = "figures"
-SHARES = ("fpe", "fne", "ce", "e2ee")
 # Percent, of arXiv 2302.01976: FPE, FNE, CE, E2EE, perturbation consistency; means over 9 seeds at
 # the final density.
 PUBLISHED = {
@@ -52,8 +50,9 @@ PUBLISHED_L1 = (
 )  # fmt: skip
 SHARE_NAMES = ("FPE", "FNE", "CE", "E2EE")
 CONSISTENCY = (
-    "Consistency: of inputs that are predicted exactly, one motif's activations are moved to the "
-    "channel of another symbol; the share in which the prediction follows."
+    "Consistency: of inputs that are predicted exactly from the local maxima of their activations, "
+    "one motif's are moved to the channel of another symbol; the share in which the prediction "
+    "follows."
 )
 GOAL = 10.0  # percent, of FPE + FNE + CE
 
@@ -96,8 +95,8 @@ def write(
     (folder / FIGURES).mkdir(exist_ok=True)
     for name, png in document.figures.items():
         write_atomically(folder / FIGURES / f"{name}.png", png)
-    write_atomically(folder / "cells.csv", _csv(_cell_rows(found)))
-    write_atomically(folder / "epochs.csv", _csv(_epoch_rows(found)))
+    write_atomically(folder / "cells.csv", as_csv(cell_rows(found)))
+    write_atomically(folder / "epochs.csv", as_csv(epoch_rows(found)))
     write_atomically(folder / "report.md", markdown(document, FIGURES).encode())
     write_atomically(folder / "report.html", page(document, TITLE).encode())
 
@@ -142,15 +141,18 @@ def _what_was_run(
     first = next(iter(found.values()))
     results, config = first["results"], first["config"]
     seconds = sum(cell["results"]["seconds"] for cell in found.values())
-    backends = ", ".join(sorted(set(results["backends"].values())))
+    backends = ", ".join(
+        sorted({b for v in found.values() for b in v["results"]["backends"].values()})
+    )
     document.add(
         Paragraph(
-            f"Domain {domain.name}: inputs {' x '.join(map(str, domain.space))}, "
+            f"Domain {domain.name} ({domain.origin}): inputs {' x '.join(map(str, domain.space))}, "
             f"{len(domain.symbols)} kinds of motifs, {domain.mean_motifs():.2f} of them in an "
             f"input on average. Each cell saw {config['samples']} training samples, each once. "
             f"Measured on {results['test_samples']} test samples, on {results['device']}, "
-            f"operations by {backends}; {seconds:.0f} seconds of training in all. sparsekern "
-            f"{__version__}, torch {torch.__version__}, usable processors: {usable_processors()}. "
+            f"the bottleneck's operations by {backends}; {seconds:.0f} seconds of training in "
+            f"all. sparsekern {__version__}, torch {torch.__version__}, usable processors: "
+            f"{usable_processors()}. "
             "In tables, ± is the standard deviation over seeds; all errors are percentages."
         )
     )
@@ -176,16 +178,22 @@ def _main(document: Document, folder: Path, study: Found, domain: MotifDomain) -
                     f"({100 * results['validation_exact']:.1f} % exact): FPE + FNE + CE "
                     f"{totals[best]:.2f} %, end-to-end error {percent(results, 'e2ee'):.2f} %."
                 ),
-                "Motif labels took no part in training, in annealing, or in this choice.",
+                (
+                    "Labels of motifs took no part in training, in annealing, or in this choice; "
+                    f"their mean number, {domain.mean_motifs():.2f}, did: it sets the density at "
+                    "which annealing ends."
+                ),
+                *_not_annealed(study),
             ]
         ),
     )
+    tested = {cell: v["results"]["perturbation"]["inputs"] for cell, v in study.items()}
     rows = [
         [
             str(cell.seed),
             *(_interval(value["results"], name) for name in SHARES),
             f"{totals[cell]:.2f}",
-            _interval(value["results"], "perturbation"),
+            f"{_interval(value['results'], 'perturbation')} of {tested[cell]}",
             f"{value['results']['relative_density']:.2f}",
             f"{100 * value['results']['validation_exact']:.1f}",
         ]
@@ -215,6 +223,11 @@ def _main(document: Document, folder: Path, study: Found, domain: MotifDomain) -
         "many), green when right and red when not.",
     )
     _channels(document, results, domain)
+
+
+def _not_annealed(study: Found) -> list[str]:
+    late = [str(cell.seed) for cell, v in study.items() if v["results"]["annealed_at"] is None]
+    return [f"Not at that density by the end of training: seeds {', '.join(late)}."] if late else []
 
 
 def _records(value: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -325,71 +338,30 @@ def _l1_reading(shown: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         f"CE {means[best]:.1f} % on average."
     )
     if ours is not None:
-        text += f" Thresholds with annealing reach {ours:.1f} % after the same samples."
+        ends = []
+        for arm in (best, "sparling"):
+            totals = sorted(motif_total(value["results"]) for value in shown[arm])
+            ends.append(f"{totals[0]:.1f} to {totals[-1]:.1f} %")
+        text += (
+            f" Thresholds with annealing reach {ours:.1f} % after the same samples. Single seeds: "
+            f"{ends[0]} under that weight of L1, {ends[1]} with thresholds."
+        )
     return text + " The weight is chosen here by motif labels, in favour of L1."
 
 
 def _protocol(document: Document, found: Found) -> None:
     config = next(iter(found.values()))["config"]
-    sources = SparlingConfig.sources()
     defaults = SparlingConfig.__dataclass_fields__
     rows = [
         [
             name,
             str(config[name]),
-            source if config[name] == defaults[name].default else "ours",
+            source_of(name, config),
             defaults[name].metadata["help"],
         ]
-        for name, source in sources.items()
+        for name in SparlingConfig.sources()
     ]
     document.add(
         Heading("Protocol"),
         Table(["setting", "value", "source", "what it is"], rows, "Of the first cell."),
     )
-
-
-# -- raw results -----------------------------------------------------------------------------------
-
-
-def _cell_rows(found: Found) -> list[dict[str, Any]]:
-    rows = []
-    for cell, value in found.items():
-        results = value["results"]
-        shares = {
-            f"{name}{end and '_' + end}": results[name][end or "value"]
-            for name in (*SHARES, "exact", "perturbation")
-            for end in ("", "low", "high")
-        }
-        plain = (
-            "validation_exact", "density", "relative_density", "annealed_at", "samples_per_second",
-            "seconds", "device",
-        )  # fmt: skip
-        rows.append(
-            {"arm": cell.arm, "seed": cell.seed, **shares, **{n: results[n] for n in plain}}
-        )
-    return rows
-
-
-def _epoch_rows(found: Found) -> list[dict[str, Any]]:
-    names = (
-        "learning_rate", "density", "loss", "accuracy", "target", "fpe", "fne", "ce",
-        "relative_density",
-    )  # fmt: skip
-    return [
-        {
-            "arm": cell.arm,
-            "seed": cell.seed,
-            "samples": (epoch["epoch"] + 1) * value["config"]["validate_every"],
-            **{name: epoch.get(name) for name in names},
-        }
-        for cell, value in found.items()
-        for epoch in value["epochs"]
-    ]
-
-
-def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    stream = io.StringIO(newline="")
-    writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return stream.getvalue().encode()

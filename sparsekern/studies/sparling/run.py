@@ -17,11 +17,11 @@ from ...training.runs import write_atomically
 from ..configs import Report, backends_of, check_packages, read_config, usable_device
 from . import measures, pictures
 from .config import PRESETS, SparlingConfig
-from .cost import Cost, cost_of
+from .cost import Cost, cost_of, draw_seconds
 from .task import CHANNELS, SparlingTask
 
 NAME = "sparling"
-OPERATIONS = ("channel_threshold", "threshold_relu", "topk")
+OPERATIONS = ("channel_threshold", "threshold_relu")  # of the bottleneck with thresholds
 FILES = ("results.json", "metrics.jsonl", "motifs.png")
 
 
@@ -60,8 +60,9 @@ def run(config: SparlingConfig, folder: str | Path, *, resume: bool = False) -> 
                 "samples_per_second": outcome.examples_per_second,
                 "seconds": config.samples / outcome.examples_per_second,
                 "cost": cost_of(task.motifs, domain, device)._asdict(),
+                "draw_seconds": draw_seconds(domain),
                 "device": device.type,
-                "backends": backends_of(OPERATIONS, device.type),
+                "backends": backends_of(OPERATIONS if task.sparse else (), device.type),
             }
             picture = pictures.found_motifs(task.motifs, tested, results["assignment"], device)
             write_atomically(place.path / "motifs.png", picture)
@@ -89,6 +90,7 @@ def _measured(
     measured = measures.measure(task.motifs, tested, count, channels, device)
     return {
         "domain": tested.name,
+        "origin": tested.origin,
         "test_samples": count,
         "validation_exact": measures.accuracy(task.motifs, task.domain, task.validation, device),
         "trained_density": float(gate.trained_density) if task.sparse else None,
@@ -109,7 +111,7 @@ def table(results: Mapping[str, Any], config: SparlingConfig) -> str:
         return f"{100 * found['value']:.2f} %  (95 %: {low:.2f} to {high:.2f})"
 
     rows: list[tuple[str, str]] = [
-        ("domain", results["domain"]),
+        ("domain", f"{results['domain']}: {results['origin']}"),
         ("training", f"{config.samples} samples, {results['steps']} steps"),
         ("bottleneck", config.bottleneck),
         ("false positive error", share("fpe")),
@@ -117,13 +119,16 @@ def table(results: Mapping[str, Any], config: SparlingConfig) -> str:
         ("confusion error", share("ce")),
         ("end-to-end error", share("e2ee")),
         ("exact labels", share("exact")),
-        ("perturbation consistency", share("perturbation")),
+        (
+            "perturbation consistency",
+            f"{share('perturbation')}, of {results['perturbation']['inputs']} inputs",
+        ),
         (
             "density",
             f"{results['density']:.3g}, {results['relative_density']:.2f} times the motifs'",
         ),
         ("samples per second", f"{results['samples_per_second']:.3g} in training"),
-        ("cost of a sample", _cost(Cost(**results["cost"]), config)),
+        ("cost of a sample", _cost(Cost(**results["cost"]), results["draw_seconds"], config)),
         *((f"{name} by", served) for name, served in results["backends"].items()),
     ]
     width = max(len(name) for name, _ in rows)
@@ -131,12 +136,17 @@ def table(results: Mapping[str, Any], config: SparlingConfig) -> str:
     return "\n".join([head, *(f"  {name:<{width}}  {value}" for name, value in rows)])
 
 
-def _cost(cost: Cost, config: SparlingConfig) -> str:
-    samples = max(PRESETS.get(config.domain, {}).get("samples", 0), config.samples)
-    hours = samples * cost.gpu_seconds() / 3600
+def _cost(cost: Cost, drawing: float, config: SparlingConfig) -> str:
+    whole = {"samples": config.samples, **PRESETS.get(config.domain, {})}
+    samples, every = whole["samples"], whole.get("validate_every", config.validate_every)
+    validated = samples // every * whole.get("validation_samples", config.validation_samples)
+    seconds = cost.gpu_seconds()
+    # A forward pass is a third of a step.
+    training, validation = (count * seconds / 3600 for count in (samples, validated / 3))
     return (
         f"{cost.flops / 1e9:.3g} GFLOP, {cost.bytes / 1e6:.3g} MB; {samples} samples on an H200: "
-        f"{hours:.2g} h (estimated, not measured)"
+        f"{training:.2g} h and {validation:.2g} h of validation (estimated, not measured); to draw "
+        f"them, {samples * drawing / 3600:.2g} h of one core"
     )
 
 
