@@ -3,7 +3,6 @@ the output and its gradients."""
 
 from __future__ import annotations
 
-import importlib
 import math
 
 import pytest
@@ -14,7 +13,6 @@ from test_sparse_matmul import DTYPE_PAIRS, PAIR_IDS, double
 import sparsekern
 from sparsekern import _library, testing
 from sparsekern.ops.pointwise_conv import (
-    ELEMENTS_PER_CODE,
     pointwise_conv_backward_reference,
     pointwise_conv_reference,
 )
@@ -268,40 +266,6 @@ def test_second_derivatives_equal_the_dense_expression(target):
     for name, a, t, p in zip(("values", "weight", "bias"), actual, truth, near, strict=True):
         # Terms are bounded by the largest element times their number.
         testing.assert_error_rule(name, a, t, p, 16 * t.abs().max())
-
-
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if 0 not in case[0]])
-def test_many_codes_take_the_dense_product(name, monkeypatch):
-    """Without a forced backend; equal to the kernels within rounding, gradients too."""
-    calls = []
-    module = importlib.import_module("sparsekern.ops.pointwise_conv")
-    dense = module.dense_pointwise_conv
-    monkeypatch.setattr(
-        module, "dense_pointwise_conv", lambda *args: calls.append(args) or dense(*args)
-    )
-    shape, dim, _, _ = CASES[name]
-    values, indices, weight, bias = make(name, torch.float32)
-    many = math.prod(shape) // ELEMENTS_PER_CODE + 1
-    indices = indices.repeat(many)[: max(many, len(indices))] if len(indices) else indices
-    values = torch.randn(len(indices))
-    leaves = [t.requires_grad_() for t in (values, weight, bias)]
-
-    def run(backend):
-        with sparsekern.backend(backend):
-            out = sparsekern.pointwise_conv(leaves[0], indices, shape, *leaves[1:], channel_dim=dim)
-        grad = torch.linspace(-1, 1, out.numel()).view(out.shape)
-        return out.detach(), *torch.autograd.grad(out, leaves, grad)
-
-    ours = run("auto")
-    assert len(calls) == (len(indices) > 0)
-    for one, right in zip(ours, run("reference"), strict=True):
-        scale = max(1.0, float(right.detach().abs().max())) if right.numel() else 1.0
-        torch.testing.assert_close(one, right, rtol=1e-4, atol=1e-5 * scale)
-    bad = indices.clone()
-    if len(bad):
-        bad[-1] = math.prod(shape)
-        with pytest.raises(IndexError, match="pointwise_conv: "):
-            sparsekern.pointwise_conv(values, bad, shape, weight, bias, channel_dim=dim)
 
 
 # -- torch's own machinery -------------------------------------------------------------------------

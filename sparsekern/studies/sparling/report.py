@@ -33,6 +33,7 @@ from . import pictures
 from .config import SparlingConfig, source_of
 from .grid import ARMS, Cell
 from .raw_results import SHARES, as_csv, cell_rows, epoch_rows
+from .task import NETWORKS
 
 TITLE = "Sparling: motifs found by extreme activation sparsity"
 FIGURES = "figures"
@@ -363,5 +364,6 @@ def _protocol(document: Document, found: Found) -> None:
     ]
     document.add(
         Heading("Protocol"),
+        Paragraph(NETWORKS[config["domain"]]),
         Table(["setting", "value", "source", "what it is"], rows, "Of the first cell."),
     )

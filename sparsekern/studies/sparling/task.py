@@ -26,6 +26,13 @@ from .config import SparlingConfig
 # Channels, and depth of the published local network, by domain.
 CHANNELS = {"tiny": 4, "digit-circle": 10, "latex": 32, "audio": 10}
 DEPTHS = {"digit-circle": 8, "latex": 32, "audio": 16}
+# For reports: the networks around the bottleneck.
+NETWORKS = {
+    "tiny": "Networks of our own: a convolution of 7 x 5 pixels, as large as a stamp, and two of "
+    "1 x 1 before the bottleneck (with a larger field a channel can settle beside its motif, where "
+    "the metrics do not look); after it a small readout with batch normalisation.",
+    **dict.fromkeys(DEPTHS, "Networks around the bottleneck as published."),
+}
 
 
 class Samples:
