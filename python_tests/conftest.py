@@ -131,6 +131,27 @@ def counted(target: Target) -> Callable[[], None]:
     return count
 
 
+@pytest.fixture
+def instruction_sets() -> Iterator[Iterator[str]]:
+    """The names of the CPU kernels' instruction sets, each in use while it is the newest one; after
+    the test the first one is again, and torch has the threads that it had before."""
+    module, reason = _library.native_module("cpu")
+    if module is None:
+        pytest.skip(reason)
+    threads, names = torch.get_num_threads(), module.instruction_sets()
+
+    def in_turn() -> Iterator[str]:
+        for name in names:
+            module.use_instruction_set(name)
+            yield name
+
+    try:
+        yield in_turn()
+    finally:
+        torch.set_num_threads(threads)
+        module.use_instruction_set(names[0])
+
+
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill what the library allocates uninitialised with NaN or a large number: a forgotten write

@@ -9,7 +9,7 @@ from conftest import FLOATS, TARGETS, activated
 from test_threshold import LAYOUTS, lay_out
 
 import sparsekern
-from sparsekern import _library, testing
+from sparsekern import testing
 from sparsekern.ops import batch_norm
 
 # (shape, dimension of the channels): rows that fill vectors evenly and rows that do not, long runs
@@ -200,34 +200,25 @@ def test_compiled_and_mapped_equal_eager(target):
         testing.assert_same("entry", entry, batch_norm(right, channel_dim=0).tensor)
 
 
-def test_thread_counts_and_instruction_sets():
+def test_thread_counts_and_instruction_sets(instruction_sets):
     """The same bits for every thread count; every instruction set keeps near to torch's."""
-    module, reason = _library.native_module("cpu")
-    if module is None:
-        pytest.skip(reason)
-    before, names = torch.get_num_threads(), module.instruction_sets()
-    try:
-        for name in names:
-            module.use_instruction_set(name)
-            for case, dtype in (
-                ("columns, several parts", FLOATS[0]),
-                ("image, pieces of runs", FLOATS[1]),
-            ):
-                inputs = make(case, dtype)
-                runs = []
-                for threads in (1, 2, 3, 7):
-                    torch.set_num_threads(threads)
-                    runs.append(results(batch_norm, *inputs, channel_dim=CASES[case][1]))
-                for run in runs[1:]:
-                    for actual, first in zip(run, runs[0], strict=True):
-                        testing.assert_same(f"{name}, {case}", actual, first)
-                near = results(torch_norm, *inputs, torch.float64, dim=CASES[case][1])
-                for a, t in zip(runs[0], near, strict=False):
-                    scale = float(t.abs().max())
-                    assert float((a - t).abs().max()) <= scale * (1e-5 if a.itemsize == 4 else 1e-2)
-    finally:
-        torch.set_num_threads(before)
-        module.use_instruction_set(names[0])
+    for name in instruction_sets:
+        for case, dtype in (
+            ("columns, several parts", FLOATS[0]),
+            ("image, pieces of runs", FLOATS[1]),
+        ):
+            inputs = make(case, dtype)
+            runs = []
+            for threads in (1, 2, 3, 7):
+                torch.set_num_threads(threads)
+                runs.append(results(batch_norm, *inputs, channel_dim=CASES[case][1]))
+            for run in runs[1:]:
+                for actual, first in zip(run, runs[0], strict=True):
+                    testing.assert_same(f"{name}, {case}", actual, first)
+            near = results(torch_norm, *inputs, torch.float64, dim=CASES[case][1])
+            for a, t in zip(runs[0], near, strict=False):
+                scale = float(t.abs().max())
+                assert float((a - t).abs().max()) <= scale * (1e-5 if a.itemsize == 4 else 1e-2)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from conftest import FLOATS, TARGETS, activated
 from test_sparse_matmul import DTYPE_PAIRS, PAIR_IDS, double
 
 import sparsekern
-from sparsekern import _library, testing
+from sparsekern import testing
 from sparsekern.ops.pointwise_conv import (
     pointwise_conv_backward_reference,
     pointwise_conv_reference,
@@ -319,33 +319,24 @@ def test_autocast(target):
 # -- the CPU kernels' own corners ------------------------------------------------------------------
 
 
-def test_thread_counts_and_instruction_sets():
+def test_thread_counts_and_instruction_sets(instruction_sets):
     """The same bits for every thread count; every instruction set keeps the error rule."""
-    module, reason = _library.native_module("cpu")
-    if module is None:
-        pytest.skip(reason)
-    before, names = torch.get_num_threads(), module.instruction_sets()
-    try:
-        for name in names:
-            module.use_instruction_set(name)
-            for case in ("image, long runs", "channels last", "duplicates", "rows, many outputs"):
-                inputs = make(case, torch.float32)
-                results = []
-                for threads in (1, 2, 5):
-                    torch.set_num_threads(threads)
-                    with sparsekern.backend("native"):
-                        out = check_output(case, *inputs)
-                        check_gradients(case, *inputs)
-                        shape, dim, outputs, _ = CASES[case]
-                        inner = math.prod(shape[dim % len(shape) + 1 :])
-                        grad = out.view(-1, outputs, inner)
-                        backward = torch.ops.sparsekern.pointwise_conv_backward
-                        results.append((out, *backward(grad, *inputs[:3])))
-                for other in results[1:]:
-                    assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
-    finally:
-        torch.set_num_threads(before)
-        module.use_instruction_set(names[0])
+    for _ in instruction_sets:
+        for case in ("image, long runs", "channels last", "duplicates", "rows, many outputs"):
+            inputs = make(case, torch.float32)
+            results = []
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                with sparsekern.backend("native"):
+                    out = check_output(case, *inputs)
+                    check_gradients(case, *inputs)
+                    shape, dim, outputs, _ = CASES[case]
+                    inner = math.prod(shape[dim % len(shape) + 1 :])
+                    grad = out.view(-1, outputs, inner)
+                    backward = torch.ops.sparsekern.pointwise_conv_backward
+                    results.append((out, *backward(grad, *inputs[:3])))
+            for other in results[1:]:
+                assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
 
 
 # -- bad input -------------------------------------------------------------------------------------

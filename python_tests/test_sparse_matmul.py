@@ -271,37 +271,28 @@ def test_vmap(target):
 # -- the CPU kernels' own corners ------------------------------------------------------------------
 
 
-def test_thread_counts_and_instruction_sets():
+def test_thread_counts_and_instruction_sets(instruction_sets):
     """The gradients have the same bits for every thread count; every instruction set keeps the
     error rule."""
-    module, reason = sparsekern._library.native_module("cpu")
-    if module is None:
-        pytest.skip(reason)
-    before, names = torch.get_num_threads(), module.instruction_sets()
-    try:
-        for name in names:
-            module.use_instruction_set(name)
-            for case in (CASES["skewed"], CASES["nn.Linear weight"], CASES["wide"]):
-                inputs = case.make(torch.float32)
+    for _ in instruction_sets:
+        for case in (CASES["skewed"], CASES["nn.Linear weight"], CASES["wide"]):
+            inputs = case.make(torch.float32)
+            with sparsekern.backend("native"):
+                check_product(case, *inputs)
+                check_gradients(case, *inputs)
+            values, indices, weight, _ = inputs
+            grad = torch.randn(values.shape[0], weight.shape[1])
+            results = []
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
                 with sparsekern.backend("native"):
-                    check_product(case, *inputs)
-                    check_gradients(case, *inputs)
-                values, indices, weight, _ = inputs
-                grad = torch.randn(values.shape[0], weight.shape[1])
-                results = []
-                for threads in (1, 2, 5):
-                    torch.set_num_threads(threads)
-                    with sparsekern.backend("native"):
-                        results.append(
-                            torch.ops.sparsekern.sparse_matmul_backward(
-                                grad, values, indices, weight, True, True
-                            )
+                    results.append(
+                        torch.ops.sparsekern.sparse_matmul_backward(
+                            grad, values, indices, weight, True, True
                         )
-                for other in results[1:]:
-                    assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
-    finally:
-        torch.set_num_threads(before)
-        module.use_instruction_set(names[0])
+                    )
+            for other in results[1:]:
+                assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
 
 
 # -- bad input -------------------------------------------------------------------------------------

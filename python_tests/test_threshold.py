@@ -209,26 +209,17 @@ def test_vmap(target):
 # -- the CPU kernels' own corners ------------------------------------------------------------------
 
 
-def test_thread_counts_and_instruction_sets():
-    module, reason = sparsekern._library.native_module("cpu")
-    if module is None:
-        pytest.skip(reason)
-    before, names = torch.get_num_threads(), module.instruction_sets()
+def test_thread_counts_and_instruction_sets(instruction_sets):
     shapes = [((7, 5, 900), 1), ((3000, 6), 1), ((1, 2, 40_001), 1), ((400, 33, 3), 1)]
-    try:
-        for name in names:
-            module.use_instruction_set(name)
-            for threads in (1, 2, 5):
-                torch.set_num_threads(threads)
-                with sparsekern.backend("native"):
-                    for shape, dim in shapes:
-                        for dtype in FLOATS:
-                            x = numbers("nan", shape).to(dtype)
-                            for rank in ranks_of(x, dim):
-                                check(f"{name}, {threads} threads, {shape}", x, rank, dim)
-    finally:
-        torch.set_num_threads(before)
-        module.use_instruction_set(names[0])
+    for name in instruction_sets:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            with sparsekern.backend("native"):
+                for shape, dim in shapes:
+                    for dtype in FLOATS:
+                        x = numbers("nan", shape).to(dtype)
+                        for rank in ranks_of(x, dim):
+                            check(f"{name}, {threads} threads, {shape}", x, rank, dim)
 
 
 # -- bad input -------------------------------------------------------------------------------------

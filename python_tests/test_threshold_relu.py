@@ -301,31 +301,22 @@ def test_float64(target):
 # -- the CPU kernels' own corners ------------------------------------------------------------------
 
 
-def test_thread_counts_and_instruction_sets():
-    module, reason = _library.native_module("cpu")
-    if module is None:
-        pytest.skip(reason)
-    before, names = torch.get_num_threads(), module.instruction_sets()
+def test_thread_counts_and_instruction_sets(instruction_sets):
     shapes = [((7, 5, 900), 1), ((3000, 6), 1), ((1, 2, 40_001), 1), ((400, 33, 3), 1)]
-    try:
-        for name in names:
-            module.use_instruction_set(name)
-            for threads in (1, 2, 5):
-                torch.set_num_threads(threads)
-                with sparsekern.backend("native"):
-                    for (shape, dim), dtype in itertools.product(shapes, FLOATS):
-                        x = coarse(numbers("nan", shape)).to(dtype)
-                        threshold, scale, shift = constants(x.shape[dim], threads > 1)
-                        args = (x, threshold, scale, shift, dim)
-                        for op, reference in (
-                            (torch.ops.sparsekern.threshold_relu, threshold_relu_reference),
-                            (torch.ops.sparsekern.threshold_codes, threshold_codes_reference),
-                        ):
-                            for one, right in zip(op(*args), reference(*args), strict=True):
-                                testing.assert_same(f"{name}, {threads} threads", one, right)
-    finally:
-        torch.set_num_threads(before)
-        module.use_instruction_set(names[0])
+    for name in instruction_sets:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            with sparsekern.backend("native"):
+                for (shape, dim), dtype in itertools.product(shapes, FLOATS):
+                    x = coarse(numbers("nan", shape)).to(dtype)
+                    threshold, scale, shift = constants(x.shape[dim], threads > 1)
+                    args = (x, threshold, scale, shift, dim)
+                    for op, reference in (
+                        (torch.ops.sparsekern.threshold_relu, threshold_relu_reference),
+                        (torch.ops.sparsekern.threshold_codes, threshold_codes_reference),
+                    ):
+                        for one, right in zip(op(*args), reference(*args), strict=True):
+                            testing.assert_same(f"{name}, {threads} threads", one, right)
 
 
 # -- bad input -------------------------------------------------------------------------------------

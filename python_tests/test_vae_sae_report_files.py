@@ -386,7 +386,7 @@ def test_markdown_shows_text_as_it_is(text, expected):
 
 def test_csv_fields_survive(tmp_path):
     rows = [{"a": 'x,"y"\nz', "b": 1}, {"a": "ä", "c": None}]
-    from sparsekern.studies.vae_sae.report.tables import table_bytes
+    from sparsekern.studies.reproduction import table_bytes
 
     found = list(csv.DictReader(io.StringIO(table_bytes(rows).decode(), newline="")))
     assert found == [{"a": 'x,"y"\nz', "b": "1", "c": ""}, {"a": "ä", "b": "", "c": ""}]

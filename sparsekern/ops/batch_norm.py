@@ -17,6 +17,7 @@ Source: Ioffe and Szegedy, Batch Normalization (arXiv 1502.03167).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,12 +26,12 @@ import torch
 from .. import _library
 from .channels import (
     across,
+    channel_sum,
     check_channels,
     check_constants,
     constants,
     layout,
     one_by_one,
-    pooled_dims,
 )
 from .sparse_matmul import sum_dtype
 
@@ -100,8 +101,8 @@ def quicker_than_torch(x: torch.Tensor, dim: int) -> bool:
     and with few channels that lie last in memory."""
     if x.device.type != "cpu":
         return False
-    _, channels, inner = layout(x, dim).tensor.shape if x.is_contiguous() else (0, x.shape[dim], 1)
-    return inner >= LONG_RUN or (inner == 1 and channels <= FEW_CHANNELS)
+    inner = math.prod(x.shape[dim + 1 :]) if x.is_contiguous() else 1  # see layout
+    return inner >= LONG_RUN or (inner == 1 and x.shape[dim] <= FEW_CHANNELS)
 
 
 # -- references ------------------------------------------------------------------------------------
@@ -116,16 +117,18 @@ def batch_norm_reference(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     kind = sum_dtype(x.dtype)
     wide = x.to(kind)
-    pooled = pooled_dims(x.dim(), channel_dim)
+    n = x.numel() // x.shape[channel_dim]
 
     def spread(tensor: torch.Tensor) -> torch.Tensor:
         return across(tensor.to(kind), x.dim(), channel_dim)
 
-    mean = wide.mean(pooled) if pooled else wide.clone()
-    if pooled:  # a sum of many is rounded by more than a difference
-        mean = mean + (wide - spread(mean)).mean(pooled)
+    def mean_of(tensor: torch.Tensor) -> torch.Tensor:
+        return channel_sum(tensor, channel_dim) / n
+
+    mean = mean_of(wide)
+    mean = mean + mean_of(wide - spread(mean))  # a large sum is rounded by more than a small one
     away = wide - spread(mean)
-    var = away.square().mean(pooled) if pooled else away.square()
+    var = mean_of(away.square())
     z = away * spread((var + eps).rsqrt())
     if weight is not None:
         z = z * spread(weight)
@@ -143,19 +146,16 @@ def batch_norm_backward_reference(
     eps: float,
     channel_dim: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    pooled = pooled_dims(x.dim(), channel_dim)
     n = x.numel() // x.shape[channel_dim]
 
     def spread(tensor: torch.Tensor) -> torch.Tensor:
         return across(tensor.to(mean.dtype), x.dim(), channel_dim)
 
-    def total(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.sum(pooled) if pooled else tensor
-
     wide = grad.to(mean.dtype)
     root = (var + eps).rsqrt()
     standard = (x.to(mean.dtype) - spread(mean)) * spread(root)
-    of_bias, of_weight = total(wide), total(wide * standard)
+    of_bias = channel_sum(wide, channel_dim)
+    of_weight = channel_sum(wide * standard, channel_dim)
     of_x = (wide - spread(of_bias / n) - standard * spread(of_weight / n)) * spread(root)
     if weight is not None:
         of_x = of_x * spread(weight)

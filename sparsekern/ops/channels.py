@@ -36,12 +36,17 @@ class Layout(NamedTuple):
 def check_channels(op: str, x: torch.Tensor, channel_dim: int) -> int:
     """The dimension of the channels of a floating tensor, counted from 0."""
     check_floating(op, "x", x)
-    if not -x.dim() <= channel_dim < x.dim():
+    return check_channel_dim(op, "x", x.dim(), channel_dim)
+
+
+def check_channel_dim(op: str, name: str, dims: int, channel_dim: int) -> int:
+    """The dimension of the channels of what has `dims` of them, counted from 0."""
+    if not -dims <= channel_dim < dims:
         raise ValueError(
-            f"{op}: channel_dim must lie in {-x.dim()}..{x.dim() - 1} (x has {x.dim()} "
-            f"dimensions), got {channel_dim}"
+            f"{op}: channel_dim must lie in {-dims}..{dims - 1} ({name} has {dims} dimensions), "
+            f"got {channel_dim}"
         )
-    return channel_dim % x.dim()
+    return channel_dim % dims
 
 
 def check_constants(op: str, x: torch.Tensor, dim: int, **tensors: torch.Tensor | None) -> None:
@@ -86,9 +91,10 @@ def across(tensor: torch.Tensor, dims: int, dim: int) -> torch.Tensor:
     return tensor.view(-1, *[1] * (dims - 1 - dim))
 
 
-def pooled_dims(dims: int, dim: int) -> list[int]:
-    """All dimensions but that of the channels."""
-    return [other for other in range(dims) if other != dim]
+def channel_sum(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """Sums [C] over all dimensions but that of the channels."""
+    pooled = [other for other in range(tensor.dim()) if other != dim]
+    return tensor.sum(pooled) if pooled else tensor.clone()  # no dimensions would mean all of them
 
 
 def one_by_one(op: Callable[[], Callable[..., Any]]) -> Any:

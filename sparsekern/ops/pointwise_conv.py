@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from .. import _library
-from .channels import channels_of
+from .channels import channels_of, check_channel_dim
 from .checks import check_codes, check_floating, check_range, check_same_device, check_weight_dtype
 from .sparse_matmul import sum_dtype
 
@@ -79,12 +79,7 @@ def pointwise_conv(
     if values.dim() != 1:
         raise ValueError(f"{op}: values must have shape [M], got {list(values.shape)}")
     shape = tuple(shape)
-    if not -len(shape) <= channel_dim < len(shape):
-        raise ValueError(
-            f"{op}: channel_dim must lie in {-len(shape)}..{len(shape) - 1} (shape has "
-            f"{len(shape)} dimensions), got {channel_dim}"
-        )
-    dim = channel_dim % len(shape)
+    dim = check_channel_dim(op, "shape", len(shape), channel_dim)
     weight = _checked_weight(op, values, weight, bias, shape[dim])
     outer, inner = math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
     run = dense_pointwise_conv if _dense_wins(values, math.prod(shape)) else _pointwise_conv

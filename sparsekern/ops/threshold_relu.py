@@ -23,13 +23,13 @@ import torch
 from .. import _library
 from .channels import (
     across,
+    channel_sum,
     channels_of,
     check_channels,
     check_constants,
     constants,
     layout,
     one_by_one,
-    pooled_dims,
 )
 from .sparse_matmul import sum_dtype
 
@@ -176,8 +176,7 @@ def threshold_relu_reference(
     channel_dim: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     excess, active = _excess(x, threshold, scale, shift, channel_dim)
-    pooled = pooled_dims(x.dim(), channel_dim)
-    counts = active.sum(pooled) if pooled else active.long()
+    counts = channel_sum(active.long(), channel_dim)
     return torch.where(active, excess, 0).to(x.dtype), counts
 
 
@@ -279,11 +278,10 @@ def _to_inputs(
     """Gradients of x, threshold, scale, shift, channel_dim, given that of z."""
     if scale is None or x is None:
         return passed, None, None, None, None
-    pooled = pooled_dims(x.dim(), dim)
     of_z = wide(passed)
 
     def sums(tensor: torch.Tensor) -> torch.Tensor:
-        return (tensor.sum(pooled) if pooled else tensor).to(scale.dtype)
+        return channel_sum(tensor, dim).to(scale.dtype)
 
     of_x = of_z * across(scale.to(of_z.dtype), x.dim(), dim)
     return of_x.to(x.dtype), None, sums(of_z * wide(x)), sums(of_z), None

@@ -1,7 +1,7 @@
 """How a study is reproduced by one command: a grid of cells, each a run of its own."""
 
 from .cells import Ended, cell_folder, epochs_done, read_cells, usable_processors
-from .folder import checked_names, locked, merged_request, parsed_settings
+from .folder import checked_names, locked, merged_request, parsed_settings, table_bytes
 from .grid import checked_jobs, run_grid
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "parsed_settings",
     "read_cells",
     "run_grid",
+    "table_bytes",
     "usable_processors",
 ]

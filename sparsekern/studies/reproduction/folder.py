@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -107,6 +109,17 @@ def _parsed(kind: Any, text: str) -> Any:
             raise ValueError(text)
         return text.lower() == "true"
     return kind(text)
+
+
+def table_bytes(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """CSV in UTF-8 with a head of all columns in the order in which rows name them first."""
+    rows = list(rows)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
 
 
 def checked_names(option: str, names: Sequence[str], known: Sequence[str]) -> list[str]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from .grid import Cell
@@ -54,12 +52,3 @@ def epoch_rows(found: Mapping[Cell, Mapping[str, Any]]) -> list[dict[str, Any]]:
         for cell, value in found.items()
         for epoch in value["epochs"]
     ]
-
-
-def as_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Rows of the same names as CSV."""
-    stream = io.StringIO(newline="")
-    writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return stream.getvalue().encode()

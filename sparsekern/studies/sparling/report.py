@@ -18,7 +18,7 @@ import torch
 from ... import __version__
 from ...data.motifs import MotifDomain
 from ...training.runs import write_atomically
-from ..reproduction import cell_folder, usable_processors
+from ..reproduction import cell_folder, table_bytes, usable_processors
 from ..reproduction.document import (
     Code,
     Document,
@@ -32,7 +32,7 @@ from ..reproduction.document import (
 from . import pictures
 from .config import SparlingConfig, source_of
 from .grid import ARMS, Cell
-from .raw_results import SHARES, as_csv, cell_rows, epoch_rows
+from .raw_results import SHARES, cell_rows, epoch_rows
 from .task import NETWORKS
 
 TITLE = "Sparling: motifs found by extreme activation sparsity"
@@ -96,8 +96,8 @@ def write(
     (folder / FIGURES).mkdir(exist_ok=True)
     for name, png in document.figures.items():
         write_atomically(folder / FIGURES / f"{name}.png", png)
-    write_atomically(folder / "cells.csv", as_csv(cell_rows(found)))
-    write_atomically(folder / "epochs.csv", as_csv(epoch_rows(found)))
+    write_atomically(folder / "cells.csv", table_bytes(cell_rows(found)))
+    write_atomically(folder / "epochs.csv", table_bytes(epoch_rows(found)))
     write_atomically(folder / "report.md", markdown(document, FIGURES).encode())
     write_atomically(folder / "report.html", page(document, TITLE).encode())
 
@@ -142,9 +142,8 @@ def _what_was_run(
     first = next(iter(found.values()))
     results, config = first["results"], first["config"]
     seconds = sum(cell["results"]["seconds"] for cell in found.values())
-    backends = ", ".join(
-        sorted({b for v in found.values() for b in v["results"]["backends"].values()})
-    )
+    used = {name for v in found.values() for name in v["results"]["backends"].values()}
+    backends = ", ".join(sorted(used)) or "torch"
     document.add(
         Paragraph(
             f"Domain {domain.name} ({domain.origin}): inputs {' x '.join(map(str, domain.space))}, "

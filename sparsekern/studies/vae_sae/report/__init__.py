@@ -17,13 +17,13 @@ import torch
 
 from .... import __version__
 from ....training.runs import write_atomically
-from ...reproduction import usable_processors
+from ...reproduction import table_bytes, usable_processors
 from ...reproduction.document import Document, Heading, Items, Paragraph, markdown, page
 from ..grid import Cell, cells
 from . import arms, collapse, sections
 from .statistics import counted
 from .summary import Measured
-from .tables import cell_rows, epoch_rows, table_bytes, unit_rows
+from .tables import cell_rows, epoch_rows, unit_rows
 
 TITLE = "VAE-SAE: dead units under sparsification"
 FIGURES = "figures"

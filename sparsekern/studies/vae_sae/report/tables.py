@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import grid
@@ -125,17 +123,6 @@ def epoch_rows(measured: Measured) -> list[Row]:
             scalars["epoch"] += 1
             rows.append({"dataset": cell.dataset, "arm": cell.arm, "seed": cell.seed, **scalars})
     return rows
-
-
-def table_bytes(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """CSV in UTF-8 with a head of all columns in the order in which rows name them first."""
-    rows = list(rows)
-    columns: Sequence[str] = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
 
 
 def protocol_rows(
