@@ -70,6 +70,7 @@ def _load_module(name: str) -> tuple[ModuleType | None, str]:
         return None, f"{NAMESPACE}.{name} cannot be loaded: {error}"
 
 
+@functools.cache
 def native_module(device_type: str) -> tuple[ModuleType | None, str]:
     """The compiled module for a device type, or None and the reason."""
     if device_type in _stand_ins:
@@ -104,14 +105,19 @@ def stand_in(device_type: str, module: ModuleType) -> Iterator[None]:
     emulation of CUDA)."""
     previous = _stand_ins.get(device_type)
     _stand_ins[device_type] = module
-    _clear_choices()
+    _clear_modules()
     try:
         yield
     finally:
         _stand_ins.pop(device_type)
         if previous is not None:
             _stand_ins[device_type] = previous
-        _clear_choices()
+        _clear_modules()
+
+
+def _clear_modules() -> None:
+    native_module.cache_clear()
+    _clear_choices()
 
 
 @functools.cache
@@ -153,7 +159,7 @@ class Operation:
     reference: Callable[..., Any]
     implementations: dict[str, Callable[..., Any]]
     cpu_only: bool = False
-    choices: dict[tuple[str, torch.dtype], Callable[..., Any]] = field(default_factory=dict)
+    choices: dict[tuple[torch.device, torch.dtype], Callable[..., Any]] = field(default_factory=dict)
 
     def missing(self, name: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
         """Why backend `name` cannot serve tensors of this device and dtype; empty when it can."""
@@ -189,7 +195,7 @@ class Operation:
 
     def __call__(self, *args: Any) -> Any:
         first = args[0]
-        key = (first.device.type, first.dtype)
+        key = (first.device, first.dtype)
         function = self.choices.get(key)
         if function is None:
             name, _ = self.choose(first.device.type, _ranked_dtype(first.dtype))

@@ -11,8 +11,6 @@ namespace sparsekern::cpu::SPARSEKERN_ISA {
 
 namespace {
 
-// Up to this k every pair is compared to rank a row: k^2 / lanes comparisons, no branches.
-constexpr int64_t kRankedByPairs = 64;
 // Up to this k the sort's second buffer lies on the stack; beyond, it is sorted in place.
 constexpr int64_t kSortedByBytes = 1024;
 // One thread takes at least this much of a batch at a time, and of a single row.
@@ -205,7 +203,7 @@ inline bool read_part(Candidates& candidates, const Row<Stored>& row, int64_t be
 template <bool kAbsolute, class Stored>
 inline void take_candidates(Candidates& candidates, const Row<Stored>& row) {
   if ((row.flags & kSorted) != 0 && row.k <= kRankedByPairs) {
-    candidates.rank([&](int64_t rank, int64_t index) { row.indices[rank] = index; });
+    candidates.rank(row.indices);
     return;
   }
   candidates.tighten();

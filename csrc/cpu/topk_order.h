@@ -82,26 +82,78 @@ inline uint32_t greater(IntLanes a, IntLanes b) { return bits_of(a > b); }
 inline uint32_t equal(IntLanes a, IntLanes b) { return bits_of(a == b); }
 #endif
 
-// Where a or b is NaN, gathered over many pairs and asked for once.
+// One bit for each of 64 elements: whether it is > bound, or >= bound when kInclusive. load_at(i)
+// loads elements i to i + kFloatLanes - 1.
+template <bool kInclusive, class LoadAt>
+inline uint64_t compare_64(const LoadAt& load_at, FloatLanes bound) {
+#if defined(__AVX512F__)  // joined as masks: one move to a general register instead of four
+  constexpr int kHow = kInclusive ? _CMP_GE_OQ : _CMP_GT_OQ;
+  const __mmask16 a = _mm512_cmp_ps_mask(load_at(0), bound, kHow);
+  const __mmask16 b = _mm512_cmp_ps_mask(load_at(16), bound, kHow);
+  const __mmask16 c = _mm512_cmp_ps_mask(load_at(32), bound, kHow);
+  const __mmask16 d = _mm512_cmp_ps_mask(load_at(48), bound, kHow);
+  return _mm512_kunpackd(_mm512_kunpackw(d, c), _mm512_kunpackw(b, a));
+#else
+  uint64_t hits = 0;
+  for (int i = 0; i < 64; i += kFloatLanes) {
+    const FloatLanes lanes = load_at(i);
+    const uint64_t bits = kInclusive ? greater_equal(lanes, bound) : greater(lanes, bound);
+    hits |= bits << i;
+  }
+  return hits;
+#endif
+}
+
+// ---- a NaN among many vectors ----
+
+// Keeps loaded vectors in their registers: the compiler would load them again for a second use.
+inline void keep_loaded(FloatLanes* a, FloatLanes* b) {
 #if defined(__AVX512F__)
-using NanLanes = __mmask16;
-inline NanLanes unordered(FloatLanes a, FloatLanes b) {
-  return _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q);
-}
-inline bool any(NanLanes nan) { return nan != 0; }
-#else
-using NanLanes = IntLanes;
-inline NanLanes unordered(FloatLanes a, FloatLanes b) {
-#if defined(__AVX2__)
-  return (IntLanes)_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_UNORD_Q);
+  __asm__("" : "+v"(*a), "+v"(*b));
 #elif defined(__SSE2__)
-  return (IntLanes)_mm_cmpunord_ps((__m128)a, (__m128)b);
+  __asm__("" : "+x"(*a), "+x"(*b));
 #else
-  return (IntLanes)(a != a) | (IntLanes)(b != b);
+  (void)a, (void)b;
 #endif
 }
-inline bool any(NanLanes nan) { return bits_of(nan) != 0; }
+
+// Whether a lane of the vectors that it saw is NaN. Measured on Zen 5 with AVX-512, in the caches:
+// a row is reduced 1.6 times as fast as with a disjunction of masks, which GCC makes in memory.
+class NanSearch {
+ public:
+  // Neighbouring pairs of vectors in neighbouring slots do not wait for one another.
+  template <int kSlot>
+  void see(FloatLanes a, FloatLanes b) {
+#if defined(__AVX512F__)  // a comparison under a mask is a conjunction
+    __mmask16& ordered = ordered_[kSlot % kSlots];
+    ordered = _mm512_mask_cmp_ps_mask(ordered, a, b, _CMP_ORD_Q);
+#elif defined(__AVX2__)
+    unordered_ |= (IntLanes)_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_UNORD_Q);
+#elif defined(__SSE2__)
+    unordered_ |= (IntLanes)_mm_cmpunord_ps((__m128)a, (__m128)b);
+#else
+    unordered_ |= (IntLanes)(a != a) | (IntLanes)(b != b);
 #endif
+  }
+
+  bool found() const {
+#if defined(__AVX512F__)
+    return (ordered_[0] & ordered_[1] & ordered_[2] & ordered_[3]) != kAllLanes;
+#else
+    return bits_of(unordered_) != 0;
+#endif
+  }
+
+ private:
+#if defined(__AVX512F__)
+  static constexpr int kSlots = 4;
+  __mmask16 ordered_[kSlots] = {kAllLanes, kAllLanes, kAllLanes, kAllLanes};
+#else
+  IntLanes unordered_ = {};
+#endif
+};
+
+// ---- the order of few keys ----
 
 // The larger of each lane; no lane is NaN.
 inline FloatLanes larger(FloatLanes a, FloatLanes b) {
@@ -157,30 +209,41 @@ inline int64_t count_above(const float* x, int64_t vectors, float bound) {
 #endif
 }
 
-// The place of keys[i] among keys[0..count), largest first, equal ones in the order of their place.
-// The array is padded to whole vectors with INT32_MIN.
-inline int64_t rank_of(const int32_t* keys, int64_t count, int64_t i) {
-  const IntLanes key = broadcast(keys[i]);
-  const int64_t own = i / kFloatLanes * kFloatLanes;
-  const IntLanes mine = load_keys(keys + own);
-#if defined(__AVX512F__)
-  const uint32_t before = (1u << (i - own)) - 1;
-  int64_t rank = __builtin_popcount(greater(mine, key) | (equal(mine, key) & before));
-  for (int64_t j = 0; j < own; j += kFloatLanes)
-    rank += __builtin_popcount(greater_equal(load_keys(keys + j), key));
-  for (int64_t j = own + kFloatLanes; j < count; j += kFloatLanes)
-    rank += __builtin_popcount(greater(load_keys(keys + j), key));
-  return rank;
-#else
+// items[0..count) -> ordered, by their keys: largest first, equal ones in the order of their place.
+// Every pair is compared, so there are no branches to guess; good for few. The array of keys is
+// padded to whole vectors with INT32_MIN.
+inline void rank_by_pairs(const int32_t* keys, const uint32_t* items, int64_t count,
+                          int64_t* ordered) {
+#if !defined(__AVX512F__)
   IntLanes lane;
   for (int l = 0; l < kFloatLanes; ++l) lane[l] = l;
-  const IntLanes before = lane < broadcast(static_cast<int32_t>(i - own));
-  IntLanes total = -((mine > key) | ((mine == key) & before));
-  for (int64_t j = 0; j < own; j += kFloatLanes) total -= load_keys(keys + j) >= key;
-  for (int64_t j = own + kFloatLanes; j < count; j += kFloatLanes)
-    total -= load_keys(keys + j) > key;
-  return sum_lanes(total);
 #endif
+  for (int64_t own = 0; own < count; own += kFloatLanes) {  // the vector that holds key i
+    const IntLanes mine = load_keys(keys + own);
+    const int64_t end = own + kFloatLanes < count ? own + kFloatLanes : count;
+#if defined(__AVX512F__)
+    uint32_t before = 0;  // a bit for each key of the vector that comes before key i
+#endif
+    for (int64_t i = own; i < end; ++i) {
+      const IntLanes key = broadcast(keys[i]);
+#if defined(__AVX512F__)
+      int64_t rank = __builtin_popcount(greater(mine, key) | (equal(mine, key) & before));
+      before = 2 * before + 1;
+      for (int64_t j = 0; j < own; j += kFloatLanes)
+        rank += __builtin_popcount(greater_equal(load_keys(keys + j), key));
+      for (int64_t j = own + kFloatLanes; j < count; j += kFloatLanes)
+        rank += __builtin_popcount(greater(load_keys(keys + j), key));
+#else
+      const IntLanes before = lane < broadcast(static_cast<int32_t>(i - own));
+      IntLanes total = -((mine > key) | ((mine == key) & before));
+      for (int64_t j = 0; j < own; j += kFloatLanes) total -= load_keys(keys + j) >= key;
+      for (int64_t j = own + kFloatLanes; j < count; j += kFloatLanes)
+        total -= load_keys(keys + j) > key;
+      const int64_t rank = sum_lanes(total);
+#endif
+      ordered[rank] = items[i];
+    }
+  }
 }
 
 // A lower bound of the wanted-th largest key, found by bisection.

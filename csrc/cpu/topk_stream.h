@@ -18,9 +18,10 @@
 namespace sparsekern::cpu::SPARSEKERN_ISA {
 
 constexpr int64_t kSegment = 32768;  // 128 KiB of float32: at most half of a second-level cache
-// Larger k: rows up to kShortRow by bisection over all their keys (select_short in topk.cpp),
-// longer ones by digits (topk_digits.h).
+// Larger k: rows up to kShortRow by bisection (select_short in topk.cpp), longer ones by digits.
 constexpr int64_t kStreamedK = 512;
+// Up to this k every pair is compared to rank a row: k^2 / lanes comparisons, no branches.
+constexpr int64_t kRankedByPairs = 64;
 constexpr int64_t kRarelyTightened = 64;  // a few candidates more cost less than a bisection
 constexpr int64_t kWord = 64;             // elements whose comparisons fill one word of bits
 constexpr int64_t kLargestBlock = 4 * kWord;
@@ -114,16 +115,13 @@ class Candidates {
     bounded_ = true;
   }
 
-  // Calls place(rank, index) for the first k, in any order of calls. Every pair is compared, so
-  // there are no branches to guess; good for few candidates.
-  template <class Place>
-  void rank(const Place& place) {
+  // The indices of the first k, largest first; k <= kRankedByPairs.
+  void rank(int64_t* indices) {
     if (count_ > 2 * k_ + kRarelyTightened) tighten();
     pad();
-    for (int64_t i = 0; i < count_; ++i) {
-      const int64_t rank = rank_of(keys_, count_, i);
-      if (rank < k_) place(rank, indices_[i]);
-    }
+    int64_t ordered[2 * kRankedByPairs + kRarelyTightened];
+    rank_by_pairs(keys_, indices_, count_, ordered);
+    std::memcpy(indices, ordered, static_cast<size_t>(k_) * sizeof(int64_t));
   }
 
  private:
@@ -155,7 +153,7 @@ class Candidates {
     constexpr int64_t kSize = sizeof(Stored);
     constexpr int64_t kBlocksAhead = kBytesAhead / (kBlock * kSize);
     const int64_t whole = count / kBlock, stream = whole / kStreams;
-    NanLanes nan = {};
+    NanSearch nan;
     for (int64_t i = 0; i < stream; ++i) {
       // past the end of a stream comes its continuation in the next segment
       const int64_t later = i + kBlocksAhead;
@@ -173,7 +171,7 @@ class Candidates {
       reduce_block<kAbsolute, kBlock>(x, block, &nan);
     }
     blocks_ = whole;
-    bool ordered = !any(nan);
+    bool ordered = !nan.found();
     if (whole * kBlock < count) {  // one more block, in part
       float* maxima = maxima_ + blocks_++ * kFloatLanes;
       store(maxima, broadcast(-std::numeric_limits<float>::infinity()));
@@ -187,36 +185,44 @@ class Candidates {
   }
 
   template <bool kAbsolute, int64_t kBlock, class Stored>
-  void reduce_block(const Stored* x, int64_t block, NanLanes* nan) {
+  void reduce_block(const Stored* x, int64_t block, NanSearch* nan) {
     FloatLanes low, high;
     x += block * kBlock;
     if constexpr (kBlock == kFloatLanes) {
       low = high = ranked_lanes<kAbsolute>(load(x));
-      *nan |= unordered(low, high);
+      nan->see<0>(low, high);
     } else {
-      load_ranked<kAbsolute>(x, &low, &high, nan);
-    }
-    for (int64_t i = 2 * kFloatLanes; i < kBlock; i += 2 * kFloatLanes) {
-      FloatLanes p, q;
-      load_ranked<kAbsolute>(x + i, &p, &q, nan);
-      low = larger(p, low);
-      high = larger(q, high);
+      load_ranked<kAbsolute>(x, &low, &high);
+      nan->see<0>(low, high);
+      reduce_pairs<kAbsolute, 1, kBlock / (2 * kFloatLanes)>(x, &low, &high, nan);
     }
     store(maxima_ + block * kFloatLanes, larger(low, high));
   }
 
+  // Pairs kPair to kPairs - 1 of a block's vectors.
+  template <bool kAbsolute, int kPair, int kPairs, class Stored>
+  static void reduce_pairs(const Stored* x, FloatLanes* low, FloatLanes* high, NanSearch* nan) {
+    if constexpr (kPair < kPairs) {
+      FloatLanes p, q;
+      load_ranked<kAbsolute>(x + kPair * 2 * kFloatLanes, &p, &q);
+      nan->see<kPair>(p, q);
+      *low = larger(p, *low);
+      *high = larger(q, *high);
+      reduce_pairs<kAbsolute, kPair + 1, kPairs>(x, low, high, nan);
+    }
+  }
+
   template <bool kAbsolute, class Stored>
-  static void load_ranked(const Stored* x, FloatLanes* p, FloatLanes* q, NanLanes* nan) {
+  static void load_ranked(const Stored* x, FloatLanes* p, FloatLanes* q) {
     load_pair(x, p, q);
+    keep_loaded(p, q);
     *p = ranked_lanes<kAbsolute>(*p);
     *q = ranked_lanes<kAbsolute>(*q);
-    *nan |= unordered(*p, *q);
   }
 
   // ---- from maxima to candidates ----
 
-  // Appends the segment's candidates, raising the threshold first where the maxima prove a higher
-  // one.
+  // Appends the segment's candidates; raises the threshold first where the maxima prove a higher.
   template <bool kAbsolute, class Stored>
   void admit(const Stored* x, int64_t base, int64_t count) {
     if (bounded_ && count_above(maxima_, blocks_, threshold_) <= k_) {
@@ -266,13 +272,8 @@ class Candidates {
   static uint64_t compare_word(const Stored* x, int64_t i, int64_t count, float bound) {
     uint64_t hits = 0;
     if (i + kWord <= count) {
-      const FloatLanes limit = broadcast(bound);
-      for (int64_t v = 0; v < kWord; v += kFloatLanes) {
-        const FloatLanes lanes = ranked_lanes<kAbsolute>(load(x + i + v));
-        const uint64_t bits = kInclusive ? greater_equal(lanes, limit) : greater(lanes, limit);
-        hits |= bits << v;
-      }
-      return hits;
+      return compare_64<kInclusive>([&](int v) { return ranked_lanes<kAbsolute>(load(x + i + v)); },
+                                    broadcast(bound));
     }
     for (int64_t at = i; at < count; ++at) {
       const float value = ranked<kAbsolute>(to_sum(x[at]));
@@ -298,16 +299,33 @@ class Candidates {
     return reached != 0;
   }
 
+  // Writes the starts of the units that reach the threshold, and returns how many these are.
+  template <bool kInclusive>
+  int64_t choose_units(int32_t* chosen) const {
+    const int64_t blocks = blocks_, block = block_;  // or each store would have them read again
+    const FloatLanes limit = broadcast(threshold_);
+    int64_t units = 0;
+    if (blocks_in_unit() == 1) {
+      for (int64_t b = 0; b < blocks; ++b) {
+        const FloatLanes maxima = load(maxima_ + b * kFloatLanes);
+        chosen[units] = static_cast<int32_t>(b * block);
+        units += (kInclusive ? greater_equal(maxima, limit) : greater(maxima, limit)) != 0;
+      }
+      return units;
+    }
+    for (int64_t first = 0; first < blocks; first += blocks_in_unit()) {
+      chosen[units] = static_cast<int32_t>(first * block);
+      units += unit_reaches<kInclusive>(first);
+    }
+    return units;
+  }
+
   // Notes the words with an element > threshold (>= when kInclusive).
   // Which blocks and words these are no branch predictor can guess, so there is no branch.
   template <bool kAbsolute, bool kInclusive, class Stored>
   void collect(const Stored* x, int64_t count) {
     int32_t chosen[kSegment / kWord + 1];
-    int64_t units = 0;
-    for (int64_t first = 0; first < blocks_; first += blocks_in_unit()) {
-      chosen[units] = static_cast<int32_t>(first * block_);
-      units += unit_reaches<kInclusive>(first);
-    }
+    const int64_t units = choose_units<kInclusive>(chosen);
     int64_t words = 0;
     const char* next = next_;
     const int64_t width = blocks_in_unit() * block_;

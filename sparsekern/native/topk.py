@@ -33,7 +33,7 @@ def _select(
     tag = DTYPE_TAGS[x.dtype]
     values = x.new_empty(rows, k)
     indices = x.new_empty(rows, k, dtype=torch.int64)
-    counts = x.new_zeros(n, dtype=torch.int64) if count else x.new_empty(0, dtype=torch.int64)
+    counts = indices.new_zeros(n) if count else indices.new_empty(0)
     scratch = workspace("topk_workspace", x, rows, n, k, tag)
     launch(
         "topk",
