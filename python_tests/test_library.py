@@ -127,7 +127,7 @@ ALLOWED = {
     "_direct": set(),
     "_library": {"_direct"},
     "ops": {"_library", "ops"},
-    "native": {"_library", "native", "ops"},
+    "native": {"_direct", "_library", "native", "ops"},
     "kernels": {"kernels"},
     "nn": {"nn", "ops"},
     "optim": {"ops"},

@@ -26,6 +26,8 @@ _PASSED_ON = functools.reduce(
     torch._C.DispatchKeySet.from_raw_repr(0),
 ).raw_repr()  # fmt: skip
 _STOPS = ~_PASSED_ON
+# Of most arguments that are no tensors; asking Tensor's metaclass takes longer.
+_PLAIN = frozenset((bool, int, float, type(None)))
 
 _keys_of = torch._C._dispatch_keys
 _included = torch._C._dispatch_tls_local_include_set
@@ -44,8 +46,13 @@ def dispatcher_has_nothing_to_do(args: tuple[Any, ...]) -> bool:
     recording = torch.is_grad_enabled()
     keys = _included().raw_repr()
     for arg in args:
-        if isinstance(arg, torch.Tensor):
+        if type(arg) not in _PLAIN and isinstance(arg, torch.Tensor):
             if recording and arg.requires_grad:
                 return False
             keys |= _keys_of(arg).raw_repr()
     return not keys & ~_excluded().raw_repr() & _STOPS
+
+
+def device_type_of(tensor: torch.Tensor) -> str:
+    """tensor.device.type, found sooner on a CPU."""
+    return "cpu" if tensor.is_cpu else tensor.device.type

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from ._direct import dispatcher_has_nothing_to_do
+from ._direct import device_type_of, dispatcher_has_nothing_to_do
 
 NAMESPACE = "sparsekern"
 BACKENDS = ("auto", "reference", "native", "triton")
@@ -46,11 +46,6 @@ class BackendUnavailableError(RuntimeError):
 
 
 # -- which implementations exist here --------------------------------------------------------------
-
-
-def debug_checks() -> bool:
-    """True when SPARSEKERN_DEBUG asks for checks that make the host wait for the device."""
-    return os.environ.get("SPARSEKERN_DEBUG", "0") not in ("", "0")
 
 
 @functools.cache
@@ -103,15 +98,14 @@ def empty_cache() -> None:
 def stand_in(device_type: str, module: ModuleType) -> Iterator[None]:
     """Use another compiled module, of the same functions, for a device type (the tests' host
     emulation of CUDA)."""
-    previous = _stand_ins.get(device_type)
+    before = _stand_ins.copy()
     _stand_ins[device_type] = module
     _clear_modules()
     try:
         yield
     finally:
-        _stand_ins.pop(device_type)
-        if previous is not None:
-            _stand_ins[device_type] = previous
+        _stand_ins.clear()
+        _stand_ins.update(before)
         _clear_modules()
 
 
@@ -122,8 +116,7 @@ def _clear_modules() -> None:
 
 @functools.cache
 def kernels(backend_name: str, stem: str) -> ModuleType:
-    """The module that serves a stem for a backend: `native/<stem>.py` or, with triton,
-    `kernels/<stem>.py`."""
+    """What serves a stem for a backend: `native/<stem>.py` or, with triton, `kernels/<stem>.py`."""
     folder = {"native": "native", "triton": "kernels"}[backend_name]
     return importlib.import_module(f"{NAMESPACE}.{folder}.{stem}")
 
@@ -159,7 +152,7 @@ class Operation:
     reference: Callable[..., Any]
     implementations: dict[str, Callable[..., Any]]
     cpu_only: bool = False
-    choices: dict[tuple[torch.device, torch.dtype], Callable[..., Any]] = field(default_factory=dict)
+    choices: dict[tuple[str, torch.dtype], Callable[..., Any]] = field(default_factory=dict)
 
     def missing(self, name: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
         """Why backend `name` cannot serve tensors of this device and dtype; empty when it can."""
@@ -195,10 +188,10 @@ class Operation:
 
     def __call__(self, *args: Any) -> Any:
         first = args[0]
-        key = (first.device, first.dtype)
+        key = (device_type_of(first), first.dtype)
         function = self.choices.get(key)
         if function is None:
-            name, _ = self.choose(first.device.type, _ranked_dtype(first.dtype))
+            name, _ = self.choose(key[0], _ranked_dtype(first.dtype))
             function = self.reference if name == "reference" else self.implementations[name]
             self.choices[key] = function
         return function(*args)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .. import _library
+from .._direct import device_type_of
 
 DTYPE_TAGS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 INDEX_TAGS = {torch.int64: 0, torch.int32: 1}
@@ -23,7 +24,7 @@ KEPT_FROM = 32 << 20
 
 def module_for(tensor: torch.Tensor) -> ModuleType:
     """The compiled module for the tensor's device."""
-    module, reason = _library.native_module(tensor.device.type)
+    module, reason = _library.native_module(device_type_of(tensor))
     if module is None:
         raise _library.BackendUnavailableError(reason)
     return module
@@ -54,7 +55,7 @@ def new_output(like: torch.Tensor, *shape: int) -> torch.Tensor:
     csrc/cpu/kept_memory.h): a training step makes the same ones every time.
     """
     count = math.prod(shape)
-    if count * like.itemsize < KEPT_FROM or like.device.type != "cpu":
+    if count * like.itemsize < KEPT_FROM or not like.is_cpu:
         return like.new_empty(shape)
     block = module_for(like).KeptBlock(count * like.itemsize)
     return torch.frombuffer(block, dtype=like.dtype).view(shape)

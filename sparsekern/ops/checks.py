@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import numbers
 import operator
+import os
 from typing import Any
 
 import torch
 
-from .._library import debug_checks
-
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDICES = (torch.int64, torch.int32)
+
+
+def debug_checks() -> bool:
+    """True when SPARSEKERN_DEBUG asks for checks that make the host wait for the device."""
+    return os.environ.get("SPARSEKERN_DEBUG", "0") not in ("", "0")
 
 
 def check_floating(op: str, name: str, tensor: torch.Tensor) -> None:

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from .._library import debug_checks
-from .checks import check_count, check_floating, check_range, check_same_device, check_weight_dtype
+from .checks import (
+    check_count,
+    check_floating,
+    check_range,
+    check_same_device,
+    check_weight_dtype,
+    debug_checks,
+)
 
 
 def check_layer(
