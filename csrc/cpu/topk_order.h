@@ -104,10 +104,23 @@ inline uint64_t compare_64(const LoadAt& load_at, FloatLanes bound) {
 #endif
 }
 
+// The larger of each lane; no lane is NaN.
+inline FloatLanes larger(FloatLanes a, FloatLanes b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#elif defined(__SSE2__)
+  return _mm_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
 // ---- a NaN among many vectors ----
 
 // Keeps loaded vectors in their registers: the compiler would load them again for a second use.
-// With the two-operand instructions of SSE that is the quicker way.
+// With SSE, whose instructions overwrite an operand, that is quicker.
 inline void keep_loaded(FloatLanes* a, FloatLanes* b) {
 #if defined(__AVX512F__)
   __asm__("" : "+v"(*a), "+v"(*b));
@@ -155,19 +168,6 @@ class NanSearch {
 };
 
 // ---- the order of few keys ----
-
-// The larger of each lane; no lane is NaN.
-inline FloatLanes larger(FloatLanes a, FloatLanes b) {
-#if defined(__AVX512F__)
-  return _mm512_max_ps(a, b);
-#elif defined(__AVX2__)
-  return _mm256_max_ps(a, b);
-#elif defined(__SSE2__)
-  return _mm_max_ps(a, b);
-#else
-  return a > b ? a : b;
-#endif
-}
 
 inline IntLanes broadcast(int32_t x) { return x - IntLanes{}; }
 inline IntLanes load_keys(const int32_t* p) {
