@@ -203,8 +203,7 @@ inline bool read_part(Candidates& candidates, const Row<Stored>& row, int64_t be
 template <bool kAbsolute, class Stored>
 inline void take_candidates(Candidates& candidates, const Row<Stored>& row) {
   if ((row.flags & kSorted) != 0 && row.k <= kRankedByPairs) {
-    candidates.rank(row.indices);
-    return;
+    return candidates.rank(row.indices);
   }
   candidates.tighten();
   for (int64_t j = 0; j < row.k; ++j) row.indices[j] = candidates.index(j);

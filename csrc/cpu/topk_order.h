@@ -64,7 +64,6 @@ inline uint32_t greater(FloatLanes a, FloatLanes b) { return _mm512_cmp_ps_mask(
 inline uint32_t greater_equal(FloatLanes a, FloatLanes b) {
   return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ);
 }
-inline uint32_t equal(FloatLanes a, FloatLanes b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 inline uint32_t greater(IntLanes a, IntLanes b) {
   return _mm512_cmpgt_epi32_mask((__m512i)a, (__m512i)b);
 }
@@ -77,28 +76,27 @@ inline uint32_t equal(IntLanes a, IntLanes b) {
 #else
 inline uint32_t greater(FloatLanes a, FloatLanes b) { return bits_of((IntLanes)(a > b)); }
 inline uint32_t greater_equal(FloatLanes a, FloatLanes b) { return bits_of((IntLanes)(a >= b)); }
-inline uint32_t equal(FloatLanes a, FloatLanes b) { return bits_of((IntLanes)(a == b)); }
-inline uint32_t greater(IntLanes a, IntLanes b) { return bits_of(a > b); }
-inline uint32_t equal(IntLanes a, IntLanes b) { return bits_of(a == b); }
 #endif
 
-// One bit for each of 64 elements: whether it is > bound, or >= bound when kInclusive. load_at(i)
-// loads elements i to i + kFloatLanes - 1.
+// One bit per lane: whether it is > bound, or >= bound when kInclusive.
+template <bool kInclusive>
+inline uint32_t reaching(FloatLanes x, FloatLanes bound) {
+  return kInclusive ? greater_equal(x, bound) : greater(x, bound);
+}
+
+// The same for 64 elements; load_at(i) loads elements i to i + kFloatLanes - 1.
 template <bool kInclusive, class LoadAt>
 inline uint64_t compare_64(const LoadAt& load_at, FloatLanes bound) {
 #if defined(__AVX512F__)  // joined as masks: one move to a general register instead of four
-  constexpr int kHow = kInclusive ? _CMP_GE_OQ : _CMP_GT_OQ;
-  const __mmask16 a = _mm512_cmp_ps_mask(load_at(0), bound, kHow);
-  const __mmask16 b = _mm512_cmp_ps_mask(load_at(16), bound, kHow);
-  const __mmask16 c = _mm512_cmp_ps_mask(load_at(32), bound, kHow);
-  const __mmask16 d = _mm512_cmp_ps_mask(load_at(48), bound, kHow);
+  const uint32_t a = reaching<kInclusive>(load_at(0), bound);
+  const uint32_t b = reaching<kInclusive>(load_at(16), bound);
+  const uint32_t c = reaching<kInclusive>(load_at(32), bound);
+  const uint32_t d = reaching<kInclusive>(load_at(48), bound);
   return _mm512_kunpackd(_mm512_kunpackw(d, c), _mm512_kunpackw(b, a));
 #else
   uint64_t hits = 0;
   for (int i = 0; i < 64; i += kFloatLanes) {
-    const FloatLanes lanes = load_at(i);
-    const uint64_t bits = kInclusive ? greater_equal(lanes, bound) : greater(lanes, bound);
-    hits |= bits << i;
+    hits |= uint64_t{reaching<kInclusive>(load_at(i), bound)} << i;
   }
   return hits;
 #endif

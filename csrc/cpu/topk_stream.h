@@ -293,8 +293,7 @@ class Candidates {
     const int64_t end = first + blocks_in_unit() < blocks_ ? first + blocks_in_unit() : blocks_;
     uint32_t reached = 0;
     for (int64_t b = first; b < end; ++b) {
-      const FloatLanes maxima = load(maxima_ + b * kFloatLanes);
-      reached |= kInclusive ? greater_equal(maxima, limit) : greater(maxima, limit);
+      reached |= reaching<kInclusive>(load(maxima_ + b * kFloatLanes), limit);
     }
     return reached != 0;
   }
@@ -307,9 +306,8 @@ class Candidates {
     int64_t units = 0;
     if (blocks_in_unit() == 1) {
       for (int64_t b = 0; b < blocks; ++b) {
-        const FloatLanes maxima = load(maxima_ + b * kFloatLanes);
         chosen[units] = static_cast<int32_t>(b * block);
-        units += (kInclusive ? greater_equal(maxima, limit) : greater(maxima, limit)) != 0;
+        units += reaching<kInclusive>(load(maxima_ + b * kFloatLanes), limit) != 0;
       }
       return units;
     }

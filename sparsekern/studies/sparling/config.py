@@ -154,7 +154,7 @@ def source_of(name: str, config: Mapping[str, Any]) -> str:
     value = config[name]
     if (name, value) == ("domain", "tiny"):
         return OURS
-    if value in (*_ALSO_PUBLISHED.get(name, ()), _PUBLISHED.get(name, OURS)):
+    if (name, value) in _PUBLISHED.items() or value in _ALSO_PUBLISHED.get(name, ()):
         return CODE
     field = SparlingConfig.__dataclass_fields__[name]
     return str(field.metadata["source"]) if value == field.default else OURS
