@@ -3,6 +3,7 @@ activations."""
 
 from . import dsprites, shapes3d
 from .activation_sources import capture, convert, synthetic
+from .activation_statistics import ActivationStatistics
 from .activation_writing import write_activations
 from .activations import ActivationStore
 from .dsprites import DSprites, load, rendered
@@ -15,6 +16,7 @@ from .shapes3d import Shapes3D
 __all__ = [
     "TEST_SEED",
     "VALIDATION_SEED",
+    "ActivationStatistics",
     "ActivationStore",
     "CountError",
     "DSprites",

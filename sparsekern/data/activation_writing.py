@@ -19,7 +19,7 @@ from torch import Tensor
 from .._system import require, sync
 from .activation_files import ACTIVATIONS, DIRECTIONS
 from .activation_order import BLOCK_BYTES
-from .activations import nonfinite_rows
+from .activation_rows import nonfinite_rows
 from .factors import DataError
 
 STORED = (torch.float32, torch.float16, torch.bfloat16)

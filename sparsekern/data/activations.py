@@ -10,14 +10,15 @@ after the other, across their borders. All of it follows from numbers known in a
 
 So a batch is a pure function of ``(seed, epoch, number of the batch)``, and a training run resumes
 exactly from the number of the batch it stopped at: nothing else needs saving. The files and their
-order, ``batch_size``, ``buffer_rows`` and ``nonfinite`` have to stay the same. The order of the
-rows does not depend on ``batch_size``, ``device``, ``dtype`` or ``prefetch``.
+order, ``batch_size``, ``buffer_rows``, ``nonfinite`` and ``max_norm`` have to stay the same. The
+order of the rows does not depend on ``batch_size``, ``device``, ``dtype`` or ``prefetch``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
+from contextlib import closing
 from functools import cached_property
 from pathlib import Path
 
@@ -25,25 +26,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._system import require
 from .activation_files import ACTIVATIONS, ActivationFile, open_activations
-from .activation_order import EpochPlan, block_rows, plan
+from .activation_order import EpochPlan, plan
+from .activation_rows import NO_ROWS, nonfinite_rows, not_finite, scan, without
+from .activation_statistics import ActivationStatistics, statistics_of
 from .factors import DataError
 from .prefetch import prefetched
 
 NONFINITE = ("refuse", "skip")
 BATCHES_AHEAD = 2
-SCAN_ROWS = 65536
 # Up to this size torch works without its pool of threads, which the training step needs: two that
 # ask for the cores at once wait for each other, on two cores a hundred times as long as they work.
 SERIAL_ELEMENTS = 32768
-POSITIONS_NAMED = 5
-# Bits of the sign removed; the exponent of infinities and NaN, the largest there is.
-_BITS = {
-    torch.float32: (torch.int32, np.int32(0x7FFFFFFF), 0x7F800000),
-    torch.float16: (torch.int16, np.int16(0x7FFF), 0x7C00),
-    torch.bfloat16: (torch.int16, np.int16(0x7FFF), 0x7F80),
-}
+STATISTICS_ROWS = 4096  # taken together
 
 
 class ActivationStore:
@@ -56,16 +51,21 @@ class ActivationStore:
         nonfinite: what to do about rows that hold NaN or infinities. ``"refuse"``: an error when
             such a row is read. ``"skip"``: leave them out. For that all files are read once when
             the store is opened, which takes as long as an epoch that computes nothing.
+        max_norm: rows whose L2 norm exceeds it are left out; None leaves out none. For that, too,
+            all files are read once when the store is opened, and a row that is not finite is
+            refused then. :meth:`statistics` tells the norms.
 
     Raises:
         DataError: a file is missing, damaged, locked by a writer, empty or laid out otherwise, or
-            the files differ in width or dtype; with ``"skip"``: no row is finite.
+            the files differ in width or dtype; all rows are left out; with ``max_norm`` and
+            ``"refuse"``: a row is not finite.
         ModuleNotFoundError: h5py or safetensors is needed and not installed.
-        ValueError: no path, or another ``nonfinite``.
+        ValueError: no path, another ``nonfinite``, or ``max_norm`` is not above 0 and finite.
 
     Attributes:
         tokens: rows that batches are made of.
         skipped: rows left out because they are not finite.
+        outliers: finite rows left out because their norm exceeds ``max_norm``.
         features: D.
         dtype: as stored: float32, float16 or bfloat16.
     """
@@ -76,33 +76,47 @@ class ActivationStore:
         *,
         dataset: str = ACTIVATIONS,
         nonfinite: str = "refuse",
+        max_norm: float | None = None,
     ) -> None:
         if nonfinite not in NONFINITE:
             raise ValueError(
                 f"ActivationStore: nonfinite must be one of {', '.join(NONFINITE)}, "
                 f"got {nonfinite!r}"
             )
+        if max_norm is not None and not 0 < max_norm < math.inf:
+            raise ValueError(
+                f"ActivationStore: max_norm must be above 0 and finite, got {max_norm}"
+            )
         paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
         if not paths:
             raise ValueError("ActivationStore: paths must name at least one file, got none")
-        self.nonfinite = nonfinite
+        self.nonfinite, self.max_norm = nonfinite, max_norm
         self._files: list[ActivationFile] = []
         try:
             for path in paths:
                 self._files.append(open_activations(path, dataset))
                 self._check_same(self._files[-1])
             self.features, self.dtype = self._files[0].features, self._files[0].dtype
-            # Rows left out, ascending, for each file.
-            self._bad = [_bad_rows(f) if nonfinite == "skip" else _NO_ROWS for f in self._files]
-            self.skipped = sum(map(len, self._bad))
-            self.tokens = sum(f.tokens for f in self._files) - self.skipped
-            if self.tokens == 0:
-                raise DataError(
-                    f"activation files hold no finite row: {', '.join(map(str, paths))}"
-                )
+            self._leave_out()
         except BaseException:
             self.close()
             raise
+
+    def _leave_out(self) -> None:
+        """Finds the rows that no batch takes, for each file, and counts those that remain."""
+        if self.nonfinite == "skip" or self.max_norm is not None:
+            found = [scan(file, self.nonfinite, self.max_norm) for file in self._files]
+        else:
+            found = [(NO_ROWS, NO_ROWS)] * len(self._files)
+        self.skipped = sum(len(bad) for bad, _ in found)
+        self.outliers = sum(len(long) for _, long in found)
+        self._left_out = [np.union1d(bad, long) for bad, long in found]
+        self.tokens = sum(f.tokens for f in self._files) - self.skipped - self.outliers
+        if self.tokens == 0:
+            limit = "" if self.max_norm is None else f" of a norm up to {self.max_norm:g}"
+            raise DataError(
+                f"activation files hold no finite row{limit}: {', '.join(map(str, self.paths))}"
+            )
 
     def _check_same(self, file: ActivationFile) -> None:
         first = self._files[0]
@@ -137,6 +151,33 @@ class ActivationStore:
                 )
             found = (file.path, directions)
         return None if found is None else found[1]
+
+    def statistics(self, rows: int = 65536, *, seed: int = 0) -> ActivationStatistics:
+        """Mean, deviations and norms of a random sample of the rows that batches are made of.
+
+        Args:
+            rows: how many rows are sampled; all, where there are fewer. They are the first of
+                ``batches(seed=seed, buffer_rows=rows)``: about 1 MiB of neighbours at each of many
+                random places.
+            seed: determines the sample; 0 or larger.
+
+        Returns:
+            An :class:`ActivationStatistics`: ``rows``, ``mean [D]``, ``deviation [D]``,
+            ``mean_norm``, ``median_norm``, ``largest_norm``, and what follows from them.
+
+        Raises:
+            ValueError: an argument is out of range.
+            DataError: as :meth:`batches`.
+        """
+        _check_count("statistics", "rows", rows, 1)
+        _check_count("statistics", "seed", seed, 0)
+        rows = min(rows, self.tokens)
+        sample = self.batches(
+            min(rows, STATISTICS_ROWS), seed=seed, buffer_rows=rows, dtype=self.dtype,
+            prefetch=False,
+        )  # fmt: skip
+        with closing(sample):
+            return statistics_of(sample, rows)
 
     def count_batches(self, batch_size: int) -> int:
         """Batches in an epoch, the last and smaller one included."""
@@ -194,7 +235,9 @@ class ActivationStore:
             )
         if not dtype.is_floating_point:
             raise ValueError(f"batches: dtype must be floating, got {dtype}")
-        epoch_plan = plan(self._files, self._bad, buffer_rows, (seed, epoch) if shuffle else None)
+        epoch_plan = plan(
+            self._files, self._left_out, buffer_rows, (seed, epoch) if shuffle else None
+        )
         return self._stream(epoch_plan, batch_size, start, torch.device(device), dtype, prefetch)
 
     def _stream(
@@ -246,17 +289,10 @@ class ActivationStore:
             rows = buffer[at : at + stop - start]
             file.read(start, rows)
             if self.nonfinite == "refuse":
-                bad += [(file.path, start + row) for row in nonfinite_rows(rows).tolist()]
-            else:
-                rows = _without(rows, start, self._bad[number])
-            at += len(rows)
+                bad += [(file, start + row) for row in nonfinite_rows(rows).tolist()]
+            at += len(without(rows, start, self._left_out[number]))
         if bad:
-            named = ", ".join(f"row {row} of {path}" for path, row in bad[:POSITIONS_NAMED])
-            raise DataError(
-                f"activations are not finite: {len(bad)} of {at} rows read together hold NaN or "
-                f"infinities: {named}{', ...' if len(bad) > POSITIONS_NAMED else ''} "
-                f"(nonfinite='skip' leaves such rows out)"
-            )
+            raise not_finite(bad, at)
         return buffer[:at]
 
     def close(self) -> None:
@@ -270,9 +306,6 @@ class ActivationStore:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-_NO_ROWS = np.empty(0, np.int64)
 
 
 def _cut(
@@ -305,42 +338,6 @@ def _cut(
                     batch = None
     finally:
         groups.close()
-
-
-def nonfinite_rows(rows: Tensor) -> Tensor:
-    """Numbers, int64 ``[m]``, of the rows of ``[n, D]`` that hold NaN or infinities."""
-    integer, magnitude, exponent = _BITS[rows.dtype]
-    # On integers: two plain passes, where isfinite takes several in half precision.
-    bits = rows.contiguous().view(integer).numpy() & magnitude
-    if bits.max() < exponent:
-        return torch.empty(0, dtype=torch.int64)
-    return torch.from_numpy(np.flatnonzero(bits.max(1) >= exponent))
-
-
-def _bad_rows(file: ActivationFile) -> np.ndarray:
-    """Numbers of a file's rows that are not finite, ascending; reads it all."""
-    tqdm = require("tqdm", "looking for rows that are not finite").tqdm
-    step = block_rows(file, SCAN_ROWS)
-    buffer = torch.empty(step, file.features, dtype=file.dtype)
-    found = [_NO_ROWS]
-    # disable=None: no bar where nobody watches.
-    for start in tqdm(range(0, file.tokens, step), f"checking {file.path.name}", disable=None):
-        rows = buffer[: min(step, file.tokens - start)]
-        file.read(start, rows)
-        found.append(start + nonfinite_rows(rows).numpy())
-    return np.concatenate(found)
-
-
-def _without(rows: Tensor, start: int, bad: np.ndarray) -> Tensor:
-    """Moves the rows that stay to the front; ``rows`` are those from number ``start`` on."""
-    first, last = np.searchsorted(bad, [start, start + len(rows)])
-    if first == last:
-        return rows
-    stays = torch.ones(len(rows), dtype=torch.bool)
-    stays[torch.from_numpy(bad[first:last] - start)] = False
-    kept = rows[stays]
-    rows[: len(kept)] = kept
-    return rows[: len(kept)]
 
 
 def _check_count(function: str, name: str, value: int, least: int) -> None:
