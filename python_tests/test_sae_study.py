@@ -117,14 +117,14 @@ ACTIVATIONS = {
 
 def end_after(monkeypatch, steps):
     """Interrupts a run, as Ctrl-C does, after so many steps."""
-    backward = sae._Task.backward
+    backward = sae.SAETask.backward
 
     def counted(task, batch):
         if task.step == steps:
             signal.raise_signal(signal.SIGINT)
         return backward(task, batch)
 
-    monkeypatch.setattr(sae._Task, "backward", counted)
+    monkeypatch.setattr(sae.SAETask, "backward", counted)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

@@ -9,39 +9,38 @@ learning rate rises over `warmup`, stays, and falls to zero over `decay`; k fall
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import BatchTopK, JumpReLU, TopK, backend
+from .. import BatchTopK, JumpReLU, TopK
 from ..data import ActivationStore
 from ..metrics import UnitActivity
 from ..models import SparseAutoencoder
 from ..models.statistics import squared_error, total_variance
 from ..optim import Adam
-from ..training import Outcome, RunError, RunFolder, checkpoints, train
-from ..training.runs import write_atomically
-from . import figures
-from .configs import Report, backends_of, check_packages, read_config, usable_device
 from .sae_config import PRESETS as PRESETS
 from .sae_config import SAEConfig
 
-NAME = "sae"
-OPERATIONS = ("linear_topk", "sparse_matmul", "sparse_matmul_backward", "count_active", "adam_step")
 MEDIAN_ROWS = 8192
 Config = SAEConfig
-FILES = ("history.png", "results.json", "metrics.jsonl")
 RECOVERED = 0.9
 """Cosine above which a true direction counts as recovered."""
 
 
-class _Task:
+def __getattr__(name: str) -> Any:
+    """What runs are made and read with: of sae_runs.py, which imports this file."""
+    from . import sae_runs
+
+    if name not in sae_runs.__all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(sae_runs, name)
+
+
+class SAETask:
     """Model, activations and schedules, in the form the training loop asks for."""
 
     unit = "token"
@@ -76,7 +75,7 @@ class _Task:
         variance = total_variance(batch)
         sums: dict[str, Tensor] = {}
         for part in batch.split(self.config.micro_batch or len(batch)):
-            with _autocast(self.config, self.device):
+            with autocast(self.config, self.device):
                 output, loss = self.model.loss(part, variance=variance, rows=len(batch))
             loss.total.backward()
             share = len(part) / len(batch)
@@ -180,7 +179,7 @@ def _sample(config: SAEConfig, store: ActivationStore, rows: int, device: torch.
         return next(batches)
 
 
-def _autocast(config: SAEConfig, device: torch.device) -> Any:
+def autocast(config: SAEConfig, device: torch.device) -> Any:
     return torch.autocast(device.type, torch.bfloat16, enabled=config.autocast)
 
 
@@ -206,7 +205,7 @@ def evaluate(
     error = torch.zeros((), dtype=torch.float64, device=device)
     cosine = torch.zeros((), dtype=torch.float64, device=device)
     for part in rows.split(config.micro_batch or config.batch_size):
-        with _autocast(config, device):
+        with autocast(config, device):
             output = model(part)
         activity.update(output.values.float(), output.indices)
         error += squared_error(part, output.reconstruction).double()
@@ -232,141 +231,3 @@ def recovered(dictionary: Tensor, directions: Tensor) -> float:
         (part @ rows.t()).amax(1) for part in normalize(directions.float(), dim=1).split(1024)
     ])  # fmt: skip
     return float((best > RECOVERED).double().mean())
-
-
-def run(config: SAEConfig, folder: str | Path, *, resume: bool = False) -> Report:
-    """Trains, evaluates and fills a run folder.
-
-    Besides what training writes (see training/runs.py), a finished run has results.json and
-    history.png.
-
-    Args:
-        config: what to run.
-        folder: where; must not hold a run yet, unless resumed.
-        resume: go on from the folder's checkpoint. The config must equal that of the checkpoint,
-            except for its free fields.
-
-    Raises:
-        ValueError: the config does not fit the activations.
-        DataError: a file of activations is missing, damaged or of another width.
-        RunError, CheckpointError, TrainingError: see sparsekern.training.
-        BackendUnavailableError: the forced backend cannot run here.
-        ModuleNotFoundError: the packages of the extra "data" are not installed.
-    """
-    folder = Path(folder)
-    check_packages()
-    device = usable_device(config.device)
-    stored = {"study": NAME, "config": asdict(config)}
-    with backend(config.backend), _opened(config) as store:
-        if not resume:
-            RunFolder.check_new(folder)
-        task = _Task(config, store, device)
-        _probe(task)
-        identity = {**config.identity(), "tokens": store.tokens, "features": store.features}
-        with RunFolder.open(folder) if resume else RunFolder.create(folder, stored) as place:
-            outcome = train(task, config.loop(), place, identity=identity)
-            if outcome.signal is not None:
-                return Report(outcome, None)
-            results = _results(config, task, outcome)
-            text = json.dumps(results, indent=2) + "\n"
-            write_atomically(place.path / "results.json", text.encode())
-            figures.save_sae_history(
-                place.path / "history.png", place.read_metrics("step"), config.batch_size
-            )
-    return Report(outcome, results)
-
-
-def _opened(config: SAEConfig) -> ActivationStore:
-    return ActivationStore(
-        list(config.activations), dataset=config.dataset, nonfinite=config.nonfinite
-    )
-
-
-def _probe(task: _Task) -> None:
-    """A step of a tiny model: a backend that cannot run fails before anything is written."""
-    model = SparseAutoencoder(4, 8, 2).to(task.device)
-    with _autocast(task.config, task.device):
-        _, loss = model.loss(torch.zeros(2, 4, device=task.device))
-    loss.total.backward()
-
-
-def _results(config: SAEConfig, task: _Task, outcome: Outcome) -> dict[str, Any]:
-    task._schedule(config.epochs * task.steps_per_epoch - 1)
-    return {
-        "activations": list(config.activations),
-        "tokens": task.store.tokens * config.epochs,
-        "features": task.store.features,
-        "latents": len(task.model.dictionary),
-        **({"k": task.model.k} if config.counted else {}),
-        **evaluate(config, task.model, task.store, task.device),
-        "steps": outcome.step,
-        "tokens_per_second": outcome.examples_per_second,
-        "device": task.device.type,
-        "backends": backends_of(OPERATIONS, task.device.type),
-    }
-
-
-def evaluate_run(
-    folder: str | Path, activations: tuple[str, ...] = (), *, device: str = "auto"
-) -> dict[str, Any]:
-    """Measures the checkpoint of a run folder, on its own activations or on others.
-
-    Raises:
-        RunError: there is no run of this study, or no checkpoint yet.
-        CheckpointError, DataError, ValueError: see `run`.
-    """
-    folder = Path(folder)
-    config = saved_config(folder)
-    if activations:
-        config = SAEConfig(**{**asdict(config), "activations": activations})
-    place = usable_device(device)
-    saved = checkpoints.read_checkpoint(folder)
-    if saved is None:
-        raise RunError(f"no checkpoint to evaluate in {folder}")
-    with backend(config.backend), _opened(config) as store:
-        model = make_model(config, store)
-        checkpoints.load_model(folder, model, saved[0])
-        model = model.to(place)
-        step, per_epoch = saved[1]["step"], store.count_batches(config.batch_size)
-        measured = evaluate(config, model, store, place)
-    return {"step": step, "epochs": step / per_epoch, "latents": len(model.dictionary), **measured}
-
-
-def table(results: Mapping[str, Any], config: SAEConfig) -> str:
-    """The final measurements as text for a terminal."""
-    return measurements(results, f"Sparse autoencoder on {', '.join(config.activations)}")
-
-
-def measurements(results: Mapping[str, Any], title: str) -> str:
-    """Named measurements as text for a terminal."""
-    formats = {
-        "tokens_per_second": "{:.0f}", "l0": "{:.1f}", "epochs": "{:.2f}",
-        "fvu": "{:.4f}", "cosine": "{:.4f}",
-        "dead": "{:.2%}", "silent": "{:.2%}", "recovered": "{:.2%}",
-    }  # fmt: skip
-    labels = {
-        "fvu": "FVU",
-        "l0": "L0 (latents per token)",
-        "cosine": "mean cosine",
-        "dead": "dead latents",
-        "silent": "latents silent in evaluation",
-        "recovered": "true directions recovered",
-        "tokens_per_second": "tokens per second",
-    }
-    rows = [
-        (labels.get(name, name), formats.get(name, "{}").format(value))
-        for name, value in results.items()
-        if not isinstance(value, (dict, list))
-    ]
-    rows += [(f"{name} by", name_of) for name, name_of in results.get("backends", {}).items()]
-    width = max(len(label) for label, _ in rows)
-    return "\n".join([title, *(f"  {label:<{width}}  {value}" for label, value in rows)])
-
-
-def saved_config(folder: str | Path) -> SAEConfig:
-    """The config of the run in a folder.
-
-    Raises:
-        RunError: there is no run, or not one of this study.
-    """
-    return read_config(folder, NAME, SAEConfig)
