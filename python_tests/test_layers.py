@@ -44,6 +44,79 @@ def test_threshold_is_the_average_of_the_smallest_positive_value(target):
         assert math.isnan(threshold) if expected is None else threshold == expected
 
 
+def active_per_row(layer, scale=1.0, rows=4096):
+    return (layer.eval()(torch.randn(rows, 512) * scale) != 0).sum(1).float().mean().item()
+
+
+FALLING = {
+    "linearly": lambda done: 3 - 2 * done,
+    "by equal ratios": lambda done: 3 ** (1 - done),
+    "not": lambda done: 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("falling", "steps"), [("linearly", 100), ("by equal ratios", 100), ("not", 2)]
+)
+def test_k_is_kept_in_evaluation_while_scores_fall(falling, steps):
+    layer, scale = BatchTopK(8), FALLING[falling]
+    for step in range(steps):
+        layer(torch.randn(256, 512) * scale(step / steps))
+    assert active_per_row(layer, scale(1)) == pytest.approx(8, rel=0.05)
+
+
+SCHEDULES = {
+    "gradual": lambda step: round(32 - 24 * step / 99),
+    "early": lambda step: max(8, 32 - step),
+    "in levels": lambda step: (32, 16, 8)[step * 3 // 100],
+    "in the last step": lambda step: 8 if step == 99 else 32,
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_k_is_kept_in_evaluation_after_a_schedule(schedule):
+    layer = BatchTopK(32)
+    for step in range(100):
+        layer.k = SCHEDULES[schedule](step)
+        layer(torch.randn(256, 512))
+    assert active_per_row(layer) == pytest.approx(8, rel=0.06)
+
+
+def test_the_trend_is_saved_and_older_states_are_loaded():
+    layer, other = BatchTopK(4), BatchTopK(4)
+    for _ in range(9):
+        layer(torch.randn(20, 64))
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(20, 64)
+    layer(x), other(x)
+    testing.assert_same("goes on", other.threshold, layer.threshold)
+    old = {"threshold": torch.tensor(0.7)}
+    other.load_state_dict(old)
+    assert list(old) == ["threshold"] and other.threshold.item() == pytest.approx(0.7)
+    other(x)
+    fresh = BatchTopK(4)
+    fresh(x)
+    testing.assert_same("begins anew", other.threshold, fresh.threshold)
+    layer.half()
+    assert layer.trend.dtype == layer.threshold.dtype == torch.float32
+
+
+@pytest.mark.parametrize("k", [1, 3, 2.5])
+def test_calibration_gives_k_active_entries(k):
+    layer, x = BatchTopK(k), torch.randn(8, 10, 40)
+    layer.calibrate(x)
+    assert int((layer.eval()(x) != 0).sum()) == int(k * 80)
+    parts = copy.deepcopy(layer)
+    parts.calibrate_parts(x.split(3), 80)
+    testing.assert_same("in parts", parts.threshold, layer.threshold)
+    layer.calibrate(-x.abs() + (x > 2.5) * 10)
+    assert layer.threshold.item() == 0, "all that is positive, where it is less"
+    with pytest.raises(ValueError, match="must have at least one row, got none"):
+        layer.calibrate(x[:0])
+    with pytest.raises(TypeError, match=r"^BatchTopK.calibrate: x must be float"):
+        layer.calibrate(torch.ones(3, 40).long())
+
+
 def test_evaluation_does_not_depend_on_the_batch(target):
     layer = BatchTopK(2, device=target.device)
     layer(torch.randn(20, 9, device=target.device))

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..ops.activity import count_active
-from ..ops.batch_topk import batch_mask, check_share
+from ..ops.batch_topk import batch_mask, check_share, kept_in_all
 from ..ops.checks import check_floating
 from ..ops.jumprelu import at_most
 from ..ops.topk import Codes
 from .codes import codes_where
 from .counter import DeadNeuronCounter, check_counter
+
+# The threshold of the next batch is read off a line through those of the last batches: as many as
+# hold so many kept entries, which leaves 3 % of noise in L0, but no fewer than so many batches.
+REMEMBERED_ENTRIES = 2000
+REMEMBERED_BATCHES = 5
+# What a line's slope has to explain: two batches alone tell little about it.
+SLOPE_PRIOR = 1.0
+# The line may leave the last threshold by so much: it has to stay above zero.
+LARGEST_CHANGE = 2.0
+# A change of k by more than this share between two batches is no trend: earlier ones are forgotten.
+JUMP_OF_K = 0.1
 
 _UNSET = (
     "BatchTopK: threshold must be set before evaluation, by a batch in training mode with a "
@@ -35,14 +46,18 @@ class BatchTopK(nn.Module):
     Args:
         k: how many to keep per row on average, an integer of at least 1 or a float above 0. The
             attribute may be changed at any time during training.
-        momentum: share of the old threshold in the new one, in 0..1 and below 1.
+        momentum: None follows the thresholds of the batches and their trend (see Note). A number in
+            0..1 and below 1 takes their running average instead: the share of the old threshold in
+            the new one. It lags behind scores or a k that fall.
         counter: a `DeadNeuronCounter` that is updated by each forward pass in training mode.
         device: where the threshold lives.
 
     Attributes:
-        threshold: 0-d float32 buffer, saved with the model: the running average, over batches in
-            training mode, of the smallest positive entry kept. NaN until there is one. It stays
-            float32 in a layer that is converted to another dtype.
+        threshold: 0-d float32 buffer, saved with the model: what the smallest positive entry kept
+            in the next batch in training mode should be. NaN until there was one. It stays float32
+            in a layer that is converted to another dtype.
+        trend: [6] float32 buffer, saved with the model: what is known of the last batches. A
+            state_dict without it is loaded, too; None with a momentum.
 
     Shape: x [..., n] floating point -> [..., n] of the same dtype; B is the product of the leading
     dimensions.
@@ -58,12 +73,14 @@ class BatchTopK(nn.Module):
         evaluation once after a state_dict was loaded (compiled code never waits: the device reports
         a threshold that is not set).
 
-        The threshold follows a falling k over about 1 / (1 - momentum) batches: let training end
-        with so many at the last k. In data-parallel training, a batch and its threshold are those
-        of one process.
+        The smallest kept entries of the last batches, the older the lighter, are fitted with a
+        line, and the threshold is its value for the next batch: so it follows scores that fall and
+        a schedule of k without a lag, from the first batch on. `calibrate` sets it exactly, for
+        rows at hand; use it at the end of training. In data-parallel training, a batch and its
+        threshold are those of one process.
 
     Source: Bussmann, Leask and Nanda 2024, BatchTopK sparse autoencoders (arXiv 2412.06410),
-    section 3; the average over batches stands for the expectation in its equation for theta.
+    section 3; the line through the batches stands for the expectation in its equation for theta.
 
     Example:
         >>> import torch, sparsekern
@@ -75,25 +92,26 @@ class BatchTopK(nn.Module):
     """
 
     threshold: torch.Tensor
+    trend: torch.Tensor | None
 
     def __init__(
         self,
         k: int | float,
         *,
-        momentum: float = 0.99,
+        momentum: float | None = None,
         counter: DeadNeuronCounter | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
-            raise TypeError(f"BatchTopK: momentum must be a number, got {momentum!r}")
-        if not 0 <= momentum < 1:
-            raise ValueError(f"BatchTopK: momentum must be in 0..1 and below 1, got {momentum}")
+        _check_momentum(momentum)
         self._exponent: int | None = None
         self.k = k
         self.momentum = momentum
         self.counter = check_counter("BatchTopK", counter)
         self.register_buffer("threshold", torch.tensor(torch.nan, device=device))
+        # Weighted sums over the batches: 1, age, age^2, threshold, age * threshold; and the last k.
+        trend = torch.zeros(6, device=device) if momentum is None else None
+        self.register_buffer("trend", trend)
         self._known = False  # whether this threshold was seen to be a number
 
     @property
@@ -143,11 +161,37 @@ class BatchTopK(nn.Module):
         none."""
         if kept.numel() == 0:
             return
-        infinity = torch.inf
-        smallest = torch.where(kept > 0, kept, infinity).amin().to(self.threshold.dtype)
-        average = torch.lerp(smallest, self.threshold, self.momentum)
-        average = torch.where(self.threshold.isnan(), smallest, average)
-        self.threshold.copy_(torch.where(smallest < infinity, average, self.threshold))
+        positive = kept > 0
+        smallest = torch.where(positive, kept, torch.inf).amin().to(self.threshold.dtype)
+        if self.trend is None:
+            following = torch.lerp(smallest, self.threshold, self.momentum or 0.0)
+            following = torch.where(self.threshold.isnan(), smallest, following)
+        else:
+            k = torch.full((), self.k, dtype=torch.float32, device=kept.device)
+            trend = _followed(self.trend, smallest, positive.sum(), k)
+            following = _predicted(trend, smallest)
+            self.trend.copy_(torch.where(smallest < torch.inf, trend, self.trend))
+        self.threshold.copy_(torch.where(smallest < torch.inf, following, self.threshold))
+
+    @torch.no_grad()
+    def calibrate(self, x: torch.Tensor) -> None:
+        """Set the threshold so that rows of x [..., n] have k active entries on average in
+        evaluation mode, or all their positive ones where these are fewer.
+
+        Raises:
+            ValueError: x has no rows.
+        """
+        check_floating("BatchTopK.calibrate", "x", x)
+        self.calibrate_parts([x], math.prod(x.shape[:-1]))
+
+    @torch.no_grad()
+    def calibrate_parts(self, parts: Iterable[torch.Tensor], rows: int) -> None:
+        """As `calibrate`, for x in parts that have so many rows together."""
+        if rows < 1:
+            raise ValueError("BatchTopK.calibrate: x must have at least one row, got none")
+        following = value_at_rank(parts, kept_in_all("BatchTopK", self.k, rows) + 1)
+        self.threshold.copy_(following.clamp_min(0))
+        self._known = False
 
     def known_threshold(self) -> torch.Tensor:
         """The threshold, 0-d; raises where it was never set, for which the host waits at most
@@ -160,16 +204,72 @@ class BatchTopK(nn.Module):
             self._known = self.threshold.is_cuda
         return self.threshold
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         self._known = False
-        super()._load_from_state_dict(*args, **kwargs)
+        if self.trend is not None and f"{prefix}threshold" in state:
+            # Of a layer with momentum, or saved before there was a trend.
+            state.setdefault(f"{prefix}trend", torch.zeros_like(self.trend))
+        super()._load_from_state_dict(state, prefix, *args)
 
     def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> BatchTopK:
-        before, self._known = self.threshold, False
+        before, self._known = (self.threshold, self.trend), False
         super()._apply(fn, *args, **kwargs)
-        if self.threshold.dtype != before.dtype:  # half(), to(dtype): too coarse for an average
-            self.threshold = before.to(self.threshold.device)
+        # half(), to(dtype): too coarse for sums over batches
+        if self.threshold.dtype != before[0].dtype:
+            self.threshold = before[0].to(self.threshold.device)
+        if self.trend is not None and before[1] is not None:
+            self.trend = before[1].to(self.trend.device)
         return self
 
     def extra_repr(self) -> str:
-        return f"k={self.k}, momentum={self.momentum}"
+        return f"k={self.k}" + ("" if self.momentum is None else f", momentum={self.momentum}")
+
+
+def _check_momentum(momentum: float | None) -> None:
+    if momentum is None:
+        return
+    if isinstance(momentum, bool) or not isinstance(momentum, (int, float)):
+        raise TypeError(f"BatchTopK: momentum must be a number, got {momentum!r}")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"BatchTopK: momentum must be in 0..1 and below 1, got {momentum}")
+
+
+def _followed(
+    trend: torch.Tensor, smallest: torch.Tensor, entries: torch.Tensor, k: torch.Tensor
+) -> torch.Tensor:
+    """The sums of the batches [6] with one more: its threshold, its number of entries, its k."""
+    count, age, age_squared, total, aged_total, last_k = trend.unbind()
+    memory = (REMEMBERED_ENTRIES / entries.clamp_min(1)).clamp_min(REMEMBERED_BATCHES)
+    share = torch.where((k - last_k).abs() > JUMP_OF_K * last_k, 0.0, 1 - 1 / memory)
+    older = torch.stack((
+        count, age + count, age_squared + 2 * age + count, total, aged_total + total
+    ))  # fmt: skip
+    newest = torch.stack((
+        torch.ones_like(smallest), smallest.new_zeros(()), smallest.new_zeros(()), smallest,
+        smallest.new_zeros(()),
+    ))  # fmt: skip
+    return torch.cat((share * older + newest, k.reshape(1)))
+
+
+def _predicted(trend: torch.Tensor, smallest: torch.Tensor) -> torch.Tensor:
+    """The threshold of the next batch, of age -1, on the line through the last ones."""
+    count, age, age_squared, total, aged_total, _ = trend.unbind()
+    spread = count * (age_squared + SLOPE_PRIOR) - age * age
+    slope = (count * aged_total - age * total) / spread  # per batch of age
+    level = (total - slope * age) / count
+    return (level - slope).clamp(smallest / LARGEST_CHANGE, smallest * LARGEST_CHANGE)
+
+
+def value_at_rank(parts: Iterable[torch.Tensor], rank: int) -> torch.Tensor:
+    """The rank-th largest (1 is the largest) of the entries of all parts, 0-d float32 (float64 for
+    float64); the smallest of all where there are fewer. Memory: 2 * rank entries and a part."""
+    kept: torch.Tensor | None = None
+    for part in parts:
+        entries = part.reshape(-1).to(torch.promote_types(part.dtype, torch.float32))
+        if kept is not None and len(kept) == rank:
+            entries = entries[entries > kept[-1]]
+        kept = entries if kept is None else torch.cat((kept, entries))
+        kept = kept.topk(min(rank, len(kept))).values
+    if kept is None or len(kept) == 0:
+        raise ValueError("value_at_rank: parts must have at least one entry, got none")
+    return kept[-1]
