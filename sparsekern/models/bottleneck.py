@@ -16,6 +16,7 @@ from ..nn import DeadNeuronCounter, TopK
 from ..ops.linear_topk import linear_topk
 from ..ops.sparse_matmul import sparse_matmul
 from ..ops.topk import codes_to_dense
+from .normalisation import BatchNorm1d
 
 SPARSIFIERS = ("topk", "magnitude", "l1")
 # Above this share of active units a dense product costs less than picking rows of the dictionary.
@@ -41,7 +42,7 @@ class BottleneckOutput(NamedTuple):
     """[B, E]."""
 
 
-class Standardize(nn.BatchNorm1d):
+class Standardize(BatchNorm1d):
     """Zero mean and unit variance of each feature, without weights to learn.
 
     In training of the batch, in evaluation (and for a batch of one row) of the running estimates.

@@ -61,9 +61,17 @@ class Decoder:
         for first, last in itertools.pairwise((0, *ends)):
             part = self.dictionary[first:last].t()
             bias = None if made else self.bias
-            product = nn.functional.linear(factors[..., first:last], part, bias)
+            product = _product(factors[..., first:last], part, bias)
             made.append(made[-1] + product if made else product)
         return made
+
+
+def _product(factors: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """factors @ weight.T + bias in factors' dtype; 16-bit factors meet a float32 weight as it is,
+    as in sparse_matmul."""
+    if factors.dtype == weight.dtype or torch.is_autocast_enabled(factors.device.type):
+        return nn.functional.linear(factors, weight, bias)
+    return nn.functional.linear(factors.to(weight.dtype), weight, bias).to(factors.dtype)
 
 
 def split_codes(
@@ -79,7 +87,10 @@ def split_codes(
     counts = (levels.unsqueeze(-1) == level_ids).sum(-2)  # [..., levels]
     starts = counts.cumsum(-1) - counts
     per_row = counts.reshape(-1, len(level_ids))
-    widths = per_row.amax(0).tolist() if len(per_row) else [0] * len(level_ids)
+    if torch.compiler.is_compiling():  # no sizes that depend on data
+        widths = [indices.shape[-1]] * len(level_ids)
+    else:
+        widths = per_row.amax(0).tolist() if len(per_row) else [0] * len(level_ids)
     for level, width in enumerate(widths):
         slots = torch.arange(max(width, 1), device=indices.device)
         places = (starts[..., level, None] + slots).clamp_max(indices.shape[-1] - 1)

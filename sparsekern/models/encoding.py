@@ -9,14 +9,16 @@ TopK keeps a fixed number of latents in each row. For the others the number diff
 so the selection takes the largest scores of each row, as many as the last selections needed, and
 looks at the last of them: if it still qualifies, the row may have more, and the selection is made
 again with twice as many. When some row has more than one in NARROWEST latents active, the dense
-expression is faster, and is what is used. Which of the two it is follows from the input alone.
+expression is faster, and is what is used. Which of the two it is follows from the input alone, and
+so does what is recorded for the backward pass (gradient checkpointing compares it). Compiled code
+has no sizes that depend on data: there it is the dense expression always.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,12 +74,34 @@ class Scores:
             transposition=transposition,
         )  # fmt: skip
 
-    def all(self) -> Tensor:
-        """All of them, [..., N]."""
-        dtype = self.x.dtype
-        centred = (self.x - self.pre_bias).to(dtype)
-        scores = nn.functional.linear(centred, self.weight.to(dtype), self.bias.to(dtype))
+    def all(self, known: Tensor | None = None) -> Tensor:
+        """All of them, [..., N]; known: what `unscaled` gives, where it was computed."""
+        if torch.compiler.is_compiling():
+            scores = self._linear()
+        else:  # recorded in one way, whether it was known or not
+            known = self.unscaled() if known is None else known
+            scores = _KnownLinear.apply(*self._factors(known.dtype), known)
         return scores if self.scale is None else scores * self.scale.to(scores.dtype)
+
+    @torch.no_grad()
+    def unscaled(self) -> Tensor:
+        """All of them divided by the scale, [..., N], recording nothing for a backward pass."""
+        return self._linear()
+
+    def _linear(self) -> Tensor:
+        return nn.functional.linear(*self._factors(self.x.dtype))
+
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """x - pre_bias, weight and bias in a dtype."""
+        centred = (self.x - self.pre_bias).to(self.x.dtype)
+        return centred.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
+
+    def only(self, wanted: Tensor) -> Scores:
+        """Scores that are -inf but for the wanted latents (bool [N])."""
+        scale = self.scale
+        if scale is not None:
+            scale = torch.where(wanted, scale, 1)  # -inf * 0 is NaN
+        return replace(self, bias=torch.where(wanted, self.bias, -torch.inf), scale=scale)
 
     def lowered(self, threshold: Tensor) -> Scores:
         """Scores minus a threshold [N] of each latent (scores of scale zero stay zero)."""
@@ -85,6 +109,28 @@ class Scores:
         if self.scale is not None:
             offset = threshold / self.scale.clamp_min(SMALLEST_SCALE)
         return replace(self, bias=self.bias - offset)
+
+
+class _KnownLinear(torch.autograd.Function):
+    """x @ weight.T + bias, whose value is known: records its gradient and computes nothing."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, known: Tensor) -> Tensor:
+        return known.view_as(known)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        d_x = (rows @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        d_weight = rows.t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[1] else None
+        return d_x, d_weight, rows.sum(0) if ctx.needs_input_grad[2] else None, None
 
 
 class Encoding(NamedTuple):
@@ -116,6 +162,10 @@ class Width:
         """Whether dense scores were faster the last time."""
         return self.count * NARROWEST > latents
 
+    def note(self, active: Tensor) -> None:
+        """Take in which scores [..., m] were active, for which the host waits."""
+        self.count = int(active.sum(-1).max()) if active.numel() else 0
+
 
 def encode(layer: nn.Module, scores: Scores, width: Width) -> Encoding:
     """Codes of an activation layer, in the layer's training or evaluation mode."""
@@ -135,6 +185,11 @@ def check_activation(layer: nn.Module, latents: int) -> None:
         raise TypeError(f"{op}: activation must be one of {known}, got {type(layer).__name__}")
     if isinstance(layer, TopK) and not layer.is_plain:
         raise ValueError(f"{op}: activation must have ReLU and no abs, got {layer}")
+    if isinstance(layer, TopK) and layer.use_sparse_activations:
+        raise ValueError(
+            f"{op}: activation must have use_sparse_activations=False, since the model passes on "
+            "codes, got True"
+        )
     if isinstance(layer, (TopK, BatchTopK)):
         if layer.counter is not None:
             raise ValueError(f"{op}: activation must have no counter, since the model has one")
@@ -189,10 +244,12 @@ def _batch_topk(layer: BatchTopK, scores: Scores, width: Width) -> Encoding:
 
 
 def _trained_batch_topk(layer: BatchTopK, scores: Scores, width: Width) -> Encoding:
-    dense = scores.all() if width.dense(scores.latents) else None
-    chosen = _largest_of_batch(layer, scores, width, dense)
+    if torch.compiler.is_compiling():
+        return _dense(layer(scores.all()))
+    known = scores.unscaled() if width.dense(scores.latents) else None
+    chosen = _largest_of_batch(layer, scores, width, known)
     if chosen is None:
-        return _dense(layer(scores.all() if dense is None else dense))
+        return _dense(layer(scores.all(known)))
     indices, kept = chosen
     transposition = transpose_codes(indices, scores.latents)
     values = torch.where(kept, scores.at(indices, transposition).relu(), 0)
@@ -223,15 +280,18 @@ def _above(
     every score that is above it when theta is subtracted), as wide as the fullest row needs; or all
     scores, where that is faster."""
     n = scores.latents
+    if torch.compiler.is_compiling():
+        return scores.all()
     # One element: a number, or a 0-d tensor, would be rounded to the scores' dtype.
     wide = torch.promote_types(scores.x.dtype, torch.float32)
     floor = torch.as_tensor(floor, dtype=wide, device=scores.x.device).reshape(1)
     if width.dense(n):
-        dense = scores.all()
-        seen = dense.detach() if theta is None else dense.detach() - theta
-        width.count = _fullest(~at_most(seen, floor))
+        known = scores.unscaled()
+        with torch.no_grad():
+            seen = scores.all(known)
+            width.note(~at_most(seen if theta is None else seen - theta, floor))
         if width.dense(n):
-            return dense
+            return scores.all(known)
     searched = scores if theta is None else scores.lowered(theta)
     found = _search(searched, lambda values: ~at_most(values, floor), width)
     if found is None:
@@ -242,14 +302,13 @@ def _above(
 
 @torch.no_grad()
 def _largest_of_batch(
-    layer: BatchTopK, scores: Scores, width: Width, dense: Tensor | None
+    layer: BatchTopK, scores: Scores, width: Width, known: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
     """Indices and which of them are among the k B largest scores of the batch; None where dense
     scores are faster."""
     n = scores.latents
-    if dense is not None:
-        kept = batch_topk(dense.detach(), layer.k, relu=True) != 0
-        width.count = _fullest(kept)
+    if known is not None:
+        width.note(batch_topk(scores.all(known), layer.k, relu=True) != 0)
         if width.dense(n):
             return None
     least = int(layer.k) + 1
@@ -285,7 +344,7 @@ def _search(
         values, indices = scores.largest(k)
         found = active(values)
         if not found[..., -1].any():
-            width.count = _fullest(found)
+            width.note(found)
             break
         if k == most:
             width.count = most
@@ -307,8 +366,3 @@ def _kept(candidates: Tensor, k: float) -> Tensor:
         places = torch.arange(len(flat), device=flat.device)
         kept[first_of_list(flat, places, total)[1]] = True
     return kept.view(candidates.shape)
-
-
-def _fullest(active: Tensor) -> int:
-    """The largest number of active latents in a row."""
-    return int(active.sum(-1).max()) if active.numel() else 0

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import BatchTopK, DeadNeuronCounter, TopK
+from ..nn.recomputation import RecentStates, recomputing
 from ..ops.batch_topk import check_share
 from ..ops.checks import check_count
 from ..ops.linear_checks import check_layer
@@ -94,7 +95,7 @@ class SparseAutoencoder(nn.Module):
         encoder [N, D], encoder_bias [N], dictionary [N, D], decoder_bias [D]: the parameters. The
             dictionary's rows begin with norm 1, the encoder as its copy.
         counter: the :class:`DeadNeuronCounter`, updated by each forward pass in training mode
-            (twice for what gradient checkpointing computes twice).
+            (once for what gradient checkpointing computes twice).
 
     Raises:
         ValueError, TypeError: a size is not an integer or out of its range.
@@ -151,6 +152,7 @@ class SparseAutoencoder(nn.Module):
         self.sparsity_weight = sparsity_weight
         self.prefixes = tuple(prefixes)
         self._width = Width()
+        self._recent = RecentStates()
         self.auxk, self.auxk_weight = auxk, auxk_weight
         self.multi_k, self.multi_weight = multi_k, multi_weight
         self.dead_after = dead_after
@@ -224,11 +226,11 @@ class SparseAutoencoder(nn.Module):
         of the prefixes."""
         encoding = encode(self.activation, self._scores(x), self._width)
         values, indices = encoding.values, encoding.indices
+        *prefixes, reconstruction = self._decoder()(encoding, self.prefixes)
         if self.training and encoding.dense:
             self.counter.update(values.detach())
         elif self.training:
             self.counter.update(indices=indices, values=values.detach())
-        *prefixes, reconstruction = self._decoder()(encoding, self.prefixes)
         return SAEOutput(reconstruction, values, indices), encoding.penalty, prefixes
 
     def loss(
@@ -246,8 +248,10 @@ class SparseAutoencoder(nn.Module):
         output, penalty, partial = self._reconstruct(x)
         variance = total_variance(x) if variance is None else variance
         rows = max(1, x.numel() // x.shape[-1]) if rows is None else rows
-        fvu = squared_error(x, output.reconstruction) / variance
-        auxk = self._auxk(x, output.reconstruction) / variance if self.auxk else fvu.new_zeros(())
+        error = squared_error(x, output.reconstruction)
+        fvu = error / variance
+        auxk = self._auxk(x, output.reconstruction, error) if self.auxk else fvu.new_zeros(())
+        auxk = auxk / variance
         multi = self._multi(x) / variance if self.multi_k else fvu.new_zeros(())
         sparsity = penalty / rows
         prefixes = sum((squared_error(x, part) / variance for part in partial), fvu.new_zeros(()))
@@ -255,15 +259,32 @@ class SparseAutoencoder(nn.Module):
         total = total + self.sparsity_weight * sparsity + prefixes
         return output, SAELoss(total, fvu, auxk, multi, sparsity, prefixes)
 
-    def _auxk(self, x: Tensor, reconstruction: Tensor) -> Tensor:
-        """min(1, dead / auxk) * sum |e - e'|^2. Counting the dead latents waits for the device."""
-        dead = self.counter.dead(self.dead_after).nonzero().squeeze(1)
-        if len(dead) == 0:
-            return at_least_float32(x.new_zeros(()))
+    def _auxk(self, x: Tensor, reconstruction: Tensor, error: Tensor) -> Tensor:
+        """min(1, dead / auxk) * sum |e - e'|^2."""
+        dead = self._dead(error)
         residual = (x - reconstruction).detach()
-        codes = self._scores(x).topk(min(self.auxk, len(dead)), latents=dead)
+        if torch.compiler.is_compiling() or _captured(x):  # no sizes that depend on data
+            count = dead.sum()
+            codes = self._scores(x).only(dead).topk(self.auxk)
+            estimate = self._decoder().sparse(*codes, biased=False)
+            loss = (count / self.auxk).clamp_max(1.0) * squared_error(residual, estimate)
+            return torch.where(count > 0, loss, 0)
+        latents = dead.nonzero().squeeze(1)  # the host waits for their number
+        if len(latents) == 0:
+            return at_least_float32(x.new_zeros(()))
+        codes = self._scores(x).topk(min(self.auxk, len(latents)), latents=latents)
         estimate = self._decoder().sparse(*codes, biased=False)
-        return min(1.0, len(dead) / self.auxk) * squared_error(residual, estimate)
+        return min(1.0, len(latents) / self.auxk) * squared_error(residual, estimate)
+
+    def _dead(self, error: Tensor) -> Tensor:
+        """bool [N]: which latents are dead, or were when this batch, known by its squared error,
+        went through the first time."""
+        dead = self.counter.dead(self.dead_after)
+        if recomputing():
+            return self._recent.recall(error, dead)
+        if self.training:
+            self._recent.remember(error, dead)
+        return dead
 
     def _multi(self, x: Tensor) -> Tensor:
         codes = self._scores(x).topk(self.multi_k)
@@ -289,6 +310,11 @@ class SparseAutoencoder(nn.Module):
     def initialize_bias(self, x: Tensor) -> None:
         """Set decoder_bias to the geometric median of activations x [rows, D]."""
         self.decoder_bias.copy_(geometric_median(x))
+
+
+def _captured(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _check_prefixes(prefixes: Sequence[int], latents: int) -> None:

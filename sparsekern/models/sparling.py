@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import SpatialSparsity
+from .normalisation import BatchNorm1d, BatchNorm2d
 
 PAD = -1  # after the end of a label
 EPS = 1e-5
@@ -68,7 +69,7 @@ class ResidualMotifs(nn.Module):
 
 def _unit(width: int, dims: int) -> nn.Sequential:
     conv = CONVOLUTIONS[dims]
-    norm = nn.BatchNorm1d if dims == 1 else nn.BatchNorm2d
+    norm = BatchNorm1d if dims == 1 else BatchNorm2d
     return nn.Sequential(
         norm(width), nn.ReLU(), conv(width, width, 3, padding=1),
         norm(width), nn.ReLU(), conv(width, width, 3, padding=1),
@@ -96,10 +97,10 @@ class PatchMotifs(nn.Sequential):
         padding = (field[0] // 2, field[1] // 2)
         super().__init__(
             nn.Conv2d(in_channels, width, field, padding=padding, bias=False),
-            nn.BatchNorm2d(width),
+            BatchNorm2d(width),
             nn.ReLU(),
             nn.Conv2d(width, width, 1, bias=False),
-            nn.BatchNorm2d(width),
+            BatchNorm2d(width),
             nn.ReLU(),
             nn.Conv2d(width, channels, 1),
         )
@@ -122,7 +123,7 @@ class PenalizedBottleneck(nn.Module):
         if kind not in ("l1", "kl", "none"):
             raise ValueError(f"PenalizedBottleneck: kind must be l1, kl or none, got {kind!r}")
         self.kind, self.penalty_weight, self.density = kind, weight, density
-        self.norm = nn.BatchNorm1d(channels)
+        self.norm = BatchNorm1d(channels)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         z = self.norm(x.flatten(2)).view(x.shape)
@@ -208,8 +209,8 @@ class SlotReadout(nn.Module):
         self.widening = Widening(channels, width, pool, dims=len(space))
         inputs = width * math.prod(size // pool for size in space)
         self.layers = nn.Sequential(
-            nn.Linear(inputs, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
-            nn.Linear(hidden, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(),
+            nn.Linear(inputs, hidden, bias=False), BatchNorm1d(hidden), nn.ReLU(),
+            nn.Linear(hidden, hidden, bias=False), BatchNorm1d(hidden), nn.ReLU(),
             nn.Linear(hidden, length * (symbols + 1)),
         )  # fmt: skip
 

@@ -16,6 +16,7 @@ from ..ops.jumprelu import at_most
 from ..ops.topk import Codes
 from .codes import codes_where
 from .counter import DeadNeuronCounter, check_counter
+from .recomputation import recomputing
 
 # The threshold of the next batch is read off a line through those of the last batches: as many as
 # hold so many kept entries, which leaves 3 % of noise in L0, but no fewer than so many batches.
@@ -159,7 +160,7 @@ class BatchTopK(nn.Module):
     def observe(self, kept: torch.Tensor) -> None:
         """Take the smallest positive value of a batch into the threshold; nothing if there is
         none."""
-        if kept.numel() == 0:
+        if kept.numel() == 0 or recomputing():
             return
         positive = kept > 0
         smallest = torch.where(positive, kept, torch.inf).amin().to(self.threshold.dtype)

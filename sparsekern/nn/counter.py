@@ -7,6 +7,7 @@ from torch import nn
 
 from ..ops.activity import count_active
 from ..ops.checks import check_codes, check_count, check_floating
+from .recomputation import recomputing
 
 
 class DeadNeuronCounter(nn.Module):
@@ -15,6 +16,9 @@ class DeadNeuronCounter(nn.Module):
     A latent fires in a row when its activation there is not zero. An update with B rows sets the
     count of every latent that fired in one of them to 0 and adds B to all others. Nothing waits for
     the device.
+
+    An update from inside a backward pass changes nothing: it is the second forward pass of gradient
+    checkpointing, whose first was counted.
 
     Args:
         n: number of latents, at least 1.
@@ -99,6 +103,8 @@ class DeadNeuronCounter(nn.Module):
                     f"{counts.dtype}"
                 )
             fired = counts > 0
+        if recomputing():
+            return
         total: int | torch.Tensor = rows
         if self.distributed and torch.distributed.is_initialized():
             sums = torch.cat((fired.to(torch.int64), torch.full((1,), rows, device=fired.device)))

@@ -6,7 +6,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,21 @@ from ..ops.checks import check_count
 from ..ops.threshold import channel_threshold, check_density
 from ..ops.threshold_relu import ChannelCodes, threshold_codes, threshold_relu
 from ..ops.topk import topk
+from .recomputation import RecentStates, recomputing
 
 EPS = 1e-5  # of torch.nn.BatchNorm2d, whose statistics and formula the layer uses
+
+
+class _Update(NamedTuple):
+    """What a batch makes of the thresholds, and numbers that follow from it alone."""
+
+    threshold: Tensor
+    """[C] or [1]."""
+    key: Tensor
+    """[C] or [1]."""
+    largest: Tensor | None = None
+    """[C or 1, room], where batches are accumulated, with their rows."""
+    rows: int | None = None
 
 
 class SpatialSparsity(nn.Module):
@@ -49,7 +62,8 @@ class SpatialSparsity(nn.Module):
         channel_dim: which dimension of x holds the channels: 1, or -1 for channels last.
 
     Attributes:
-        threshold: [C], or [1] for a single one; 0 at first, saved with the model.
+        threshold: [C], or [1] for a single one; 0 at first, saved with the model. Like the other
+            averages it stays float32 in a layer that is converted to 16 bits.
         counts: int64 [C], activations of each channel in the last forward pass.
 
     Shape: x [B, C, ...] floating point -> the same.
@@ -57,7 +71,11 @@ class SpatialSparsity(nn.Module):
     Raises:
         TypeError, ValueError: an argument is out of its range; x has another number of channels,
             or, on a CPU in training, is not finite. (On a GPU, where looking would make the host
-            wait, in evaluation and when compiled, NaN passes through to the loss.)
+            wait, in evaluation and when compiled, NaN passes through to the loss, but not
+            into the statistics.) A batch that is refused leaves the layer as it was.
+
+    Note:
+        Under gradient checkpointing a batch is taken in once: see `DeadNeuronCounter`.
 
     Source: Gupta et al., Sparling (arXiv 2302.01976), section 3, and the authors' public code.
 
@@ -101,6 +119,7 @@ class SpatialSparsity(nn.Module):
         self._density = float(density)
         self._elements, self._warned = 0, False
         self._rows: int | None = None
+        self._recent = RecentStates()
         if isinstance(momentum, bool) or not isinstance(momentum, numbers.Real):
             raise TypeError(f"{op}: momentum must be a number, got {momentum!r}")
         if not 0 < momentum <= 1:
@@ -146,6 +165,7 @@ class SpatialSparsity(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """y like x."""
+        y: Tensor
         y, counts = self._through(threshold_relu, x)
         self._note(counts, x)
         return y
@@ -166,14 +186,28 @@ class SpatialSparsity(nn.Module):
     # -- steps of a forward pass -------------------------------------------------------------------
 
     def _through(self, operation: Callable[..., Any], x: Tensor) -> Any:
-        """What an operation makes of x, normalised before it or, in evaluation mode, in it."""
+        """What an operation makes of x, normalised before it or, in evaluation mode, in it.
+
+        In training the state changes at the end, when nothing can be refused any more, and not in
+        a pass that gradient checkpointing runs again, which uses the thresholds of the first.
+        """
         dim = self._check(x)
-        scale, shift = None, None
-        if self.training or self.affine is None:
-            x = self._updated(x, dim)
-        else:
-            scale, shift = self._frozen()
-        return operation(x, self._thresholds(), scale=scale, shift=shift, channel_dim=dim)
+        if not self.training or x.numel() == 0:
+            scale, shift = (None, None) if self.affine is None else self._frozen()
+            return operation(x, self._spread(self.threshold), scale=scale, shift=shift,
+                             channel_dim=dim)  # fmt: skip
+        z, statistics = self._normalised(x, dim)
+        again = recomputing()
+        with torch.no_grad():
+            update = self._new_threshold(z, dim)
+            threshold = update.threshold
+            if again:
+                threshold = self._recent.recall(update.key, threshold)
+        result = operation(z, self._spread(threshold), scale=None, shift=None, channel_dim=dim)
+        if not again:
+            self._recent.remember(update.key, threshold)
+            self._take(statistics, update)
+        return result
 
     def _check(self, x: Tensor) -> int:
         dim = check_channels("SpatialSparsity", x, self.channel_dim)
@@ -184,47 +218,39 @@ class SpatialSparsity(nn.Module):
             )
         return dim
 
-    def _updated(self, x: Tensor, dim: int) -> Tensor:
-        """Normalised x; in training with the statistics of the batch, and its thresholds taken
-        in."""
-        if not self.training or x.numel() == 0:
-            return x if self.affine is None else self._torch_normalised(x, dim)
+    def _normalised(self, x: Tensor, dim: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """x normalised with the statistics of the batch, and the running ones after it."""
         if self.affine is None:
-            z = x
             self._check_finite(x, x)
-        elif x.numel() == self.channels:
+            return x, None
+        if x.numel() == self.channels:
             raise ValueError(
                 "SpatialSparsity: x must have more than one activation per channel in training, "
                 f"which its normalisation needs, got shape {list(x.shape)}"
             )
-        elif quicker_than_torch(x, dim):
-            z = self._normalised(x, dim)
-        else:
-            z = self._torch_normalised(x, dim)
+        running = self.running_mean.clone(), self.running_var.clone()
+        if not quicker_than_torch(x, dim):
+            z = self._torch_normalised(x, dim, *running)
             self._check_finite(z.detach(), z)
-        with torch.no_grad():
-            self._update_threshold(z, dim)
-        return z
-
-    def _torch_normalised(self, x: Tensor, dim: int) -> Tensor:
-        """Batch normalisation with a momentum of 0.1, the channels in any dimension."""
-        columns = x if dim == 1 else x.reshape(-1, self.channels)
-        z = F.batch_norm(
-            columns, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1
-        )
-        return z.view(x.shape)
-
-    def _normalised(self, x: Tensor, dim: int) -> Tensor:
-        """The same, by the kernel for CPUs."""
+            return z, running
         z, mean, var = batch_norm(x, self.weight, self.bias, eps=EPS, channel_dim=dim)
         with torch.no_grad():
             numbers = (t for t in (mean, var, self.weight, self.bias) if t is not None)
             self._check_finite(torch.cat(list(numbers)), z)
             elements = x.numel() // self.channels
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), 0.1)
             unbiased = var * (elements / (elements - 1))
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), 0.1)
-        return z
+            for old, new in zip(running, (mean, unbiased), strict=True):
+                old.lerp_(new.to(old.dtype), 0.1)
+        return z, running
+
+    def _torch_normalised(self, x: Tensor, dim: int, mean: Tensor, var: Tensor) -> Tensor:
+        """Batch normalisation with a momentum of 0.1, the channels in any dimension; takes the
+        batch into the running mean and variance."""
+        columns = x if dim == 1 else x.reshape(-1, self.channels)
+        weight, bias = (
+            None if vector is None else vector.to(mean.dtype) for vector in (self.weight, self.bias)
+        )
+        return F.batch_norm(columns, mean, var, weight, bias, True, 0.1).view(x.shape)
 
     def _frozen(self) -> tuple[Tensor, Tensor]:
         """Scale and shift of the normalisation in evaluation mode."""
@@ -234,28 +260,47 @@ class SpatialSparsity(nn.Module):
             return scale, self.bias - self.running_mean * scale
         return scale, -self.running_mean * scale
 
-    def _thresholds(self) -> Tensor:
-        return self.threshold if self.per_channel else self.threshold.expand(self.channels)
+    def _spread(self, threshold: Tensor) -> Tensor:
+        """The threshold of each channel."""
+        return threshold if self.per_channel else threshold.expand(self.channels)
+
+    @torch.no_grad()
+    def _take(self, statistics: tuple[Tensor, Tensor] | None, update: _Update) -> None:
+        """Take a batch into the state, but for what is NaN (on a CPU it has been refused)."""
+        new = {"threshold": update.threshold}
+        if statistics is not None:
+            new["running_mean"], new["running_var"] = statistics
+        if update.rows is not None and update.largest is not None:
+            self._rows = update.rows
+            self.rows.fill_(update.rows)
+            new["largest"] = update.largest
+        for name, tensor in new.items():
+            buffer = getattr(self, name)
+            buffer.copy_(torch.where(tensor.isnan(), buffer, tensor))
 
     def _note(self, counts: Tensor, x: Tensor) -> None:
-        self.counts.copy_(counts)
-        self._elements = x.numel()
+        if not recomputing():
+            self.counts.copy_(counts)
+            self._elements = x.numel()
 
     # -- thresholds --------------------------------------------------------------------------------
 
-    def _update_threshold(self, z: Tensor, dim: int) -> None:
+    def _new_threshold(self, z: Tensor, dim: int) -> _Update:
         if not self.per_channel:  # one column of everything
             z, dim = z.movedim(dim, -1).reshape(-1, 1), 1
         elements = z.numel() // z.shape[dim]
         if self.accumulate is not None and elements * self.density < self.accumulate:
-            quantile = self._accumulated(z, dim, elements)
-        else:
-            if self.accumulate is not None:  # enough by itself
-                self._forget()
-            self._warn_of_few(elements)
-            quantile = channel_threshold(z, self.density, channel_dim=dim)
-        if quantile is not None:
-            self.threshold.lerp_(quantile.to(self.threshold.dtype), self.momentum)
+            return self._accumulated(z, dim, elements)
+        self._warn_of_few(elements)
+        quantile = channel_threshold(z, self.density, channel_dim=dim)
+        update = _Update(self._moved(quantile), quantile)
+        if self.accumulate is not None:  # enough by itself
+            return update._replace(largest=torch.full_like(self.largest, -math.inf), rows=0)
+        return update
+
+    def _moved(self, quantile: Tensor) -> Tensor:
+        """The threshold, moved towards a quantile."""
+        return torch.lerp(self.threshold, quantile.to(self.threshold.dtype), self.momentum)
 
     def _check_finite(self, numbers: Tensor, z: Tensor) -> None:
         """Raise if z is not finite, on a CPU; then there are such numbers, too."""
@@ -282,8 +327,8 @@ class SpatialSparsity(nn.Module):
             stacklevel=2,
         )
 
-    def _accumulated(self, z: Tensor, dim: int, elements: int) -> Tensor | None:
-        """The quantile over this and earlier batches, once enough activations are expected.
+    def _accumulated(self, z: Tensor, dim: int, elements: int) -> _Update:
+        """With the quantile over this and earlier batches, once enough activations are expected.
 
         Of n elements so far, the threshold at the end is among the n * density + 2 largest of a
         channel, and n * density stays below 2 * accumulate: so that many are kept. Only where the
@@ -291,26 +336,18 @@ class SpatialSparsity(nn.Module):
         """
         enough = self.accumulate or 0
         room = self.largest.shape[1]
-        if self._rows is None:
-            self._rows = int(self.rows)
-        if (self._rows + elements) * self.density >= 2 * enough:
-            self._forget()
-        together = torch.cat((self.largest, self._largest_of(z, dim, room)), 1)
-        self.largest.copy_(topk(together, room).values)
-        self._rows += elements
-        self.rows.fill_(self._rows)
-        if self._rows * self.density < enough:
-            return None
-        place = self._rows - max(1, int(self._rows * (1 - self.density)))
-        quantile = self.largest[:, place].clone()
-        self._forget()
-        return quantile
-
-    def _forget(self) -> None:
-        """Leave out what has been accumulated."""
-        self._rows = 0
-        self.largest.fill_(-math.inf)
-        self.rows.zero_()
+        rows = int(self.rows) if self._rows is None else self._rows
+        nothing = torch.full_like(self.largest, -math.inf)
+        before = self.largest
+        if (rows + elements) * self.density >= 2 * enough:
+            rows, before = 0, nothing
+        newest = self._largest_of(z, dim, room)
+        largest = topk(torch.cat((before, newest), 1), room).values
+        rows += elements
+        if rows * self.density < enough:
+            return _Update(self.threshold.clone(), newest[:, 0], largest, rows)
+        place = rows - max(1, int(rows * (1 - self.density)))
+        return _Update(self._moved(largest[:, place]), newest[:, 0], nothing, 0)
 
     def _largest_of(self, z: Tensor, dim: int, count: int) -> Tensor:
         """At most `count` of the largest of each channel of z, float32 [C, ...]; any others matter
@@ -327,6 +364,16 @@ class SpatialSparsity(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self._rows = None  # to be read from the buffer
+
+    def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> SpatialSparsity:
+        before = dict(self._buffers)
+        super()._apply(fn, *args, **kwargs)
+        for name, buffer in self._buffers.items():
+            old = before[name]
+            # half(), bfloat16(), to(dtype): too coarse for an average
+            if old is not None and buffer is not None and buffer.itemsize < old.itemsize == 4:
+                self._buffers[name] = old.to(buffer.device)
+        return self
 
     def extra_repr(self) -> str:
         parts = [f"{self.channels}, density={self.density:.4g}, momentum={self.momentum}"]
