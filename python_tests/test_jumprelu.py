@@ -156,6 +156,56 @@ def test_jumprelu_layer():
     testing.assert_same("autocast", y, hidden * (hidden > theta))
 
 
+def test_a_relative_bandwidth_learns_alike_at_any_scale():
+    x, theta = torch.randn(50, 9).double(), torch.rand(9).double() + 0.1
+    band = (x - theta).abs() < 0.25 * theta
+    for scale in (1e-3, 1.0, 1e3):
+        leaf = (scale * theta).requires_grad_()
+        active = step(scale * x, leaf, 0.5, True)
+        (d_theta,) = torch.autograd.grad(active.sum(), leaf)
+        torch.testing.assert_close(d_theta * scale * theta, -band.double().sum(0) / 0.5)
+        kept = jumprelu(scale * x, leaf, 0.5, True)
+        (d_theta,) = torch.autograd.grad(kept.sum(), leaf)
+        torch.testing.assert_close(d_theta, -(x * 0 + band).sum(0) / 0.5)
+        testing.assert_same("forward", kept, scale * x * (scale * x > scale * theta))
+
+
+@pytest.mark.parametrize("scale", [0.25, 7.5])
+def test_the_default_learns_sparsity_on_inputs_of_usual_scale(scale):
+    layer = JumpReLU(16)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=1e-2)
+    for _ in range(600):
+        optimizer.zero_grad()
+        l0 = layer.l0(scale * torch.randn(256, 16))
+        l0.backward()
+        optimizer.step()
+    assert l0.item() < 0.25 * 8
+
+
+@pytest.mark.parametrize("l0", [1, 2.5, 9])
+def test_calibration_gives_the_wanted_number_of_active_latents(l0):
+    layer = JumpReLU(9, threshold=0.3)
+    with torch.no_grad():
+        layer.log_threshold[4] += 1
+    before, x = layer.threshold.detach().clone(), torch.rand(40, 9) + 0.1
+    layer.calibrate(x, l0)
+    assert layer.l0(x).item() == pytest.approx(l0, abs=1 / 39)
+    ratio = layer.threshold.detach() / before
+    torch.testing.assert_close(ratio, ratio[0].expand(9))
+    other = JumpReLU(9, threshold=0.3)
+    with torch.no_grad():
+        other.log_threshold[4] += 1
+    other.calibrate_parts(x.split(7), 40, l0)
+    torch.testing.assert_close(other.threshold, layer.threshold)
+    layer.calibrate(x - 10, 3)
+    assert layer.l0(x - 10).item() == 0, "no more than are positive"
+    for wrong, error in ((0, ValueError), (10, ValueError), ("3", TypeError)):
+        with pytest.raises(error, match=r"^JumpReLU.calibrate: l0 must"):
+            layer.calibrate(x, wrong)
+    with pytest.raises(ValueError, match=r"^JumpReLU.calibrate: x must have at least one row"):
+        layer.calibrate(x[:0], 2)
+
+
 def test_the_sparsity_loss_raises_thresholds():
     layer = JumpReLU(6, threshold=0.5, bandwidth=0.5)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)

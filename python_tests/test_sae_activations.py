@@ -246,6 +246,44 @@ def test_the_threshold_is_saved_with_the_model():
         other.load_state_dict(state)
 
 
+def test_jumprelu_is_steered_to_a_target():
+    torch.manual_seed(0)
+    x = torch.randn(512, 16)
+    model = SparseAutoencoder(
+        16, LATENTS, activation=sparsekern.JumpReLU(LATENTS), sparsity_weight=1.0, target_l0=4
+    )
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(300):
+        optimizer.zero_grad()
+        loss = model.loss(x)[1]
+        loss.total.backward()
+        optimizer.step()
+    l0 = (model(x).values != 0).sum(-1).float().mean().item()
+    assert 3.6 < l0 < 4.8
+    assert loss.sparsity.item() == pytest.approx((l0 / 4 - 1) ** 2, abs=0.01)
+    model.calibrate(x)
+    l0 = (model.eval()(x).values != 0).sum(-1).float().mean().item()
+    assert l0 == pytest.approx(4, abs=0.01)
+
+
+def test_calibration_of_batch_topk_and_of_none():
+    torch.manual_seed(0)
+    x = torch.randn(512, 6).double()
+    model = model_of(sparsekern.BatchTopK(4))
+    model.calibrate(x)
+    assert (model.eval()(x).values != 0).sum() == 4 * 512
+    for activation in (nn.ReLU(), sparsekern.TopK(3), sparsekern.JumpReLU(LATENTS)):
+        model = model_of(activation)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        model.calibrate(x)
+        assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    model.calibrate(x, 3)
+    assert (model.eval()(x).values != 0).sum() == pytest.approx(3 * 512, abs=2)
+    for activation in (nn.ReLU(), sparsekern.TopK(3)):
+        with pytest.raises(ValueError, match="target_l0 must be None with"):
+            SparseAutoencoder(6, LATENTS, activation=activation, target_l0=3)
+
+
 def test_parts_of_a_batch_add_up():
     model = model_of(
         sparsekern.JumpReLU(LATENTS, threshold=0.4), sparsity_weight=0.1, prefixes=(9,)

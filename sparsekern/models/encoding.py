@@ -222,14 +222,15 @@ def _relu(_: nn.ReLU, scores: Scores, width: Width) -> Encoding:
 
 def _jumprelu(layer: JumpReLU, scores: Scores, width: Width) -> Encoding:
     # The pseudo-derivative reaches half a bandwidth below the threshold.
-    theta = layer.threshold
-    found = _above(scores, -layer.bandwidth / 2, width, theta.detach())
+    theta, (bandwidth, relative) = layer.threshold, layer.band
+    lowest = theta.detach() * (1 - bandwidth / 2) if relative else theta.detach() - bandwidth / 2
+    found = _above(scores, 0.0, width, lowest)
     if isinstance(found, Tensor):
-        penalty = _total(step(found, theta, layer.bandwidth))
+        penalty = _total(step(found, theta, bandwidth, relative))
         return _dense(layer(found))._replace(penalty=penalty)
     z, limit = scores.at(*found), vector_at(theta, *found)
-    values = jumprelu(z, limit, layer.bandwidth)
-    return Encoding(values, *found, _total(step(z, limit, layer.bandwidth)))
+    values = jumprelu(z, limit, bandwidth, relative)
+    return Encoding(values, *found, _total(step(z, limit, bandwidth, relative)))
 
 
 def _batch_topk(layer: BatchTopK, scores: Scores, width: Width) -> Encoding:

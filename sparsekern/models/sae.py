@@ -9,7 +9,8 @@
 The activation is TopK (Gao et al. 2024), TopK in groups, BatchTopK (Bussmann et al. 2024, arXiv
 2412.06410), JumpReLU (Rajamanoharan et al. 2024, arXiv 2407.14435) or ReLU. `sparsity` is the mean
 number of active latents of a row for JumpReLU (its L0, with the straight-through gradient), and the
-mean sum of a row's codes for ReLU (L1). `prefixes` make a Matryoshka autoencoder (Bussmann et al.
+mean sum of a row's codes for ReLU (L1). With a target, JumpReLU's is (L0 / target - 1)^2 (ibid.,
+appendix on other sparsity losses). `prefixes` make a Matryoshka autoencoder (Bussmann et al.
 2025, arXiv 2503.17547): the reconstruction from the first latents alone has a loss, too.
 
 AuxK (Gao et al. 2024, arXiv 2406.04093, appendix A.2) lets dead latents explain what is left: with
@@ -32,7 +33,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..nn import BatchTopK, DeadNeuronCounter, TopK
+from ..nn import BatchTopK, DeadNeuronCounter, JumpReLU, TopK
 from ..nn.recomputation import RecentStates, recomputing
 from ..ops.batch_topk import check_share
 from ..ops.checks import check_count
@@ -44,6 +45,8 @@ from .statistics import at_least_float32, geometric_median, squared_error, total
 
 # Squares of norms below this count as this.
 SMALLEST_NORM = 1e-30
+# Scores that are computed together in calibration, 64 MiB in float32.
+CALIBRATED_SCORES = 1 << 24
 
 
 class SAEOutput(NamedTuple):
@@ -78,6 +81,10 @@ class SparseAutoencoder(nn.Module):
             `torch.nn.ReLU`, instead of k. It is applied to codes, not to all N scores, except where
             many are active.
         sparsity_weight: weight of the activation's own sparsity loss: L0 for JumpReLU, L1 for ReLU.
+            Without it, they learn no sparsity.
+        target_l0: for JumpReLU, the number of active latents of a row that the sparsity loss, then
+            (L0 / target_l0 - 1)^2, steers to; None: the loss is L0 itself. A sparsity_weight of 1
+            fits; `calibrate` at the end makes up for the few percent that are left.
         prefixes: numbers of first latents, ascending and below N, whose reconstructions have a loss
             of their own (Matryoshka).
         auxk: dead latents per row in the auxiliary loss; 0 leaves it out. The paper takes a power
@@ -116,6 +123,7 @@ class SparseAutoencoder(nn.Module):
         *,
         activation: nn.Module | None = None,
         sparsity_weight: float = 0.0,
+        target_l0: float | None = None,
         prefixes: Sequence[int] = (),
         auxk: int = 0,
         auxk_weight: float = 1 / 32,
@@ -150,6 +158,7 @@ class SparseAutoencoder(nn.Module):
         if k is not None:
             self.k = k
         self.sparsity_weight = sparsity_weight
+        self.target_l0 = _check_target(target_l0, self.activation, latents)
         self.prefixes = tuple(prefixes)
         self._width = Width()
         self._recent = RecentStates()
@@ -243,17 +252,21 @@ class SparseAutoencoder(nn.Module):
             variance: what the errors are divided by; None takes that of x.
             rows: what the sparsity is divided by; None takes the rows of x. With variance and rows
                 of a whole batch, the losses of its parts add up to that of the batch (except that
-                AuxK takes the latents dead at each part, and BatchTopK the part as its batch).
+                AuxK takes the latents dead at each part, and BatchTopK and target_l0 the part as
+                their batch).
         """
         output, penalty, partial = self._reconstruct(x)
         variance = total_variance(x) if variance is None else variance
-        rows = max(1, x.numel() // x.shape[-1]) if rows is None else rows
+        own_rows = max(1, x.numel() // x.shape[-1])
+        rows = own_rows if rows is None else rows
         error = squared_error(x, output.reconstruction)
         fvu = error / variance
         auxk = self._auxk(x, output.reconstruction, error) if self.auxk else fvu.new_zeros(())
         auxk = auxk / variance
         multi = self._multi(x) / variance if self.multi_k else fvu.new_zeros(())
         sparsity = penalty / rows
+        if self.target_l0 is not None:
+            sparsity = own_rows / rows * (penalty / own_rows / self.target_l0 - 1).square()
         prefixes = sum((squared_error(x, part) / variance for part in partial), fvu.new_zeros(()))
         total = fvu + self.auxk_weight * auxk + self.multi_weight * multi
         total = total + self.sparsity_weight * sparsity + prefixes
@@ -310,6 +323,35 @@ class SparseAutoencoder(nn.Module):
     def initialize_bias(self, x: Tensor) -> None:
         """Set decoder_bias to the geometric median of activations x [rows, D]."""
         self.decoder_bias.copy_(geometric_median(x))
+
+    @torch.no_grad()
+    def calibrate(self, x: Tensor, l0: float | None = None) -> None:
+        """Set the thresholds of BatchTopK or JumpReLU so that activations x [rows, D] have the
+        wanted number of active latents on average in evaluation mode. For other activations it
+        does nothing.
+
+        Args:
+            x: rows to measure; those of training, thousands of them.
+            l0: active latents per row; None takes k of BatchTopK and target_l0 of JumpReLU, whose
+                thresholds then stay where it has none.
+        """
+        layer, rows = self.activation, x.numel() // x.shape[-1]
+        step = max(1, CALIBRATED_SCORES // len(self.dictionary))
+        parts = (self._scores(part).all() for part in x.reshape(rows, -1).split(step))
+        if isinstance(layer, BatchTopK):
+            layer.calibrate_parts(parts, rows, l0)
+        elif isinstance(layer, JumpReLU) and (wanted := l0 or self.target_l0) is not None:
+            layer.calibrate_parts(parts, rows, wanted)
+
+
+def _check_target(target: float | None, activation: nn.Module, latents: int) -> int | float | None:
+    if target is None:
+        return None
+    if not isinstance(activation, JumpReLU):
+        name = type(activation).__name__
+        raise ValueError(f"SparseAutoencoder: target_l0 must be None with {name}, got {target}")
+    what = "the number of latents"
+    return check_share("SparseAutoencoder", "target_l0", target, latents, what)
 
 
 def _captured(x: Tensor) -> bool:

@@ -186,11 +186,13 @@ class BatchTopK(nn.Module):
         self.calibrate_parts([x], math.prod(x.shape[:-1]))
 
     @torch.no_grad()
-    def calibrate_parts(self, parts: Iterable[torch.Tensor], rows: int) -> None:
-        """As `calibrate`, for x in parts that have so many rows together."""
+    def calibrate_parts(
+        self, parts: Iterable[torch.Tensor], rows: int, k: int | float | None = None
+    ) -> None:
+        """As `calibrate`, for x in parts that have so many rows together, and for another k."""
         if rows < 1:
             raise ValueError("BatchTopK.calibrate: x must have at least one row, got none")
-        following = value_at_rank(parts, kept_in_all("BatchTopK", self.k, rows) + 1)
+        following = value_at_rank(parts, kept_in_all("BatchTopK", k or self.k, rows) + 1)
         self.threshold.copy_(following.clamp_min(0))
         self._known = False
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
-from ..ops.checks import check_above_zero, check_count
+from ..ops.batch_topk import check_share, kept_in_all
+from ..ops.checks import check_above_zero, check_count, check_floating
 from ..ops.jumprelu import at_most, in_band, jumprelu, step
 from ..ops.topk import Codes
+from .batch_topk import value_at_rank
 from .codes import codes_where
 
 __all__ = ["JumpReLU", "jumprelu", "step"]
+
+RELATIVE_BANDWIDTH = 0.5
 
 
 class JumpReLU(nn.Module):
@@ -22,9 +27,10 @@ class JumpReLU(nn.Module):
 
     Args:
         n: number of latents, at least 1.
-        threshold: every latent's threshold at first, above 0.
-        bandwidth: width of the band around a threshold whose elements give it a gradient, above 0.
-            Both defaults are the paper's.
+        threshold: every latent's threshold at first, above 0 (see also `calibrate`).
+        bandwidth: width of the band around a threshold whose elements give it a gradient, above 0;
+            None takes half of each threshold, so that thresholds learn alike at any scale of x.
+            (The paper's 0.001 for both needs inputs of its scale and small learning rates.)
         device, dtype: of the parameter.
 
     Attributes:
@@ -39,7 +45,9 @@ class JumpReLU(nn.Module):
 
     Note:
         Gradients are those of `jumprelu`: straight-through for the threshold. Train with a sparsity
-        loss: ``loss = mse + weight * layer.l0(x)``. Thresholds may have another dtype than x.
+        loss: ``loss = mse + weight * layer.l0(x)``, or, for a number of active latents,
+        ``mse + (layer.l0(x) / target - 1) ** 2``; without one, nothing becomes sparse. Thresholds
+        may have another dtype than x.
 
     Source: Rajamanoharan et al. 2024, Jumping ahead (arXiv 2407.14435).
 
@@ -55,16 +63,17 @@ class JumpReLU(nn.Module):
         self,
         n: int,
         *,
-        threshold: float = 0.001,
-        bandwidth: float = 0.001,
+        threshold: float = 0.1,
+        bandwidth: float | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.n = check_count("JumpReLU", "n", n, 2**31 - 1, "the number of latents")
         check_above_zero("JumpReLU", "threshold", threshold)
-        check_above_zero("JumpReLU", "bandwidth", bandwidth)
-        self.bandwidth = float(bandwidth)
+        if bandwidth is not None:
+            check_above_zero("JumpReLU", "bandwidth", bandwidth)
+        self.bandwidth = None if bandwidth is None else float(bandwidth)
         self.log_threshold = nn.Parameter(
             torch.full((n,), math.log(threshold), device=device, dtype=dtype)
         )
@@ -74,16 +83,44 @@ class JumpReLU(nn.Module):
         """[n]: the threshold of each latent, differentiable."""
         return self.log_threshold.exp()
 
+    @property
+    def band(self) -> tuple[float, bool]:
+        """The bandwidth, and whether it is relative to each threshold: as `jumprelu` takes them."""
+        return (RELATIVE_BANDWIDTH, True) if self.bandwidth is None else (self.bandwidth, False)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., n] -> [..., n], dense."""
-        return jumprelu(x, self.threshold, self.bandwidth)
+        return jumprelu(x, self.threshold, *self.band)
 
     def l0(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., n] -> 0-d: the mean number of active latents per row, in float32 (float64 for
         float64); its gradient, straight-through, goes to the thresholds alone."""
-        active = step(x, self.threshold, self.bandwidth)
+        active = step(x, self.threshold, *self.band)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         return active.sum(-1, dtype=wide).mean()
+
+    @torch.no_grad()
+    def calibrate(self, x: torch.Tensor, l0: float) -> None:
+        """Multiply all thresholds by one factor, so that rows of x [..., n] have l0 active latents
+        on average, or all their positive ones where these are fewer.
+
+        Raises:
+            TypeError, ValueError: l0 is not a number above 0 and at most n, or x has no rows.
+        """
+        check_floating("JumpReLU.calibrate", "x", x)
+        self.calibrate_parts([x], math.prod(x.shape[:-1]), l0)
+
+    @torch.no_grad()
+    def calibrate_parts(self, parts: Iterable[torch.Tensor], rows: int, l0: float) -> None:
+        """As `calibrate`, for x in parts that have so many rows together."""
+        if rows < 1:
+            raise ValueError("JumpReLU.calibrate: x must have at least one row, got none")
+        l0 = check_share("JumpReLU.calibrate", "l0", l0, self.n, "the number of latents")
+        theta = self.threshold
+        multiples = (part / theta for part in parts)
+        factor = value_at_rank(multiples, kept_in_all("JumpReLU.calibrate", l0, rows) + 1)
+        smallest = torch.finfo(self.log_threshold.dtype).tiny
+        self.log_threshold.add_(factor.clamp_min(smallest).log())
 
     def codes(self, x: torch.Tensor) -> Codes:
         """x [..., n] -> values [..., K] and indices int64 [..., K], ascending: what is active, and
@@ -98,8 +135,8 @@ class JumpReLU(nn.Module):
             theta = self.threshold
             wanted = ~at_most(x, theta)
             if self.log_threshold.requires_grad and y.requires_grad:
-                wanted |= in_band(x, theta, self.bandwidth)
+                wanted |= in_band(x, theta, *self.band)
         return codes_where(y, wanted)
 
     def extra_repr(self) -> str:
-        return f"n={self.n}, bandwidth={self.bandwidth}"
+        return f"n={self.n}" + ("" if self.bandwidth is None else f", bandwidth={self.bandwidth}")

@@ -12,7 +12,8 @@ step smoothed by a rectangle of width e, with K(u) = 1 where |u| < 1/2, else 0:
     d step     / d theta = -(1 / e)     * K((x - theta) / e)
     d jumprelu / d x     = step(x, theta)            d step / d x = 0
 
-In a second derivative, step and K count as constant; the factor theta / e does not.
+In a second derivative, step and K count as constant; the factor theta / e does not. A relative
+bandwidth r means e = r * theta: then the gradients of log(theta) do not depend on the scale of x.
 
 Source: Rajamanoharan et al. 2024, Jumping ahead (arXiv 2407.14435), section 3.
 """
@@ -26,7 +27,9 @@ import torch
 from .checks import check_above_zero, check_floating, check_same_device
 
 
-def jumprelu(x: torch.Tensor, theta: torch.Tensor, bandwidth: float) -> torch.Tensor:
+def jumprelu(
+    x: torch.Tensor, theta: torch.Tensor, bandwidth: float, relative: bool = False
+) -> torch.Tensor:
     """Return x where it is above its threshold, else zero.
 
     Equivalent PyTorch, but for the gradient of theta: ``x * (x > theta)``
@@ -36,6 +39,7 @@ def jumprelu(x: torch.Tensor, theta: torch.Tensor, bandwidth: float) -> torch.Te
         theta: [n] or 0-d thresholds, or one for each element, [..., n] like x; floating point of
             any dtype; the comparison takes place in the wider of the two.
         bandwidth: width of the band around theta whose elements give it a gradient, above 0.
+        relative: bandwidth is a multiple of each theta, which must then be above 0.
 
     Returns:
         [..., n] of x's dtype, differentiable with respect to x and, straight-through, theta.
@@ -57,10 +61,12 @@ def jumprelu(x: torch.Tensor, theta: torch.Tensor, bandwidth: float) -> torch.Te
         ([0.0, 0.0, 1.2000000476837158, 3.0], -4.0)
     """
     _check("jumprelu", x, theta, bandwidth)
-    return _JumpReLU.apply(x, theta, float(bandwidth))
+    return _JumpReLU.apply(x, theta, float(bandwidth), relative)
 
 
-def step(x: torch.Tensor, theta: torch.Tensor, bandwidth: float) -> torch.Tensor:
+def step(
+    x: torch.Tensor, theta: torch.Tensor, bandwidth: float, relative: bool = False
+) -> torch.Tensor:
     """Return 1 where x is above its threshold, else 0; its sum counts active latents.
 
     Equivalent PyTorch, but for the gradient of theta: ``(x > theta).to(x.dtype)``
@@ -69,6 +75,7 @@ def step(x: torch.Tensor, theta: torch.Tensor, bandwidth: float) -> torch.Tensor
         x: [..., n] float32, bfloat16, float16 or float64.
         theta: [n] or 0-d thresholds, or [..., n] like x; floating point of any dtype.
         bandwidth: width of the band around theta whose elements give it a gradient, above 0.
+        relative: bandwidth is a multiple of each theta, which must then be above 0.
 
     Returns:
         [..., n] of x's dtype, differentiable, straight-through, with respect to theta alone.
@@ -90,7 +97,7 @@ def step(x: torch.Tensor, theta: torch.Tensor, bandwidth: float) -> torch.Tensor
         ([[1.0, 0.0], [1.0, 1.0]], [-2.0, -4.0])
     """
     _check("step", x, theta, bandwidth)
-    return _Step.apply(x, theta, float(bandwidth))
+    return _Step.apply(x, theta, float(bandwidth), relative)
 
 
 def _check(op: str, x: torch.Tensor, theta: torch.Tensor, bandwidth: float) -> None:
@@ -111,18 +118,20 @@ def at_most(x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
     return x <= theta.reshape(1) if theta.dim() == 0 else x <= theta
 
 
-def in_band(x: torch.Tensor, theta: torch.Tensor, bandwidth: float) -> torch.Tensor:
+def in_band(
+    x: torch.Tensor, theta: torch.Tensor, bandwidth: float, relative: bool = False
+) -> torch.Tensor:
     """K((x - theta) / bandwidth): True for the elements that give theta a gradient."""
     theta = theta.reshape(1) if theta.dim() == 0 else theta
-    return (x - theta).abs() < bandwidth / 2
+    return (x - theta).abs() < (theta * (bandwidth / 2) if relative else bandwidth / 2)
 
 
 def _in_band_sum(
-    grad: torch.Tensor, x: torch.Tensor, theta: torch.Tensor, bandwidth: float
+    grad: torch.Tensor, x: torch.Tensor, theta: torch.Tensor, bandwidth: float, relative: bool
 ) -> torch.Tensor:
     """The gradients of the elements in the band, summed to the shape of theta."""
     wide = torch.float64 if torch.float64 in (x.dtype, theta.dtype) else torch.float32
-    inside = torch.where(in_band(x, theta, bandwidth), grad, 0)
+    inside = torch.where(in_band(x, theta, bandwidth, relative), grad, 0)
     if theta.dim() == 0:
         return inside.sum(dtype=wide)
     if theta.shape == x.shape:
@@ -134,12 +143,14 @@ class _JumpReLU(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: torch.Tensor, theta: torch.Tensor, bandwidth: float) -> torch.Tensor:
+    def forward(
+        x: torch.Tensor, theta: torch.Tensor, bandwidth: float, relative: bool
+    ) -> torch.Tensor:
         return torch.where(at_most(x, theta), 0, x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, theta, ctx.bandwidth = inputs
+        x, theta, *ctx.band = inputs
         ctx.save_for_backward(x, theta)
 
     @staticmethod
@@ -149,27 +160,33 @@ class _JumpReLU(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_x = torch.where(at_most(x, theta), 0, grad)
         if ctx.needs_input_grad[1]:
-            total = _in_band_sum(grad, x, theta, ctx.bandwidth)
-            d_theta = (-theta / ctx.bandwidth * total).to(theta.dtype)
-        return d_x, d_theta, None
+            bandwidth, relative = ctx.band
+            total = _in_band_sum(grad, x, theta, bandwidth, relative)
+            slope = -1 / bandwidth if relative else -theta / bandwidth
+            d_theta = (slope * total).to(theta.dtype)
+        return d_x, d_theta, None, None
 
 
 class _Step(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: torch.Tensor, theta: torch.Tensor, bandwidth: float) -> torch.Tensor:
+    def forward(
+        x: torch.Tensor, theta: torch.Tensor, bandwidth: float, relative: bool
+    ) -> torch.Tensor:
         return (~at_most(x, theta)).to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, theta, ctx.bandwidth = inputs
+        x, theta, *ctx.band = inputs
         ctx.save_for_backward(x, theta)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         x, theta = ctx.saved_tensors
         if not ctx.needs_input_grad[1]:
-            return None, None, None
-        total = _in_band_sum(grad, x, theta, ctx.bandwidth)
-        return None, (total / -ctx.bandwidth).to(theta.dtype), None
+            return None, None, None, None
+        bandwidth, relative = ctx.band
+        total = _in_band_sum(grad, x, theta, bandwidth, relative)
+        width = bandwidth * theta if relative else bandwidth
+        return None, (-total / width).to(theta.dtype), None, None
