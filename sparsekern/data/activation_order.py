@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .activation_files import ActivationFile
+from .activation_format import ActivationFile
 
 # Long enough that reading blocks in a random order costs little more than in their own.
 BLOCK_BYTES = 1 << 20

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._system import require
-from .activation_files import ActivationFile
+from .activation_format import ActivationFile
 from .activation_order import block_rows
 from .factors import DataError
 

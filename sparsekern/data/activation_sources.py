@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._system import require
-from .activation_files import ACTIVATIONS
+from .activation_format import ACTIVATIONS
 from .activation_writing import check_new, write_activations
 from .activations import ActivationStore
 from .factors import DataError

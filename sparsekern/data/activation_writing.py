@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .._system import require, sync
-from .activation_files import ACTIVATIONS, DIRECTIONS
+from .activation_format import ACTIVATIONS, DIRECTIONS
 from .activation_order import BLOCK_BYTES
 from .activation_rows import nonfinite_rows
 from .factors import DataError

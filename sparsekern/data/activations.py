@@ -26,7 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .activation_files import ACTIVATIONS, ActivationFile, open_activations
+from .activation_files import open_activations
+from .activation_format import ACTIVATIONS, ActivationFile
 from .activation_order import EpochPlan, plan
 from .activation_rows import NO_ROWS, nonfinite_rows, not_finite, scan, without
 from .activation_statistics import ActivationStatistics, statistics_of

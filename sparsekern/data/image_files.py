@@ -6,7 +6,6 @@ they are called depends on the set and on the kind of file (:class:`Fields`).
 
 from __future__ import annotations
 
-import tokenize
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .._system import require
+from .hdf5 import check_stored, open_hdf5
+from .npy import read_header
 
 NPZ, HDF5 = ".npz", ".h5"
 # How each kind of file begins.
@@ -81,21 +82,9 @@ class NpzFields:
 
     @staticmethod
     def _header(name: str, stream: Any) -> tuple[tuple[int, ...], np.dtype]:
-        read = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-            # Differs in the encoding of field names, which no number type has.
-            (3, 0): np.lib.format.read_array_header_2_0,
-        }
         try:
-            version = np.lib.format.read_magic(stream)
-            if version not in read:
-                known = ", ".join(f"{major}.{minor}" for major, minor in read)
-                major, minor = version
-                raise ValueError(f"its header has version {major}.{minor}, known are {known}")
-            shape, fortran, dtype = read[version](stream)
-        except (SyntaxError, TypeError, ValueError, tokenize.TokenError) as error:
-            # numpy reads the header as Python and lets some of Python's errors through.
+            shape, fortran, dtype = read_header(stream)
+        except ValueError as error:
             raise ValueError(f"{name}.npy: {error}") from error
         if fortran and len(shape) > 1:
             raise KeyError("in row-major order")
@@ -106,7 +95,8 @@ class Hdf5Fields:
     """The same for HDF5."""
 
     def __init__(self, path: Path) -> None:
-        self._file = require("h5py", f"reading {path}").File(path, "r")
+        self._path = path
+        self._file = open_hdf5(path, "data file")
 
     def __enter__(self) -> Hdf5Fields:
         return self
@@ -118,7 +108,12 @@ class Hdf5Fields:
         """Shape and dtype; KeyError if there is no such field."""
         if name not in self._file or not hasattr(self._file[name], "dtype"):
             raise KeyError(name)
-        return self._file[name].shape, self._file[name].dtype
+        field = self._file[name]
+        if field.shape is None:
+            raise KeyError(f"{name} with values")
+        where = f"data file is truncated or damaged: {self._path}: {name}"
+        check_stored(field, self._path, where)
+        return field.shape, field.dtype
 
     def blocks(self, name: str) -> Iterator[np.ndarray]:
         """The rows, from first to last."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import image_files
 from .factors import DataError, Factors, check_count, check_seed, gather, subset
+from .hdf5 import DAMAGE, one_line
 from .image_files import NPZ, Column, Fields
 
 if TYPE_CHECKING:
@@ -201,11 +202,11 @@ class FactorImages:
             raise DataError(f"{another} has no field {error}") from error
         except (DataError, ModuleNotFoundError):
             raise
-        # RuntimeError: an archive that is encrypted or packed in an unknown way.
-        except (
-            OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error
-        ) as error:  # fmt: skip
-            raise DataError(f"data file is truncated or damaged: {path} ({error})") from error
+        # RuntimeError also: an archive that is encrypted or packed in an unknown way.
+        except (*DAMAGE, zipfile.BadZipFile, zlib.error) as error:
+            raise DataError(
+                f"data file is truncated or damaged: {path} ({one_line(error)})"
+            ) from error
 
     @classmethod
     def _images_header(
