@@ -21,6 +21,7 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,10 +41,18 @@ BATCHES_AHEAD = 2
 # ask for the cores at once wait for each other, on two cores a hundred times as long as they work.
 SERIAL_ELEMENTS = 32768
 STATISTICS_ROWS = 4096  # taken together
+# Attributes that a pickle keeps beside the names of the files: rows are not looked for again.
+_PICKLED = (
+    "nonfinite", "max_norm", "features", "dtype", "tokens", "skipped", "outliers", "_left_out",
+)  # fmt: skip
 
 
 class ActivationStore:
     """Activations ``[tokens, D]`` in one file or many, read as shuffled batches.
+
+    A store can be pickled, for the workers of a DataLoader as well: the copy opens the same files
+    by their absolute names. A forked process can use its parent's store; iterators of batches
+    belong to the process that made them.
 
     Args:
         paths: ``.h5``, ``.hdf5``, ``.npy`` or ``.safetensors``; one, or several of one width and
@@ -91,7 +100,7 @@ class ActivationStore:
         paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
         if not paths:
             raise ValueError("ActivationStore: paths must name at least one file, got none")
-        self.nonfinite, self.max_norm = nonfinite, max_norm
+        self._dataset, self.nonfinite, self.max_norm = dataset, nonfinite, max_norm
         self._files: list[ActivationFile] = []
         try:
             for path in paths:
@@ -118,6 +127,28 @@ class ActivationStore:
             raise DataError(
                 f"activation files hold no finite row{limit}: {', '.join(map(str, self.paths))}"
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What opens the same files again in another process: no rows, nothing open."""
+        return {
+            "paths": [file.path.absolute() for file in self._files],
+            "stamps": [file.stamp for file in self._files],
+            "dataset": self._dataset,
+            **{name: getattr(self, name) for name in _PICKLED},
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._dataset = state["dataset"]
+        self._files = []
+        try:
+            for path, stamp in zip(state["paths"], state["stamps"], strict=True):
+                self._files.append(open_activations(path, self._dataset))
+                if self._files[-1].stamp != stamp:
+                    raise DataError(f"activation file has changed since it was pickled: {path}")
+        except BaseException:
+            self.close()
+            raise
+        self.__dict__.update({name: state[name] for name in _PICKLED})
 
     def _check_same(self, file: ActivationFile) -> None:
         first = self._files[0]
@@ -224,6 +255,8 @@ class ActivationStore:
             DataError: a file is damaged, or ``nonfinite="refuse"`` and a row is not finite. The
                 message names the files and rows.
         """
+        if not self._files:
+            raise ValueError("batches: the store is closed")
         for name, value, least in (
             ("batch_size", batch_size, 1), ("seed", seed, 0), ("epoch", epoch, 0),
             ("start", start, 0), ("buffer_rows", buffer_rows, 1),

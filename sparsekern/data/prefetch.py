@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Generator
@@ -16,6 +17,9 @@ def prefetched(source: Generator[Item], ahead: int) -> Generator[Item]:
 
     The thread starts with the first item asked for. It has ended, and ``source`` is closed, when
     this iterator is exhausted, closed, or raises.
+
+    Raises:
+        RuntimeError: another process, forked since, goes on with it: the thread is not there.
 
     Args:
         source: run by the thread only. What it raises is raised here.
@@ -32,8 +36,14 @@ def prefetched(source: Generator[Item], ahead: int) -> Generator[Item]:
         daemon=True,
     )
     thread.start()
+    owner = os.getpid()
     try:
         while True:
+            if os.getpid() != owner:
+                raise RuntimeError(
+                    "batches: a forked process cannot go on with its parent's iterator (call "
+                    "batches in the process that takes them)"
+                )
             item, error = items.get()
             if error is not None:
                 raise error
@@ -44,9 +54,11 @@ def prefetched(source: Generator[Item], ahead: int) -> Generator[Item]:
             yield item  # type: ignore[misc]
             item = None
     finally:
-        stop.set()
-        permits.release()
-        thread.join()
+        # In a forked process there is no thread, and its locks may be held for ever.
+        if os.getpid() == owner:
+            stop.set()
+            permits.release()
+            thread.join()
 
 
 def _produce(
