@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import DeadNeuronCounter, TopK
+from ..ops.checks import check_same_dtype
 from ..ops.linear_topk import linear_topk
 from ..ops.sparse_matmul import sparse_matmul
 from ..ops.topk import codes_to_dense
+from .decoding import dense_product
 from .normalisation import BatchNorm1d
 
 SPARSIFIERS = ("topk", "magnitude", "l1")
@@ -142,7 +144,8 @@ class SparseBottleneck(nn.Module):
         self.sparsity.k = value
 
     def forward(self, x: Tensor) -> BottleneckOutput:
-        """x [B, D] floating point."""
+        """x [B, D] floating point, of the parameters' dtype (or any, inside an autocast region)."""
+        check_same_dtype("SparseBottleneck", x, self.to_units.weight)
         x = self.standardize(x)
         scores, indices = None, None
         everything = self.sparsifier == "topk" and self.k == self.units
@@ -168,7 +171,7 @@ class SparseBottleneck(nn.Module):
             return sparse_matmul(values, indices, self.dictionary, self.dictionary_bias)
         if indices is not None:
             values = codes_to_dense(values, indices, self.units)
-        return torch.addmm(self.dictionary_bias, values, self.dictionary)
+        return dense_product(values, self.dictionary.t(), self.dictionary_bias)
 
     def penalty(self, values: Tensor) -> Tensor:
         """The L1 penalty of activations of all units [B, N], a mean over rows: each activation

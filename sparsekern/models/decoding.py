@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..ops.checks import check_weight_dtype
 from ..ops.linear_at import vector_at
 from ..ops.sparse_matmul import sparse_matmul
 from ..ops.transposition import Transposition
@@ -61,14 +62,15 @@ class Decoder:
         for first, last in itertools.pairwise((0, *ends)):
             part = self.dictionary[first:last].t()
             bias = None if made else self.bias
-            product = _product(factors[..., first:last], part, bias)
+            product = dense_product(factors[..., first:last], part, bias)
             made.append(made[-1] + product if made else product)
         return made
 
 
-def _product(factors: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def dense_product(factors: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """factors @ weight.T + bias in factors' dtype; 16-bit factors meet a float32 weight as it is,
     as in sparse_matmul."""
+    check_weight_dtype("decode", factors, weight, "values", "values'", "16-bit values")
     if factors.dtype == weight.dtype or torch.is_autocast_enabled(factors.device.type):
         return nn.functional.linear(factors, weight, bias)
     return nn.functional.linear(factors.to(weight.dtype), weight, bias).to(factors.dtype)

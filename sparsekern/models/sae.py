@@ -203,7 +203,10 @@ class SparseAutoencoder(nn.Module):
         return Scores(x, self.encoder, self.encoder_bias, self.decoder_bias, self._norms())
 
     def _decoder(self) -> Decoder:
-        return Decoder(self.dictionary, self.decoder_bias, self._norms())
+        norms = self._norms()
+        if norms is not None:  # the scores of a latent without a direction are zero
+            norms = torch.where(norms > 0, norms, 1)
+        return Decoder(self.dictionary, self.decoder_bias, norms)
 
     def encode(self, x: Tensor, k: int | None = None) -> Codes:
         """Codes of activations: x [..., D] -> values [..., w] and indices int64 [..., w].

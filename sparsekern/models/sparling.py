@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import SpatialSparsity
+from ..ops.checks import check_same_dtype
 from .normalisation import BatchNorm1d, BatchNorm2d
 
 PAD = -1  # after the end of a label
@@ -158,6 +159,7 @@ class Widening(nn.Module):
 
     def forward(self, activations: Tensor) -> Tensor:
         """[B, C, *space] -> [B, width, *(s // pool for s in space)]."""
+        check_same_dtype("Widening", activations, self.conv.weight)
         if not activations.is_cuda and not torch.compiler.is_compiling():
             places = (activations.detach() != 0).any(1).nonzero()
             share = len(places) * activations.shape[1] / max(activations.numel(), 1)
@@ -180,12 +182,9 @@ class Widening(nn.Module):
             cell = cell * count + places[:, 1 + dim] // self.pool
         count = batch * math.prod(cells)
         full = torch.bincount(cell, minlength=count) == self.pool**self.dims
-        rows = torch.where(full.unsqueeze(1), -math.inf, bias).scatter_reduce(
-            0,
-            cell.unsqueeze(1).expand(-1, len(weight)),
-            F.linear(columns, weight, bias),
-            "amax",
-        )
+        found = F.linear(columns, weight, bias)  # of another dtype than the bias under autocast
+        rows = torch.where(full.unsqueeze(1), -math.inf, bias).to(found.dtype)
+        rows = rows.scatter_reduce(0, cell.unsqueeze(1).expand(-1, len(weight)), found, "amax")
         return rows.view(batch, *cells, -1).movedim(-1, 1)
 
 

@@ -107,6 +107,12 @@ def check_weight_dtype(
         )
 
 
+def check_same_dtype(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """x of the parameters' dtype, where no autocast region makes them one."""
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"{op}: x must have the parameters' dtype {weight.dtype}, got {x.dtype}")
+
+
 def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
     """All given tensors on one device."""
     devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}

@@ -16,7 +16,7 @@ import torch
 
 from .checks import check_codes
 from .linear_checks import check_layer
-from .linear_topk import _centred
+from .linear_topk import _autocast, _centred
 from .sparse_matmul import _sparse_matmul_backward
 from .transposition import Transposition, check_transposition
 
@@ -73,7 +73,10 @@ def linear_at(
         )
     check_transposition(op, transposition, indices, weight.shape[0])
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias, _, pre_bias, scale = _autocast(
+            (x, weight, bias, None, pre_bias, scale), dtype
+        )
         with torch.autocast(x.device.type, enabled=False):
             return _at(x, weight, bias, indices, pre_bias, scale, transposition)
     return _at(x, weight, bias, indices, pre_bias, scale, transposition)
