@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_training import STEPS, Noisy, assert_same_run, complete, one_thread, resume, start
 
+from sparsekern import _system
 from sparsekern.training import CheckpointError, RunError, RunFolder, checkpoints, runs
 
 __all__ = ["complete", "one_thread"]  # fixtures
@@ -65,7 +66,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(call, complete, tmp_path, monke
             raise OSError(28, "No space left on device")
         sync(descriptor)
 
-    monkeypatch.setattr(runs, "sync", lambda path: None)
+    monkeypatch.setattr(_system, "sync", lambda path: None)
     monkeypatch.setattr(runs.os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
         start(tmp_path / "run")
@@ -190,7 +191,8 @@ def test_a_checkpoint_beyond_the_end_of_its_epoch(complete, tmp_path):
 @pytest.mark.parametrize("state", [None, torch.zeros(3), torch.zeros(3, dtype=torch.uint8)])
 def test_a_checkpoint_with_a_bad_random_state(state, complete, tmp_path):
     folder = copied(complete, tmp_path / "run")
-    tensors, facts = checkpoints.read_checkpoint(folder)
+    saved, facts = checkpoints.read_checkpoint(folder)
+    tensors = dict(saved)
     del tensors["rng.cpu"]
     tensors |= {} if state is None else {"rng.cpu": state}
     checkpoints.write_checkpoint(folder, STEPS, tensors, facts)

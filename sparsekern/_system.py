@@ -1,16 +1,28 @@
-"""What several parts need of the system: durable files, signals, modules of an extra."""
+"""What several parts need of the system: files, locks, signals, modules of an extra."""
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import signal
+import stat
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
+
+# What flock says on a file system without locks (Lustre without flock, some FUSE); 524 is Linux's
+# ENOTSUPP, which NFS servers return.
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, 524}
+# Flags that Windows lacks count as none.
+_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_NONBLOCK = getattr(os, "O_NONBLOCK", 0)
+_BINARY = getattr(os, "O_BINARY", 0)
 
 
 def require(module: str, purpose: str) -> ModuleType:
@@ -36,6 +48,109 @@ def sync(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of ``path`` when the block ends without an error.
+
+    A crash at any moment leaves the old content or the new, never a mix. A symbolic link of that
+    name is replaced itself, and what it points to stays as it is.
+    """
+    # One name for all: what a killed process left is removed by the next one's first write.
+    temporary = path.with_name(".new")
+    temporary.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NOFOLLOW | _BINARY
+    try:
+        with os.fdopen(os.open(temporary, flags, 0o666), "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def open_plain(path: Path) -> BufferedReader:
+    """Opens a file to read.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it is a folder, a pipe or a device, which could block or never end.
+    """
+    descriptor = os.open(path, os.O_RDONLY | _NONBLOCK | _BINARY)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def open_appending(path: Path) -> BinaryIO:
+    """Opens a file to append to, and makes it if there is none.
+
+    Raises:
+        OSError: it is a symbolic link, which could lead anywhere, or no plain file.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | _NOFOLLOW | _NONBLOCK | _BINARY
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if path.is_symlink():
+            raise OSError(error.errno, "is a symbolic link", str(path)) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a plain file", str(path))
+    return os.fdopen(descriptor, "ab")
+
+
+def lock_file(path: Path) -> Callable[[], None] | None:
+    """Locks a file, which is made if there is none, until the function returned is called or
+    dropped, or the process ends; None when another process (or another call) holds the lock.
+
+    Where the file system has no locks, a warning says so and nothing is locked.
+
+    Raises:
+        OSError: the file cannot be written, or is a symbolic link.
+    """
+    file = open_appending(path)
+    try:
+        if _try_lock(file):
+            return file.close
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            warnings.warn(
+                f"the file system of {path.parent} has no locks ({error.strerror}): nothing keeps "
+                "two processes from writing there at once",
+                stacklevel=2,
+            )
+            return file.close
+        file.close()
+        raise
+    file.close()
+    return None
+
+
+def _try_lock(file: BinaryIO) -> bool:
+    """Whether this open file got the lock, which it holds until it is closed."""
+    # Not filelock: where flock is missing, its versions say that another process holds the lock,
+    # raise NotImplementedError, or leave a file that a killed process never takes away.
+    try:
+        if os.name == "posix":
+            import fcntl
+
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EWOULDBLOCK):
+            return False
+        raise
+    return True
 
 
 @contextmanager

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ..training.runs import write_atomically
+
 DOTS_PER_INCH = 120
 
 
@@ -57,7 +59,7 @@ def save_history(path: Path, epochs: Sequence[Mapping[str, Any]], title: str) ->
     for panel in panels:
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
-    figure.savefig(path)
+    write_atomically(path, as_png(figure))
 
 
 def save_sae_history(path: Path, steps: Sequence[Mapping[str, Any]], batch_size: int) -> None:
@@ -86,7 +88,7 @@ def save_sae_history(path: Path, steps: Sequence[Mapping[str, Any]], batch_size:
     for panel in panels:
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
-    figure.savefig(path)
+    write_atomically(path, as_png(figure))
 
 
 def save_reconstructions(
@@ -108,4 +110,4 @@ def save_reconstructions(
             axis.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
         axes[row, 0].set_ylabel(label)
-    figure.savefig(path)
+    write_atomically(path, as_png(figure))

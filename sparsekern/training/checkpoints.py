@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +17,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._system import open_plain, replaced
 from .runs import write_atomically
+from .tensor_files import SavedTensors, write_tensors
 
 FACTS = "checkpoint.json"
 TENSORS = "checkpoint-{step}.safetensors"
 FORMAT = 1
+# In the facts and in the tensor file: that they were written together.
+PAIR = "written together"
+OPTIMIZER = "optimizer."
 
 
 class CheckpointError(RuntimeError):
@@ -28,10 +34,10 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint in memory."""
+    """A checkpoint of a run folder."""
 
-    tensors: dict[str, Tensor]
-    """By name; on the CPU."""
+    tensors: SavedTensors
+    """By name; each is read from the file when it is asked for, to the CPU."""
     facts: dict[str, Any]
     """JSON types only."""
 
@@ -39,7 +45,7 @@ class Checkpoint(NamedTuple):
 def write_checkpoint(
     folder: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
 ) -> None:
-    """Writes a checkpoint and removes the one before it.
+    """Writes a checkpoint and removes the one before it; memory is needed for one tensor.
 
     Args:
         folder: the run folder.
@@ -47,13 +53,11 @@ def write_checkpoint(
         tensors: any dtype, shape and device.
         facts: JSON types only.
     """
-    from safetensors.torch import save
-
-    # A copy each: safetensors refuses tensors that share memory, such as tied weights.
-    plain = {n: tensor.detach().to("cpu", copy=True).contiguous() for n, tensor in tensors.items()}
     name = TENSORS.format(step=step)
-    write_atomically(folder / name, save(plain))
-    content = {"format": FORMAT, "tensors": name, **facts}
+    pair = secrets.token_hex(16)
+    with replaced(folder / name) as file:
+        write_tensors(file, tensors, {PAIR: pair})
+    content = {"format": FORMAT, "tensors": name, PAIR: pair, **facts}
     write_atomically(folder / FACTS, (json.dumps(content, indent=2) + "\n").encode())
     for old in folder.glob(TENSORS.format(step="*")):
         if old.name != name:
@@ -64,22 +68,31 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
     """The checkpoint in a run folder, or None when there is none yet.
 
     Raises:
-        CheckpointError: it is damaged or of a format this version does not know.
+        CheckpointError: it is damaged or of a format this version does not know, or its two files
+            do not belong together.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    if not (folder / FACTS).exists():
-        return None
     try:
-        facts = json.loads((folder / FACTS).read_text())
+        with open_plain(folder / FACTS) as file:
+            facts = json.loads(file.read())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise damaged(folder, error) from error
+    try:
         if facts["format"] != FORMAT:
             raise CheckpointError(
                 f"checkpoint in {folder} has format {facts['format']}, this version reads {FORMAT}"
             )
-        tensors = load((folder / facts["tensors"]).read_bytes())
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        name, pair = facts["tensors"], facts.pop(PAIR, None)
+        if not isinstance(name, str) or Path(name).name != name:
+            raise damaged(folder, f"'tensors' must name a file in the folder, got {name!r}")
+        tensors = SavedTensors(folder / name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise damaged(folder, error) from error
+    # Checkpoints of earlier versions have no such mark.
+    if pair is not None and tensors.metadata.get(PAIR) != pair:
+        tensors.close()
+        raise damaged(folder, f"{name} was not written with {FACTS}, it is of another checkpoint")
     return Checkpoint(tensors, facts)
 
 
@@ -122,17 +135,46 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
 
 
+@torch.no_grad()
 def load_model(folder: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Puts saved tensors into a model, after checking all of them.
+    """Puts saved tensors into a model, one at a time, after checking all of them.
 
     Raises:
-        CheckpointError: a name or a shape differs.
+        CheckpointError: a name, a shape or a dtype differs.
     """
     prefix = "model."
-    saved = {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
-    shapes = {name: list(tensor.shape) for name, tensor in saved.items()}
-    check_same(folder, shapes, {name: list(t.shape) for name, t in model.state_dict().items()})
-    model.load_state_dict(saved)
+    state = model.state_dict()
+    saved = {n.removeprefix(prefix): n for n in tensors if n.startswith(prefix)}
+    check_same(
+        folder,
+        {name: _shape(tensors, key) for name, key in saved.items()},
+        {name: list(tensor.shape) for name, tensor in state.items()},
+    )
+    check_same(
+        folder,
+        {name: _dtype(tensors, key) for name, key in saved.items()},
+        {name: str(tensor.dtype) for name, tensor in state.items()},
+    )
+    try:
+        for name, tensor in state.items():
+            tensor.copy_(tensors[saved[name]])
+    except (OSError, ValueError) as error:
+        raise damaged(folder, error) from error
+    # The tensors are there already; this tells layers that keep something else, too.
+    model.load_state_dict(state)
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> list[int]:
+    """Without reading the tensor."""
+    if isinstance(tensors, SavedTensors):
+        return tensors.shape(name)
+    return list(tensors[name].shape)
+
+
+def _dtype(tensors: Mapping[str, Tensor], name: str) -> str:
+    if isinstance(tensors, SavedTensors):
+        return str(tensors.dtype(name))
+    return str(tensors[name].dtype)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -143,7 +185,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
     for parameter, entries in state["state"].items():
         for key, value in entries.items():
             place = tensors if isinstance(value, Tensor) else numbers
-            place[f"optimizer.{parameter}.{key}"] = value
+            place[f"{OPTIMIZER}{parameter}.{key}"] = value
     return tensors, {"numbers": numbers, "groups": state["param_groups"]}
 
 
@@ -162,12 +204,24 @@ def load_optimizer(
     fresh = optimizer.state_dict()["param_groups"]
     state: dict[int, dict[str, Any]] = {}
     try:
-        for name, value in {**tensors, **facts["numbers"]}.items():
-            if name.startswith("optimizer."):
-                _, parameter, key = name.split(".", 2)
-                state.setdefault(int(parameter), {})[key] = value
+        for name, value in facts["numbers"].items():
+            _entry(state, name, value)
+        for name in tensors:
+            if name.startswith(OPTIMIZER):
+                _entry(state, name, None)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for number, entries in state.items():
+            for key, value in entries.items():
+                if value is None:
+                    tensor = tensors[f"{OPTIMIZER}{number}.{key}"]
+                    if tensor.dim() and tensor.shape != parameters[number].shape:
+                        raise ValueError(f"{key} of parameter {number} has another shape")
+                    # On its device at once: the copy on the CPU is gone before the next one.
+                    # Counters of steps stay on the CPU, unless the optimizer moves them.
+                    on = parameters[number].device if tensor.dim() else tensor.device
+                    entries[key] = tensor.to(on)
         optimizer.load_state_dict({"state": state, "param_groups": facts["groups"]})
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, OSError, TypeError, ValueError) as error:
         raise damaged(folder, error) from error
     # Afterwards, because torch itself adds what a version before it did not write.
     for saved, group in zip(optimizer.param_groups, fresh, strict=True):
@@ -176,6 +230,12 @@ def load_optimizer(
                 raise damaged(folder, KeyError(name))
             if not _same_kind(saved[name], group[name]):
                 raise damaged(folder, f"{name!r} is {saved[name]!r}")
+
+
+def _entry(state: dict[int, dict[str, Any]], name: str, value: Any) -> None:
+    """Files a value of the state under its parameter's number and key."""
+    _, parameter, key = name.split(".", 2)
+    state.setdefault(int(parameter), {})[key] = value
 
 
 def _same_kind(one: Any, other: Any) -> bool:

@@ -8,6 +8,7 @@ or a kill, ends with the same bits as one that was not (on one machine, with one
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
@@ -22,15 +23,18 @@ from torch import Tensor, nn
 
 from .._system import stop_signals
 from . import checkpoints
+from .finite import (
+    FiniteSteps,
+    TrainingError,
+    check_finite_state,
+    not_finite,
+    not_finite_names,
+)
 from .runs import RunFolder
 
 # The facts of a checkpoint, with their types; the first are those of _Position.
 POSITION = {"step": int, "epoch": int, "batch": int, "seconds": float, "seen": int}
 FACTS = {**POSITION, "identity": dict, "metrics_bytes": int, "optimizer": dict}
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on, for example because the loss is not a number."""
 
 
 class Task(Protocol):
@@ -136,6 +140,10 @@ def train(
     were no loop. When training is complete, in this session or an earlier one, the model is in
     evaluation mode and under the schedules of the last epoch.
 
+    Training ends with an error in the first step whose loss, gradients or parameters are not finite
+    (on a GPU in the step after it), and no such state is saved: the last checkpoint is a finite
+    one.
+
     Args:
         task: model, optimizer and data.
         config: how to train.
@@ -144,7 +152,8 @@ def train(
 
     Raises:
         CheckpointError: the checkpoint is damaged or belongs to another model or identity.
-        TrainingError: the loss is not finite, or the task's batches are not as they should be.
+        TrainingError: loss, gradients, parameters, the optimizer's state or a measurement is not
+            finite, or the task's batches are not as they should be.
     """
     device = next(task.model.parameters()).device
     devices = [device] if device.type == "cuda" else []
@@ -180,6 +189,9 @@ class _Loop:
         self.batches_per_epoch = math.ceil(task.examples / config.batch_size)
         self.at = _Position()
         self.clock = 0.0
+        self.finite = FiniteSteps(task.model)
+        # Buffers that begin so, such as a threshold before its first batch.
+        self.unset = not_finite_names(self._buffers())
 
     def bar(self) -> Any:
         from tqdm import tqdm
@@ -236,7 +248,9 @@ class _Loop:
         at = self.at
         self.task.optimizer.zero_grad(set_to_none=True)
         scalars = self.task.backward(batch)
+        gradients = self.finite.gradients()
         self.task.optimizer.step()
+        self.finite.watch(at.step + 1, scalars["loss"], gradients)
         for name, value in scalars.items():
             share = value.double() * len(batch)
             at.totals[name] = at.totals[name] + share if name in at.totals else share
@@ -250,13 +264,12 @@ class _Loop:
 
     def _finite(self, name: str, value: float) -> float:
         if not math.isfinite(value):
-            raise TrainingError(
-                f"{name} is {value} at step {self.at.step}; a smaller learning rate may help"
-            )
+            raise not_finite(name, value, self.at.step)
         return value
 
     def _end_epoch(self, facts: dict[str, float]) -> None:
         at = self.at
+        self.finite.settle()
         means = {
             name: self._finite(name, float(total) / self.task.examples)
             for name, total in at.totals.items()
@@ -264,6 +277,9 @@ class _Loop:
         at.seconds += time.perf_counter() - self.clock
         self.task.model.eval()
         measured = self.task.evaluate(at.epoch)
+        for name, value in measured.items():
+            if isinstance(value, float):
+                self._finite(name, value)
         self.run.log(
             {
                 "kind": "epoch",
@@ -278,11 +294,21 @@ class _Loop:
         at.epoch, at.batch, at.totals = at.epoch + 1, 0, {}
         self.save()
 
+    def _buffers(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of the model besides its parameters."""
+        parameters = {f"model.{name}" for name, _ in self.task.model.named_parameters()}
+        tensors = checkpoints.model_tensors(self.task.model)
+        return {name: tensor for name, tensor in tensors.items() if name not in parameters}
+
     def save(self) -> None:
+        """Writes a checkpoint, unless something in it is not finite."""
         at = self.at
+        self.finite.settle()
         tensors, optimizer = checkpoints.optimizer_state(self.task.optimizer)
         tensors |= checkpoints.model_tensors(self.task.model)
         tensors |= {f"total.{name}": total for name, total in at.totals.items()}
+        check_finite_state(tensors, at.step, self.unset)
+        self.unset &= not_finite_names(self._buffers())
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
@@ -299,7 +325,11 @@ class _Loop:
         if saved is None:
             self.run.rewind_metrics(0)
             return
-        tensors, facts = saved
+        with contextlib.closing(saved.tensors):
+            self._take(saved.tensors, saved.facts)
+
+    def _take(self, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+        """Model, optimizer and position as a checkpoint has them."""
         folder = self.run.path
         checkpoints.check_facts(folder, facts, FACTS)
         checkpoints.check_same(folder, facts["identity"], self.identity)
@@ -308,9 +338,10 @@ class _Loop:
             raise checkpoints.damaged(folder, reason)
         checkpoints.load_model(folder, self.task.model, tensors)
         checkpoints.load_optimizer(folder, self.task.optimizer, tensors, facts["optimizer"])
+        self.unset = not_finite_names(self._buffers())
         totals = {
-            name.removeprefix("total."): tensor.to(self.device)
-            for name, tensor in tensors.items()
+            name.removeprefix("total."): tensors[name].to(self.device)
+            for name in tensors
             if name.startswith("total.")
         }
         self.at = _Position(**{name: facts[name] for name in POSITION}, totals=totals)

@@ -4,20 +4,22 @@ config.json      what was asked for; written once
 metrics.jsonl    one JSON object a line, appended
 checkpoint.json  the newest checkpoint, with the name of its tensor file (see checkpoints.py)
 lock             held while a process trains here; the system drops it when the process dies
+
+What is written here never follows a symbolic link, and what is read is a plain file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
-from filelock import FileLock, Timeout
-
-from .._system import sync
+from .._system import lock_file, open_appending, open_plain, replaced
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -29,12 +31,18 @@ class RunError(RuntimeError):
 
 
 class RunFolder:
-    """An open run folder. Use it in a ``with`` statement, which releases the lock at the end."""
+    """An open run folder. Use it in a ``with`` statement, which releases the lock at the end.
 
-    def __init__(self, path: Path, lock: FileLock) -> None:
+    Attributes:
+        on_metrics: called with each record that is logged, after it was written; None for nothing.
+            A resumed run logs the steps since its checkpoint again.
+    """
+
+    def __init__(self, path: Path, unlock: Callable[[], None]) -> None:
         self.path = path
-        self._lock = lock
+        self._unlock = unlock
         self._metrics: BinaryIO | None = None
+        self.on_metrics: Callable[[Mapping[str, Any]], object] | None = None
 
     @staticmethod
     def check_new(path: str | Path) -> None:
@@ -100,8 +108,9 @@ class RunFolder:
         """
         path = Path(path)
         try:
-            config = json.loads((path / CONFIG).read_text())
-        except FileNotFoundError as error:
+            with open_plain(path / CONFIG) as file:
+                config = json.loads(file.read())
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise RunError(f"no run in {path}: {CONFIG} not found") from error
         except (OSError, ValueError) as error:
             raise RunError(f"cannot read {path / CONFIG}: {error}") from error
@@ -112,6 +121,12 @@ class RunFolder:
     def log(self, record: Mapping[str, Any]) -> None:
         """Appends one line to the metrics; durable after the next :meth:`sync_metrics`."""
         self._opened_metrics().write((json.dumps(record, allow_nan=False) + "\n").encode())
+        if self.on_metrics is not None:
+            self.on_metrics(record)
+
+    def rewrite_config(self, config: Mapping[str, Any]) -> None:
+        """Replaces the config (JSON types only), when a run is extended or its data has moved."""
+        write_atomically(self.path / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
     def sync_metrics(self) -> int:
         """Makes the metrics durable and returns their length in bytes."""
@@ -128,7 +143,10 @@ class RunFolder:
         return self._rewound_metrics(0) if self._metrics is None else self._metrics
 
     def _rewound_metrics(self, length: int) -> BinaryIO:
-        metrics = self._metrics = open(self.path / METRICS, "ab")
+        try:
+            metrics = self._metrics = open_appending(self.path / METRICS)
+        except OSError as error:
+            raise RunError(f"cannot write {self.path / METRICS}: {error.strerror}") from error
         if metrics.tell() < length:
             raise RunError(
                 f"{self.path / METRICS} is shorter than the {length} bytes its checkpoint counts on"
@@ -147,7 +165,7 @@ class RunFolder:
         """Closes the metrics and releases the lock."""
         if self._metrics is not None:
             self._metrics.close()
-        self._lock.release()
+        self._unlock()
 
     def __enter__(self) -> RunFolder:
         return self
@@ -162,20 +180,56 @@ class RunFolder:
 
 
 def read_metrics(path: Path, kind: str) -> list[dict[str, Any]]:
-    """The records of a run folder whose "kind" is this, as far as they are on the disk."""
-    if not (path / METRICS).exists():
-        return []
-    with open(path / METRICS) as file:
-        return [record for record in map(json.loads, file) if record["kind"] == kind]
+    """The records of a run folder whose "kind" is this, as far as they are on the disk.
 
-
-def _lock(path: Path) -> FileLock:
-    lock = FileLock(path / LOCK)
+    Raises:
+        RunError: the file is damaged, or no plain file.
+    """
     try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise RunError(f"another process is training in {path}") from error
-    return lock
+        with open_plain(path / METRICS) as file:
+            return [record for record in map(json.loads, file) if record["kind"] == kind]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"cannot read {path / METRICS}: {error}") from error
+
+
+@contextmanager
+def unused_folder(path: str | Path) -> Iterator[Path]:
+    """Makes a folder of this name, or of the first one of ``path-2``, ``path-3``, ... that nobody
+    has; takes it back when it is still empty at the end.
+
+    Two processes that ask for the same name at the same moment get two folders.
+
+    Raises:
+        RunError: it cannot be made.
+    """
+    path = Path(path)
+    made = [folder for folder in path.parents if not folder.exists()]
+    chosen, number = path, 1
+    try:
+        while True:
+            try:
+                chosen.mkdir(parents=True)
+                break
+            except FileExistsError:
+                number += 1
+                chosen = path.with_name(f"{path.name}-{number}")
+    except OSError as error:
+        reason = error.strerror
+        raise RunError(f"cannot write to the run folder {chosen}: {reason}") from error
+    try:
+        yield chosen
+    finally:
+        if chosen.is_dir() and {file.name for file in chosen.iterdir()} <= {LOCK}:
+            _remove_made([chosen, *made], chosen)
+
+
+def _lock(path: Path) -> Callable[[], None]:
+    unlock = lock_file(path / LOCK)
+    if unlock is None:
+        raise RunError(f"another process is training in {path}")
+    return unlock
 
 
 def _remove_made(made: list[Path], path: Path) -> None:
@@ -183,21 +237,12 @@ def _remove_made(made: list[Path], path: Path) -> None:
     if path in made:
         (path / LOCK).unlink(missing_ok=True)
     for folder in made:
-        if folder.is_dir() and not any(folder.iterdir()):
+        # Another process may begin to use an outer one at any moment.
+        with contextlib.suppress(OSError):
             folder.rmdir()
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replaces a file; a crash at any moment leaves the old content or the new, never a mix."""
-    # One name for all: what a killed process left is overwritten by the next one's first write.
-    temporary = path.with_name(".new")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
+    with replaced(path) as file:
+        file.write(data)

@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
+from ..._system import lock_file
 from ...training import RunError
 
 REQUEST = "reproduction.json"
@@ -31,13 +30,16 @@ def locked(folder: Path) -> Iterator[None]:
         raise RunError(f"--out must be a folder, got the file {folder}") from error
     except OSError as error:
         raise RunError(f"--out cannot be written: {folder} ({error.strerror})") from error
-    lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise RunError(f"another process is writing the report in {folder}") from error
-    with lock:
+        unlock = lock_file(folder / LOCK)
+    except OSError as error:
+        raise RunError(f"--out cannot be written: {folder} ({error.strerror})") from error
+    if unlock is None:
+        raise RunError(f"another process is writing the report in {folder}")
+    try:
         yield
+    finally:
+        unlock()
 
 
 def merged_request(

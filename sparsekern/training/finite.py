@@ -1,0 +1,137 @@
+"""Whether training is still finite: each step, and everything before it is saved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+# A norm of 1.8e19 overflows in float32: squares of gradients that large do in Adam, too.
+_ADVICE = "a smaller learning rate may help"
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on, for example because the loss is not a number."""
+
+
+class FiniteSteps:
+    """Looks at loss, gradients and parameters after each step.
+
+    The device writes a number for each of the three; on a GPU the host reads those of a step when
+    the next one has been queued, so that the device never waits for it.
+
+    Args:
+        model: what is trained.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self._waiting: tuple[int, Tensor, torch.cuda.Event | None] | None = None
+
+    def gradients(self) -> Tensor:
+        """The norm of all gradients; before the step, which may change them."""
+        return _norm([p.grad for p in self.parameters if p.grad is not None])
+
+    @torch.no_grad()
+    def watch(self, step: int, loss: Tensor, gradients: Tensor) -> None:
+        """Takes in a step.
+
+        Args:
+            step: its number, from 1.
+            loss: scalar.
+            gradients: what :meth:`gradients` returned before the optimizer's step.
+
+        Raises:
+            TrainingError: loss, gradients or parameters of this step (on a GPU: of the one before)
+                are not finite.
+        """
+        parameters = _norm([p.detach() for p in self.parameters])
+        device = parameters.device
+        seen = torch.stack([
+            value.detach().to(device, torch.float64) for value in (loss, gradients, parameters)
+        ])  # fmt: skip
+        if device.type != "cuda":
+            self._check(step, seen)
+            return
+        host = torch.empty(seen.shape, dtype=seen.dtype, pin_memory=True)
+        host.copy_(seen, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        before, self._waiting = self._waiting, (step, host, event)
+        self._settle(before)
+
+    def settle(self) -> None:
+        """Waits for the last step and looks at it; raises as :meth:`watch`."""
+        waiting, self._waiting = self._waiting, None
+        self._settle(waiting)
+
+    def _settle(self, waiting: tuple[int, Tensor, torch.cuda.Event | None] | None) -> None:
+        if waiting is not None:
+            step, host, event = waiting
+            if event is not None:
+                event.synchronize()
+            self._check(step, host)
+
+    def _check(self, step: int, seen: Tensor) -> None:
+        loss, gradients, parameters = seen.tolist()
+        if not math.isfinite(loss):
+            raise not_finite("loss", loss, step)
+        if not math.isfinite(gradients):
+            raise not_finite(_first("gradient of", self._gradients()), gradients, step)
+        if not math.isfinite(parameters):
+            raise not_finite(_first("parameter", self.model.named_parameters()), parameters, step)
+
+    def _gradients(self) -> Iterable[tuple[str, Tensor]]:
+        named = self.model.named_parameters()
+        return ((name, p.grad) for name, p in named if p.grad is not None)
+
+
+def not_finite(what: str, value: float, step: int) -> TrainingError:
+    """The error to raise when training has diverged."""
+    return TrainingError(f"{what} is {value} at step {step}; {_ADVICE}")
+
+
+def check_finite_state(
+    tensors: Mapping[str, Tensor], step: int, exempt: Iterable[str] = ()
+) -> None:
+    """Raises :class:`TrainingError`, naming the first of them, unless all tensors are finite."""
+    bad = not_finite_names(tensors)
+    for name in tensors:
+        if name in bad and name not in exempt:
+            raise TrainingError(f"{name} is not finite at step {step}, and is not saved; {_ADVICE}")
+
+
+@torch.no_grad()
+def not_finite_names(tensors: Mapping[str, Tensor]) -> set[str]:
+    """The names of tensors that hold NaN or infinities; the host waits once a device."""
+    names = [n for n, t in tensors.items() if t.numel() and t.is_floating_point()]
+    # In one pass each, without a mask of their size; NaN is both of its own.
+    found: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for name in names:
+        tensor = tensors[name].detach()
+        if tensor.element_size() == 1:  # float8 has no aminmax
+            tensor = tensor.float()
+        low, high = tensor.aminmax()
+        whole = low.isfinite() & high.isfinite()
+        found.setdefault(tensor.device, []).append((name, whole))
+    bad: set[str] = set()
+    for checked in found.values():
+        flags = torch.stack([whole for _, whole in checked]).tolist()
+        bad |= {name for (name, _), whole in zip(checked, flags, strict=True) if not whole}
+    return bad
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    """The norm of all tensors together: not finite where one of them is not, or overflows."""
+    return torch.nn.utils.get_total_norm(tensors)
+
+
+def _first(kind: str, named: Iterable[tuple[str, Tensor]]) -> str:
+    """The first that is not finite; where all are, it is their norm that overflowed."""
+    found = dict(named)
+    bad = not_finite_names(found)
+    names = [name for name in found if name in bad]
+    return f"{kind} {names[0]}" if names else f"the norm of the {kind.split()[0]}s"
