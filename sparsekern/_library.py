@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from ._autograd import recording_kernel
 from ._direct import device_type_of, dispatcher_has_nothing_to_do
 
 NAMESPACE = "sparsekern"
@@ -194,7 +195,19 @@ class Operation:
             name, _ = self.choose(key[0], _ranked_dtype(first.dtype))
             function = self.reference if name == "reference" else self.implementations[name]
             self.choices[key] = function
-        return function(*args)
+        return _owned(function(*args))
+
+
+def _owned(outputs: Any) -> Any:
+    """The same tensors, none of them a view: autograd treats in-place changes of views in its own
+    way, and refuses many."""
+    if isinstance(outputs, tuple):
+        for output in outputs:
+            if output._is_view():
+                return tuple(t.detach() if t._is_view() else t for t in outputs)
+    elif outputs is not None and outputs._is_view():
+        return outputs.detach()
+    return outputs
 
 
 def _ranked_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -235,17 +248,21 @@ def define(
     _definitions.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _definitions.impl(name, operation, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_definitions)
-    if backward is not None:
-        torch.library.register_autograd(
-            qualified, backward, setup_context=setup_context, lib=_definitions
-        )
     if vmap is not None:
         torch.library.register_vmap(qualified, vmap, lib=_definitions)
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    if backward is not None:
+        kernel = recording_kernel(name, overload, backward, setup_context)
+        _definitions.impl(name, kernel, "Autograd", with_keyset=True)
     if autocast is not None:
         for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             _definitions.impl(name, _autocast_rule(overload, autocast, device_type), key)
     return _entrance(operation, overload)
+
+
+def differentiating() -> bool:
+    """In a backward pass: whether its own derivative is wanted, in either mode."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 def unknown_size() -> Any:
@@ -256,24 +273,12 @@ def unknown_size() -> Any:
 def _entrance(operation: Operation, overload: Callable[..., Any]) -> Callable[..., Any]:
     """What the public functions call: the implementation itself where torch's dispatcher has
     nothing to do, else the overload.
-
-    Refuses forward-mode differentiation, whose tangents torch would drop.
     """
 
     @functools.wraps(overload)
     def call(*args: Any) -> Any:
         if dispatcher_has_nothing_to_do(args):
             return operation(*args)
-        if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
-            for arg in args:
-                if (
-                    isinstance(arg, torch.Tensor)
-                    and forward_ad.unpack_dual(arg).tangent is not None
-                ):
-                    raise NotImplementedError(
-                        f"{operation.name}: there is no forward-mode derivative (torch.func.jvp, "
-                        "forward_ad); use torch.autograd.grad or backward"
-                    )
         return overload(*args)
 
     return call

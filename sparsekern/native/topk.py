@@ -12,16 +12,16 @@ SORTED, RELU, ABS = 1, 2, 4
 def topk(
     x: torch.Tensor, k: int, sorted: bool, relu: bool, abs: bool, count: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x [rows, n], any strides -> values [rows, k], indices int64 [rows, k], counts int64 [n] or
-    [0]."""
+    """x [rows, n] of any strides or [..., n] contiguous -> values [..., k], indices int64 [..., k],
+    counts int64 [n] or [0]."""
     return _select(x, k, sorted * SORTED + relu * RELU + abs * ABS, None, count)
 
 
 def topk_mask(
     x: torch.Tensor, k: int, relu: bool, abs: bool, count: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x [rows, n], any strides -> masked [rows, n] and the codes behind it, in ascending index
-    order."""
+    """x [rows, n] of any strides or [..., n] contiguous -> masked [..., n] and the codes behind it,
+    in ascending index order."""
     masked = new_output(x, *x.shape)
     return masked, *_select(x, k, relu * RELU + abs * ABS, masked, count)
 
@@ -29,10 +29,13 @@ def topk_mask(
 def _select(
     x: torch.Tensor, k: int, flags: int, masked: torch.Tensor | None, count: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    rows, n = x.shape
+    *shape, n = x.shape
+    strides = x.stride() if len(shape) == 1 else (n, 1)
+    rows = x.numel() // n
+    shape.append(k)
     tag = DTYPE_TAGS[x.dtype]
-    values = x.new_empty(rows, k)
-    indices = x.new_empty(rows, k, dtype=torch.int64)
+    values = x.new_empty(shape)
+    indices = x.new_empty(shape, dtype=torch.int64)
     counts = indices.new_zeros(n) if count else indices.new_empty(0)
     scratch = workspace("topk_workspace", x, rows, n, k, tag)
     launch(
@@ -42,8 +45,7 @@ def _select(
         tag,
         rows,
         n,
-        x.stride(0),
-        x.stride(1),
+        *strides,
         k,
         flags,
         values.data_ptr(),

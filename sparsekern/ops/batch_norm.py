@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import _library
+from .batching import one_by_one
 from .channels import (
     across,
     channel_sum,
@@ -31,7 +32,6 @@ from .channels import (
     check_constants,
     constants,
     layout,
-    one_by_one,
 )
 from .sparse_matmul import sum_dtype
 
@@ -214,7 +214,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
     x, weight, mean, var = ctx.saved_tensors
     run: Callable[..., Any] = _batch_norm_backward
-    if torch.is_grad_enabled():  # differentiable operations, from x on
+    if _library.differentiating():  # differentiable operations, from x on
         run = batch_norm_backward_reference
         mean, var = batch_norm_reference(x, None, None, ctx.eps, ctx.dim)[1:]
     of_x, *others = run(grad, x, weight, mean, var, ctx.eps, ctx.dim)
@@ -264,4 +264,5 @@ _batch_norm_backward: Callable[..., Any] = _library.define(
     implementations={"native": _native_backward},
     cpu_only=True,
     fake=_fake_backward,
+    vmap=one_by_one(lambda: _batch_norm_backward),
 )

@@ -30,7 +30,9 @@ from typing import Any
 import torch
 
 from .. import _library
+from .batching import one_by_one
 from .checks import check_count, check_floating
+from .topk import passed_by_relu
 
 
 def batch_topk(x: torch.Tensor, k: int | float, *, relu: bool = False) -> torch.Tensor:
@@ -232,26 +234,20 @@ def ordered_key(values: torch.Tensor) -> torch.Tensor:
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    x, _, ctx.relu = inputs
+    x, _, relu = inputs
     _, values, positions = output
     ctx.shape = x.shape
     ctx.mark_non_differentiable(positions)
-    ctx.save_for_backward(positions, values if ctx.relu else None)
+    ctx.save_for_backward(positions, passed_by_relu(values) if relu else None)
 
 
 def _backward(ctx: Any, grad_masked: torch.Tensor, grad_values: torch.Tensor, *_: Any) -> Any:
-    positions, values = ctx.saved_tensors
+    positions, passed = ctx.saved_tensors
     grad = grad_masked.reshape(-1)[positions] + grad_values
-    if values is not None:  # ReLU: what ended at zero passes nothing on
-        grad = torch.where(values <= 0, 0, grad)
+    if passed is not None:  # ReLU: what ended at zero passes nothing on
+        grad = torch.where(passed, grad, 0)
     dense = grad.new_zeros(math.prod(ctx.shape)).scatter(0, positions, grad)
     return dense.view(ctx.shape), None, None
-
-
-def _vmap(info: Any, in_dims: Any, x: torch.Tensor, total: int, relu: bool) -> Any:
-    """Entry by entry: each has a batch, and a threshold, of its own."""
-    entries = [_batch_topk(entry, total, relu) for entry in x.movedim(in_dims[0], 0)]
-    return tuple(torch.stack(tensors) for tensors in zip(*entries, strict=True)), (0, 0, 0)
 
 
 _batch_topk: Callable[..., Any] = _library.define(
@@ -262,5 +258,5 @@ _batch_topk: Callable[..., Any] = _library.define(
     fake=_fake,
     setup_context=_setup,
     backward=_backward,
-    vmap=_vmap,
+    vmap=one_by_one(lambda: _batch_topk),
 )

@@ -7,8 +7,7 @@ inner = H * W; channels last, [B, H, W, C] or torch.channels_last, is outer = B 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -95,19 +94,3 @@ def channel_sum(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     """Sums [C] over all dimensions but that of the channels."""
     pooled = [other for other in range(tensor.dim()) if other != dim]
     return tensor.sum(pooled) if pooled else tensor.clone()  # no dimensions would mean all of them
-
-
-def one_by_one(op: Callable[[], Callable[..., Any]]) -> Any:
-    """A vmap rule: entry by entry, since each has thresholds and counts of its own."""
-
-    def rule(info: Any, in_dims: Any, *args: Any) -> Any:
-        dims = [*in_dims, *[None] * (len(args) - len(in_dims))]
-        found = []
-        for entry in range(info.batch_size):
-            pairs = zip(args, dims, strict=True)
-            found.append(op()(*(a if dim is None else a.select(dim, entry) for a, dim in pairs)))
-        if isinstance(found[0], torch.Tensor):
-            return torch.stack(found), 0
-        return tuple(map(torch.stack, zip(*found, strict=True))), (0,) * len(found[0])
-
-    return rule

@@ -22,16 +22,18 @@ How the scores are never stored: see linear_slices.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 
 from .. import _library
+from .batching import one_by_one
 from .checks import check_count
 from .linear_checks import check_groups, check_latents, check_layer
 from .linear_slices import Layer, Selection, rows_at_once, select_rows
 from .sparse_matmul import _sparse_matmul, _sparse_matmul_backward
-from .topk import Codes, topk_reference
+from .topk import Codes, passed_by_relu, topk_reference
 from .transposition import Transposition, _transpose_codes
 
 
@@ -221,9 +223,10 @@ def _slices(backend: str) -> Any:
             select_rows(layer, rows[part], selection, values[part], indices[part])
         if latents is not None:
             indices = latents[indices]
-        shape = (*x.shape[:-1], k)
-        indices = indices.view(shape)
-        return values.view(shape), indices, *_transposed(indices, weight.shape[0], transpose)
+        if x.dim() != 2:
+            shape = (*x.shape[:-1], k)
+            values, indices = values.view(shape), indices.view(shape)
+        return values, indices, *_transposed(indices, weight.shape[0], transpose)
 
     return run
 
@@ -255,14 +258,17 @@ def _fake(
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, bias, _, pre_bias, scale, _, _, ctx.relu, _, ctx.transposed = inputs
-    values, indices, offsets, positions = output
-    ctx.mark_non_differentiable(indices, offsets, positions)
-    ctx.save_for_backward(x, weight, bias, pre_bias, scale, values, indices, offsets, positions)
+    x, weight, bias, _, pre_bias, scale, _, _, relu, _, ctx.transposed = inputs
+    values, indices, *transposition = output
+    ctx.mark_non_differentiable(indices, *transposition)
+    passed = passed_by_relu(values) if relu else None
+    if not ctx.needs_input_grad[5]:  # scale
+        values = None
+    ctx.save_for_backward(x, weight, bias, pre_bias, scale, values, passed, indices, *transposition)
 
 
 def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
-    x, weight, bias, pre_bias, scale, values, indices, *transposition = ctx.saved_tensors
+    x, weight, bias, pre_bias, scale, values, passed, indices, *transposition = ctx.saved_tensors
     need_x, need_weight, need_bias, _, need_pre_bias, need_scale, *_ = ctx.needs_input_grad
     d_x = d_weight = d_bias = d_pre_bias = d_scale = None
     if not ctx.transposed and (need_weight or need_bias or need_scale):
@@ -279,11 +285,12 @@ def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
         ones = terms.new_ones(*terms.shape[:-1], 1)
         return per_latent(terms, ones, like.unsqueeze(1)).squeeze(1)
 
-    passed = torch.where(values > 0, grad, 0) if ctx.relu else grad
+    g = grad if passed is None else torch.where(passed, grad, 0)
     if need_scale:
         factors = scale[indices]
-        d_scale = total((passed * values / factors).to(values.dtype), scale)
-    g = passed if scale is None else (passed * scale[indices]).to(values.dtype)
+        d_scale = total((g * values / factors).to(x.dtype), scale)
+    if scale is not None:
+        g = (g * scale[indices]).to(x.dtype)
     if need_weight:
         d_weight = per_latent(g, _centred(x, pre_bias), weight)
     if need_bias:
@@ -293,18 +300,6 @@ def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
         if need_pre_bias:
             d_pre_bias = -d_x.reshape(-1, d_x.shape[-1]).sum(0, dtype=pre_bias.dtype)
     return d_x if need_x else None, d_weight, d_bias, None, d_pre_bias, d_scale, *[None] * 5
-
-
-def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    """Entry by entry; a batch of inputs needs no vmap, since leading dimensions are free."""
-    entries = []
-    for at in range(info.batch_size):
-        entry = [
-            arg if dim is None else arg.select(dim, at)
-            for arg, dim in zip(args, in_dims, strict=True)
-        ]
-        entries.append(_linear_topk(*entry))
-    return tuple(torch.stack(tensors) for tensors in zip(*entries, strict=True)), (0, 0, 0, 0)
 
 
 def _autocast(args: Any, dtype: torch.dtype) -> Any:
@@ -319,7 +314,7 @@ def _autocast(args: Any, dtype: torch.dtype) -> Any:
     return x.to(dtype), weight, bias, k, pre_bias, scale, *rest
 
 
-_linear_topk = _library.define(
+_linear_topk: Callable[..., Any] = _library.define(
     "linear_topk",
     "(Tensor x, Tensor weight, Tensor? bias, SymInt k, Tensor? pre_bias, Tensor? scale,"
     " Tensor? latents, SymInt groups, bool relu, bool sorted, bool transpose)"
@@ -329,6 +324,6 @@ _linear_topk = _library.define(
     fake=_fake,
     setup_context=_setup,
     backward=_backward,
-    vmap=_vmap,
+    vmap=one_by_one(lambda: _linear_topk),
     autocast=_autocast,
 )

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from .. import _library
+from .batching import one_by_one
 from .channels import channels_of, check_channel_dim
 from .checks import check_codes, check_floating, check_range, check_same_device, check_weight_dtype
 from .sparse_matmul import sum_dtype
@@ -84,7 +85,9 @@ def pointwise_conv(
     outer, inner = math.prod(shape[:dim]), math.prod(shape[dim + 1 :])
     run = dense_pointwise_conv if _dense_wins(values, math.prod(shape)) else _pointwise_conv
     out = run(values, indices, weight, bias, outer, inner)
-    return out.view(*shape[:dim], weight.shape[0], *shape[dim + 1 :])
+    out = out.view(*shape[:dim], weight.shape[0], *shape[dim + 1 :])
+    # A view that is made while nothing is recorded must not be changed in place later.
+    return out if torch.is_grad_enabled() else out.detach()
 
 
 def _checked_weight(
@@ -241,7 +244,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _backward(ctx: Any, grad: torch.Tensor) -> Any:
     values, indices, weight = ctx.saved_tensors
     # The reference's backward pass consists of differentiable operations.
-    twice = torch.is_grad_enabled()
+    twice = _library.differentiating()
     run = pointwise_conv_backward_reference if twice else _pointwise_conv_backward
     of_values, of_weight, of_bias = run(grad, values, indices, weight)
     of_bias = None if ctx.bias_dtype is None else of_bias.to(ctx.bias_dtype)
@@ -284,6 +287,7 @@ _pointwise_conv: Callable[..., Any] = _library.define(
     fake=_fake,
     setup_context=_setup,
     backward=_backward,
+    vmap=one_by_one(lambda: _pointwise_conv),
     autocast=_autocast,
 )
 _pointwise_conv_backward: Callable[..., Any] = _library.define(
@@ -293,4 +297,5 @@ _pointwise_conv_backward: Callable[..., Any] = _library.define(
     reference=pointwise_conv_backward_reference,
     implementations={"native": _native_backward("native")},
     fake=_fake_backward,
+    vmap=one_by_one(lambda: _pointwise_conv_backward),
 )

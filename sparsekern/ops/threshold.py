@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from .. import _library
-from .channels import check_channels, layout, one_by_one
+from .batching import one_by_one
+from .channels import check_channels, layout
 
 
 def channel_threshold(x: torch.Tensor, density: float, *, channel_dim: int = 1) -> torch.Tensor:

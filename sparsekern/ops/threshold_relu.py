@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import _library
+from .batching import each_entry, one_by_one
 from .channels import (
     across,
     channel_sum,
@@ -29,7 +30,6 @@ from .channels import (
     check_constants,
     constants,
     layout,
-    one_by_one,
 )
 from .sparse_matmul import sum_dtype
 
@@ -287,6 +287,18 @@ def _to_inputs(
     return of_x.to(x.dtype), None, sums(of_z * wide(x)), sums(of_z), None
 
 
+def _codes_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    """Entry by entry; all must have as many codes."""
+    entries = each_entry(_threshold_codes, info, in_dims, args)
+    found = sorted({values.shape[0] for values, *_ in entries})
+    if len(found) > 1:
+        raise ValueError(
+            "threshold_codes: under vmap all entries must have the same number of codes, got "
+            f"{found[0]}..{found[-1]}; use threshold_relu"
+        )
+    return tuple(map(torch.stack, zip(*entries, strict=True))), (0, 0, 0)
+
+
 # -- shapes only -----------------------------------------------------------------------------------
 
 
@@ -324,4 +336,5 @@ _threshold_codes: Callable[..., Any] = _library.define(
     fake=_fake_codes,
     setup_context=_setup_codes,
     backward=_codes_backward,
+    vmap=_codes_vmap,
 )

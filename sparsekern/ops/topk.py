@@ -236,7 +236,7 @@ def _rows(backend: str, name: str, reference: Any) -> Any:
             return reference(x, k, *options)
         check_count(name, "k", k, x.shape[-1], "the size of the last dimension")
         kernel = getattr(_library.kernels(backend, "topk"), name)
-        if x.dim() == 2:
+        if x.dim() == 2 or (backend == "native" and x.is_contiguous()):
             return kernel(x, k, *options)
         *rows, counts = kernel(x.reshape(-1, x.shape[-1]), k, *options)
         return *(t.view(*x.shape[:-1], t.shape[-1]) for t in rows), counts
@@ -262,37 +262,43 @@ def _rows_to_dense(backend: str) -> Any:
 
 
 def _setup_topk(ctx: Any, inputs: Any, output: Any) -> None:
-    x, _, _, ctx.relu, _, _ = inputs
+    x, _, _, relu, _, _ = inputs
     values, indices, _ = output
     ctx.n = x.shape[-1]
-    ctx.save_for_backward(indices, values if ctx.relu else None)
+    ctx.save_for_backward(indices, passed_by_relu(values) if relu else None)
 
 
 def _topk_backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
-    indices, values = ctx.saved_tensors
-    return _grad_to_dense(grad, indices, values, ctx.n), None, None, None, None, None
+    indices, passed = ctx.saved_tensors
+    return _grad_to_dense(grad, indices, passed, ctx.n), None, None, None, None, None
 
 
 def _setup_topk_mask(ctx: Any, inputs: Any, output: Any) -> None:
-    x, _, ctx.relu, _, _ = inputs
+    x, _, relu, _, _ = inputs
     _, values, indices, _ = output
     ctx.n = x.shape[-1]
-    ctx.save_for_backward(indices, values if ctx.relu else None)
+    ctx.save_for_backward(indices, passed_by_relu(values) if relu else None)
 
 
 def _topk_mask_backward(
     ctx: Any, grad_masked: torch.Tensor, grad_values: torch.Tensor, *_: Any
 ) -> Any:
-    indices, values = ctx.saved_tensors
+    indices, passed = ctx.saved_tensors
     grad = grad_masked.gather(-1, indices) + grad_values
-    return _grad_to_dense(grad, indices, values, ctx.n), None, None, None, None
+    return _grad_to_dense(grad, indices, passed, ctx.n), None, None, None, None
+
+
+def passed_by_relu(values: torch.Tensor) -> torch.Tensor:
+    """Where values after ReLU have a gradient. Backward passes keep this and not the values, which
+    the caller may change in place."""
+    return values != 0  # above zero or NaN
 
 
 def _grad_to_dense(
-    grad: torch.Tensor, indices: torch.Tensor, values: torch.Tensor | None, n: int
+    grad: torch.Tensor, indices: torch.Tensor, passed: torch.Tensor | None, n: int
 ) -> torch.Tensor:
-    if values is not None:  # ReLU: a slot that ended at zero passes nothing on
-        grad = torch.where(values <= 0, 0, grad)
+    if passed is not None:  # ReLU: a slot that ended at zero passes nothing on
+        grad = torch.where(passed, grad, 0)
     return _codes_to_dense(grad, indices, n)
 
 

@@ -8,11 +8,13 @@ Built when it is needed, or once for all the products of a training step that sh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from .. import _library
+from .batching import one_by_one
 from .checks import check_codes, check_count, check_range, check_same_device
 
 
@@ -104,13 +106,7 @@ def _transpose_vector(backend: str) -> Any:
     return run
 
 
-def _transpose_vmap(info: Any, in_dims: Any, indices: torch.Tensor, n: int) -> Any:
-    rows = indices.movedim(in_dims[0], 0).unbind(0)
-    both = [_transpose_codes(row, n) for row in rows]
-    return tuple(torch.stack(tensors) for tensors in zip(*both, strict=True)), (0, 0)
-
-
-_transpose_codes = _library.define(
+_transpose_codes: Callable[..., Any] = _library.define(
     "transpose_codes",
     "(Tensor indices, SymInt n) -> (Tensor offsets, Tensor positions)",
     reference=transpose_codes_reference,
@@ -119,5 +115,5 @@ _transpose_codes = _library.define(
         "triton": _transpose_vector("triton"),
     },
     fake=_transpose_fake,
-    vmap=_transpose_vmap,
+    vmap=one_by_one(lambda: _transpose_codes),
 )
