@@ -101,6 +101,16 @@ def test_the_trend_is_saved_and_older_states_are_loaded():
     assert layer.trend.dtype == layer.threshold.dtype == torch.float32
 
 
+def test_statistics_are_float32_whatever_the_default_dtype():
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        layer = sparsekern.BatchTopK(3)
+    finally:
+        torch.set_default_dtype(before)
+    assert layer.trend.dtype == layer.threshold.dtype == torch.float32
+
+
 @pytest.mark.parametrize("k", [1, 3, 2.5])
 def test_calibration_gives_k_active_entries(k):
     layer, x = BatchTopK(k), torch.randn(8, 10, 40)

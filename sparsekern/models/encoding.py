@@ -168,8 +168,33 @@ class Width:
 
 
 def encode(layer: nn.Module, scores: Scores, width: Width) -> Encoding:
-    """Codes of an activation layer, in the layer's training or evaluation mode."""
+    """Codes of an activation layer, in the layer's training or evaluation mode.
+
+    A layer with hooks is called with all scores, and what it then returns are the codes: hooks see,
+    and may replace, its dense input and output.
+    """
+    if _has_hooks(layer):
+        return _called(layer, scores.all())
     return _ENCODERS[type(layer)](layer, scores, width)
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    return bool(
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+    )
+
+
+def _called(layer: nn.Module, scores: Tensor) -> Encoding:
+    """What a layer returns for all scores, with the penalty that it has."""
+    encoding = _dense(layer(scores))
+    if isinstance(layer, JumpReLU):
+        return encoding._replace(penalty=_total(step(scores, layer.threshold, *layer.band)))
+    if isinstance(layer, nn.ReLU):
+        return encoding._replace(penalty=_total(encoding.values))
+    return encoding
 
 
 def check_activation(layer: nn.Module, latents: int) -> None:

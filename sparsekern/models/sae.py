@@ -79,7 +79,7 @@ class SparseAutoencoder(nn.Module):
         k: active latents per row, 1..N; short for ``activation=TopK(k)``.
         activation: `sparsekern.TopK`, `BatchTopK`, `JumpReLU` (one threshold a latent) or
             `torch.nn.ReLU`, instead of k. It is applied to codes, not to all N scores, except where
-            many are active.
+            many are active, or where it has hooks: these see all N, and the codes are then as wide.
         sparsity_weight: weight of the activation's own sparsity loss: L0 for JumpReLU, L1 for ReLU.
             Without it, they learn no sparsity.
         target_l0: for JumpReLU, the number of active latents of a row that the sparsity loss, then

@@ -109,9 +109,11 @@ class BatchTopK(nn.Module):
         self.k = k
         self.momentum = momentum
         self.counter = check_counter("BatchTopK", counter)
-        self.register_buffer("threshold", torch.tensor(torch.nan, device=device))
+        self.register_buffer(
+            "threshold", torch.tensor(torch.nan, dtype=torch.float32, device=device)
+        )
         # Weighted sums over the batches: 1, age, age^2, threshold, age * threshold; and the last k.
-        trend = torch.zeros(6, device=device) if momentum is None else None
+        trend = torch.zeros(6, dtype=torch.float32, device=device) if momentum is None else None
         self.register_buffer("trend", trend)
         self._known = False  # whether this threshold was seen to be a number
 
