@@ -42,6 +42,7 @@ from ..ops.topk import Codes
 from .decoding import Decoder
 from .encoding import Scores, Width, check_activation, encode
 from .statistics import at_least_float32, geometric_median, squared_error, total_variance
+from .wrappers import Wrapper
 
 # Squares of norms below this count as this.
 SMALLEST_NORM = 1e-30
@@ -162,6 +163,7 @@ class SparseAutoencoder(nn.Module):
         self.prefixes = tuple(prefixes)
         self._width = Width()
         self._recent = RecentStates()
+        self._wrapper = Wrapper()
         self.auxk, self.auxk_weight = auxk, auxk_weight
         self.multi_k, self.multi_weight = multi_k, multi_weight
         self.dead_after = dead_after
@@ -229,8 +231,21 @@ class SparseAutoencoder(nn.Module):
         """Reconstruction [..., D] of codes [..., k]."""
         return self._decoder().sparse(values, indices)
 
-    def forward(self, x: Tensor) -> SAEOutput:
-        """Reconstruct x [..., D]."""
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        return_loss: bool = False,
+        variance: Tensor | None = None,
+        rows: int | None = None,
+    ) -> SAEOutput | tuple[SAEOutput, SAELoss]:
+        """Reconstruct x [..., D]; with return_loss, return what `loss` does.
+
+        So a wrapper that works on the forward pass alone can train the model:
+        ``output, loss = DistributedDataParallel(model)(x, return_loss=True)``.
+        """
+        if return_loss:
+            return self._output_and_loss(x, variance, rows)
         return self._reconstruct(x)[0]
 
     def _reconstruct(self, x: Tensor) -> tuple[SAEOutput, Tensor, list[Tensor]]:
@@ -257,7 +272,23 @@ class SparseAutoencoder(nn.Module):
                 of a whole batch, the losses of its parts add up to that of the batch (except that
                 AuxK takes the latents dead at each part, and BatchTopK and target_l0 the part as
                 their batch).
+
+        In training the call is passed on to a DistributedDataParallel around the model, or to
+        fully_shard, as ``model(x, return_loss=True)``: gradients are averaged.
+
+        Raises:
+            RuntimeError: DistributedDataParallel wraps a larger model, outside whose forward pass
+                this is called.
         """
+        wrapper = self._wrapper.around(self, "loss")
+        if wrapper is None:
+            return self._output_and_loss(x, variance, rows)
+        both: tuple[SAEOutput, SAELoss] = wrapper(x, return_loss=True, variance=variance, rows=rows)
+        return both
+
+    def _output_and_loss(
+        self, x: Tensor, variance: Tensor | None, rows: int | None
+    ) -> tuple[SAEOutput, SAELoss]:
         output, penalty, partial = self._reconstruct(x)
         variance = total_variance(x) if variance is None else variance
         own_rows = max(1, x.numel() // x.shape[-1])

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..ops.activity import count_active
 from ..ops.checks import check_codes, check_count, check_floating
 from .recomputation import recomputing
+
+
+class _Alone(NamedTuple):
+    """What a process has counted since the processes last met."""
+
+    base: torch.Tensor
+    """int64 [n], the counts when they met."""
+    since: torch.Tensor
+    """int64 [n], its rows since a latent fired in it, `rows` where none did."""
+    rows: int
 
 
 class DeadNeuronCounter(nn.Module):
@@ -24,12 +39,20 @@ class DeadNeuronCounter(nn.Module):
         n: number of latents, at least 1.
         distributed: count the rows of all processes of torch.distributed's default group, which
             must update together (data-parallel training): a latent then dies after so many rows of
-            the whole batch, and has fired when it did in any process. One all-reduce of n + 1
-            integers an update; without an initialized group it changes nothing.
+            the whole batch, and has fired when it did in any process. One all-reduce of n + W
+            numbers an update for W processes; without an initialized group it changes nothing.
+            Reading the counts never waits for another process.
         device: where the buffers live.
 
     Attributes:
         rows_since_fired: [n] int64, saved with the model. A new latent starts at 0.
+
+    Note:
+        Where processes have different numbers of batches, each counts alone and takes the others to
+        advance like itself: inside `no_sync`, and in a DistributedDataParallel once it was given to
+        torch's Join (which never releases it). They meet when all call `synchronize` (say, after an
+        epoch), or at the first update after `no_sync`. Where a latent fired in between is then
+        known up to how evenly the processes advanced.
 
     Example:
         >>> import torch, sparsekern
@@ -50,6 +73,8 @@ class DeadNeuronCounter(nn.Module):
     ) -> None:
         super().__init__()
         self.distributed = distributed
+        self._alone: _Alone | None = None
+        self._no_sync = False
         self.n = check_count("DeadNeuronCounter", "n", n, 2**31 - 1, "the number of latents")
         self.register_buffer(
             "rows_since_fired", torch.zeros(self.n, dtype=torch.int64, device=device)
@@ -105,13 +130,68 @@ class DeadNeuronCounter(nn.Module):
             fired = counts > 0
         if recomputing():
             return
-        total: int | torch.Tensor = rows
-        if self.distributed and torch.distributed.is_initialized():
-            sums = torch.cat((fired.to(torch.int64), torch.full((1,), rows, device=fired.device)))
-            torch.distributed.all_reduce(sums)
-            fired, total = sums[:-1] > 0, sums[-1]
-        self.rows_since_fired += total
-        self.rows_since_fired.masked_fill_(fired, 0)
+        if not (self.distributed and _in_a_group()):
+            self.rows_since_fired += rows
+            self.rows_since_fired.masked_fill_(fired, 0)
+        elif self._alone is None and not self._counts_alone():
+            self._meet(self.rows_since_fired, torch.where(fired, 0, rows), rows)
+        else:
+            self._count_alone(fired, rows)
+            if not self._counts_alone():
+                self.synchronize()
+
+    # -- several processes -------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Updates inside count in this process alone, until an update outside or `synchronize`."""
+        before, self._no_sync = self._no_sync, True
+        try:
+            yield
+        finally:
+            self._no_sync = before
+
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        """Bring together what the processes counted alone; all of them must call it."""
+        if not (self.distributed and _in_a_group()):
+            return
+        base = self.rows_since_fired
+        alone = self._alone or _Alone(base, torch.zeros_like(base), 0)
+        self._alone = None
+        self._meet(alone.base.to(base.device), alone.since.to(base.device), alone.rows)
+
+    def _counts_alone(self) -> bool:
+        return self._no_sync or (not torch.compiler.is_compiling() and _in_join())
+
+    def _count_alone(self, fired: torch.Tensor, rows: int) -> None:
+        count = self.rows_since_fired
+        base, since, before = self._alone or _Alone(count.clone(), torch.zeros_like(count), 0)
+        since = torch.where(fired, 0, since.to(count.device) + rows)
+        alone = self._alone = _Alone(base.to(count.device), since, before + rows)
+        elsewhere = alone.rows * torch.distributed.get_world_size()
+        count.copy_(torch.where(since < alone.rows, since, alone.base + elsewhere))
+
+    def _meet(self, base: torch.Tensor, since: torch.Tensor, rows: int) -> None:
+        """Set the counts from those at the last meeting and from every process' rows since then
+        and, for each latent, since it last fired (`rows` of them where it did not)."""
+        place, n = torch.distributed.get_rank(), len(base)
+        # When a latent last fired, as a share of a process' way, and what that way was.
+        found = torch.zeros(
+            n + torch.distributed.get_world_size(), dtype=torch.float64, device=base.device
+        )
+        found[:n] = torch.where(since < rows, 1 - since.double() / max(rows, 1), -1)
+        found[n + place] = rows
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+        last, total = found[:n], found[n:].sum()
+        left = ((1 - last) * total).round().to(base.dtype)
+        self.rows_since_fired.copy_(torch.where(last >= 0, left, base + total.to(base.dtype)))
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._alone = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    # -- reading -----------------------------------------------------------------------------------
 
     def check_columns(self, layer: str, x: torch.Tensor) -> None:
         """Raise, in the name of a layer, where its input x [..., n] does not fit this counter."""
@@ -144,13 +224,28 @@ class DeadNeuronCounter(nn.Module):
     def reset(self, latents: torch.Tensor | None = None) -> None:
         """Start counting anew for all latents, or for those where the [n] bool mask is True."""
         if latents is None:
+            self._alone = None
             self.rows_since_fired.zero_()
-        else:
-            self.rows_since_fired.masked_fill_(latents, 0)
+            return
+        self.rows_since_fired.masked_fill_(latents, 0)
+        if self._alone is not None:
+            base, since = (t.masked_fill(latents.to(t.device), 0) for t in self._alone[:2])
+            self._alone = self._alone._replace(base=base, since=since)
 
     def extra_repr(self) -> str:
         distributed = ", distributed=True" if self.distributed else ""
         return f"n={self.n}{distributed}"
+
+
+def _in_a_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _in_join() -> bool:
+    """Whether this is the forward pass of a DistributedDataParallel whose processes may have
+    different numbers of batches: what is sent there must be what torch expects."""
+    wrapper = DistributedDataParallel._get_active_ddp_module()
+    return wrapper is not None and wrapper._join_config.enable
 
 
 def check_counter(layer: str, counter: DeadNeuronCounter | None) -> DeadNeuronCounter | None:
