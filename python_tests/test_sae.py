@@ -226,7 +226,7 @@ def test_training_lowers_the_loss_on_every_backend(target):
         optimizer.step()
         model.normalize_dictionary()
         losses.append(float(loss.fvu.detach()))
-    assert losses[-1] < (0.5 if target.thorough else 1.0) * losses[0]
+    assert losses[-1] < (0.3 if target.thorough else losses[0])  # 0.34 with an encoder of norm 1
 
 
 BAD = {

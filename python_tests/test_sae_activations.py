@@ -266,12 +266,37 @@ def test_jumprelu_is_steered_to_a_target():
     assert l0 == pytest.approx(4, abs=0.01)
 
 
+@pytest.mark.parametrize("name", ["TopK", "BatchTopK", "JumpReLU", "ReLU"])
+def test_first_weights_fit_rows_of_any_scale(name):
+    torch.manual_seed(0)
+    x = 100 * (torch.randn(2000, 3) @ torch.randn(3, 16)) + 500
+    k = {} if name == "JumpReLU" else {"k": 4}
+    layer = {"ReLU": nn.ReLU(), "JumpReLU": sparsekern.JumpReLU(LATENTS)}.get(name)
+    layer = layer or getattr(sparsekern, name)(**k)
+    target = 4 if name == "JumpReLU" else None
+    model = SparseAutoencoder(16, LATENTS, activation=layer, target_l0=target)
+    assert torch.allclose(model.encoder.norm(dim=1), torch.tensor(0.5))
+    model.initialize(x)
+    assert model.training and not model.counter.rows_since_fired.any()
+    model.eval()
+    output = model(x)
+    if name != "ReLU":
+        assert (output.values != 0).sum(-1).float().mean().item() == pytest.approx(4, rel=0.2)
+    estimate, centred = output.reconstruction - model.decoder_bias, x - model.decoder_bias
+    best = (centred * estimate).sum() / estimate.square().sum()
+    assert best.item() == pytest.approx(1 / 0.75, rel=1e-3)
+    tied = SparseAutoencoder(16, LATENTS, 4, tied=True)
+    before = tied.encoder.detach().clone()
+    tied.initialize(x)
+    assert torch.equal(tied.encoder, before)
+
+
 def test_calibration_of_batch_topk_and_of_none():
     torch.manual_seed(0)
     x = torch.randn(512, 6).double()
     model = model_of(sparsekern.BatchTopK(4))
     model.calibrate(x)
-    assert (model.eval()(x).values != 0).sum() == 4 * 512
+    assert (model.eval()(x).values != 0).sum() == pytest.approx(4 * 512, abs=2)
     for activation in (nn.ReLU(), sparsekern.TopK(3), sparsekern.JumpReLU(LATENTS)):
         model = model_of(activation)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

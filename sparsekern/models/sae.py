@@ -46,6 +46,13 @@ from .wrappers import Wrapper
 
 # Squares of norms below this count as this.
 SMALLEST_NORM = 1e-30
+# The encoder's first rows: measured with TopK on activations of several layers of a sentence model,
+# at widths 2 to 16 and k from 8 to 64, norms of 0.3 to 0.6 learn fastest, those of 1 far slower
+# (after 150 steps of 1024 rows FVU is 5 % to 80 % larger). With rows at hand, the best of them is
+# about 0.75 times the scale whose reconstruction has the least error.
+FIRST_SCALE = 0.5
+FORWARD_ROWS = 1024
+SHARE_OF_BEST = 0.75
 # Scores that are computed together in calibration, 64 MiB in float32.
 CALIBRATED_SCORES = 1 << 24
 
@@ -101,7 +108,8 @@ class SparseAutoencoder(nn.Module):
 
     Attributes:
         encoder [N, D], encoder_bias [N], dictionary [N, D], decoder_bias [D]: the parameters. The
-            dictionary's rows begin with norm 1, the encoder as its copy.
+            dictionary's rows begin with norm 1, the encoder as half of it; `initialize` fits its
+            scale to activations.
         counter: the :class:`DeadNeuronCounter`, updated by each forward pass in training mode
             (once for what gradient checkpointing computes twice).
 
@@ -150,7 +158,7 @@ class SparseAutoencoder(nn.Module):
         _check_prefixes(prefixes, latents)
         dictionary = nn.functional.normalize(torch.randn(latents, features), dim=1)
         self.dictionary = nn.Parameter(dictionary)
-        self.encoder = self.dictionary if tied else nn.Parameter(dictionary.clone())
+        self.encoder = self.dictionary if tied else nn.Parameter(FIRST_SCALE * dictionary)
         self.encoder_bias = nn.Parameter(torch.zeros(latents))
         self.decoder_bias = nn.Parameter(torch.zeros(features))
         self.counter = DeadNeuronCounter(latents, distributed=distributed)
@@ -357,6 +365,27 @@ class SparseAutoencoder(nn.Module):
     def initialize_bias(self, x: Tensor) -> None:
         """Set decoder_bias to the geometric median of activations x [rows, D]."""
         self.decoder_bias.copy_(geometric_median(x))
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Fit first weights to activations x [rows, D]: decoder_bias to their geometric median, the
+        thresholds of BatchTopK and JumpReLU (see `calibrate`), and, where it is not tied, the
+        encoder's scale to what reconstructs them well."""
+        self.initialize_bias(x)
+        training = self.training
+        self.eval()
+        self.calibrate(x)
+        if not self.tied:
+            product = square = at_least_float32(x.new_zeros(()))
+            for part in x.split(FORWARD_ROWS):
+                estimate = at_least_float32(self(part).reconstruction - self.decoder_bias)
+                product = product + (estimate * (part - self.decoder_bias)).sum()
+                square = square + estimate.square().sum()
+            best = product / square
+            if best > 0:  # also: no latent is active, or something is not finite
+                self.encoder.mul_(SHARE_OF_BEST * best)
+                self.calibrate(x)
+        self.train(training)
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, l0: float | None = None) -> None:
