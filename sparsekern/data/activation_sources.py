@@ -17,6 +17,7 @@ from .activation_format import ACTIVATIONS
 from .activation_writing import check_new, write_activations
 from .activations import ActivationStore
 from .factors import DataError
+from .hdf5_writing import check_space
 
 CONVERT_ROWS = 16384
 # The sampling keys of a piece, [rows, latents] in float32, take 64 MiB.
@@ -50,6 +51,8 @@ def convert(
     """
     check_new(path)
     with ActivationStore(paths, dataset=dataset, nonfinite=nonfinite) as store:
+        stored = store.dtype if dtype is None else dtype
+        check_space(Path(path), store.tokens * store.features * stored.itemsize, "convert")
         rows = store.batches(
             CONVERT_ROWS, seed=0, shuffle=False, buffer_rows=CONVERT_ROWS, dtype=store.dtype
         )
@@ -57,7 +60,7 @@ def convert(
             return write_activations(
                 path,
                 batches,
-                dtype=store.dtype if dtype is None else dtype,
+                dtype=stored,
                 chunk_rows=chunk_rows,
                 directions=store.directions,
             )
@@ -205,6 +208,7 @@ def synthetic(
         )
     if not 0 <= noise < float("inf"):
         raise ValueError(f"synthetic: noise must be at least 0 and finite, got {noise}")
+    check_space(Path(path), tokens * features * dtype.itemsize, "synthetic")
     generator = torch.Generator().manual_seed(seed)
     directions = nn.functional.normalize(torch.randn(latents, features, generator=generator), dim=1)
     mixtures = _mixtures(directions, active, tokens, noise, generator)

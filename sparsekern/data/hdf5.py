@@ -8,11 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .._system import require
+from .._system import NO_LOCKS, require
 from .factors import DataError
 
-# What a file system without locks answers; 524 is what Linux's NFS says (ENOTSUPP).
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, 524}
 # Deflate packs zeros a thousand times; a file that claims more has never held what it claims.
 LARGEST_RATIO = 1024
 SMALLEST = 1 << 16
