@@ -1,5 +1,6 @@
 """The activation store: order, resuming, prefetching, formats, and bad files."""
 
+import pickle
 import subprocess
 import sys
 import threading
@@ -343,3 +344,30 @@ def test_reading_needs_the_data_extra(tmp_path):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     last = run.stderr.strip().splitlines()[-1]
     assert "needs h5py; install it with: pip install 'sparsekern[data]'" in last
+
+
+def test_rows_held_out_are_in_no_batch(tmp_path):
+    rows = torch.arange(1000, dtype=torch.float32).reshape(-1, 1).expand(-1, 4).contiguous()
+    rows[707] = torch.inf
+    rows[999] = 5000
+    paths = [tmp_path / f"{n}.npy" for n in range(3)]
+    for path, part in zip(paths, rows.split([300, 500, 200]), strict=True):
+        np.save(path, part.numpy())
+    options = {"nonfinite": "skip", "max_norm": 9000.0}
+    with ActivationStore(paths, held_out=64, **options) as store:
+        held = store.held_out_rows()
+        trained = torch.cat(list(store.batches(64, seed=0)))
+        assert store.held_out == len(held) == 63 and store.tokens == len(trained) == 935
+        assert store.skipped == 1 and store.outliers == 1
+        assert held.dtype == torch.float32 and (held[:, 0].diff() > 0).all()
+        both = torch.cat([held, trained])[:, 0].sort().values
+        assert torch.equal(both, rows[:, 0][(rows[:, 0] < 4000)])
+        assert int((held[:, 0].diff() > 1).sum()) == 15, "in 16 pieces"
+        again = pickle.loads(pickle.dumps(store))
+        assert torch.equal(again.held_out_rows(), held)
+    with ActivationStore(paths[0], held_out=1000) as store:
+        assert store.held_out == 30 and store.tokens == 270, "a tenth at most"
+    with ActivationStore(paths[0]) as store:
+        assert store.held_out == 0 and store.held_out_rows().shape == (0, 4)
+    with pytest.raises(ValueError, match="held_out must be an integer of at least 0, got -1"):
+        ActivationStore(paths[0], held_out=-1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ SCAN_ROWS = 65536
 NORM_ELEMENTS = 1 << 16
 POSITIONS_NAMED = 5
 NO_ROWS = np.empty(0, np.int64)
+HELD_OUT_PIECES = 16
 # Bits of the sign removed; the exponent of infinities and NaN, the largest there is.
 _BITS = {
     torch.float32: (torch.int32, np.int32(0x7FFFFFFF), 0x7F800000),
@@ -32,6 +35,21 @@ def nonfinite_rows(rows: Tensor) -> Tensor:
     if bits.size == 0 or bits.max() < exponent:
         return torch.empty(0, dtype=torch.int64)
     return torch.from_numpy(np.flatnonzero(bits.max(1) >= exponent))
+
+
+def held_out_blocks(lengths: list[int], rows: int) -> list[list[int]]:
+    """Rows to hold out of files of these lengths: the ends of up to 16 equal parts of them all, as
+    [number of the file, first row, row after the last]."""
+    total, pieces = sum(lengths), min(HELD_OUT_PIECES, rows)
+    firsts = np.cumsum([0, *lengths])
+    blocks = []
+    for piece in range(pieces):
+        stop = (piece + 1) * total // pieces
+        start = stop - ((piece + 1) * rows // pieces - piece * rows // pieces)
+        for number, (first, last) in enumerate(itertools.pairwise(firsts)):
+            if start < last and stop > first:
+                blocks.append([number, max(start, first) - first, min(stop, last) - first])
+    return [[int(value) for value in block] for block in blocks]
 
 
 def row_norms(rows: Tensor) -> np.ndarray:

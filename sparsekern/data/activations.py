@@ -10,8 +10,9 @@ after the other, across their borders. All of it follows from numbers known in a
 
 So a batch is a pure function of ``(seed, epoch, number of the batch)``, and a training run resumes
 exactly from the number of the batch it stopped at: nothing else needs saving. The files and their
-order, ``batch_size``, ``buffer_rows``, ``nonfinite`` and ``max_norm`` have to stay the same. The
-order of the rows does not depend on ``batch_size``, ``device``, ``dtype`` or ``prefetch``.
+order, ``batch_size``, ``buffer_rows``, ``nonfinite``, ``max_norm`` and ``held_out`` have to stay
+the same. The order of the rows does not depend on ``batch_size``, ``device``, ``dtype`` or
+``prefetch``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch import Tensor
 from .activation_files import open_activations
 from .activation_format import ACTIVATIONS, ActivationFile
 from .activation_order import EpochPlan, plan
-from .activation_rows import NO_ROWS, nonfinite_rows, not_finite, scan, without
+from .activation_rows import NO_ROWS, held_out_blocks, nonfinite_rows, not_finite, scan, without
 from .activation_statistics import ActivationStatistics, statistics_of
 from .factors import DataError
 from .prefetch import prefetched
@@ -44,6 +45,7 @@ STATISTICS_ROWS = 4096  # taken together
 # Attributes that a pickle keeps beside the names of the files: rows are not looked for again.
 _PICKLED = (
     "nonfinite", "max_norm", "features", "dtype", "tokens", "skipped", "outliers", "_left_out",
+    "held_out", "_held_out", "_unfit",
 )  # fmt: skip
 
 
@@ -64,6 +66,9 @@ class ActivationStore:
         max_norm: rows whose L2 norm exceeds it are left out; None leaves out none. For that, too,
             all files are read once when the store is opened, and a row that is not finite is
             refused then. :meth:`statistics` tells the norms.
+        held_out: rows that batches do not have, to measure what is trained on the others; at most a
+            tenth of all. They lie in pieces of neighbours, spread evenly over the files, so that
+            few of them are neighbours of rows that batches have. :meth:`held_out_rows` reads them.
 
     Raises:
         DataError: a file is missing, damaged, locked by a writer, empty or laid out otherwise, or
@@ -76,6 +81,7 @@ class ActivationStore:
         tokens: rows that batches are made of.
         skipped: rows left out because they are not finite.
         outliers: finite rows left out because their norm exceeds ``max_norm``.
+        held_out: rows held out, without skipped ones and outliers.
         features: D.
         dtype: as stored: float32, float16 or bfloat16.
     """
@@ -87,6 +93,7 @@ class ActivationStore:
         dataset: str = ACTIVATIONS,
         nonfinite: str = "refuse",
         max_norm: float | None = None,
+        held_out: int = 0,
     ) -> None:
         if nonfinite not in NONFINITE:
             raise ValueError(
@@ -107,7 +114,9 @@ class ActivationStore:
                 self._files.append(open_activations(path, dataset))
                 self._check_same(self._files[-1])
             self.features, self.dtype = self._files[0].features, self._files[0].dtype
+            _check_count("ActivationStore", "held_out", held_out, 0)
             self._leave_out()
+            self._hold_out(held_out)
         except BaseException:
             self.close()
             raise
@@ -149,6 +158,30 @@ class ActivationStore:
             self.close()
             raise
         self.__dict__.update({name: state[name] for name in _PICKLED})
+
+    def _hold_out(self, rows: int) -> None:
+        """Takes rows out of the batches, after those that are left out altogether."""
+        lengths = [file.tokens for file in self._files]
+        self._held_out = held_out_blocks(lengths, min(rows, self.tokens // 10))
+        self._unfit, taken = self._left_out, [[NO_ROWS] for _ in self._files]
+        for number, start, stop in self._held_out:
+            taken[number].append(np.arange(start, stop))
+        self._left_out = [
+            np.union1d(bad, np.concatenate(held))
+            for bad, held in zip(self._unfit, taken, strict=True)
+        ]
+        self.held_out = sum(map(len, self._left_out)) - sum(map(len, self._unfit))
+        self.tokens -= self.held_out
+
+    def held_out_rows(self) -> Tensor:
+        """The rows held out, float32 ``[held_out, D]``, in the order of the files.
+
+        Raises:
+            DataError: as :meth:`batches`.
+        """
+        size = sum(stop - start for _, start, stop in self._held_out)
+        buffer = torch.empty(size, self.features, dtype=self.dtype)
+        return self._read(self._held_out, buffer, self._unfit).float()
 
     def _check_same(self, file: ActivationFile) -> None:
         first = self._files[0]
@@ -311,11 +344,11 @@ class ActivationStore:
         shape = (epoch_plan.capacity, self.features)
         buffers = [torch.empty(shape, dtype=self.dtype) for _ in range(2)]
         for number in range(group, epoch_plan.groups):
-            rows = self._read(epoch_plan.blocks_of(number), buffers[number % 2])
+            rows = self._read(epoch_plan.blocks_of(number), buffers[number % 2], self._left_out)
             yield rows, epoch_plan.rows_of(number)[skip:]
             skip = 0
 
-    def _read(self, blocks: list[list[int]], buffer: Tensor) -> Tensor:
+    def _read(self, blocks: list[list[int]], buffer: Tensor, left_out: list[np.ndarray]) -> Tensor:
         """Fills the buffer with the blocks' rows, without those left out, and returns that part."""
         at, bad = 0, []
         for number, start, stop in blocks:
@@ -324,7 +357,7 @@ class ActivationStore:
             file.read(start, rows)
             if self.nonfinite == "refuse":
                 bad += [(file, start + row) for row in nonfinite_rows(rows).tolist()]
-            at += len(without(rows, start, self._left_out[number]))
+            at += len(without(rows, start, left_out[number]))
         if bad:
             raise not_finite(bad, at)
         return buffer[:at]
