@@ -4,14 +4,22 @@ sparsekern._native  C++ for the CPU: each file of csrc/cpu is compiled once per 
 sparsekern._cuda    CUDA C++: built when nvcc is found; no GPU and no CUDA build of torch are
 needed.
 
-SPARSEKERN_BUILD names what to build: "auto" (default), "cpu", "cuda", "cpu,cuda" or "none".
+SPARSEKERN_BUILD names what to build: "auto" (default: both), "cpu", "cuda", "cpu,cuda" or "none".
 SPARSEKERN_CUDA_ARCHS lists GPU architectures, such as "80;90"; the default is those of 80, 90, 100
 that nvcc knows. CXX is the command of the C++ compiler, such as "ccache g++".
 
-Without a compiler, or when nvcc fails, the install goes on and sparsekern/_build_report.json says
-what is missing and why; what SPARSEKERN_BUILD names must be built.
+Where something is missing (a compiler, nvcc, a header, the sources), the install goes on without
+the module that needs it, and sparsekern/_build_report.json says what is missing and why. It ends
+with an error where "cuda" was asked for by name. A compiler that is there and fails on the sources
+is an error in a build that names the module, and for _native in one beside the sources.
 """
 
+from __future__ import annotations
+
+import atexit
+import contextlib
+import fcntl
+import functools
 import json
 import os
 import pathlib
@@ -22,10 +30,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import textwrap
+from collections.abc import Callable
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.errors import SetupError
 
 ROOT = pathlib.Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
@@ -40,15 +52,37 @@ X86_FLAGS = {
 ONCE = {"dispatch.cpp", "kept_memory.cpp", "memory.cpp"}  # not compiled per instruction set
 CUDA_ARCHS = ("80", "90", "100")
 PROGRAMS = {path.name for path in (CSRC / "cpu").glob("driver*.cpp")}  # stand-alone test programs
+REPORT = "_build_report.json"
 REPORTED = 300  # characters of a compiler's message in the build report
+# what a wheel lacks, pip would take from its cache again
+REINSTALL = "and reinstall with pip install --force-reinstall --no-cache-dir"
+# what the sources need of a compiler, beside the instruction sets
+PROBE = """
+#include <optional>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+int main() { return std::optional<int>(0).value(); }
+"""
+OPENMP_PROBE = """
+#include <omp.h>
+int main() { return omp_get_max_threads() < 1; }
+"""
 
 
-class MissingError(Exception):
-    """A module cannot be built here; the message is its line in the build report."""
+class MissingError(RuntimeError):
+    """A module cannot be built here; the message, with its remedy, is its line in the report."""
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(f"{what} when sparsekern was installed ({remedy})")
 
 
 class CompileError(Exception):
-    """A compiler ran and failed; the message is its first error."""
+    """A compiler ran and failed on the sources; the message is its first error."""
+
+    def __init__(self, output: list[str]) -> None:
+        super().__init__(first_error(output))
+        self.output = "".join(output)
 
 
 def wanted_kinds() -> list[str]:
@@ -56,7 +90,7 @@ def wanted_kinds() -> list[str]:
     given = os.environ.get("SPARSEKERN_BUILD") or "auto"
     kinds = [kind.strip() for kind in given.split(",")]
     if kinds not in (["auto"], ["none"]) and not set(kinds) <= {"cpu", "cuda"}:
-        raise RuntimeError(
+        raise SetupError(
             f"SPARSEKERN_BUILD must be auto, cpu, cuda, cpu,cuda or none, got {given!r}"
         )
     return kinds
@@ -70,17 +104,13 @@ def compiler() -> list[str]:
         except ValueError:  # a quotation mark without its partner
             command = []
         if command and runs([*command, "--version"]):
-            return command
-        raise MissingError(
-            f"CXX={given!r} did not run when sparsekern was installed (correct or unset CXX and "
-            "reinstall)"
-        )
+            # ninja runs it in another folder
+            return [os.path.abspath(shutil.which(command[0])), *command[1:]]
+        raise MissingError(f"CXX={given!r} did not run", f"correct or unset CXX {REINSTALL}")
     for name in ("g++", "clang++"):
         if (path := shutil.which(name)) and runs([path, "--version"]):
-            return [path]
-    raise MissingError(
-        "no C++ compiler was found when sparsekern was installed (install g++ and reinstall)"
-    )
+            return [os.path.abspath(path)]
+    raise MissingError("no C++ compiler was found", f"install g++ {REINSTALL}")
 
 
 def nvcc() -> str:
@@ -88,19 +118,20 @@ def nvcc() -> str:
     inside = pathlib.Path(home, "bin", "nvcc") if home else None
     path = str(inside) if inside and inside.exists() else shutil.which("nvcc")
     if path is None or not runs([path, "--version"]):
-        raise MissingError(
-            "nvcc was not found when sparsekern was installed (install the CUDA toolkit, reinstall)"
-        )
-    return path
+        raise MissingError("nvcc was not found", f"install the CUDA toolkit {REINSTALL}")
+    return os.path.abspath(path)
 
 
 def ninja() -> str:
     try:
-        from ninja import BIN_DIR
-
-        return str(pathlib.Path(BIN_DIR, "ninja"))
+        import ninja as package
     except ImportError:
-        return "ninja"
+        package = None
+    # BIN_DIR is "" where the package does not find its program
+    path = shutil.which("ninja", path=(package and package.BIN_DIR) or None)
+    if path is None:
+        raise MissingError("ninja was not found", f"pip install ninja {REINSTALL}")
+    return os.path.abspath(path)
 
 
 def runs(command: list[str]) -> bool:
@@ -111,33 +142,61 @@ def runs(command: list[str]) -> bool:
 
 
 def cuda_archs(nvcc_path: str) -> list[str]:
-    wanted = os.environ.get("SPARSEKERN_CUDA_ARCHS", "").replace(",", ";").split(";")
-    if archs := [arch.strip() for arch in wanted if arch.strip()]:
+    """What SPARSEKERN_CUDA_ARCHS lists, or those of CUDA_ARCHS that nvcc knows."""
+    given = os.environ.get("SPARSEKERN_CUDA_ARCHS", "")
+    if archs := [arch.strip() for arch in given.replace(",", ";").split(";") if arch.strip()]:
+        if wrong := [arch for arch in archs if not re.fullmatch(r"\d{2,3}[af]?", arch)]:
+            raise SetupError(
+                f"SPARSEKERN_CUDA_ARCHS must list numbers such as 80;90, got {wrong[0]!r}"
+            )
         return archs
     listed = subprocess.run([nvcc_path, "--list-gpu-arch"], capture_output=True, text=True).stdout
     archs = [arch for arch in CUDA_ARCHS if f"compute_{arch}" in listed.split()]
     if not archs:
         raise MissingError(
-            f"{nvcc_path} knew none of sm_{', sm_'.join(CUDA_ARCHS)} when sparsekern was installed "
-            "(install CUDA 12 or later and reinstall)"
+            f"{nvcc_path} knew none of sm_{', sm_'.join(CUDA_ARCHS)}",
+            f"install CUDA 12 or later {REINSTALL}",
         )
     return archs
 
 
-def openmp_flag(cxx: list[str], folder: pathlib.Path) -> str:
-    probe = folder / "openmp_probe.cpp"
-    probe.write_text("#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
-    command = [*cxx, "-fopenmp", str(probe), "-o", str(folder / "openmp_probe")]
-    return "-fopenmp" if runs(command) else ""
+def compiles(command: list[str], program: str, folder: pathlib.Path) -> str:
+    """Compiles and links a program of a few lines; returns the first error, "" when there is
+    none."""
+    source = folder / "probe.cpp"
+    source.write_text(program)
+    made = subprocess.run(
+        [*command, str(source), "-o", str(folder / "probe")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "LC_ALL": "C"},
+    )
+    output = made.stdout.decode("ascii", "backslashreplace")
+    return first_error(output.splitlines()) if made.returncode else ""
+
+
+def words(arguments: list[str | pathlib.Path]) -> str:
+    """Arguments as one line of ninja that the shell splits into the same arguments again."""
+    line = shlex.join(map(str, arguments))
+    if "\n" in line:
+        raise MissingError(f"a path held a line break, {line!r},", f"rename it {REINSTALL}")
+    return line.replace("$", "$$")
 
 
 class NinjaFile:
-    """Rules and edges of one build.ninja."""
+    """Rules and edges of one build.ninja. A command is given in ninja's language, its arguments
+    through `words`."""
 
     def __init__(self, folder: pathlib.Path) -> None:
-        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder.resolve()
         self.lines = ["ninja_required_version = 1.8"]
         self.objects: list[str] = []
+
+    def path(self, place: pathlib.Path) -> str:
+        """A path as the commands see it, which run in the folder of the file: without the names of
+        the folders above both, which nvcc does not quote and dependency files do not escape."""
+        return os.path.relpath(place.resolve(), self.folder)
 
     def rule(self, name: str, command: str) -> None:
         self.lines += [
@@ -148,32 +207,37 @@ class NinjaFile:
             f"  description = {name} $out",
         ]
 
-    def compile(self, rule: str, source: pathlib.Path, tag: str, flags: str) -> None:
-        target = f"{source.stem}.{tag}.o"
-        self.lines += [f"build {target}: {rule} {source}", f"  flags = {flags}"]
+    def compile(self, rule: str, source: pathlib.Path, tag: str, flags: list[str]) -> None:
+        names = f"{source.stem}.{tag}.o", self.path(source)
+        target, escaped = (re.sub(r"[$ :]", r"$\g<0>", name) for name in names)
+        self.lines += [f"build {target}: {rule} {escaped}", f"  flags = {words(flags)}"]
         self.objects.append(target)
 
     def link(self, command: str, target: str) -> None:
         self.lines += ["rule link", f"  command = {command}", "  description = link $out"]
         self.lines.append(f"build {target}: link {' '.join(self.objects)}")
 
-    def run(self) -> None:
-        """Builds, with the output shown as it comes."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
+    def run(self, shown: bool = True) -> None:
+        """Builds, one process at a time, with the output shown as it comes if asked for."""
         lines = []
-        with subprocess.Popen(
-            [ninja(), "-C", str(self.folder)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        ) as process:
-            for line in process.stdout:
-                print(line, end="", flush=True)
-                lines.append(line)
+        with open(self.folder / "lock", "w") as lock:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            (self.folder / "build.ninja").write_bytes(os.fsencode("\n".join(self.lines) + "\n"))
+            with subprocess.Popen(
+                [ninja(), "-C", str(self.folder)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                encoding="ascii",
+                errors="backslashreplace",
+                env={**os.environ, "LC_ALL": "C"},
+            ) as process:
+                for line in process.stdout:
+                    lines.append(line)
+                    if shown:
+                        print(line, end="", flush=True)
         if process.returncode != 0:
-            raise CompileError(first_error(lines))
+            raise CompileError(lines)
 
 
 def first_error(lines: list[str]) -> str:
@@ -183,58 +247,82 @@ def first_error(lines: list[str]) -> str:
     return textwrap.shorten((errors or own[-1:] or lines[-1:] or ["no output"])[0], REPORTED)
 
 
-def include_flags() -> str:
-    import pybind11
+def include_flags() -> list[str]:
+    """Where the headers of pybind11 and Python are."""
+    try:
+        import pybind11
+    except ImportError:
+        raise MissingError("pybind11 was not found", f"pip install pybind11 {REINSTALL}") from None
+    paths = sysconfig.get_paths()
+    if not pathlib.Path(paths["include"], "Python.h").exists():
+        raise MissingError(
+            f"Python.h was not found in {paths['include']}", f"install python3-dev {REINSTALL}"
+        )
+    folders = dict.fromkeys([pybind11.get_include(), paths["include"], paths["platinclude"]])
+    return [word for folder in folders for word in ("-isystem", folder)]
 
-    python = sysconfig.get_paths()["include"]
-    return f"-I{CSRC} -isystem {pybind11.get_include()} -isystem {python}"
+
+def sources(*patterns: str) -> list[pathlib.Path]:
+    """The files of csrc that match, at least one for each pattern."""
+    found = []
+    for pattern in patterns:
+        matching = sorted(CSRC.glob(pattern))
+        if not matching:
+            raise MissingError(
+                f"{CSRC / pattern} was not there", "install from a complete copy of the sources"
+            )
+        found += matching
+    return found
 
 
 def build_native(folder: pathlib.Path, target: str) -> str:
+    found = [
+        source for source in sources("cpu/*.cpp", "bindings_cpu.cpp") if source.name not in PROGRAMS
+    ]
     command = compiler()
-    cxx = shlex.join(command)
-    folder.mkdir(parents=True, exist_ok=True)
     file = NinjaFile(folder)
-    openmp = openmp_flag(command, folder)
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     sets = X86_FLAGS if x86 else {"baseline": ""}
-    common = f"{COMMON_FLAGS} {openmp} {include_flags()} {'-DSPARSEKERN_X86' if x86 else ''}"
-    file.rule("cxx", f"{cxx} -MMD -MF $out.d {common} $flags -c $in -o $out")
-    for source in sorted((CSRC / "cpu").glob("*.cpp")):
-        if source.name in PROGRAMS:
-            continue
+    flags = COMMON_FLAGS.split()
+    every = [*command, *flags, *" ".join(sets.values()).split()]
+    if error := compiles(every, PROBE, file.folder):
+        raise MissingError(
+            f"{shlex.join(command)} could not compile C++17 ({error})",
+            f"install g++ 9 or later {REINSTALL}",
+        )
+    openmp = [] if compiles([*command, "-fopenmp"], OPENMP_PROBE, file.folder) else ["-fopenmp"]
+    flags += [*openmp, f"-I{file.path(CSRC)}", *include_flags(), *["-DSPARSEKERN_X86"] * x86]
+    cxx = words(command)
+    file.rule("cxx", f"{cxx} -MMD -MF $out.d {words(flags)} $flags -c $in -o $out")
+    for source in found:
         if source.name in ONCE:
-            file.compile("cxx", source, "once", "")
+            file.compile("cxx", source, "once", [])
             continue
-        for name, flags in sets.items():
-            file.compile("cxx", source, name, f"-DSPARSEKERN_ISA={name} {flags}")
-    file.compile("cxx", CSRC / "bindings_cpu.cpp", "once", "")
-    flat = "-undefined dynamic_lookup" if sys.platform == "darwin" else ""
-    file.link(f"{cxx} -shared {openmp} {flat} $in -o $out", target)
+        for name, isa_flags in sets.items():
+            file.compile("cxx", source, name, [f"-DSPARSEKERN_ISA={name}", *isa_flags.split()])
+    flat = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+    file.link(f"{cxx} -shared {words([*openmp, *flat])} $in -o $out", target)
     file.run()
-    return f"built with {cxx}, instruction sets {', '.join(sets)}, {openmp or 'no OpenMP'}"
+    with_openmp = openmp[0] if openmp else "no OpenMP"
+    return f"built with {shlex.join(command)}, instruction sets {', '.join(sets)}, {with_openmp}"
 
 
 def build_cuda(folder: pathlib.Path, target: str) -> str:
+    kernels, (bindings,) = sources("cuda/*.cu"), sources("bindings_cuda.cpp")
     path = nvcc()
     compiler()  # nvcc needs one
     archs = cuda_archs(path)
     code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     code.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     file = NinjaFile(folder)
-    flags = f"-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden -I{CSRC} {' '.join(code)}"
-    file.rule("nvcc", f"{path} -MMD -MF $out.d {flags} $flags -c $in -o $out")
-    for source in sorted((CSRC / "cuda").glob("*.cu")):
-        file.compile("nvcc", source, "cuda", "")
-    file.compile("nvcc", CSRC / "bindings_cuda.cpp", "once", include_flags())
-    file.link(f"{path} -shared -cudart static {' '.join(code)} $in -o $out", target)
-    try:
-        file.run()
-    except CompileError as error:
-        raise MissingError(
-            f"nvcc failed when sparsekern was installed: {error} (to see all of its output: "
-            "SPARSEKERN_BUILD=cpu,cuda pip install -v .)"
-        ) from None
+    flags = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    flags += [f"-I{file.path(CSRC)}", *code]
+    file.rule("nvcc", f"{words([path])} -MMD -MF $out.d {words(flags)} $flags -c $in -o $out")
+    for source in kernels:
+        file.compile("nvcc", source, "cuda", [])
+    file.compile("nvcc", bindings, "once", include_flags())
+    file.link(f"{words([path, '-shared', '-cudart', 'static', *code])} $in -o $out", target)
+    file.run()
     return f"built with {path} for sm_{', sm_'.join(archs)}"
 
 
@@ -246,40 +334,96 @@ class NinjaBuild(build_ext):
 
     def run(self) -> None:
         wanted = wanted_kinds()
-        given = f"SPARSEKERN_BUILD={','.join(wanted)}"
-        package = (
-            ROOT / "sparsekern" if self.inplace else pathlib.Path(self.build_lib, "sparsekern")
-        )
+        package = self.package_folder()
         package.mkdir(parents=True, exist_ok=True)
-        suffix = sysconfig.get_config_var("EXT_SUFFIX")
         report = {}
         for name, (kind, build) in BUILDERS.items():
             if wanted != ["auto"] and kind not in wanted:
-                report[name] = f"left out by {given} when sparsekern was installed"
-                continue
-            folder = ROOT / "build" / f"{name}{suffix}".removesuffix(".so")
-            try:
-                report[name] = build(folder, f"{name}{suffix}")
-            except MissingError as reason:
-                if kind in wanted:
-                    raise RuntimeError(f"{given}: {reason}") from None
-                report[name] = str(reason)
+                named = ",".join(wanted)
+                report[name] = f"left out by SPARSEKERN_BUILD={named} when sparsekern was installed"
             else:
-                # a running process may have the old module mapped: replace it, never write into it
-                fresh = package / f"{name}{suffix}.new"
-                shutil.copy2(folder / f"{name}{suffix}", fresh)
-                fresh.replace(package / f"{name}{suffix}")
-            print(f"sparsekern.{name}: {report[name]}")
-        (package / "_build_report.json").write_text(json.dumps(report, indent=2) + "\n")
+                report[name] = self.built(name, kind, build, wanted)
+            if not report[name].startswith("built"):  # nor is one of an earlier build used
+                (package / module_file(name)).unlink(missing_ok=True)
+            print(f"sparsekern.{name}: {report[name]}".encode("ascii", "backslashreplace").decode())
+        (package / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+
+    def built(self, name: str, kind: str, build: Callable, wanted: list[str]) -> str:
+        """Builds a module into the package; returns its line in the report."""
+        given = f"SPARSEKERN_BUILD={','.join(wanted)}"
+        folder = scratch() / module_file(name).removesuffix(".so")
+        try:
+            line = build(folder, module_file(name))
+        except MissingError as reason:
+            if "cuda" in wanted:
+                raise SetupError(f"{given}: {reason}") from None
+            return str(reason)
+        except CompileError as error:
+            tool = "nvcc" if kind == "cuda" else "the C++ compiler"
+            line = f"{tool} failed when sparsekern was installed: {error}"
+            if kind in wanted or (self.inplace and kind == "cpu"):
+                raise SetupError(f"{given}: {line}") from None
+            return f"{line} (to see all of its output: SPARSEKERN_BUILD=cpu,cuda pip install -v .)"
+        # a running process may have the old module mapped: replace it, never write into it
+        place = self.package_folder() / module_file(name)
+        fresh = place.with_name(f"{place.name}.new")
+        shutil.copy2(folder / place.name, fresh)
+        fresh.replace(place)
+        return line
+
+    def package_folder(self) -> pathlib.Path:
+        return pathlib.Path(ROOT if self.inplace else self.build_lib, "sparsekern")
 
     def get_output_mapping(self) -> dict[str, str]:
-        return {}
+        """For an editable install: where each file would lie in a wheel, and where it lies."""
+        if not self.inplace:
+            return {}
+        wheel = pathlib.Path(self.build_lib, "sparsekern")
+        return {str(wheel / path.name): str(path) for path in self.outputs()}
 
     def get_outputs(self) -> list[str]:
-        return []
+        return list(self.get_output_mapping()) or [str(path) for path in self.outputs()]
+
+    def outputs(self) -> list[pathlib.Path]:
+        folder = self.package_folder()
+        names = [REPORT, *map(module_file, BUILDERS)]
+        return [folder / name for name in names if (folder / name).exists()]
 
 
-setup(
-    ext_modules=[Extension(f"sparsekern.{name}", sources=[], optional=True) for name in BUILDERS],
-    cmdclass={"build_ext": NinjaBuild},
-)
+class FreshPackage(build_py):
+    """A package that holds today's files alone: what an earlier build left is removed."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(pathlib.Path(self.build_lib, "sparsekern"), ignore_errors=True)
+        super().run()
+
+
+def module_file(name: str) -> str:
+    return f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+@functools.cache
+def scratch() -> pathlib.Path:
+    """Where what is compiled lies: build/ beside the sources, kept for the next time; where they
+    can only be read, a folder for this time."""
+    if os.access(ROOT, os.W_OK):
+        return ROOT / "build"
+    folder = tempfile.mkdtemp(prefix="sparsekern-build-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return pathlib.Path(folder)
+
+
+def main() -> None:
+    elsewhere = {} if scratch() == ROOT / "build" else {"build_base": str(scratch())}
+    setup(
+        ext_modules=[
+            Extension(f"sparsekern.{name}", sources=[], optional=True) for name in BUILDERS
+        ],
+        cmdclass={"build_ext": NinjaBuild, "build_py": FreshPackage},
+        options={"build": elsewhere},
+    )
+
+
+if __name__ == "__main__":  # the tests use the functions above
+    main()

@@ -3,14 +3,13 @@ checker under a sanitizer. Only what has changed is compiled again."""
 
 from __future__ import annotations
 
-import fcntl
 import importlib.util
-import os
 import pathlib
 import shutil
 import subprocess
-import sysconfig
 import types
+
+from setup_file import setup_file
 
 ROOT = pathlib.Path(__file__).parent.parent.resolve()
 CSRC = ROOT / "csrc"
@@ -32,17 +31,12 @@ class BuildError(Exception):
 
 def build_module(folder: pathlib.Path = FOLDER) -> types.ModuleType:
     """The CUDA kernels as a Python module that takes addresses of host memory."""
-    import pybind11
-
-    target = f"{MODULE}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    python = sysconfig.get_paths()["include"]
-    if not pathlib.Path(python, "Python.h").exists():
-        raise RuntimeError(f"the headers of Python are missing in {python} (install python3-dev)")
-    includes = f"-isystem {pybind11.get_include()} -isystem {python}"
-    flags = f"-O2 -fPIC -fvisibility=hidden {includes}"
+    setup = setup_file()
+    target = setup.module_file(MODULE)
+    flags = ["-O2", "-fPIC", "-fvisibility=hidden", *setup.include_flags()]
     sources = [source for source in _emulation() if not source.name.startswith("driver")]
     sources += [*_kernels(), CSRC / "bindings_cuda.cpp"]
-    _build(folder / "module", target, flags, "-shared", sources)
+    _build(folder / "module", target, flags, ["-shared"], sources)
     spec = importlib.util.spec_from_file_location(MODULE, folder / "module" / target)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -51,10 +45,10 @@ def build_module(folder: pathlib.Path = FOLDER) -> types.ModuleType:
 
 def build_driver(sanitizer: str, folder: pathlib.Path = FOLDER) -> pathlib.Path:
     """The stand-alone checker under "address" (with undefined behaviour) or "thread"."""
-    flags = SANITIZERS[sanitizer]
+    flags = SANITIZERS[sanitizer].split()
     _require_sanitizer(sanitizer, folder)
     sources = _emulation() + _kernels()
-    _build(folder / sanitizer, "driver", f"-O1 -g {flags}", flags, sources)
+    _build(folder / sanitizer, "driver", ["-O1", "-g", *flags], flags, sources)
     return folder / sanitizer / "driver"
 
 
@@ -63,17 +57,6 @@ def compiler() -> str:
     if found is None:
         raise RuntimeError("g++ was not found (install g++ 11 or later)")
     return found
-
-
-def ninja() -> str:
-    try:
-        from ninja import BIN_DIR
-    except ImportError:
-        found = shutil.which("ninja")
-        if found is None:
-            raise RuntimeError("ninja was not found (pip install ninja)") from None
-        return found
-    return os.path.join(BIN_DIR, "ninja")
 
 
 def _kernels() -> list[pathlib.Path]:
@@ -95,26 +78,22 @@ def _require_sanitizer(sanitizer: str, folder: pathlib.Path) -> None:
 
 
 def _build(
-    folder: pathlib.Path, target: str, flags: str, link_flags: str, sources: list[pathlib.Path]
+    folder: pathlib.Path,
+    target: str,
+    flags: list[str],
+    link_flags: list[str],
+    sources: list[pathlib.Path],
 ) -> None:
-    cxx = compiler()
-    common = f"{COMMON_FLAGS} -I{CSRC / 'emulation' / 'include'} -I{CSRC} {flags}"
-    lines = [
-        "ninja_required_version = 1.8",
-        "rule cxx",
-        f"  command = {cxx} -MMD -MF $out.d {common} -x c++ -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = {cxx} $in {link_flags} -o $out",
-    ]
-    objects = [f"{source.name}.o" for source in sources]
-    lines += [f"build {o}: cxx {source}" for o, source in zip(objects, sources, strict=True)]
-    lines.append(f"build {target}: link {' '.join(objects)}")
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:  # tests may run in several processes
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-        made = subprocess.run([ninja(), "-C", str(folder)], capture_output=True, text=True)
-    if made.returncode != 0:
-        raise BuildError(f"building {folder / target} failed:\n{made.stdout}{made.stderr}")
+    setup = setup_file()
+    file = setup.NinjaFile(folder)
+    cxx = setup.words([compiler()])
+    includes = [f"-I{file.path(place)}" for place in (CSRC / "emulation" / "include", CSRC)]
+    common = setup.words([*COMMON_FLAGS.split(), *includes, *flags])
+    file.rule("cxx", f"{cxx} -MMD -MF $out.d {common} $flags -x c++ -c $in -o $out")
+    for source in sources:
+        file.compile("cxx", source, source.suffix[1:], [])
+    file.link(f"{cxx} $in {setup.words(link_flags)} -o $out", target)
+    try:
+        file.run(shown=False)
+    except setup.CompileError as error:
+        raise BuildError(f"building {folder / target} failed:\n{error.output}") from None

@@ -2,87 +2,66 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
+from builds import ROOT, build, copy_sources, last_line, report_of, run_setup, stand_ins
 
-ROOT = pathlib.Path(__file__).parent.parent
-
-
-def build(folder: pathlib.Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs the build of a copy of the sources into folder/lib, with nothing on PATH."""
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
-    shutil.copytree(ROOT / "csrc", folder / "csrc", dirs_exist_ok=True)
-    (folder / "sparsekern").mkdir(exist_ok=True)
-    (folder / "sparsekern" / "__init__.py").touch()
-    kept = {
-        k: v for k, v in os.environ.items() if k not in ("CXX", "CUDA_HOME", "SPARSEKERN_BUILD")
-    }
-    return subprocess.run(
-        [sys.executable, "setup.py", "-q", "build", "--build-lib", "lib"],
-        cwd=folder,
-        env={**kept, "PATH": str(folder), **environment},
-        capture_output=True,
-        text=True,
-    )
+from sparsekern import _library
 
 
 def test_without_a_compiler_the_install_goes_on(tmp_path):
     run = build(tmp_path)
     assert run.returncode == 0, run.stderr
-    report = json.loads((tmp_path / "lib" / "sparsekern" / "_build_report.json").read_text())
+    report = report_of(tmp_path)
     assert report["_native"].startswith("no C++ compiler was found")
     assert report["_cuda"].startswith("nvcc was not found")
     assert not list((tmp_path / "lib").rglob("*.so"))
 
 
-def test_asking_for_what_cannot_be_built_is_an_error(tmp_path):
+def test_without_a_compiler_the_install_goes_on_where_cuda_is_left_out(tmp_path):
+    """`cpu` is `auto` without CUDA: it saves the minutes that nvcc takes, and asks for no more."""
     run = build(tmp_path, SPARSEKERN_BUILD="cpu")
+    assert run.returncode == 0, run.stderr
+    report = report_of(tmp_path)
+    assert report["_native"].startswith("no C++ compiler was found")
+    assert report["_cuda"].startswith("left out by SPARSEKERN_BUILD=cpu")
+
+
+@pytest.mark.parametrize("names", ["cuda", "cpu,cuda"])
+def test_asking_for_cuda_where_it_cannot_be_built_is_an_error_of_one_line(tmp_path, names):
+    run = build(tmp_path, SPARSEKERN_BUILD=names)
     assert run.returncode != 0
-    assert "SPARSEKERN_BUILD=cpu: no C++ compiler was found" in run.stderr
+    what = "no C++ compiler was found" if "cpu" in names else "nvcc was not found"
+    assert last_line(run).startswith(f"error: SPARSEKERN_BUILD={names}: {what} when ")
+    assert "Traceback" not in run.stderr
 
 
-def test_unknown_names_are_refused(tmp_path):
-    for name in ("gpu", "cpu,gpu", "none,cpu"):
-        run = build(tmp_path, SPARSEKERN_BUILD=name)
-        assert run.returncode != 0
-        assert f"must be auto, cpu, cuda, cpu,cuda or none, got '{name}'" in run.stderr
+@pytest.mark.parametrize(
+    "name, value, rule",
+    [
+        ("SPARSEKERN_BUILD", "gpu", "must be auto, cpu, cuda, cpu,cuda or none, got 'gpu'"),
+        ("SPARSEKERN_BUILD", "cpu,gpu", "must be auto, cpu, cuda, cpu,cuda or none, got 'cpu,gpu'"),
+        ("SPARSEKERN_BUILD", "none,cpu", "must be .* none, got 'none,cpu'"),
+        ("SPARSEKERN_CUDA_ARCHS", "8.0+PTX", r"must list numbers such as 80;90, got '8\.0\+PTX'"),
+        ("SPARSEKERN_CUDA_ARCHS", "90;sm_80", "must list numbers such as 80;90, got 'sm_80'"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(tmp_path, name, value, rule):
+    run = build(tmp_path, **{**stand_ins(tmp_path, 90), name: value})
+    assert run.returncode != 0
+    assert re.fullmatch(f"error: {name} {rule}", last_line(run)), run.stderr
 
 
 @pytest.mark.parametrize("command", ["nowhere g++", "/nowhere/g++", 'g++ "'])
 def test_a_cxx_that_cannot_be_used_is_named(tmp_path, command):
     run = build(tmp_path, CXX=command)
     assert run.returncode == 0, run.stderr
-    report = json.loads((tmp_path / "lib" / "sparsekern" / "_build_report.json").read_text())
+    report = report_of(tmp_path)
     assert report["_native"].startswith(f"CXX={command!r} did not run")
-
-
-# stand-ins for compilers: one writes an empty file after -o, the other knows options and fails
-CXX = '#!/bin/sh\nwhile [ $# -gt 1 ]; do [ "$1" = -o ] && : > "$2"; shift; done\nexit 0\n'
-NVCC = """#!/bin/sh
-case "$1" in
-  --version) ;;
-  --list-gpu-arch) echo compute_{arch} ;;
-  *) echo "nvcc fatal   : broken on purpose" >&2; exit 1 ;;
-esac
-"""
-
-
-def stand_ins(folder: pathlib.Path, arch: int) -> dict[str, str]:
-    """Writes both compilers; returns the environment in which they are found."""
-    (folder / "bin").mkdir()
-    for name, text in (("cxx", CXX), ("nvcc", NVCC.format(arch=arch))):
-        (folder / "bin" / name).write_text(text)
-        (folder / "bin" / name).chmod(0o755)
-    place = {"CUDA_HOME": str(folder), "CXX": str(folder / "bin" / "cxx")}
-    return {**place, "PATH": os.environ["PATH"], "SPARSEKERN_CUDA_ARCHS": ""}
 
 
 @pytest.mark.parametrize(
@@ -94,7 +73,7 @@ def test_without_a_cuda_module_the_cpu_module_is_installed(tmp_path, arch, reaso
     run = build(tmp_path, **environment)
     assert run.returncode == 0, run.stderr
     package = tmp_path / "lib" / "sparsekern"
-    report = json.loads((package / "_build_report.json").read_text())
+    report = report_of(tmp_path)
     assert report["_native"].startswith("built")
     assert re.search(reason, report["_cuda"])
     assert [path.name.split(".")[0] for path in package.glob("*.so")] == ["_native"]
@@ -108,32 +87,47 @@ def test_without_a_cuda_module_the_cpu_module_is_installed(tmp_path, arch, reaso
 def test_nothing_is_built_on_request(tmp_path):
     run = build(tmp_path, SPARSEKERN_BUILD="none")
     assert run.returncode == 0, run.stderr
-    report = json.loads((tmp_path / "lib" / "sparsekern" / "_build_report.json").read_text())
+    report = report_of(tmp_path)
     assert all("left out by SPARSEKERN_BUILD=none" in reason for reason in report.values())
 
 
 @pytest.mark.parametrize("prefix", ["", "env "])
 def test_a_broken_source_fails_loudly(tmp_path, prefix):
-    if (compiler := shutil.which("g++")) is None:
-        pytest.skip("no g++ on PATH; install it to test a failing compilation")
-    build(tmp_path, SPARSEKERN_BUILD="none")
-    (tmp_path / "csrc" / "cpu" / "memory.cpp").write_text("#error broken on purpose\n")
-    run = build_again(tmp_path, prefix + compiler)
+    environment = broken_source(tmp_path, prefix)
+    run = run_setup(tmp_path, "build", "--build-lib", "lib", SPARSEKERN_BUILD="cpu", **environment)
     assert run.returncode != 0
     assert "broken on purpose" in run.stdout + run.stderr
+    assert re.match("error: SPARSEKERN_BUILD=cpu: .* failed .*broken on purpose", last_line(run))
 
 
-def build_again(folder: pathlib.Path, compiler: str) -> subprocess.CompletedProcess[str]:
-    for path in (folder / "csrc" / "cpu").glob("*.cpp"):
-        if path.name not in ("memory.cpp",):
-            path.unlink()  # only the broken file is compiled
-    return subprocess.run(
-        [sys.executable, "setup.py", "-q", "build", "--build-lib", "lib"],
-        cwd=folder,
-        env={**os.environ, "CXX": compiler, "SPARSEKERN_BUILD": "cpu"},
-        capture_output=True,
-        text=True,
-    )
+def test_a_source_that_does_not_compile_is_loud_beside_the_sources_and_reported_elsewhere(tmp_path):
+    environment = broken_source(tmp_path)
+    run = run_setup(tmp_path, "build_ext", "--inplace", **environment)
+    assert run.returncode != 0
+    assert re.match("error: .* failed .*broken on purpose", last_line(run))
+    run = run_setup(tmp_path, "build", "--build-lib", "lib", **environment)
+    assert run.returncode == 0, run.stderr
+    assert re.match("the C.. compiler failed .*broken on purpose", report_of(tmp_path)["_native"])
+
+
+def broken_source(folder: pathlib.Path, prefix: str = "") -> dict[str, str]:
+    """Leaves two sources, one of them broken; returns the environment of a real compiler."""
+    if (compiler := shutil.which("g++")) is None:
+        pytest.skip("no g++ on PATH; install it to test a failing compilation")
+    copy_sources(folder)
+    for path in (folder / "csrc").glob("*/*.c*"):
+        path.unlink()
+    (folder / "csrc" / "cpu" / "memory.cpp").touch()
+    (folder / "csrc" / "bindings_cpu.cpp").write_text("#error broken on purpose\n")
+    return {"CXX": prefix + compiler, "PATH": os.environ["PATH"]}
+
+
+def test_the_kernels_under_test_are_there_where_a_compiler_is():
+    """An install goes on without them; its tests must not."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++: install it and sparsekern again to test the compiled kernels")
+    module, reason = _library.native_module("cpu")
+    assert module is not None, reason
 
 
 def test_csrc_includes_neither_torch_nor_python():

@@ -5,12 +5,11 @@ import os
 import pathlib
 import platform
 import re
-import runpy
 import shutil
 import subprocess
-from unittest import mock
 
 import pytest
+from setup_file import setup_file
 
 ROOT = pathlib.Path(__file__).parent.parent
 SOURCES = ROOT / "csrc" / "cpu"
@@ -37,12 +36,6 @@ pytestmark = [
 ]
 
 
-def setup_constants() -> dict:
-    """Returns the names of setup.py, without running its setup()."""
-    with mock.patch("setuptools.setup"):
-        return runpy.run_path(str(ROOT / "setup.py"))
-
-
 def run(command: list[str], **arguments) -> str:
     done = subprocess.run(command, capture_output=True, text=True, **arguments)
     assert done.returncode == 0, (
@@ -63,17 +56,17 @@ def driver(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("sanitizers")
     if not has_sanitizers(folder):
         pytest.skip("g++ cannot link the sanitizers: install libasan and libubsan")
-    names = setup_constants()
+    names = setup_file()
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    sets = names["X86_FLAGS"] if x86 else {"baseline": ""}
+    sets = names.X86_FLAGS if x86 else {"baseline": ""}
     commands = {}
     for source in SOURCES.glob("*.cpp"):
-        once = source.name in names["ONCE"] | names["PROGRAMS"]
+        once = source.name in names.ONCE | names.PROGRAMS
         for isa, isa_flags in {"once": ""}.items() if once else sets.items():
             target = str(folder / f"{source.stem}.{isa}.o")
             define = [] if once else [f"-DSPARSEKERN_ISA={isa}"]
             define += ["-DSPARSEKERN_X86"] if x86 else []
-            define += ["-O2"] if source.name in names["PROGRAMS"] else []  # most time goes there
+            define += ["-O2"] if source.name in names.PROGRAMS else []  # most time goes there
             flags = [*FLAGS, *SANITIZERS, *isa_flags.split(), *define]
             commands[target] = [CXX, *flags, "-c", str(source), "-o", target]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -93,11 +86,11 @@ def test_driver_agrees_with_plain_loops(driver):
 def test_top_k_takes_at_most_64_kib_of_stack(tmp_path):
     """The promise of `topk`: outputs and 64 KiB a thread. What is inlined shares one frame; with
     the largest called one it is below the limit."""
-    names = setup_constants()
+    names = setup_file()
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    for isa, flags in (names["X86_FLAGS"] if x86 else {"baseline": ""}).items():
+    for isa, flags in (names.X86_FLAGS if x86 else {"baseline": ""}).items():
         source, out = SOURCES / "topk.cpp", tmp_path / f"{isa}.o"
-        optimised = [*names["COMMON_FLAGS"].split(), "-fopenmp", *flags.split()]
+        optimised = [*names.COMMON_FLAGS.split(), "-fopenmp", *flags.split()]
         defines = [f"-DSPARSEKERN_ISA={isa}", f"-I{SOURCES.parent}", "-fstack-usage"]
         run([CXX, *optimised, *defines, "-c", str(source), "-o", str(out)])
         report = out.with_suffix(".su").read_text().splitlines()
