@@ -49,7 +49,8 @@ X86_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c",
 }
-ONCE = {"dispatch.cpp", "kept_memory.cpp", "memory.cpp"}  # not compiled per instruction set
+# not compiled per instruction set
+ONCE = {"bindings_cpu.cpp", "dispatch.cpp", "kept_memory.cpp", "memory.cpp"}
 CUDA_ARCHS = ("80", "90", "100")
 PROGRAMS = {path.name for path in (CSRC / "cpu").glob("driver*.cpp")}  # stand-alone test programs
 REPORT = "_build_report.json"
@@ -243,7 +244,8 @@ class NinjaFile:
 def first_error(lines: list[str]) -> str:
     """The first line that speaks of an error, or the last before ninja's own."""
     own = [line for line in lines if line.strip() and not line.startswith("ninja:")]
-    errors = [line for line in own if re.search(r"\b(error|fatal)\b", line, re.IGNORECASE)]
+    speaks = r"\b(error|fatal|undefined reference|multiple definition|cannot find)\b"
+    errors = [line for line in own if re.search(speaks, line, re.IGNORECASE)]
     return textwrap.shorten((errors or own[-1:] or lines[-1:] or ["no output"])[0], REPORTED)
 
 
