@@ -257,12 +257,12 @@ def test_a_config_that_does_not_fit_its_checkpoint(complete, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--k-end", "0"], "k_end must lie in 1..500 (the number of units), got 0"),
+        (["--k-end", "0"], "--k-end must lie in 1..500 (the number of units), got 0"),
         (["--k-start", "many"], "argument --k-start: invalid int value: 'many'"),
-        (["--seed", "9" * 23], f"seed must lie in 0..{2**64 - 1}, got {'9' * 23}"),
-        (["--learning-rate", "inf"], "learning_rate must be above 0 and finite, got inf"),
+        (["--seed", "9" * 23], f"--seed must lie in 0..{2**64 - 1}, got {'9' * 23}"),
+        (["--learning-rate", "inf"], "--learning-rate must be above 0 and finite, got inf"),
         (["--backend", "magic"], "argument --backend: invalid choice: 'magic'"),
-        (["--device", "nowhere"], "device 'nowhere' cannot be used"),
+        (["--device", "nowhere"], "--device 'nowhere' cannot be used"),
         (["--speed", "9"], "unknown arguments: --speed 9"),
     ],
 )

@@ -154,6 +154,7 @@ ALLOWED = {
         "optim",
         "ops",
         "_library",
+        "_system",
         "__init__",
     },
     "integrations": {"nn", "ops"},

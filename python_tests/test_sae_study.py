@@ -260,43 +260,46 @@ def nan_file(tmp_path):
 
 
 BAD = {
-    "no file": (lambda good, tmp: [], "activations must name at least one file"),
+    "no file": (lambda good, tmp: [], "--activations must name at least one file"),
     "missing": (lambda good, tmp: ["--activations", str(tmp / "none.h5")], "none.h5"),
     "not HDF5": (lambda good, tmp: ["--activations", bad_file(tmp)], "bad.h5"),
     "NaN": (lambda good, tmp: ["--activations", nan_file(tmp)], "row 1234"),
     "dataset": (lambda good, tmp: ["--activations", good, "--dataset", "x"], "activations"),
-    "k": (lambda good, tmp: ["--activations", good, "--k", "200"], "k must be at most 128"),
+    "k": (lambda good, tmp: ["--activations", good, "--k", "200"], "--k must be at most 128"),
     "k of the schedule": (
         lambda good, tmp: ["--activations", good, "--k-start", "200", "--auxk", "0"],
-        "k_start must be at most 128",
+        "--k-start must be at most 128",
     ),
     "learning rate": (
         lambda good, tmp: ["--activations", good, "--learning-rate", "inf"],
-        "learning_rate must be finite",
+        "--learning-rate must be finite",
     ),
-    "share": (lambda good, tmp: ["--activations", good, "--decay", "2"], "decay must lie in 0..1"),
-    "seed": (lambda good, tmp: ["--activations", good, "--seed", "-1"], "seed must lie in"),
+    "share": (
+        lambda good, tmp: ["--activations", good, "--decay", "2"],
+        "--decay must lie in 0..1",
+    ),
+    "seed": (lambda good, tmp: ["--activations", good, "--seed", "-1"], "--seed must lie in"),
     "weight of nothing": (
         lambda good, tmp: ["--activations", good, "--sparsity-weight", "0.1"],
-        "sparsity_weight must be 0 with --activation topk, got 0.1",
+        "--sparsity-weight must be 0 with --activation topk, got 0.1",
     ),
     "groups of relu": (
         lambda good, tmp: ["--activations", good, "--activation", "relu", "--groups", "2"],
-        "groups must be 1 with --activation relu, got 2",
+        "--groups must be 1 with --activation relu, got 2",
     ),
     "k between groups": (
         lambda good, tmp: ["--activations", good, "--groups", "3"],
-        "k must be a multiple of groups = 3, got 32",
+        "--k must be a multiple of groups = 3, got 32",
     ),
     "groups between latents": (
         lambda good, tmp: ["--activations", good, "--groups", "3", "--k", "33"],
-        "groups must divide the number of latents 128, got 3",
+        "--groups must divide the number of latents 128, got 3",
     ),
     "prefixes": (
         lambda good, tmp: ["--activations", good, "--prefixes", "64", "128"],
         "prefixes must lie in 1..127",
     ),
-    "device": (lambda good, tmp: ["--activations", good, "--device", "nope"], "device 'nope'"),
+    "device": (lambda good, tmp: ["--activations", good, "--device", "nope"], "--device 'nope'"),
 }
 
 

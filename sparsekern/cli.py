@@ -1,18 +1,21 @@
 """The command ``sparsekern``: ``train`` and ``eval`` models, ``reproduce`` studies, make ``data``,
 ``info`` on all this.
 
-Exit codes: 0 done, 2 bad input (one line on stderr says what), 128 + signal when interrupted.
+Exit codes: 0 done, 2 bad input (one line on stderr says what), 128 + signal when interrupted, 141
+when nobody reads the output any more.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import textwrap
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 _WIDTH = 120  # columns of what `info` prints
+_BROKEN_PIPE = 128 + 13  # what a shell gives a process that SIGPIPE ended
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,6 +33,22 @@ def _error_line(command: str, message: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code; ``arguments`` defaults to the process's."""
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            # Here, where it can be caught: what is left is written when the interpreter ends.
+            for stream in (sys.stdout, sys.stderr):
+                if stream is not None:
+                    stream.flush()
+    except BrokenPipeError:
+        # Whoever read the output has seen enough, as in `sparsekern info | head`.
+        for stream in (sys.stdout, sys.stderr):
+            _drop_unwritten(stream)
+        return _BROKEN_PIPE
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     from .studies.configs import EXPECTED_ERRORS
 
     options, unknown = _parser().parse_known_args(arguments)
@@ -38,12 +57,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         return options.function(options)
+    except BrokenPipeError:
+        raise
     except EXPECTED_ERRORS as error:
-        sys.stderr.write(_error_line(options.command, str(error)))
+        sys.stderr.write(_error_line(options.command, _in_flags(error, options.command)))
         return 2
     except KeyboardInterrupt:
         sys.stderr.write(f"sparsekern: {options.command}: interrupted\n")
         return 130
+
+
+def _in_flags(error: BaseException, command: str) -> str:
+    """The message of an error, with the flag that was typed where it names a field of a config."""
+    from .studies.configs import SettingError
+
+    if not isinstance(error, SettingError):
+        return str(error)
+    if command.startswith("reproduce"):
+        return f"--set {error.setting} {error.rule}"
+    return f"--{error.setting.replace('_', '-')} {error.rule}"
+
+
+def _drop_unwritten(stream: TextIO | None) -> None:
+    """Sends what a stream still holds nowhere, if nobody reads it any more."""
+    if stream is None:
+        return
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def _parser() -> argparse.ArgumentParser:

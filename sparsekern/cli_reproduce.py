@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
+from pathlib import Path
 from typing import Any
+
+from .studies.configs import out_folder
 
 
 def add_reproduce(commands: Any) -> None:
@@ -88,34 +90,27 @@ def _add_sparling(studies: Any) -> None:
 def _sparling(options: argparse.Namespace) -> int:
     from .studies.sparling.reproduce import Request, reproduce
 
-    out = _folder(options.out, "sparling")
     request = Request.from_options(
         options.preset, options.arms, options.seeds, options.data, options.settings
     )
-    ended = reproduce(request, out, jobs=options.jobs, progress=options.progress)
+    with out_folder(options.out, "reproduce-sparling") as out:
+        ended = reproduce(request, out, jobs=options.jobs, progress=options.progress)
     return _said(ended, "reproduce sparling", out)
 
 
 def _vae_sae(options: argparse.Namespace) -> int:
     from .studies.vae_sae.reproduce import Request, reproduce
 
-    out = _folder(options.out, "vae-sae")
     request = Request.from_options(
         options.preset, options.datasets, options.arms, options.seeds, options.data,
         options.settings,
     )  # fmt: skip
-    ended = reproduce(request, out, jobs=options.jobs, progress=options.progress)
+    with out_folder(options.out, "reproduce-vae-sae") as out:
+        ended = reproduce(request, out, jobs=options.jobs, progress=options.progress)
     return _said(ended, "reproduce vae-sae", out)
 
 
-def _folder(given: str | None, study: str) -> str:
-    """The folder of a report; an empty name, such as that of an unset variable, is a mistake."""
-    if given == "":
-        raise ValueError("--out must name a folder, got an empty name")
-    return given or time.strftime(f"runs/reproduce-{study}-%Y%m%d-%H%M%S")
-
-
-def _said(ended: Any, command: str, out: str) -> int:
+def _said(ended: Any, command: str, out: Path) -> int:
     """Tells how a reproduction ended; the exit status."""
     if ended.signal is not None:
         sys.stdout.write(

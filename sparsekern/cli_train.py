@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import shlex
 import sys
-import time
 import typing
 from dataclasses import MISSING, Field, fields, replace
 from pathlib import Path
 from typing import Any
+
+from .studies.configs import out_folder, with_absolute_paths
+from .studies.loggers import TARGETS, logged_to
 
 # Study -> what its command says about it.
 STUDIES = {
@@ -49,11 +53,14 @@ def add_train(commands: Any) -> None:
 def add_eval(commands: Any) -> None:
     """Adds ``eval`` to the commands of a parser."""
     parser = commands.add_parser(
-        "eval", help="measure a trained sparse autoencoder", allow_abbrev=False
+        "eval",
+        help="measure trained sparse autoencoders",
+        description="Measures runs of 'train sae'; those of several are printed as one table.",
+        allow_abbrev=False,
     )
-    parser.add_argument("run", metavar="RUN", help="folder of a run of 'train sae'")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run of 'train sae'")
     parser.add_argument(
-        "--activations", metavar="FILE", nargs="+", default=[], help="instead of the run's own"
+        "--activations", metavar="FILE", nargs="+", default=[], help="instead of the runs' own"
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
     parser.set_defaults(function=_eval, command="eval")
@@ -76,6 +83,11 @@ def _add_study(studies: Any, name: str, help: str, description: str) -> None:
         "--out", metavar="RUN", help=f"folder of the new run; by default runs/{name}-<date>-<time>"
     )
     place.add_argument("--resume", metavar="RUN", help="folder of an interrupted run to go on with")
+    parser.add_argument(
+        "--log-to",
+        choices=TARGETS,
+        help="send every logged number to tensorboard (files in the run folder) or wandb, too",
+    )
     if len(study.PRESETS) > 1:
         parser.add_argument(
             "--preset",
@@ -118,43 +130,68 @@ def _train(options: argparse.Namespace) -> int:
     }
     resume = getattr(options, "resume", None)
     preset = getattr(options, "preset", None)
-    if resume is None:
-        config = study.Config(**{**study.PRESETS[preset or "default"], **given})
-        out = getattr(options, "out", None)
-        out = out or time.strftime(f"runs/{options.study}-%Y%m%d-%H%M%S")
-    elif preset is not None:
-        raise ValueError("--preset belongs to a new run: a resumed one keeps its settings")
-    else:
-        config, out = _resumed_config(study.saved_config(resume), given, resume), resume
-    report = study.run(config, out, resume=resume is not None)
+    with contextlib.ExitStack() as stack:
+        more: dict[str, Any] = {}
+        if resume is None:
+            config = study.Config(**{**study.PRESETS[preset or "default"], **given})
+            folder = out_folder(getattr(options, "out", None), options.study)
+            out = stack.enter_context(folder)
+        elif resume == "":
+            raise ValueError("--resume must name a folder, got an empty name")
+        elif preset is not None:
+            raise ValueError("--preset belongs to a new run: a resumed one keeps its settings")
+        else:
+            saved, out = study.saved_config(resume), Path(resume)
+            config = _resumed_config(saved, given, resume)
+            if any(item.metadata.get("extends") for item in fields(study.Config)):
+                more = {"extend": bool(given.keys() & _growing(saved))}
+        if target := getattr(options, "log_to", None):
+            more["on_metrics"] = stack.enter_context(logged_to(target, out, config))
+        report = study.run(config, out, resume=resume is not None, **more)
     # What a shell gives a process that the signal ended.
     signal = report.outcome.signal
     status = 0 if signal is None else 128 + signal
     if report.results is None:
         sys.stdout.write(
             f"interrupted after step {report.outcome.step}; everything is saved. Go on with:\n"
-            f"  sparsekern train {options.study} --resume {out}\n"
+            f"  sparsekern train {options.study} --resume {shlex.quote(str(out))}\n"
         )
         return status
     sys.stdout.write(study.table(report.results, config) + "\n")
-    sys.stdout.write(f"run folder {Path(out)}: {', '.join(study.FILES)}\n")
+    sys.stdout.write(f"run folder {out}: {', '.join(study.FILES)}\n")
     return status
+
+
+def _growing(saved: Any) -> set[str]:
+    """The fields that may grow when a run is resumed."""
+    return {item.name for item in fields(saved) if item.metadata.get("extends")}
 
 
 def _resumed_config(saved: Any, given: dict[str, Any], folder: str) -> Any:
     """The saved config with the given free fields; any other difference is an error."""
     fixed = saved.identity()
-    for name, value in given.items():
-        if name in fixed and fixed[name] != value:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(
-                f"{folder} was started with {flag} {fixed[name]}, it cannot be resumed with {value}"
-            )
-    return replace(saved, **given)
+    resumed = with_absolute_paths(replace(saved, **given))
+    for name in given:
+        there, here = getattr(saved, name), getattr(resumed, name)
+        free = name not in fixed and not (name == "init_from")
+        if free or here == there or (name in _growing(saved) and here > there):
+            continue
+        flag = "--" + name.replace("_", "-")
+        raise ValueError(
+            f"{folder} was started with {flag} {there}, it cannot be resumed with {here}"
+        )
+    return resumed
 
 
 def _eval(options: argparse.Namespace) -> int:
     study = _study("sae")
-    measured = study.evaluate_run(options.run, tuple(options.activations), device=options.device)
-    sys.stdout.write(study.measurements(measured, f"checkpoint of {options.run}") + "\n")
+    measured = {
+        run: study.evaluate_run(run, tuple(options.activations), device=options.device)
+        for run in dict.fromkeys(options.runs)
+    }
+    if len(measured) == 1:
+        [(run, found)] = measured.items()
+        sys.stdout.write(study.measurements(found, f"checkpoint of {run}") + "\n")
+    else:
+        sys.stdout.write(study.comparison(measured) + "\n")
     return 0

@@ -244,6 +244,18 @@ class ActivationStore:
         with closing(sample):
             return statistics_of(sample, rows)
 
+    def stored_rows(self, start: int, stop: int) -> Tensor:
+        """Rows ``[stop - start, D]`` of the files one after the other, as they are stored; those
+        that batches leave out count and are read, too."""
+        rows = torch.empty(stop - start, self.features, dtype=self.dtype)
+        first = 0
+        for file in self._files:
+            low, high = max(start, first), min(stop, first + file.tokens)
+            if low < high:
+                file.read(low - first, rows[low - start : high - start])
+            first += file.tokens
+        return rows
+
     def count_batches(self, batch_size: int) -> int:
         """Batches in an epoch, the last and smaller one included."""
         _check_count("count_batches", "batch_size", batch_size, 1)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,6 +16,7 @@ import torch
 
 from .. import BackendUnavailableError, describe
 from ..training import CheckpointError, Outcome, RunError, RunFolder, TrainingError
+from ..training.runs import unused_folder
 
 # What bad input, a full disk or a missing package raise: reported in a line, without a trace.
 # ValueError: bad values and data files. OSError: a full disk, for one.
@@ -23,6 +27,19 @@ EXPECTED_ERRORS = (
 NEEDED = ("filelock", "matplotlib", "safetensors", "tqdm")
 
 AnyConfig = TypeVar("AnyConfig", bound="StudyConfig")
+
+
+class SettingError(ValueError):
+    """A field of a config has a value that it cannot have.
+
+    Args:
+        setting: name of the field.
+        rule: what it must be, and what it is; the message is both.
+    """
+
+    def __init__(self, setting: str, rule: str) -> None:
+        super().__init__(f"{setting} {rule}")
+        self.setting, self.rule = setting, rule
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -47,7 +64,7 @@ def device_option() -> Any:
 def check_finite(name: str, value: Any) -> None:
     """Refuses NaN and infinities."""
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
+        raise SettingError(name, f"must be finite, got {value}")
 
 
 def usable_device(name: str) -> torch.device:
@@ -63,17 +80,21 @@ def usable_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used: {reason}") from error
+        raise SettingError("device", f"{name!r} cannot be used: {reason}") from error
     return device
 
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """Base of the studies' configs. Fields marked free may change when a run is resumed."""
+    """Base of the studies' configs.
+
+    Fields marked free may change when a run is resumed, those marked extends may grow; those marked
+    path name files or folders.
+    """
 
     def _check(self, name: str, fits: bool, condition: str) -> None:
         if not fits:
-            raise ValueError(f"{name} {condition}, got {getattr(self, name)}")
+            raise SettingError(name, f"{condition}, got {getattr(self, name)}")
 
     def _check_choices(self) -> None:
         for item in fields(self):
@@ -87,12 +108,50 @@ class StudyConfig:
         return {name: value for name, value in asdict(self).items() if name not in free}
 
 
+def with_absolute_paths(config: AnyConfig) -> AnyConfig:
+    """The config with its paths as they are from every folder."""
+    changes: dict[str, Any] = {}
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if item.metadata.get("path") and value:
+            several = not isinstance(value, str)
+            changes[item.name] = (
+                tuple(map(os.path.abspath, value)) if several else os.path.abspath(value)
+            )
+    return replace(config, **changes)
+
+
+@contextmanager
+def out_folder(given: str | None, name: str) -> Iterator[Path]:
+    """The folder of --out; without it a new one of the time, which is taken back if unused.
+
+    Raises:
+        ValueError: an empty name, such as that of an unset variable.
+    """
+    if given == "":
+        raise ValueError("--out must name a folder, got an empty name")
+    if given is not None:
+        yield Path(given)
+        return
+    with unused_folder(time.strftime(f"runs/{name}-%Y%m%d-%H%M%S")) as folder:
+        yield folder
+
+
 class Report(NamedTuple):
     """What a run ends with."""
 
     outcome: Outcome
     results: dict[str, Any] | None
     """Final measurements, or None when training was interrupted."""
+
+
+def check_one_process() -> None:
+    """Raises RunError under torchrun with several processes, which would all do the same."""
+    if (count := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise RunError(
+            f"a study runs in one process, not in {count} (WORLD_SIZE): start it without torchrun, "
+            "or with --nproc-per-node 1"
+        )
 
 
 def check_packages() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -118,7 +118,15 @@ class SAETask:
         return {f"eval_{name}": value for name, value in measured.items()}
 
 
-def make_model(config: SAEConfig, store: ActivationStore) -> SparseAutoencoder:
+class Wide(Protocol):
+    """What has a number of features: an activation store, or a checkpoint."""
+
+    @property
+    def features(self) -> int:
+        """D."""
+
+
+def make_model(config: SAEConfig, store: Wide) -> SparseAutoencoder:
     """The model of a config, with its first weights, on the CPU.
 
     Raises:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..training import LoopConfig
-from .configs import StudyConfig, backend_option, check_finite, device_option, option
+from .configs import SettingError, StudyConfig, backend_option, check_finite, device_option, option
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -29,7 +29,11 @@ class SAEConfig(StudyConfig):
     """Everything that decides a run. Fields marked free may change when a run is resumed."""
 
     activations: tuple[str, ...] = option(
-        (), "files of activations: .h5, .hdf5, .npy or .safetensors", metavar="FILE"
+        (),
+        "files of activations: .h5, .hdf5, .npy or .safetensors",
+        metavar="FILE",
+        free=True,
+        path=True,
     )
     dataset: str = option("activations", "name of the dataset in HDF5 files", metavar="NAME")
     nonfinite: str = option(
@@ -55,7 +59,9 @@ class SAEConfig(StudyConfig):
     )
     k_start: int = option(0, "active latents at the start of the schedule of k; 0 takes k")
     anneal: float = option(0.5, "share of the training over which k falls from k_start to k")
-    epochs: int = option(1, "passes over the activations")
+    epochs: int = option(
+        1, "passes over the activations; more of them extend a run that is resumed", extends=True
+    )
     batch_size: int = option(4096, "tokens a step")
     micro_batch: int = option(
         0, "tokens computed at a time: less memory for the same step; 0 takes the whole batch"
@@ -68,6 +74,9 @@ class SAEConfig(StudyConfig):
     multi_k: int = option(0, "active latents of the second reconstruction; 0 leaves it out")
     multi_weight: float = option(1 / 8, "weight of the second reconstruction")
     dead_after: int = option(10_000_000, "tokens without firing after which a latent is dead")
+    init_from: str | None = option(
+        None, "folder of a run whose weights this one begins with", metavar="RUN", path=True
+    )  # fmt: skip
     tied: bool = option(False, "one matrix for encoder and dictionary")
     scale_scores: bool = option(False, "scores scaled by the norms of the dictionary's rows")
     autocast: bool = option(False, "compute in bfloat16, with float32 parameters")
@@ -133,12 +142,12 @@ class SAEConfig(StudyConfig):
         for name in ("k", "k_start", "auxk", "multi_k"):
             value = getattr(self, name)
             if value > latents:
-                raise ValueError(
-                    f"{name} must be at most {latents} (the number of latents), got {value}"
+                raise SettingError(
+                    name, f"must be at most {latents} (the number of latents), got {value}"
                 )
         if latents % self.groups:
-            raise ValueError(
-                f"groups must divide the number of latents {latents}, got {self.groups}"
+            raise SettingError(
+                "groups", f"must divide the number of latents {latents}, got {self.groups}"
             )
 
     def loop(self) -> LoopConfig:
@@ -154,5 +163,7 @@ class SAEConfig(StudyConfig):
 
     def identity(self) -> dict[str, Any]:
         """The fields that must be equal when a run is resumed; JSON has lists, not tuples."""
-        lists = {name: list(getattr(self, name)) for name in ("activations", "prefixes")}
-        return {**super().identity(), **lists}
+        fixed = {**super().identity(), "prefixes": list(self.prefixes)}
+        if self.init_from is None:
+            del fixed["init_from"]  # as in checkpoints that are older than this field
+        return fixed

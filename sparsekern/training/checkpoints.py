@@ -96,6 +96,14 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
     return Checkpoint(tensors, facts)
 
 
+def change_identity(folder: Path, changes: Mapping[str, Any]) -> None:
+    """Replaces entries of what the checkpoint in a folder belongs to, and nothing else of it."""
+    with open_plain(folder / FACTS) as file:
+        facts = json.loads(file.read())
+    facts["identity"] |= changes
+    write_atomically(folder / FACTS, (json.dumps(facts, indent=2) + "\n").encode())
+
+
 def damaged(folder: Path, reason: Exception | str) -> CheckpointError:
     """The error to raise for a checkpoint that cannot be used as it is."""
     text = f"{reason} is missing" if isinstance(reason, KeyError) else str(reason)

@@ -33,6 +33,7 @@ class SparlingConfig(StudyConfig):
         "folder of the AudioMNIST recordings (domain audio); without it, digits are synthesised",
         metavar="FOLDER",
         free=True,
+        path=True,
     )
     samples: int = option(300_000, "training samples in all; each is seen once", source=OURS)
     batch_size: int = option(32, "samples a step", source=OURS)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..configs import check_packages, usable_device
+from ..configs import check_one_process, check_packages, usable_device
 from ..reproduction import Ended, checked_jobs, checked_names, locked, read_cells, run_grid
 from . import grid, report
 from .config import SparlingConfig
@@ -77,6 +77,7 @@ def reproduce(
         RunError: the folder is in use, or holds something else.
     """
     check_packages()
+    check_one_process()
     configs = request.configs()
     jobs = checked_jobs(jobs)
     first = next(iter(configs.values()))

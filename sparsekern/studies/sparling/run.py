@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,15 @@ from ... import backend
 from ...data.motifs import MotifDomain, motif_domain
 from ...training import RunFolder, train
 from ...training.runs import write_atomically
-from ..configs import Report, backends_of, check_packages, read_config, usable_device
+from ..configs import (
+    Report,
+    backends_of,
+    check_one_process,
+    check_packages,
+    read_config,
+    usable_device,
+    with_absolute_paths,
+)
 from . import measures, pictures
 from .config import PRESETS, SparlingConfig
 from .cost import Cost, cost_of, draw_seconds
@@ -25,7 +33,13 @@ OPERATIONS = ("channel_threshold", "threshold_relu")  # of the bottleneck with t
 FILES = ("results.json", "metrics.jsonl", "motifs.png")
 
 
-def run(config: SparlingConfig, folder: str | Path, *, resume: bool = False) -> Report:
+def run(
+    config: SparlingConfig,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    on_metrics: Callable[[Mapping[str, Any]], object] | None = None,
+) -> Report:
     """Trains, measures and fills a run folder; a finished run has results.json and motifs.png
     besides what training writes (see training/runs.py).
 
@@ -34,6 +48,7 @@ def run(config: SparlingConfig, folder: str | Path, *, resume: bool = False) -> 
         folder: where; must not hold a run yet, unless resumed.
         resume: go on from the folder's checkpoint. The config must equal that of the checkpoint,
             except for its free fields.
+        on_metrics: called with every record that is written to metrics.jsonl.
 
     Raises:
         DataError: the recordings cannot be used.
@@ -43,6 +58,8 @@ def run(config: SparlingConfig, folder: str | Path, *, resume: bool = False) -> 
     """
     folder = Path(folder)
     check_packages()
+    check_one_process()
+    config = with_absolute_paths(config)
     device = usable_device(config.device)
     with backend(config.backend):
         if not resume:
@@ -51,6 +68,7 @@ def run(config: SparlingConfig, folder: str | Path, *, resume: bool = False) -> 
         stored = {"study": NAME, "config": asdict(config)}
         task = SparlingTask(config, domain, tested, device)
         with RunFolder.open(folder) if resume else RunFolder.create(folder, stored) as place:
+            place.on_metrics = on_metrics
             outcome = train(task, config.loop(), place, identity=config.identity())
             if outcome.signal is not None:
                 return Report(outcome, None)

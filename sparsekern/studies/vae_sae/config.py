@@ -37,6 +37,7 @@ class VAESAEConfig(StudyConfig):
         "published file of the data set (.npz or HDF5); without it, images are rendered",
         metavar="FILE",
         free=True,
+        path=True,
     )
     images: int = option(
         3072, "training images, a random subset; one epoch is one pass over them", source=OURS

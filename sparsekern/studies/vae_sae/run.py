@@ -7,7 +7,7 @@ gives lower ones where the sparse layer comes after z.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,15 @@ from ...models.vae_sae import VAESAE, vae_sae_loss
 from ...training import Outcome, RunFolder, train
 from ...training.runs import write_atomically
 from .. import figures
-from ..configs import Report, backends_of, check_packages, read_config, usable_device
+from ..configs import (
+    Report,
+    backends_of,
+    check_one_process,
+    check_packages,
+    read_config,
+    usable_device,
+    with_absolute_paths,
+)
 from . import measures
 from .config import VAESAEConfig
 from .images import Part, Parts, mean_pixel, pixels, read
@@ -31,7 +39,13 @@ OPERATIONS = ("topk", "sparse_matmul", "sparse_matmul_backward", "count_active",
 FILES = ("history.png", "reconstructions.png", "results.json", "metrics.jsonl")
 
 
-def run(config: VAESAEConfig, folder: str | Path, *, resume: bool = False) -> Report:
+def run(
+    config: VAESAEConfig,
+    folder: str | Path,
+    *,
+    resume: bool = False,
+    on_metrics: Callable[[Mapping[str, Any]], object] | None = None,
+) -> Report:
     """Trains, evaluates and fills a run folder.
 
     Besides what training writes (see training/runs.py), a finished run has results.json,
@@ -42,6 +56,7 @@ def run(config: VAESAEConfig, folder: str | Path, *, resume: bool = False) -> Re
         folder: where; must not hold a run yet, unless resumed.
         resume: go on from the folder's checkpoint. The config must equal that of the checkpoint,
             except for its free fields.
+        on_metrics: called with every record that is written to metrics.jsonl.
 
     Raises:
         ValueError: the config does not fit the data (see also sparsekern.data.DataError).
@@ -51,6 +66,8 @@ def run(config: VAESAEConfig, folder: str | Path, *, resume: bool = False) -> Re
     """
     folder = Path(folder)
     check_packages()
+    check_one_process()
+    config = with_absolute_paths(config)
     device = usable_device(config.device)
     with backend(config.backend):
         _probe(config, device)
@@ -62,6 +79,7 @@ def run(config: VAESAEConfig, folder: str | Path, *, resume: bool = False) -> Re
         task = VAESAETask(config, parts)
         with RunFolder.open(folder) if resume else RunFolder.create(folder, stored) as place:
             identity = {**config.identity(), "images' digest": parts.digest}
+            place.on_metrics = on_metrics
             outcome = train(task, config.loop(), place, identity=identity)
             if outcome.signal is not None:
                 return Report(outcome, None)
