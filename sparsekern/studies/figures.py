@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,13 @@ def as_png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
+def from_zero(panel: Any) -> None:
+    """Lets the vertical axis run from 0 to well above what is drawn, which the frame would hide
+    where it is nearly level."""
+    top = float(panel.dataLim.ymax)
+    panel.set_ylim(0, 1.15 * top if 0 < top < math.inf else 1.0)
+
+
 def save_history(path: Path, epochs: Sequence[Mapping[str, Any]], title: str) -> None:
     """Writes a PNG of loss, k and dead share over the epochs, one panel above the other.
 
@@ -51,7 +59,8 @@ def save_history(path: Path, epochs: Sequence[Mapping[str, Any]], title: str) ->
     panels[0].set(ylabel="reconstruction loss\n(nats per image)", yscale="log")
     line(panels[1], "k", "k (units kept)")
     line(panels[1], "eval_l0", "L0 (units not zero)", linestyle="--")
-    panels[1].set(ylabel="active units", ylim=(0, None))
+    panels[1].set(ylabel="active units")
+    from_zero(panels[1])
     line(panels[2], "eval_dead", "never active on the held-out images, z = mean", scale=100)
     line(panels[2], "train_dead", "not active for an epoch of training, z sampled", scale=100)
     panels[2].set(ylabel="dead units (%)", xlabel="epoch", ylim=(-2, 102))
@@ -82,8 +91,9 @@ def save_sae_history(path: Path, steps: Sequence[Mapping[str, Any]], batch_size:
     if steps and "k" in steps[0]:
         line(panels[1], "k", "k (latents kept)")
     line(panels[1], "l0", "L0 (latents not zero)", linestyle="--")
-    panels[1].set(ylabel="active latents", ylim=(0, None))
+    panels[1].set(ylabel="active latents")
     line(panels[2], "dead", "dead latents", scale=100)
+    from_zero(panels[1])
     panels[2].set(ylabel="dead latents (%)", xlabel="tokens", ylim=(-2, 102))
     for panel in panels:
         panel.grid(alpha=0.3)

@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 
+from ..._system import open_plain
 from ...training import RunError, stop_signals
 from ...training.runs import read_metrics
 
@@ -305,9 +306,14 @@ def read_cells(
         place = cell_folder(folder, cell)
         if not (place / "results.json").exists():
             continue
+        try:
+            with open_plain(place / "results.json") as file:
+                results = json.loads(file.read())
+        except (OSError, ValueError) as error:
+            raise RunError(f"cannot read {place / 'results.json'}: {error}") from error
         found[cell] = {
             "config": asdict(module_of(study).saved_config(place)),
-            "results": json.loads((place / "results.json").read_text()),
+            "results": results,
             "epochs": read_metrics(place, "epoch"),
         }
     return found

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..._system import lock_file
+from ..._system import lock_file, open_plain
 from ...training import RunError
 
 REQUEST = "reproduction.json"
@@ -45,7 +45,7 @@ def locked(folder: Path) -> Iterator[None]:
 def merged_request(
     new: dict[str, Any], folder: Path, *, fixed: Sequence[str], lists: Sequence[str]
 ) -> dict[str, Any]:
-    """A request together with earlier ones in the folder, in JSON types.
+    """A request together with earlier ones in the folder, in JSON types; see :func:`calls_of`.
 
     Args:
         new: the request, with seeds, a number.
@@ -63,19 +63,38 @@ def merged_request(
             raise RunError(f"folder is not empty: {folder} holds {sorted(strangers)[0]}")
         return new
     try:
-        old = json.loads(path.read_text())
+        with open_plain(path) as file:
+            old = json.loads(file.read())
         for name in fixed:
             if old[name] != new[name]:
                 raise RunError(
                     f"{folder} holds a reproduction with {name} {old[name]!r}, not {new[name]!r}: "
                     "name another folder"
                 )
+        parts = (*lists, "seeds")
+        calls = [{part: call[part] for part in parts} for call in (*calls_of(old), new)]
         for name in lists:
             new[name] = list(dict.fromkeys([*old[name], *new[name]]))
         new["seeds"] = max(old["seeds"], new["seeds"])
+        last = {tuple(map(str, call.values())): call for call in calls}.values()
+        calls = [call for call in last if not any(_covers(o, call, lists) for o in last)]
+        if len(calls) > 1:
+            new["calls"] = calls
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{path} is damaged: {error}") from error
     return new
+
+
+def calls_of(asked: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What was asked for, one call after the other: a grid each, whose cells together are all that
+    was asked for. Calls that a later one covers are left out."""
+    return asked.get("calls") or [asked]
+
+
+def _covers(one: Mapping[str, Any], other: Mapping[str, Any], lists: Sequence[str]) -> bool:
+    """Whether one call asks for everything that another one does."""
+    wider = all(set(one[name]) >= set(other[name]) for name in lists)
+    return one is not other and wider and one["seeds"] >= other["seeds"]
 
 
 def parsed_settings(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 from ...data.motifs import motif_domain
-from ..reproduction import parsed_settings
+from ..reproduction import calls_of, parsed_settings
 from .config import PRESETS as _CONFIGS
 from .config import SparlingConfig
 from .task import CHANNELS
@@ -87,6 +87,12 @@ def cells(arms: Iterable[str], seeds: int) -> list[Cell]:
     wanted = list(arms)
     counts = {a: seeds if ARMS[a].group == "study" else min(seeds, OTHER_SEEDS) for a in wanted}
     return [Cell(a, seed) for a in ARMS if a in wanted for seed in range(counts[a])]
+
+
+def asked_cells(asked: Mapping[str, Any]) -> list[Cell]:
+    """The cells of all calls that a reproduction was asked with, in the order of one grid."""
+    wanted = {cell for call in calls_of(asked) for cell in cells(call["arms"], call["seeds"])}
+    return [cell for cell in cells(asked["arms"], asked["seeds"]) if cell in wanted]
 
 
 def cell_config(

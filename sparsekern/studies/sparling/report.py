@@ -8,6 +8,7 @@ cells.csv, epochs.csv
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -18,7 +19,7 @@ import torch
 from ... import __version__
 from ...data.motifs import MotifDomain
 from ...training.runs import write_atomically
-from ..reproduction import cell_folder, table_bytes, usable_processors
+from ..reproduction import calls_of, cell_folder, table_bytes, usable_processors
 from ..reproduction.document import (
     Code,
     Document,
@@ -156,11 +157,18 @@ def _what_was_run(
             "In tables, ± is the standard deviation over seeds; all errors are percentages."
         )
     )
+    document.add(*(Code(_command(asked, call)) for call in calls_of(asked)))
+
+
+def _command(asked: Mapping[str, Any], call: Mapping[str, Any]) -> str:
+    """The command line that asks for a reproduction again."""
     words = ["sparsekern", "reproduce", "sparling", "--preset", asked["preset"], "--arms"]
-    words += [*asked["arms"], "--seeds", str(asked["seeds"])]
+    words += [*call["arms"], "--seeds", str(call["seeds"])]
+    if asked.get("data"):
+        words += ["--data", asked["data"]]
     if asked["overrides"]:
         words += ["--set", *(f"{name}={value}" for name, value in asked["overrides"].items())]
-    document.add(Code(" ".join([*words, "--out", "FOLDER"])))
+    return shlex.join([*words, "--out", "FOLDER"])
 
 
 def _main(document: Document, folder: Path, study: Found, domain: MotifDomain) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from ..configs import check_one_process, check_packages, usable_device
 from ..reproduction import Ended, checked_jobs, checked_names, locked, read_cells, run_grid
 from . import grid, report
 from .config import SparlingConfig
-from .grid import Cell, cell_config, cells, parsed_overrides
+from .grid import Cell, asked_cells, cell_config, cells, parsed_overrides
 from .run import domain_of
 
 STUDY = "sparling"
@@ -49,7 +50,8 @@ class Request:
         if seeds < 1:
             raise ValueError(f"--seeds must be at least 1, got {seeds}")
         wanted = tuple(checked_names("--arms", names, tuple(grid.ARMS)))
-        return cls(preset, wanted, seeds, data, parsed_overrides(settings))
+        place = None if data is None else os.path.abspath(data)
+        return cls(preset, wanted, seeds, place, parsed_overrides(settings))
 
     def configs(self) -> dict[Cell, SparlingConfig]:
         """What each cell runs."""
@@ -96,7 +98,7 @@ def reproduce(
             device=device,
             progress=progress,
         )
-        everything = cells(asked["arms"], asked["seeds"])
+        everything = asked_cells(asked)
         found = read_cells(STUDY, folder, everything)
         if found:
             report.write(folder, asked, found, domain, failed=ended.failed, total=len(everything))

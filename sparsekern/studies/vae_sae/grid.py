@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from operator import itemgetter
 from typing import Any, NamedTuple
 
-from ..reproduction import parsed_settings
+from ..reproduction import calls_of, parsed_settings
 from .config import VAESAEConfig
 
 EXTRA_EPOCHS = 100
@@ -133,6 +133,17 @@ def cells(datasets: Iterable[str], arms: Iterable[str], seeds: Iterable[int]) ->
     wanted = list(arms)
     order = [*(a for a in ARMS if a in wanted)]
     return [Cell(d, a, s) for a in order for s in seeds for d in datasets]
+
+
+def asked_cells(asked: Mapping[str, Any]) -> list[Cell]:
+    """The cells of all calls that a reproduction was asked with, in the order of one grid."""
+    wanted = {
+        cell
+        for call in calls_of(asked)
+        for cell in cells(call["datasets"], call["arms"], range(call["seeds"]))
+    }
+    grid = cells(asked["datasets"], asked["arms"], range(asked["seeds"]))
+    return [cell for cell in grid if cell in wanted]
 
 
 def cell_config(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from ..configs import check_one_process, check_packages, usable_device
 from ..reproduction import Ended, checked_jobs, checked_names, locked, read_cells, run_grid
 from . import grid, report
 from .config import DATASETS, VAESAEConfig
-from .grid import Cell, cell_config, cells, parsed_overrides
+from .grid import Cell, asked_cells, cell_config, cells, parsed_overrides
 from .images import check_file
 
 STUDY = "vae_sae"
@@ -64,7 +65,7 @@ class Request:
             if not equals or name not in DATASETS or not path:
                 known = ", ".join(DATASETS)
                 raise ValueError(f"--data must be SET=FILE with SET one of {known}, got {item!r}")
-            files[name] = path
+            files[name] = os.path.abspath(path)
         return cls(
             preset,
             tuple(sets),
@@ -132,7 +133,7 @@ def reproduce(
             device=device,
             progress=progress,
         )
-        everything = cells(asked["datasets"], asked["arms"], range(asked["seeds"]))
+        everything = asked_cells(asked)
         found = read_cells(STUDY, folder, everything)
         if found:
             report.write(folder, asked, found, failed=ended.failed, total=len(everything))

@@ -19,7 +19,7 @@ from .... import __version__
 from ....training.runs import write_atomically
 from ...reproduction import table_bytes, usable_processors
 from ...reproduction.document import Document, Heading, Items, Paragraph, markdown, page
-from ..grid import Cell, cells
+from ..grid import Cell, asked_cells
 from . import arms, collapse, sections
 from .statistics import counted
 from .summary import Measured
@@ -123,8 +123,7 @@ def _state(
     if len(found) == total:
         document.add(Paragraph(f"Complete: {counted(total, 'cell')}."))
         return
-    wanted = cells(asked["datasets"], asked["arms"], range(asked["seeds"]))
-    absent = [c for c in wanted if c not in found and c.name not in failed]
+    absent = [c for c in asked_cells(asked) if c not in found and c.name not in failed]
     missing = [c.name for c in absent]
     if len(missing) > NAMED:
         by_arm = Counter(c.arm for c in absent)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ...figures import as_png as as_png
+from ...figures import from_zero
 from ...figures import new_figure as sized_figure
 from ..grid import ARMS, STUDY
 from .statistics import CURED_BELOW, spread
@@ -202,7 +203,7 @@ def mig_by_k(measured: Measured) -> bytes:
             if value is not None:
                 panel.axhline(value.mean, color=colour, linestyle=style, linewidth=1.2, label=label)
         panel.set(title=SETS[dataset], xlabel="k (units kept, falls to the right)")
-        panel.set_ylim(0, None)
+        from_zero(panel)
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.invert_xaxis()
         plain(panel)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ....data import DataError
 from ....training.checkpoints import CheckpointError
-from ...reproduction import cell_folder
+from ...reproduction import calls_of, cell_folder
 from ...reproduction.document import Code, Document, Heading, Items, Paragraph, Table
 from ..grid import STUDY, Cell
 from . import figures, pictures
@@ -29,11 +29,12 @@ from .summary import (
 from .tables import FACTORS, protocol_rows
 
 
-def command(asked: Mapping[str, Any]) -> str:
-    """The command line that asks for a reproduction again."""
+def command(asked: Mapping[str, Any], call: Mapping[str, Any] | None = None) -> str:
+    """The command line that asks for a reproduction again, or for one of its calls."""
+    call = asked if call is None else call
     words = ["sparsekern", "reproduce", "vae-sae", "--preset", asked["preset"]]
-    words += ["--datasets", *asked["datasets"], "--arms", *asked["arms"]]
-    words += ["--seeds", str(asked["seeds"])]
+    words += ["--datasets", *call["datasets"], "--arms", *call["arms"]]
+    words += ["--seeds", str(call["seeds"])]
     if asked["data"]:
         words += ["--data", *(f"{name}={path}" for name, path in asked["data"].items())]
     if asked["overrides"]:
@@ -71,7 +72,7 @@ def what_was_run(
             + ", ".join(f"{name} {value}" for name, value in facts.items())
             + ". In tables, ± is the standard deviation over seeds; it is absent for 1 seed."
         ),
-        Code(command(asked)),
+        *(Code(command(asked, call)) for call in calls_of(asked)),
     )
 
 

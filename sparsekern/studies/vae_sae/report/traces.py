@@ -52,7 +52,7 @@ def _l0_panel(panel: Any, measured: Measured, dataset: str) -> None:
         if contents[0]["config"]["extra_epochs"]:
             figures.mark_end(panel, contents[0]["config"]["epochs"])
     panel.set_title(SETS[dataset])
-    panel.set_ylim(0, None)
+    figures.from_zero(panel)
     panel.xaxis.get_major_locator().set_params(integer=True)
 
 
