@@ -11,10 +11,8 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
-#include "cpu/kept_memory.h"
 
 namespace py = pybind11;
-using sparsekern::cpu::KeptBlock;
 using sparsekern::cpu::kernels;
 using Address = uintptr_t;
 
@@ -177,14 +175,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("batch_norm_backward", &batch_norm_backward, release);
   m.def("pointwise_conv", &pointwise_conv, release);
   m.def("pointwise_conv_backward", &pointwise_conv_backward, release);
-  py::class_<KeptBlock>(m, "KeptBlock", py::buffer_protocol())
-      .def(py::init<size_t>())
-      .def_buffer([](const KeptBlock& block) {
-        return py::buffer_info(static_cast<uint8_t*>(block.data()),
-                               static_cast<py::ssize_t>(block.bytes()));
-      });
-  m.def("kept_bytes", &sparsekern::cpu::kept_bytes);
-  m.def("release_kept", &sparsekern::cpu::release_kept);
   m.def("instruction_sets", &instruction_sets);
   m.def("use_instruction_set", &sparsekern::cpu::use_instruction_set);
   m.def("build_info", &build_info);

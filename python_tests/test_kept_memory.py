@@ -1,5 +1,7 @@
 """Large outputs on the CPU lie in memory that the next output of their size takes over."""
 
+import copy
+import os
 import threading
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 
 import sparsekern
 from sparsekern import _library
+from sparsekern._kept_memory import LIMIT, kept_bytes
 from sparsekern.native import KEPT_FROM, new_output
 
 native, reason = _library.native_module("cpu")
@@ -25,11 +28,11 @@ def nothing_kept():
 
 def test_only_large_outputs_are_kept():
     new_output(LIKE, COUNT - 1)
-    assert native.kept_bytes() == 0
+    assert kept_bytes() == 0
     new_output(LIKE, COUNT)
-    assert native.kept_bytes() == KEPT_FROM
+    assert kept_bytes() == KEPT_FROM
     sparsekern.empty_cache()
-    assert native.kept_bytes() == 0
+    assert kept_bytes() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -43,8 +46,8 @@ def test_the_next_output_takes_over_the_memory(dtype):
     del first
     assert new_output(like, rows, 256).data_ptr() != place
     del row
-    assert native.kept_bytes() == 2 * KEPT_FROM
-    assert new_output(like, 128, rows * 2).data_ptr() == place  # freed last, of the same size
+    assert kept_bytes() == 2 * KEPT_FROM
+    assert new_output(like, 128, rows * 2).data_ptr() == place  # of the same size, given out first
 
 
 def test_outputs_in_use_are_not_given_out():
@@ -56,9 +59,9 @@ def test_outputs_in_use_are_not_given_out():
 def test_a_size_that_is_not_kept_drops_what_is():
     new_output(LIKE, COUNT)
     kept = new_output(LIKE, COUNT + 1)
-    assert native.kept_bytes() == 0
+    assert kept_bytes() == 0
     del kept
-    assert native.kept_bytes() == KEPT_FROM + 4
+    assert kept_bytes() == KEPT_FROM + 4
 
 
 def test_freed_on_another_thread():
@@ -66,7 +69,7 @@ def test_freed_on_another_thread():
     thread = threading.Thread(target=held.clear)
     thread.start()
     thread.join()
-    assert native.kept_bytes() == KEPT_FROM
+    assert kept_bytes() == KEPT_FROM
 
 
 def test_gradients_and_masked_activations_are_such_outputs():
@@ -103,3 +106,89 @@ def test_an_in_place_step_on_a_kept_gradient_and_a_copy_of_the_model():
     assert weight.grad.norm() == pytest.approx(1.0, rel=1e-4)
     torch.optim.Adam([weight]).step()
     assert torch.equal(weight.grad.clone().share_memory_(), weight.grad)
+
+
+LARGE = {
+    "topk_mask": lambda: sparsekern.topk_mask(torch.ones(512, 16384), 4),
+    "a dictionary's gradient": lambda: dictionary_gradient(torch.ones(8192, 1024)),
+    "a transposed dictionary's": lambda: dictionary_gradient(torch.ones(1024, 8192).t()),
+}
+
+
+def dictionary_gradient(weight):
+    weight.requires_grad_()
+    indices = torch.arange(8).view(2, 4)
+    out = sparsekern.sparse_matmul(torch.ones(2, 4), indices, weight)
+    return torch.autograd.grad(out.sum(), weight)[0]
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_storages_are_torchs_own(name, tmp_path):
+    """What FSDP, out=, and saving do with a tensor, and what is left for the next output."""
+    make = LARGE[name]
+    output = make()
+    content = output.clone()
+    size = output.untyped_storage().nbytes()
+    torch.save(output, tmp_path / "output.pt")
+    assert torch.equal(torch.load(tmp_path / "output.pt"), content)
+    assert torch.equal(copy.deepcopy(output), content)
+    storage = output.untyped_storage()
+    storage.resize_(0)
+    storage.resize_(size)
+    output.copy_(content)
+    assert torch.equal(output, content)
+    output.resize_(3 * 1024, 8192).fill_(1)
+    torch.add(torch.ones(2, 3), 1, out=output.resize_(0))
+    assert output.tolist() == [[2.0] * 3] * 2
+    del output, storage
+    again = make()
+    assert again.untyped_storage().nbytes() == size and torch.equal(again, content)
+    assert again.share_memory_().is_shared()
+    place = again.data_ptr()
+    del again
+    assert make().data_ptr() != place  # another process may still read it
+    replaced = make()
+    replaced.set_(torch.ones(4).untyped_storage(), 0, (4,))
+    assert replaced.tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda t: t.untyped_storage(),
+        lambda t: t.detach(),
+        lambda t: t.numpy(),
+        lambda t: t[1:2].t(),
+        lambda t: memoryview(t.numpy()),
+        lambda t: torch.utils.dlpack.to_dlpack(t),
+    ],
+)
+def test_whoever_holds_the_memory_keeps_it(hold):
+    first = new_output(LIKE, COUNT // 256, 256)
+    place = first.data_ptr()
+    held = hold(first)
+    del first
+    assert kept_bytes() == 0
+    assert new_output(LIKE, COUNT).data_ptr() != place
+    del held
+    assert kept_bytes() == 2 * KEPT_FROM
+
+
+def test_no_more_is_kept_than_the_limit():
+    third = LIMIT // 3 // 4  # never written, so it costs addresses only
+    outputs = [new_output(LIKE, third + at) for at in range(4)]
+    new_output(LIKE, LIMIT // 4 + 1)
+    outputs.clear()
+    assert 0 < kept_bytes() <= LIMIT
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork, as on POSIX systems")
+def test_a_forked_child_keeps_memory_of_its_own():
+    from sparsekern import _kept_memory
+
+    with _kept_memory._lock:  # as if another thread were at it
+        child = os.fork()
+        if child == 0:
+            new_output(LIKE, COUNT)
+            os._exit(0 if kept_bytes() == KEPT_FROM else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -27,7 +27,6 @@ FUNCTIONS = (
     "batch_norm",
     "threshold",
     "pointwise_conv",
-    "kept_memory",
 )
 
 pytestmark = [

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from . import _kept_memory
 from ._autograd import recording_kernel
 from ._direct import device_type_of, dispatcher_has_nothing_to_do
 
@@ -90,9 +91,7 @@ def empty_cache() -> None:
         >>> import sparsekern
         >>> sparsekern.empty_cache()
     """
-    module, _ = native_module("cpu")
-    if module is not None:
-        module.release_kept()
+    _kept_memory.release()
 
 
 @contextlib.contextmanager

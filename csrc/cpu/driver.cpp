@@ -371,7 +371,6 @@ int main() {
     mismatches += sparsekern::cpu::check_threshold(kernels[i], &cases["threshold"]);
     mismatches += sparsekern::cpu::check_pointwise_conv(kernels[i], &cases["pointwise_conv"]);
   }
-  mismatches += sparsekern::cpu::check_kept_memory(&cases["kept_memory"]);
   for (const auto& [function, count] : cases)
     std::printf("%s: %d cases\n", function.c_str(), count);
   std::printf("%d mismatches\n", mismatches);

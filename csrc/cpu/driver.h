@@ -17,8 +17,4 @@ int check_batch_norm(const Kernels& kernels, int* cases);
 int check_threshold(const Kernels& kernels, int* cases);
 int check_pointwise_conv(const Kernels& kernels, int* cases);
 
-// Takes and frees blocks of kept memory in turns, also on several threads; returns the number of
-// surprises and adds to *cases.
-int check_kept_memory(int* cases);
-
 }  // namespace sparsekern::cpu

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .. import _library
+from .. import _kept_memory, _library
 from .._direct import device_type_of
 
 DTYPE_TAGS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -52,13 +52,13 @@ def new_output(like: torch.Tensor, *shape: int) -> torch.Tensor:
     """An empty tensor of like's dtype and device for a result.
 
     On a CPU a large one lies in memory that is kept for the next of its size when it is freed (see
-    csrc/cpu/kept_memory.h): a training step makes the same ones every time.
+    _kept_memory.py): a training step makes the same ones every time.
     """
-    count = math.prod(shape)
-    if count * like.itemsize < KEPT_FROM or not like.is_cpu:
+    size = math.prod(shape) * like.itemsize
+    if size < KEPT_FROM or not like.is_cpu:
         return like.new_empty(shape)
-    block = module_for(like).KeptBlock(count * like.itemsize)
-    return torch.frombuffer(block, dtype=like.dtype).view(shape)
+    output: Any = like.new_empty(0)
+    return output.set_(_kept_memory.storage_of(size), 0, shape)
 
 
 def pointer(tensor: torch.Tensor | None) -> int:

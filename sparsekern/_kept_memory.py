@@ -1,0 +1,80 @@
+"""Memory of large outputs on the CPU, kept when they are freed for the next output of the same
+size.
+
+A training step makes the same large outputs every time: gradients of the weights, masked
+activations. The C library returns blocks of their size to the system, which gives them anew, page
+by page and cleared, in the next step. What is kept is a reference to torch's own storages, so that
+outputs can be resized, shared and saved as any other tensor; a storage is free when nobody else
+holds it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+
+import torch
+
+# Storages are kept up to so many bytes together, those in use included.
+LIMIT = 2 << 30
+
+_storages: list[torch.UntypedStorage] = []  # the one given out longest ago first
+_lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _lock  # another thread may have held it
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _holders(storages: list[torch.UntypedStorage], at: int) -> tuple[int, int]:
+    """References to a storage from Python, and from tensors."""
+    return sys.getrefcount(storages[at]), torch._C._storage_Use_Count(storages[at]._cdata)
+
+
+_LIST_ALONE = _holders([torch.UntypedStorage(0)], 0)
+
+
+def _free(at: int) -> bool:
+    return _holders(_storages, at) == _LIST_ALONE
+
+
+def storage_of(size: int) -> torch.UntypedStorage:
+    """A storage of so many bytes, its content undefined. If none of that size is free the sizes
+    have changed: then all free ones go."""
+    with _lock:
+        for at in range(len(_storages)):
+            # One that was resized, or is shared with another process, is not taken again.
+            if _free(at) and _storages[at].nbytes() == size and not _storages[at].is_shared():
+                _storages.append(_storages.pop(at))
+                return _storages[-1]
+        _drop_free()
+        storage = torch.UntypedStorage(size)
+        if size <= LIMIT:
+            _storages.append(storage)
+            while sum(kept.nbytes() for kept in _storages) > LIMIT:
+                del _storages[0]
+        return storage
+
+
+def _drop_free() -> None:
+    for at in reversed(range(len(_storages))):
+        if _free(at):
+            del _storages[at]
+
+
+def kept_bytes() -> int:
+    """Bytes of freed storages that are kept now."""
+    with _lock:
+        return sum(_storages[at].nbytes() for at in range(len(_storages)) if _free(at))
+
+
+def release() -> None:
+    """Give freed storages back to the system."""
+    with _lock:
+        _drop_free()
