@@ -199,6 +199,19 @@ class NinjaFile:
         the folders above both, which nvcc does not quote and dependency files do not escape."""
         return os.path.relpath(place.resolve(), self.folder)
 
+    def include_flags(self) -> list[str]:
+        """Flags for the headers of pybind11 and Python, through links whose names need no quotes,
+        since nvcc sets none."""
+        flags = []
+        for name, place in include_folders().items():
+            link = self.folder / name
+            if not link.is_symlink() or os.readlink(link) != place:
+                fresh = self.folder / f"{name}.{os.getpid()}"
+                fresh.symlink_to(place, target_is_directory=True)
+                fresh.replace(link)
+            flags += ["-isystem", name]
+        return flags
+
     def rule(self, name: str, command: str) -> None:
         self.lines += [
             f"rule {name}",
@@ -231,7 +244,8 @@ class NinjaFile:
                 stderr=subprocess.STDOUT,
                 encoding="ascii",
                 errors="backslashreplace",
-                env={**os.environ, "LC_ALL": "C"},
+                # English messages; temporary files in this folder, whose name nvcc never sees
+                env={**os.environ, "LC_ALL": "C", "TMPDIR": "."},
             ) as process:
                 for line in process.stdout:
                     lines.append(line)
@@ -249,8 +263,8 @@ def first_error(lines: list[str]) -> str:
     return textwrap.shorten((errors or own[-1:] or lines[-1:] or ["no output"])[0], REPORTED)
 
 
-def include_flags() -> list[str]:
-    """Where the headers of pybind11 and Python are."""
+def include_folders() -> dict[str, str]:
+    """Where the headers of pybind11 and Python are, by names that change with their versions."""
     try:
         import pybind11
     except ImportError:
@@ -260,8 +274,12 @@ def include_flags() -> list[str]:
         raise MissingError(
             f"Python.h was not found in {paths['include']}", f"install python3-dev {REINSTALL}"
         )
-    folders = dict.fromkeys([pybind11.get_include(), paths["include"], paths["platinclude"]])
-    return [word for folder in folders for word in ("-isystem", folder)]
+    version = platform.python_version()
+    return {
+        f"pybind11-{pybind11.__version__}": pybind11.get_include(),
+        f"python-{version}": paths["include"],
+        f"python-{version}-platform": paths["platinclude"],
+    }
 
 
 def sources(*patterns: str) -> list[pathlib.Path]:
@@ -293,7 +311,7 @@ def build_native(folder: pathlib.Path, target: str) -> str:
             f"install g++ 9 or later {REINSTALL}",
         )
     openmp = [] if compiles([*command, "-fopenmp"], OPENMP_PROBE, file.folder) else ["-fopenmp"]
-    flags += [*openmp, f"-I{file.path(CSRC)}", *include_flags(), *["-DSPARSEKERN_X86"] * x86]
+    flags += [*openmp, f"-I{file.path(CSRC)}", *file.include_flags(), *["-DSPARSEKERN_X86"] * x86]
     cxx = words(command)
     file.rule("cxx", f"{cxx} -MMD -MF $out.d {words(flags)} $flags -c $in -o $out")
     for source in found:
@@ -322,7 +340,7 @@ def build_cuda(folder: pathlib.Path, target: str) -> str:
     file.rule("nvcc", f"{words([path])} -MMD -MF $out.d {words(flags)} $flags -c $in -o $out")
     for source in kernels:
         file.compile("nvcc", source, "cuda", [])
-    file.compile("nvcc", bindings, "once", include_flags())
+    file.compile("nvcc", bindings, "once", file.include_flags())
     file.link(f"{words([path, '-shared', '-cudart', 'static', *code])} $in -o $out", target)
     file.run()
     return f"built with {path} for sm_{', sm_'.join(archs)}"

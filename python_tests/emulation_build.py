@@ -33,9 +33,10 @@ def build_module(folder: pathlib.Path = FOLDER) -> types.ModuleType:
     """The CUDA kernels as a Python module that takes addresses of host memory."""
     setup = setup_file()
     target = setup.module_file(MODULE)
-    flags = ["-O2", "-fPIC", "-fvisibility=hidden", *setup.include_flags()]
+    flags = ["-O2", "-fPIC", "-fvisibility=hidden"]
     sources = [source for source in _emulation() if not source.name.startswith("driver")]
     sources += [*_kernels(), CSRC / "bindings_cuda.cpp"]
+    flags += setup.NinjaFile(folder / "module").include_flags()
     _build(folder / "module", target, flags, ["-shared"], sources)
     spec = importlib.util.spec_from_file_location(MODULE, folder / "module" / target)
     module = importlib.util.module_from_spec(spec)

@@ -66,7 +66,7 @@ def test_folders_may_have_any_name(tmp_path, name):
     headers = folder / "site" / "pybind11" / "include"
     headers.mkdir(parents=True)
     (headers.parent / "__init__.py").write_text(
-        f"def get_include():\n    return {str(headers)!r}\n"
+        f"__version__ = '0'\ndef get_include():\n    return {str(headers)!r}\n"
     )
     run = build(
         folder,
