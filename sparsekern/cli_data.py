@@ -102,11 +102,29 @@ def _add_capture(sources: Any) -> None:
         "--hook", required=True, metavar="NAME", help="the submodule, as in named_modules()"
     )
     parser.add_argument(
-        "--inputs", required=True, metavar="FILE.npy", help="the module's inputs, [n, ...]"
+        "--inputs", required=True, nargs="+", metavar="[NAME=]FILE.npy",
+        help="the module's inputs, [n, ...]: a file, or one for each keyword argument, such as "
+        "input_ids=ids.npy attention_mask=mask.npy (positions whose attention_mask is 0 are "
+        "not written)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mask", metavar="FILE.npy",
+        help="[n, positions] of 0 and 1: which positions are written; the module does not get it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--keep-padding", action="store_true", help="write the positions of padding, too"
     )
+    parser.add_argument(
+        "--skip-first", type=int, default=0, metavar="N",
+        help="leave out the first N real tokens of each sequence, such as BOS (default: 0)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--skip-tokens", type=int, nargs="+", default=[], metavar="ID",
+        help="leave out these tokens, such as those of [CLS] and [SEP]",
+    )  # fmt: skip
     parser.add_argument("--batch-size", type=int, default=64, help="inputs per call (default: 64)")
     parser.add_argument("--device", default="cpu", help="where the module runs (default: cpu)")
-    _add_dtype(parser, "float16", "float16")
+    _add_dtype(parser, None, "that of the submodule's output")
 
 
 def _add_dtype(parser: argparse.ArgumentParser, default: str | None, said: str) -> None:
@@ -169,14 +187,80 @@ def _capture(options: argparse.Namespace) -> int:
 
     if options.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
-    inputs = _inputs(options.inputs, options.batch_size)
+    if options.mask and options.keep_padding:
+        raise ValueError("--mask says what is written, --keep-padding that all is: give one")
+    arrays, names = _arrays(options.inputs)
+    shown = _mask(options.mask, arrays[0])
+    mask: Any = "attention_mask"
+    if options.keep_padding or shown is not None:
+        mask = None if shown is None else shown.of
     module = _module(options.module).to(options.device)
-    capture(module, options.hook, inputs, options.out, dtype=_dtype(options))
+    capture(
+        module, options.hook, _batches(arrays, names, options.batch_size, shown), options.out,
+        dtype=_dtype(options), mask=mask, skip_first=options.skip_first,
+        skip_tokens=options.skip_tokens,
+    )  # fmt: skip
     return _report(options.out)
 
 
-def _inputs(path: str, batch_size: int) -> Iterator[Any]:
-    """Batches of the first dimension of an array that is read as it is needed."""
+class _Mask:
+    """Gives out the rows of a mask that belong to the inputs being run."""
+
+    def __init__(self, array: Any) -> None:
+        self.array, self.start, self.stop = array, 0, 0
+
+    def of(self, given: Any) -> Any:
+        """The mask of the batch given out last."""
+        import torch
+
+        return torch.from_numpy(self.array[self.start : self.stop].copy())
+
+
+def _mask(path: str | None, inputs: Any) -> _Mask | None:
+    if path is None:
+        return None
+    array = _array(path)
+    _check_length(path, array, inputs)
+    return _Mask(array)
+
+
+def _check_length(path: str, array: Any, inputs: Any) -> None:
+    from .data import DataError
+
+    if len(array) != len(inputs):
+        raise DataError(f"input files differ in length: {len(inputs)}, {len(array)} in {path}")
+
+
+def _arrays(paths: list[str]) -> tuple[list[Any], list[str]]:
+    """The arrays, and the names of the keyword arguments; no name for a single array."""
+    names, files = [], []
+    for path in paths:
+        name, separator, rest = path.partition("=")
+        named = bool(separator) and name.isidentifier() and not Path(path).is_file()
+        names.append(name if named else "")
+        files.append(rest if named else path)
+    if len(paths) > 1 and ("" in names or len(set(names)) < len(names)):
+        raise ValueError(f"--inputs: several files need different names, got {' '.join(paths)}")
+    arrays = [_array(file) for file in files]
+    for file, array in zip(files, arrays, strict=True):
+        _check_length(file, array, arrays[0])
+    return arrays, names
+
+
+def _batches(
+    arrays: list[Any], names: list[str], batch_size: int, mask: _Mask | None
+) -> Iterator[Any]:
+    """Batches of the first dimension of arrays that are read as they are needed."""
+    for start in range(0, len(arrays[0]), batch_size):
+        # Copies: the files are mapped read-only, and a module may write into its input.
+        parts = [array[start : start + batch_size].copy() for array in arrays]
+        if mask is not None:
+            mask.start, mask.stop = start, start + len(parts[0])
+        yield dict(zip(names, parts, strict=True)) if names[0] else parts[0]
+
+
+def _array(path: str) -> Any:
+    """An array of inputs, mapped."""
     import numpy as np
 
     from .data import DataError
@@ -185,14 +269,13 @@ def _inputs(path: str, batch_size: int) -> Iterator[Any]:
         raise DataError(f"input file not found: {path}")
     try:
         array = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EOFError, SyntaxError, TypeError) as error:
         raise DataError(
             f"input file is truncated, damaged or not .npy: {path} ({error})"
         ) from error
     if array.ndim == 0 or len(array) == 0:
         raise DataError(f"input file is empty: {path} holds {list(array.shape)}")
-    # Copies: the file is mapped read-only, and a module may write into its input.
-    return (array[at : at + batch_size].copy() for at in range(0, len(array), batch_size))
+    return array
 
 
 def _module(name: str) -> Any:

@@ -2,7 +2,9 @@
 activations."""
 
 from . import dsprites, shapes3d
-from .activation_sources import capture, convert, synthetic
+from .activation_capture import capture
+from .activation_origins import Origins
+from .activation_sources import convert, synthetic
 from .activation_statistics import ActivationStatistics
 from .activation_writing import write_activations
 from .activations import ActivationStore
@@ -23,6 +25,7 @@ __all__ = [
     "DataError",
     "MotifBatch",
     "MotifDomain",
+    "Origins",
     "Shapes3D",
     "WritingInterrupted",
     "capture",

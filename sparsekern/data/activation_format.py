@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ ACTIVATIONS = "activations"
 DIRECTIONS = "directions"
 DOCUMENTS, POSITIONS, TOKEN_IDS = "documents", "positions", "token_ids"
 LISTED = 10
+COLUMN_ROWS = 1 << 20  # of a column, read at a time
 
 FROM_NUMPY = {"float32": torch.float32, "float16": torch.float16}
 
@@ -61,9 +63,20 @@ class ActivationFile:
         """The true directions, float32 ``[n, D]``, if the file holds them."""
         return None
 
-    def origins(self, name: str) -> np.ndarray | None:
-        """A column of integers, int64 ``[tokens]``, that says where rows come from, if there."""
+    def origins(self, name: str, start: int, stop: int) -> np.ndarray | None:
+        """Some rows of a column that says where they come from, int64; None if there is none."""
         return None
+
+    @cached_property
+    def documents(self) -> int:
+        """One more than the largest number of a document; 0 where there is none."""
+        largest = -1
+        for start in range(0, self.tokens, COLUMN_ROWS):
+            numbers = self.origins(DOCUMENTS, start, min(start + COLUMN_ROWS, self.tokens))
+            if numbers is None:
+                break
+            largest = max(largest, int(numbers.max()))
+        return largest + 1
 
     def close(self) -> None:
         """Releases the file."""

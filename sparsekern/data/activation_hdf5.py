@@ -188,7 +188,7 @@ class Hdf5File(ActivationFile):
                 )
             return torch.from_numpy(field[:]).float()
 
-    def origins(self, name: str) -> np.ndarray | None:
+    def origins(self, name: str, start: int, stop: int) -> np.ndarray | None:
         with self._reading(name):
             field = self._file.get(name)
             if field is None:
@@ -200,7 +200,9 @@ class Hdf5File(ActivationFile):
                     f"[{self.tokens}], got {kind} {list(shape or ())}"
                 )
             self._check_field(name, field)
-            return field[:].astype(np.int64)
+            column = field[start:stop].astype(np.int64)
+            self._check_unchanged()
+            return column
 
     def _check_field(self, name: str, field: Any) -> None:
         check_stored(

@@ -1,22 +1,18 @@
-"""Where activation files come from: other files, a hook in a model, or a mixture made up here."""
+"""Activation files made of other files, or of a mixture made up here."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._system import require
-from .activation_format import ACTIVATIONS
-from .activation_writing import check_new, write_activations
+from .activation_format import ACTIVATIONS, DOCUMENTS, POSITIONS, TOKEN_IDS
+from .activation_origins import origin_columns
+from .activation_writing import check_new, with_progress, write_activations, write_pieces
 from .activations import ActivationStore
-from .factors import DataError
 from .hdf5_writing import check_space
 
 CONVERT_ROWS = 16384
@@ -53,114 +49,34 @@ def convert(
     with ActivationStore(paths, dataset=dataset, nonfinite=nonfinite) as store:
         stored = store.dtype if dtype is None else dtype
         check_space(Path(path), store.tokens * store.features * stored.itemsize, "convert")
-        rows = store.batches(
-            CONVERT_ROWS, seed=0, shuffle=False, buffer_rows=CONVERT_ROWS, dtype=store.dtype
-        )
-        with closing(_with_progress(rows, "converting", store.tokens)) as batches:
-            return write_activations(
-                path,
-                batches,
-                dtype=stored,
-                chunk_rows=chunk_rows,
+        pieces = with_progress(_rows_of(store), "converting", _size, store.tokens)
+        with closing(pieces):
+            return write_pieces(
+                path, pieces, dtype=stored, default=lambda given: given, chunk_rows=chunk_rows,
                 directions=store.directions,
-            )
+            )  # fmt: skip
 
 
-def _with_progress(
-    batches: Generator[Tensor], what: str, tokens: int | None = None
-) -> Generator[Tensor]:
-    """The batches, with a progress bar in tokens where somebody watches; closes them."""
-    tqdm = require("tqdm", what).tqdm
-    unit = {"unit": " tokens", "unit_scale": True}
-    # disable=None: no bar where nobody watches.
-    with closing(batches), tqdm(total=tokens, desc=what, disable=None, **unit) as bar:
-        for batch in batches:
-            yield batch
-            bar.update(len(batch))
+def _size(piece: tuple[Tensor, dict[str, Tensor]]) -> int:
+    return len(piece[0])
 
 
-def capture(
-    module: nn.Module,
-    hook_point: str,
-    inputs: Iterable[Any],
-    path: str | Path,
-    *,
-    dtype: torch.dtype = torch.float16,
-    chunk_rows: int | None = None,
-) -> int:
-    """Runs a module and writes what one of its submodules returns.
-
-    The module runs without gradients and in evaluation mode; its mode is restored.
-
-    Args:
-        module: runs on the device of its parameters; the inputs are moved there.
-        hook_point: name of the submodule, as in ``module.named_modules()``; ``""`` for the module
-            itself. It returns ``[..., D]``, or a tuple whose first element is that.
-        inputs: what the module is called with: a tensor, a tuple of positional or a mapping of
-            keyword arguments.
-        path, dtype, chunk_rows: see :func:`write_activations`.
-
-    Returns:
-        The number of rows: the leading dimensions are flattened.
-
-    Raises:
-        ValueError: there is no such submodule.
-        DataError: it was not called or returned something else; as :func:`write_activations`.
-    """
-    names = [name for name, _ in module.named_modules()]
-    if hook_point not in names:
-        names = names[1:]  # the first is the module itself
-        near = difflib.get_close_matches(hook_point, names, 5, 0.4) or names[:5]
-        raise ValueError(
-            f"capture: hook_point must name a submodule, got {hook_point!r}; there are "
-            f"{', '.join(map(repr, near))}{', ...' if len(names) > len(near) else ''}"
-        )
-    check_new(path)
-    outputs = _captured(module, hook_point, inputs)
-    with closing(_with_progress(outputs, "capturing")) as batches:
-        return write_activations(path, batches, dtype=dtype, chunk_rows=chunk_rows)
-
-
-def _captured(module: nn.Module, hook_point: str, inputs: Iterable[Any]) -> Generator[Tensor]:
-    """What the submodule returns for each input, [rows, D]."""
-    outputs: list[Tensor] = []
-
-    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        output = output[0] if isinstance(output, (tuple, list)) and output else output
-        if not isinstance(output, Tensor) or output.dim() == 0:
-            got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise DataError(f"capture: {hook_point!r} must return a tensor [..., D], got {got}")
-        outputs.append(output.detach().reshape(-1, output.shape[-1]))
-
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    modes = [(m, m.training) for m in module.modules()]
-    handle = module.get_submodule(hook_point).register_forward_hook(keep)
-    try:
-        module.eval()
-        for given in inputs:
-            with torch.no_grad():
-                _call(module, given, device)
-            if not outputs:
-                raise DataError(f"capture: {hook_point!r} was not called by the module's forward")
-            yield from outputs
-            outputs.clear()
-    finally:
-        handle.remove()
-        for part, mode in modes:
-            part.training = mode
-
-
-def _call(module: nn.Module, given: Any, device: torch.device) -> None:
-    def moved(value: Any) -> Any:
-        value = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    if isinstance(given, Mapping):
-        module(**{name: moved(value) for name, value in given.items()})
-    elif isinstance(given, (tuple, list)):
-        module(*map(moved, given))
-    else:
-        module(moved(given))
+def _rows_of(store: ActivationStore) -> Generator[tuple[Tensor, dict[str, Tensor]]]:
+    """All rows of a store in their order, and where they come from, if it is known."""
+    at, known = 0, origin_columns(store._files)
+    batches = store.batches(
+        CONVERT_ROWS, seed=0, shuffle=False, buffer_rows=CONVERT_ROWS, dtype=store.dtype
+    )
+    with closing(batches):
+        for rows in batches:
+            columns: dict[str, Tensor] = {}
+            origins = store.origins(at, at + len(rows)) if known else None
+            if origins is not None:
+                columns = {DOCUMENTS: origins.documents, POSITIONS: origins.positions.int()}
+                if TOKEN_IDS in known and origins.token_ids is not None:
+                    columns[TOKEN_IDS] = origins.token_ids.int()
+            yield rows, columns
+            at += len(rows)
 
 
 def synthetic(
@@ -212,7 +128,7 @@ def synthetic(
     generator = torch.Generator().manual_seed(seed)
     directions = nn.functional.normalize(torch.randn(latents, features, generator=generator), dim=1)
     mixtures = _mixtures(directions, active, tokens, noise, generator)
-    with closing(_with_progress(mixtures, "synthesising", tokens)) as batches:
+    with closing(with_progress(mixtures, "synthesising", len, tokens)) as batches:
         return write_activations(
             path, batches, dtype=dtype, chunk_rows=chunk_rows, directions=directions
         )

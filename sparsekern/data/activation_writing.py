@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .._system import require
 from .activation_format import ACTIVATIONS, DIRECTIONS
 from .activation_order import BLOCK_BYTES
 from .activation_rows import nonfinite_rows
@@ -27,7 +29,8 @@ STORED = (torch.float32, torch.float16, torch.bfloat16)
 FUNCTION = "write_activations"
 COLUMN_CHUNK = 65536  # rows
 
-Piece = tuple[Tensor | np.ndarray, Mapping[str, Tensor]]
+Item = TypeVar("Item")
+Piece = tuple[Tensor | np.ndarray, Mapping[str, Tensor]]  # rows [n, D], columns [n] by name
 
 
 def write_activations(
@@ -115,6 +118,19 @@ def write_pieces(
             failure.add_note(kept)
         raise failure
     return rows.count
+
+
+def with_progress(
+    pieces: Generator[Item], what: str, size: Callable[[Item], int], tokens: int | None = None
+) -> Generator[Item]:
+    """The pieces, with a progress bar in tokens where somebody watches; closes them."""
+    tqdm = require("tqdm", what).tqdm
+    unit = {"unit": " tokens", "unit_scale": True}
+    # disable=None: no bar where nobody watches.
+    with closing(pieces), tqdm(total=tokens, desc=what, disable=None, **unit) as bar:
+        for piece in pieces:
+            yield piece
+            bar.update(size(piece))
 
 
 def check_new(path: str | Path) -> None:

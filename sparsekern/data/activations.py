@@ -31,6 +31,7 @@ from torch import Tensor
 from .activation_files import open_activations
 from .activation_format import ACTIVATIONS, ActivationFile
 from .activation_order import EpochPlan, plan
+from .activation_origins import Origins, origins_of
 from .activation_rows import NO_ROWS, held_out_blocks, nonfinite_rows, not_finite, scan, without
 from .activation_statistics import ActivationStatistics, statistics_of
 from .factors import DataError
@@ -255,6 +256,14 @@ class ActivationStore:
                 file.read(low - first, rows[low - start : high - start])
             first += file.tokens
         return rows
+
+    def origins(self, start: int = 0, stop: int | None = None) -> Origins | None:
+        """Where rows ``start`` to ``stop`` of a pass without shuffling come from.
+
+        None unless all files hold it, as those of :func:`capture` do.
+        """
+        stop = self.tokens if stop is None else stop
+        return origins_of(self._files, self._left_out, start, stop)
 
     def count_batches(self, batch_size: int) -> int:
         """Batches in an epoch, the last and smaller one included."""
