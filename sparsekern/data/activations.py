@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .activation_cutting import cut
 from .activation_files import open_activations
 from .activation_format import ACTIVATIONS, ActivationFile
 from .activation_order import EpochPlan, plan
@@ -39,9 +40,6 @@ from .prefetch import prefetched
 
 NONFINITE = ("refuse", "skip")
 BATCHES_AHEAD = 2
-# Up to this size torch works without its pool of threads, which the training step needs: two that
-# ask for the cores at once wait for each other, on two cores a hundred times as long as they work.
-SERIAL_ELEMENTS = 32768
 STATISTICS_ROWS = 4096  # taken together
 # Attributes that a pickle keeps beside the names of the files: rows are not looked for again.
 _PICKLED = (
@@ -140,16 +138,14 @@ class ActivationStore:
 
     def __getstate__(self) -> dict[str, Any]:
         """What opens the same files again in another process: no rows, nothing open."""
-        return {
+        places = {
             "paths": [file.path.absolute() for file in self._files],
             "stamps": [file.stamp for file in self._files],
-            "dataset": self._dataset,
-            **{name: getattr(self, name) for name in _PICKLED},
         }
+        return places | {name: getattr(self, name) for name in ("_dataset", *_PICKLED)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._dataset = state["dataset"]
-        self._files = []
+        self._dataset, self._files = state["_dataset"], []
         try:
             for path, stamp in zip(state["paths"], state["stamps"], strict=True):
                 self._files.append(open_activations(path, self._dataset))
@@ -344,7 +340,7 @@ class ActivationStore:
         # One group ahead, so that the reader may use two buffers in turn.
         groups = prefetched(groups, ahead=1) if prefetch else groups
         stored = self.dtype if on_gpu else dtype  # to a GPU as stored: fewer bytes
-        batches = _cut(groups, self.tokens - skip, batch_size, stored, pin=on_gpu)
+        batches = cut(groups, self.tokens - skip, batch_size, stored, pin=on_gpu)
         batches = prefetched(batches, ahead=BATCHES_AHEAD) if prefetch else batches
         try:
             for batch in batches:
@@ -394,38 +390,6 @@ class ActivationStore:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _cut(
-    groups: Generator[tuple[Tensor, Tensor]],
-    left: int,
-    batch_size: int,
-    dtype: torch.dtype,
-    pin: bool,
-) -> Generator[Tensor]:
-    """Batches from the stream of groups, across their borders; ``left`` rows in all."""
-    batch: Tensor | None = None
-    filled = 0
-    try:
-        for rows, order in groups:
-            piece = min(batch_size, max(1, SERIAL_ELEMENTS // rows.shape[1]))
-            scratch = torch.empty(piece, rows.shape[1], dtype=rows.dtype)
-            at = 0
-            while at < len(order):
-                if batch is None:
-                    shape = (min(batch_size, left), rows.shape[1])
-                    batch, filled = torch.empty(shape, dtype=dtype, pin_memory=pin), 0
-                chosen = order[at : at + min(piece, len(batch) - filled)]
-                gathered = torch.index_select(rows, 0, chosen, out=scratch[: len(chosen)])
-                batch[filled : filled + len(chosen)] = gathered
-                at += len(chosen)
-                filled += len(chosen)
-                if filled == len(batch):
-                    left -= filled
-                    yield batch
-                    batch = None
-    finally:
-        groups.close()
 
 
 def _check_count(function: str, name: str, value: int, least: int) -> None:
