@@ -111,6 +111,7 @@ class SparseBottleneck(nn.Module):
         self.to_units = nn.Linear(inputs, units)
         magnitude = sparsifier == "magnitude"
         self.sparsity = TopK(k, abs=magnitude)
+        self.k = k  # set, so that it is in every state_dict
         self.activity = DeadNeuronCounter(units)
         self.dictionary = nn.Parameter(torch.empty(units, outputs))
         self.dictionary_bias = nn.Parameter(torch.zeros(outputs))

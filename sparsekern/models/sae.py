@@ -102,7 +102,7 @@ class SparseAutoencoder(nn.Module):
         multi_weight: weight of its FVU.
         dead_after: rows (tokens) without firing after which a latent is dead.
         distributed: count dead latents over all processes (see `DeadNeuronCounter`).
-        tied: one matrix for encoder and dictionary.
+        tied: one matrix for encoder and dictionary, which is `dictionary` in the state_dict.
         scale_scores: rank and decode by scores times the norms of the dictionary's rows (SAELens'
             rescale_acts_by_decoder_norm): the dictionary may then have rows of any norm.
 
@@ -158,7 +158,9 @@ class SparseAutoencoder(nn.Module):
         _check_prefixes(prefixes, latents)
         dictionary = nn.functional.normalize(torch.randn(latents, features), dim=1)
         self.dictionary = nn.Parameter(dictionary)
-        self.encoder = self.dictionary if tied else nn.Parameter(FIRST_SCALE * dictionary)
+        self._tied = tied
+        if not tied:
+            self.encoder = nn.Parameter(FIRST_SCALE * dictionary)
         self.encoder_bias = nn.Parameter(torch.zeros(latents))
         self.decoder_bias = nn.Parameter(torch.zeros(features))
         self.counter = DeadNeuronCounter(latents, distributed=distributed)
@@ -166,6 +168,8 @@ class SparseAutoencoder(nn.Module):
         check_activation(self.activation, latents)
         if k is not None:
             self.k = k
+        elif isinstance(self.activation, (TopK, BatchTopK)):
+            self.k = self.activation.k  # set, so that it is in every state_dict
         self.sparsity_weight = sparsity_weight
         self.target_l0 = _check_target(target_l0, self.activation, latents)
         self.prefixes = tuple(prefixes)
@@ -200,6 +204,40 @@ class SparseAutoencoder(nn.Module):
     def tied(self) -> bool:
         """Whether encoder and dictionary are one matrix."""
         return self.encoder is self.dictionary
+
+    def __getattr__(self, name: str) -> Any:
+        # A tied encoder is no second parameter, which to_empty or load_state_dict(assign=True)
+        # would separate from the first.
+        if name == "encoder" and self.__dict__.get("_tied"):
+            return self.dictionary
+        return super().__getattr__(name)
+
+    def _load_from_state_dict(
+        self,
+        state: dict[str, Any],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        encoder, dictionary = (state.get(prefix + name) for name in ("encoder", "dictionary"))
+        if self.tied and encoder is not None:
+            if not _same(encoder, dictionary):
+                errors.append(
+                    f"SparseAutoencoder: the state has an {prefix}encoder that differs from its "
+                    f"{prefix}dictionary, but this model is tied: make one with tied=False"
+                )
+                return
+            if "encoder" not in self._parameters:
+                del state[prefix + "encoder"]  # saved by a version with both names
+        elif strict and encoder is None and dictionary is not None and not self.tied:
+            errors.append(
+                f"SparseAutoencoder: the state has {prefix}dictionary but no {prefix}encoder, that "
+                "of a tied model, but this one is not: make one with tied=True"
+            )
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
 
     # -- the parts of a forward pass ---------------------------------------------------------------
 
@@ -415,6 +453,13 @@ def _check_target(target: float | None, activation: nn.Module, latents: int) -> 
         raise ValueError(f"SparseAutoencoder: target_l0 must be None with {name}, got {target}")
     what = "the number of latents"
     return check_share("SparseAutoencoder", "target_l0", target, latents, what)
+
+
+def _same(one: Tensor, other: Tensor | None) -> bool:
+    """Whether two saved matrices are one, or may be (without data)."""
+    if other is None or one is other or one.is_meta or other.is_meta:
+        return other is not None
+    return one.shape == other.shape and bool((one == other.to(one.device)).all())
 
 
 def _captured(x: Tensor) -> bool:

@@ -7,16 +7,17 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..ops.activity import count_active
 from ..ops.batch_topk import batch_mask, check_share, kept_in_all
 from ..ops.checks import check_floating
 from ..ops.jumprelu import at_most
 from ..ops.topk import Codes
+from .averages import in_its_dtype
 from .codes import codes_where
 from .counter import DeadNeuronCounter, check_counter
 from .recomputation import recomputing
+from .saved_k import SavedK
 
 # The threshold of the next batch is read off a line through those of the last batches: as many as
 # hold so many kept entries, which leaves 3 % of noise in L0, but no fewer than so many batches.
@@ -35,7 +36,7 @@ _UNSET = (
 )
 
 
-class BatchTopK(nn.Module):
+class BatchTopK(SavedK):
     """Keep the k*B largest entries of a batch of B rows in training; in evaluation, what is above
     a threshold, whatever else is in the batch.
 
@@ -132,6 +133,7 @@ class BatchTopK(nn.Module):
         if isinstance(k, float):
             fraction, exponent = math.frexp(k)
             k, self._exponent = int(fraction * 2**53), exponent - 53
+        self._k_was_set = "_kept" in vars(self)
         self._kept = torch.empty(0, k)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -219,11 +221,9 @@ class BatchTopK(nn.Module):
     def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> BatchTopK:
         before, self._known = (self.threshold, self.trend), False
         super()._apply(fn, *args, **kwargs)
-        # half(), to(dtype): too coarse for sums over batches
-        if self.threshold.dtype != before[0].dtype:
-            self.threshold = before[0].to(self.threshold.device)
+        self.threshold = in_its_dtype(before[0], self.threshold)
         if self.trend is not None and before[1] is not None:
-            self.trend = before[1].to(self.trend.device)
+            self.trend = in_its_dtype(before[1], self.trend)
         return self
 
     def extra_repr(self) -> str:

@@ -18,6 +18,7 @@ from ..ops.checks import check_count
 from ..ops.threshold import channel_threshold, check_density
 from ..ops.threshold_relu import ChannelCodes, threshold_codes, threshold_relu
 from ..ops.topk import topk
+from .averages import in_its_dtype
 from .recomputation import RecentStates, recomputing
 
 EPS = 1e-5  # of torch.nn.BatchNorm2d, whose statistics and formula the layer uses
@@ -134,7 +135,8 @@ class SpatialSparsity(nn.Module):
         self.momentum, self.per_channel, self.affine = momentum, per_channel, affine
         self.channel_dim = channel_dim
         columns = self.channels if per_channel else 1
-        self.register_buffer("threshold", torch.zeros(columns))
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.register_buffer("threshold", torch.zeros(columns, dtype=wide))
         self.register_buffer("counts", torch.zeros(self.channels, dtype=torch.int64), False)
         if affine:
             self.weight = nn.Parameter(torch.ones(self.channels))
@@ -143,14 +145,14 @@ class SpatialSparsity(nn.Module):
             self.register_parameter("weight", None)
             self.register_parameter("bias", None)
         if affine is not None:
-            self.register_buffer("running_mean", torch.zeros(self.channels))
-            self.register_buffer("running_var", torch.ones(self.channels))
+            self.register_buffer("running_mean", torch.zeros(self.channels, dtype=wide))
+            self.register_buffer("running_var", torch.ones(self.channels, dtype=wide))
         self.accumulate = accumulate
         if accumulate is not None:
             room = (
                 2 * check_count(op, "accumulate", accumulate, 2**31 - 1, "a number of motifs") + 2
             )
-            self.register_buffer("largest", torch.full((columns, room), -math.inf))
+            self.register_buffer("largest", torch.full((columns, room), -math.inf, dtype=wide))
             self.register_buffer("rows", torch.zeros((), dtype=torch.int64))
 
     @property
@@ -280,6 +282,8 @@ class SpatialSparsity(nn.Module):
 
     def _note(self, counts: Tensor, x: Tensor) -> None:
         if not recomputing():
+            if self.counts.device != counts.device:  # not in a state_dict, so left on "meta"
+                self.counts = torch.zeros_like(counts)
             self.counts.copy_(counts)
             self._elements = x.numel()
 
@@ -370,9 +374,8 @@ class SpatialSparsity(nn.Module):
         super()._apply(fn, *args, **kwargs)
         for name, buffer in self._buffers.items():
             old = before[name]
-            # half(), bfloat16(), to(dtype): too coarse for an average
-            if old is not None and buffer is not None and buffer.itemsize < old.itemsize == 4:
-                self._buffers[name] = old.to(buffer.device)
+            if old is not None and buffer is not None and buffer.itemsize == 2:
+                self._buffers[name] = in_its_dtype(old, buffer)
         return self
 
     def extra_repr(self) -> str:

@@ -12,6 +12,7 @@ from ..ops.activity import count_active
 from ..ops.checks import check_count
 from ..ops.topk import Codes, codes_to_dense, mask_with_codes, topk
 from .counter import DeadNeuronCounter, check_counter
+from .saved_k import SavedK
 
 Post = Callable[[torch.Tensor], torch.Tensor]
 
@@ -19,7 +20,7 @@ _UNSET: Any = object()
 _POSTS: dict[str, Callable[[], nn.Module]] = {"ReLU": nn.ReLU, "Identity": nn.Identity}
 
 
-class TopK(nn.Module):
+class TopK(SavedK):
     """Keep the k largest entries of the last dimension; everything else becomes zero.
 
     Equivalent PyTorch::
@@ -48,8 +49,8 @@ class TopK(nn.Module):
 
     Note:
         A selected value that ReLU sets to zero keeps its slot, gets no gradient and does not count
-        as firing. The layer adds nothing to a state_dict; `k` and `postact_fn` entries of an OpenAI
-        state_dict are accepted.
+        as firing. A state_dict holds k, as `current_k`, once it was changed, and nothing else; `k`
+        and `postact_fn` entries of an OpenAI state_dict are accepted.
 
     Example:
         >>> import torch, sparsekern
@@ -99,6 +100,7 @@ class TopK(nn.Module):
         k = check_count("TopK", "k", k, 2**31 - 1, "the largest index")
         if k % self.groups:
             raise ValueError(f"TopK: k must be a multiple of groups = {self.groups}, got {k}")
+        self._k_was_set = "_kept" in vars(self)
         self._kept = torch.empty(0, k)
 
     @property

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .._system import open_plain, replaced
+from ..nn.saved_k import NAME as K
 from .runs import write_atomically
 from .tensor_files import SavedTensors, write_tensors
 
@@ -153,6 +154,9 @@ def load_model(folder: Path, model: nn.Module, tensors: Mapping[str, Tensor]) ->
     prefix = "model."
     state = model.state_dict()
     saved = {n.removeprefix(prefix): n for n in tensors if n.startswith(prefix)}
+    # Versions before saved no k, and a tied matrix under both of its names.
+    state = {n: t for n, t in state.items() if n in saved or n.rpartition(".")[2] != K}
+    saved = {n: key for n, key in saved.items() if n in state or not _is_alias(model, n)}
     check_same(
         folder,
         {name: _shape(tensors, key) for name, key in saved.items()},
@@ -170,6 +174,16 @@ def load_model(folder: Path, model: nn.Module, tensors: Mapping[str, Tensor]) ->
         raise damaged(folder, error) from error
     # The tensors are there already; this tells layers that keep something else, too.
     model.load_state_dict(state)
+
+
+def _is_alias(model: nn.Module, name: str) -> bool:
+    """Whether a name leads to a parameter that the model's state has under another."""
+    path, _, last = name.rpartition(".")
+    try:
+        tensor = getattr(model.get_submodule(path), last, None)
+    except AttributeError:
+        return False
+    return any(tensor is parameter for parameter in model.parameters())
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str) -> list[int]:
