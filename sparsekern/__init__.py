@@ -1,6 +1,11 @@
 """sparsekern: fused kernels for networks with extremely sparse activations."""
 
-import torch as _torch  # first: the native modules then share its OpenMP runtime
+from ._system import torch_missing as _torch_missing
+
+try:
+    import torch as _torch  # first: the native modules then share its OpenMP runtime
+except ModuleNotFoundError as error:
+    raise _torch_missing(error) from None
 
 from ._library import BackendUnavailableError, backend, describe, empty_cache
 from .nn import BatchTopK, DeadNeuronCounter, JumpReLU, SparseLinear, SpatialSparsity, TopK
@@ -56,4 +61,4 @@ __all__ = [
     "transpose_codes",
 ]
 
-del _torch
+del _torch, _torch_missing

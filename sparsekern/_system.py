@@ -7,6 +7,7 @@ import importlib
 import os
 import signal
 import stat
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -38,6 +39,22 @@ def require(module: str, purpose: str) -> ModuleType:
             f"{purpose} needs {module}; install it with: pip install 'sparsekern[data]'",
             name=module,
         ) from error
+
+
+def torch_missing(error: ModuleNotFoundError) -> BaseException:
+    """What to raise when the import of torch failed: for the command ``sparsekern`` its end, after
+    a line that says so; for others an error that says what to install."""
+    if error.name != "torch":
+        return error
+    text = "sparsekern needs torch, which is not installed (pip install torch)"
+    started = sys.argv[0] if sys.argv else ""
+    if started == "-m":  # python -m sparsekern, before runpy has found the file
+        arguments = sys.orig_argv
+        started = arguments[arguments.index("-m") + 1]
+    if Path(started).stem != "sparsekern":
+        return ModuleNotFoundError(text, name="torch")
+    sys.stderr.write(f"sparsekern: error: {text}\n")
+    return SystemExit(2)
 
 
 def sync(path: Path) -> None:
