@@ -27,6 +27,7 @@ The scores [B, N] are never stored, and the gradients of both matrices are sums 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ from torch import Tensor, nn
 from ..nn import BatchTopK, DeadNeuronCounter, JumpReLU, TopK
 from ..nn.recomputation import RecentStates, recomputing
 from ..ops.batch_topk import check_share
-from ..ops.checks import check_count
+from ..ops.checks import check_above_zero, check_count
 from ..ops.linear_checks import check_layer
 from ..ops.topk import Codes
 from .decoding import Decoder
@@ -294,6 +295,11 @@ class SparseAutoencoder(nn.Module):
             return self._output_and_loss(x, variance, rows)
         return self._reconstruct(x)[0]
 
+    def reconstruct(self, x: Tensor) -> tuple[SAEOutput, list[Tensor]]:
+        """Reconstruct x [..., D], also from the first latents alone: one [..., D] a prefix."""
+        output, _, prefixes = self._reconstruct(x)
+        return output, prefixes
+
     def _reconstruct(self, x: Tensor) -> tuple[SAEOutput, Tensor, list[Tensor]]:
         """The output, the sum of the activation's sparsity over the rows, and the reconstructions
         of the prefixes."""
@@ -424,6 +430,23 @@ class SparseAutoencoder(nn.Module):
                 self.encoder.mul_(SHARE_OF_BEST * best)
                 self.calibrate(x)
         self.train(training)
+
+    @torch.no_grad()
+    def fold_normalization(self, scale: float) -> None:
+        """Make a model of activations that were multiplied by scale one of the activations as they
+        are: reconstructions and codes are divided by scale, up to rounding, and which latents are
+        active stays. Encoder and dictionary stay; biases and thresholds are divided.
+
+        Raises:
+            TypeError, ValueError: scale is not a number above 0.
+        """
+        check_above_zero("fold_normalization", "scale", scale)
+        self.encoder_bias.div_(scale)
+        self.decoder_bias.div_(scale)
+        if isinstance(self.activation, BatchTopK):
+            self.activation.rescale(1 / scale)
+        elif isinstance(self.activation, JumpReLU):
+            self.activation.log_threshold.sub_(math.log(scale))
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, l0: float | None = None) -> None:

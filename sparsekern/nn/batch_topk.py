@@ -200,6 +200,13 @@ class BatchTopK(SavedK):
         self.threshold.copy_(following.clamp_min(0))
         self._known = False
 
+    @torch.no_grad()
+    def rescale(self, factor: float) -> None:
+        """Take x to be multiplied by a factor above 0 from now on."""
+        self.threshold.mul_(factor)
+        if self.trend is not None:
+            self.trend[3:5].mul_(factor)  # the sums of thresholds
+
     def known_threshold(self) -> torch.Tensor:
         """The threshold, 0-d; raises where it was never set, for which the host waits at most
         once."""

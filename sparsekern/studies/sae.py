@@ -3,12 +3,15 @@
 One epoch is one pass over all tokens of the files, in the store's shuffled order. Learning rate, k
 and the weight of the sparsity loss are functions of the share of all steps that is done: the
 learning rate rises over `warmup`, stays, and falls to zero over `decay`; k falls from `k_start` to
-`k` over `anneal`; the weight rises over `sparsity_warmup`.
+`k` over `anneal`; the weight rises over `sparsity_warmup`, unless jumprelu is steered to a target.
+
+Thresholds of batchtopk (before each evaluation) and of a steered jumprelu (at the end) are set so
+that rows of training have the wanted number of active latents on average.
 """
 
 from __future__ import annotations
 
-import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -17,15 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from .. import BatchTopK, JumpReLU, TopK
-from ..data import ActivationStore
 from ..metrics import UnitActivity
 from ..models import SparseAutoencoder
 from ..models.statistics import squared_error, total_variance
 from ..optim import Adam
 from .sae_config import PRESETS as PRESETS
 from .sae_config import SAEConfig
+from .sae_rows import Rows
 
-MEDIAN_ROWS = 8192
+FIRST_ROWS = 8192  # that first weights and thresholds are fitted to
+# The logarithms of jumprelu's thresholds have to move by 1 or more, weights by far less.
+THRESHOLD_RATE = 10.0
 Config = SAEConfig
 RECOVERED = 0.9
 """Cosine above which a true direction counts as recovered."""
@@ -45,13 +50,19 @@ class SAETask:
 
     unit = "token"
 
-    def __init__(self, config: SAEConfig, store: ActivationStore, device: torch.device) -> None:
-        self.config, self.store, self.device = config, store, device
-        self.examples = store.tokens
-        self.steps_per_epoch = store.count_batches(config.batch_size)
+    def __init__(self, config: SAEConfig, rows: Rows, device: torch.device) -> None:
+        self.config, self.rows, self.device = config, rows, device
+        self.examples = rows.tokens
+        self.steps_per_epoch = rows.count_batches(config.batch_size)
         self.step = 0
-        self.model = make_model(config, store).to(device)
-        self.model.initialize_bias(_sample(config, store, MEDIAN_ROWS, device))
+        self.model = make_model(config, rows).to(device)
+        first = rows.sample(FIRST_ROWS, device)
+        self.model.initialize(first)
+        layer = self.model.activation
+        if isinstance(layer, JumpReLU) and config.threshold is not None:
+            nn.init.constant_(layer.log_threshold, math.log(config.threshold))
+        elif isinstance(layer, JumpReLU) and config.steered_to is None:
+            self.model.calibrate(first, config.k)
         self.optimizer = Adam(_groups(config, self.model), lr=config.learning_rate)
 
     def begin_epoch(self, epoch: int) -> dict[str, float]:
@@ -59,15 +70,7 @@ class SAETask:
 
     def batches(self, epoch: int, first: int) -> Iterator[Tensor]:
         self.step = epoch * self.steps_per_epoch + first
-        config = self.config
-        return self.store.batches(
-            config.batch_size,
-            seed=config.seed,
-            epoch=epoch,
-            start=first,
-            buffer_rows=config.buffer_rows,
-            device=self.device,
-        )
+        return self.rows.batches(epoch, first, self.device)
 
     def backward(self, batch: Tensor) -> dict[str, Tensor]:
         self._schedule(self.step)
@@ -91,7 +94,7 @@ class SAETask:
             }
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach()
-        sums["dead"] = self.model.counter.fraction(self.config.dead_after)
+        sums["dead"] = self.model.counter.fraction(self.model.dead_after)
         if self.config.counted:
             sums["k"] = torch.tensor(float(self.model.k))
         return sums
@@ -103,10 +106,13 @@ class SAETask:
         done = step / total
         rise = min(1.0, (step + 1) / max(1.0, config.warmup * total))
         fall = min(1.0, (1 - done) / config.decay) if config.decay else 1.0
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * rise * fall
-        risen = min(1.0, done / config.sparsity_warmup) if config.sparsity_warmup else 1.0
-        self.model.sparsity_weight = config.sparsity_weight * risen
+        for group, rate in zip(
+            self.optimizer.param_groups, (1.0, 1.0, THRESHOLD_RATE), strict=False
+        ):
+            group["lr"] = config.learning_rate * rise * fall * rate
+        rises = config.sparsity_warmup > 0 and config.steered_to is None
+        risen = min(1.0, done / config.sparsity_warmup) if rises else 1.0
+        self.model.sparsity_weight = config.weight_of_sparsity * risen
         if config.counted:
             start = (config.k_start or config.k) // config.groups
             way = min(1.0, done / config.anneal) if config.anneal else 1.0
@@ -114,40 +120,50 @@ class SAETask:
 
     def evaluate(self, epoch: int) -> dict[str, float]:
         self._schedule((epoch + 1) * self.steps_per_epoch - 1)
-        measured = evaluate(self.config, self.model, self.store, self.device)
+        # The threshold of BatchTopK plays no part in training.
+        if isinstance(self.model.activation, BatchTopK) or epoch + 1 == self.config.epochs:
+            with autocast(self.config, self.device):
+                self.model.calibrate(self.rows.sample(FIRST_ROWS, self.device))
+        measured = evaluate(self.config, self.model, self.rows, self.device)
         return {f"eval_{name}": value for name, value in measured.items()}
 
 
-class Wide(Protocol):
-    """What has a number of features: an activation store, or a checkpoint."""
+class Trained(Protocol):
+    """What knows how wide its activations are and how many: rows, or a checkpoint."""
 
     @property
     def features(self) -> int:
         """D."""
 
+    @property
+    def tokens(self) -> int:
+        """Of an epoch."""
 
-def make_model(config: SAEConfig, store: Wide) -> SparseAutoencoder:
+
+def make_model(config: SAEConfig, rows: Trained) -> SparseAutoencoder:
     """The model of a config, with its first weights, on the CPU.
 
     Raises:
         ValueError: a number of active latents is above the number of latents.
     """
-    latents = config.latents or 8 * store.features
+    features = rows.features
+    latents = config.latents or 8 * features
     config.check_width(latents)
     with torch.random.fork_rng([]):
         # Not the seed itself: synthetic activations of that seed begin with the same numbers.
         torch.manual_seed(int(np.random.SeedSequence((config.seed, 1)).generate_state(1)[0]))
         return SparseAutoencoder(
-            store.features,
+            features,
             latents,
             activation=_activation(config, latents),
-            sparsity_weight=config.sparsity_weight,
+            sparsity_weight=config.weight_of_sparsity,
+            target_l0=config.steered_to,
             prefixes=config.prefixes,
-            auxk=config.auxk,
+            auxk=config.auxk_for(features, latents),
             auxk_weight=config.auxk_weight,
             multi_k=config.multi_k,
             multi_weight=config.multi_weight,
-            dead_after=config.dead_after,
+            dead_after=config.dead_after_in(rows.tokens),
             tied=config.tied,
             scale_scores=config.scale_scores,
         )
@@ -157,34 +173,22 @@ def _activation(config: SAEConfig, latents: int) -> nn.Module:
     if config.activation == "batchtopk":
         return BatchTopK(config.k)
     if config.activation == "jumprelu":
-        return JumpReLU(latents, threshold=config.threshold, bandwidth=config.bandwidth)
+        return JumpReLU(latents, bandwidth=config.bandwidth)
     if config.activation == "relu":
         return nn.ReLU()
     return TopK(config.k, groups=config.groups)
 
 
 def _groups(config: SAEConfig, model: SparseAutoencoder) -> list[dict[str, Any]]:
-    rest = [model.encoder_bias, model.decoder_bias, *model.activation.parameters()]
+    rest = [model.encoder_bias, model.decoder_bias]
     if not config.tied:
         rest.append(model.encoder)
+    thresholds = list(model.activation.parameters())
     return [
         {"params": [model.dictionary], "unit_rows": not config.scale_scores},
         {"params": rest},
+        *([{"params": thresholds}] if thresholds else []),
     ]
-
-
-def _sample(config: SAEConfig, store: ActivationStore, rows: int, device: torch.device) -> Tensor:
-    """Some rows in the order of an epoch that training does not use."""
-    batches = store.batches(
-        min(rows, store.tokens),
-        seed=config.seed,
-        epoch=config.epochs,
-        buffer_rows=config.buffer_rows,
-        device=device,
-        prefetch=False,
-    )
-    with contextlib.closing(batches):
-        return next(batches)
 
 
 def autocast(config: SAEConfig, device: torch.device) -> Any:
@@ -197,36 +201,50 @@ def _cosine(x: Tensor, reconstruction: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    config: SAEConfig, model: SparseAutoencoder, store: ActivationStore, device: torch.device
+    config: SAEConfig, model: SparseAutoencoder, rows: Rows, device: torch.device
 ) -> dict[str, float]:
-    """Measures a model on `eval_tokens` rows of a store.
+    """Measures a model on the rows to measure.
 
     Returns:
-        fvu, l0 (latents per token that are not zero), cosine (mean, between activations and
+        fvu, in the units that the model is trained in; fvu_unnormalized, in those of the files,
+        where these differ; fvu_<n> of the reconstruction from the first n latents, for each prefix;
+        l0 (latents per token that are not zero), cosine (mean, between activations and
         reconstructions), dead (share of latents dead by the model's counter), silent (share that
-        never fired in these rows) and, for a store that knows its true directions, recovered (the
+        never fired in these rows) and, for files that know their true directions, recovered (the
         share of them that some row of the dictionary meets with a cosine above 0.9).
     """
     model.eval()
-    rows = _sample(config, store, config.eval_tokens, device)
+    stored = rows.measured(device)
     activity = UnitActivity(len(model.dictionary), device)
-    error = torch.zeros((), dtype=torch.float64, device=device)
-    cosine = torch.zeros((), dtype=torch.float64, device=device)
-    for part in rows.split(config.micro_batch or config.batch_size):
+    totals: dict[str, Tensor] = {}
+    for part in stored.split(config.micro_batch or config.batch_size):
+        factors = rows.factors(part)
+        x = part * factors
         with autocast(config, device):
-            output = model(part)
+            output, prefixes = model.reconstruct(x)
         activity.update(output.values.float(), output.indices)
-        error += squared_error(part, output.reconstruction).double()
-        cosine += _cosine(part, output.reconstruction).double() * len(part)
+        sums = {
+            "fvu": squared_error(x, output.reconstruction),
+            "fvu_unnormalized": squared_error(part, output.reconstruction / factors),
+            "cosine": _cosine(x, output.reconstruction) * len(x),
+        }
+        for size, estimate in zip(model.prefixes, prefixes, strict=True):
+            sums[f"fvu_{size}"] = squared_error(x, estimate)
+        for name, value in sums.items():
+            totals[name] = totals.get(name, 0) + value.double()
+    variance = total_variance(stored * rows.factors(stored))
+    original = totals.pop("fvu_unnormalized") / total_variance(stored)
     measured = {
-        "fvu": float(error / total_variance(rows)),
-        "l0": activity.l0(),
-        "cosine": float(cosine / len(rows)),
-        "dead": float(model.counter.fraction(model.dead_after)),
-        "silent": activity.dead_panel()["never"],
+        name: float(total / (len(stored) if name == "cosine" else variance))
+        for name, total in totals.items()
     }
-    if store.directions is not None:
-        measured["recovered"] = recovered(model.dictionary, store.directions.to(device))
+    if config.normalize != "none":
+        measured["fvu_unnormalized"] = float(original)
+    measured["l0"] = activity.l0()
+    measured["dead"] = float(model.counter.fraction(model.dead_after))
+    measured["silent"] = activity.dead_panel()["never"]
+    if rows.directions is not None:
+        measured["recovered"] = recovered(model.dictionary, rows.directions.to(device))
     return measured
 
 

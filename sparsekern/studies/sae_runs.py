@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from .configs import (
 )
 from .sae import SAETask, autocast, evaluate, make_model
 from .sae_config import SAEConfig
+from .sae_rows import Rows
 
 __all__ = [
     "FILES", "TrainedRun", "comparison", "evaluate_run", "load_run", "measurements", "run",
@@ -45,13 +47,21 @@ DIGEST = "activations' digest"
 # Rows that tell files of activations apart.
 DIGEST_BYTES = 1 << 26
 LEAST_PIECES, PIECE = 64, 64
+FVU_FORMAT = "{:.4f}"
 FORMATS = {
     "tokens_per_second": "{:.0f}", "l0": "{:.1f}", "epochs": "{:.2f}",
-    "fvu": "{:.4f}", "cosine": "{:.4f}",
+    "cosine": "{:.4f}", "scale": "{:.6g}",
     "dead": "{:.2%}", "silent": "{:.2%}", "recovered": "{:.2%}",
 }  # fmt: skip
 LABELS = {
+    "outliers": "tokens left out as outliers",
+    "target_l0": "target of L0",
+    "scale": "activations multiplied by",
+    "auxk": "auxk (dead latents per token)",
+    "dead_after": "dead after tokens",
+    "measured_on": "measured on",
     "fvu": "FVU",
+    "fvu_unnormalized": "FVU in the files' units",
     "l0": "L0 (latents per token)",
     "cosine": "mean cosine",
     "dead": "dead latents",
@@ -98,15 +108,18 @@ def run(
     device = usable_device(config.device)
     config = with_absolute_paths(config)
     stored = {"study": NAME, "config": asdict(config)}
-    with backend(config.backend), _opened(config) as store:
+    with backend(config.backend), Rows(config) as rows:
         if not resume:
             RunFolder.check_new(folder)
-        task = SAETask(config, store, device)
+        for text in rows.warnings():
+            warnings.warn(text, stacklevel=2)
+        task = SAETask(config, rows, device)
         _probe(task)
         if config.init_from is not None and not (resume and (folder / checkpoints.FACTS).exists()):
             _begin_with(task.model, config.init_from)
+            task.model.fold_normalization(1 / rows.scale)
         with RunFolder.open(folder) if resume else RunFolder.create(folder, stored) as place:
-            identity = _identity(config, store)
+            identity = _identity(config, rows)
             if resume:
                 identity = _continued(place, config, identity, extend)
             place.on_metrics = on_metrics
@@ -122,23 +135,12 @@ def run(
     return Report(outcome, results)
 
 
-def _opened(config: SAEConfig) -> ActivationStore:
-    return ActivationStore(
-        list(config.activations), dataset=config.dataset, nonfinite=config.nonfinite
-    )
-
-
 # -- what belongs to a checkpoint ------------------------------------------------------------------
 
 
-def _identity(config: SAEConfig, store: ActivationStore) -> dict[str, Any]:
+def _identity(config: SAEConfig, rows: Rows) -> dict[str, Any]:
     """What must be equal when a run goes on: settings, and what the activations are."""
-    return {
-        **config.identity(),
-        "tokens": store.tokens,
-        "features": store.features,
-        DIGEST: activation_digest(store),
-    }
+    return {**config.identity(), **rows.facts, DIGEST: activation_digest(rows.store)}
 
 
 def activation_digest(store: ActivationStore) -> str:
@@ -148,7 +150,7 @@ def activation_digest(store: ActivationStore) -> str:
     float32 and at least 64 of them; all rows where there are no more than that.
     """
     digest = hashlib.sha256()
-    rows = store.tokens + store.skipped + store.outliers
+    rows = store.tokens + store.held_out + store.skipped + store.outliers
     pieces = -(-rows // PIECE)
     wanted = max(LEAST_PIECES, DIGEST_BYTES // (4 * PIECE * store.features))
     for number in sorted({round(i * (pieces - 1) / (wanted - 1)) for i in range(wanted)}):
@@ -204,12 +206,16 @@ class TrainedRun(NamedTuple):
     """What the checkpoint belongs to: the settings, and tokens and features of the activations."""
 
 
-class _Wide(NamedTuple):
+class _Trained(NamedTuple):
     features: int
+    tokens: int
 
 
 def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> TrainedRun:
     """The model of a run of ``sparsekern train sae``, ready to use, without its activations.
+
+    It takes activations as they are in the files: the factor of `normalize` "dataset" is folded
+    into its weights. With "token", rows have to be normalised before.
 
     Args:
         folder: of the run.
@@ -237,9 +243,11 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Train
         # Fields younger than the checkpoint say nothing of it; the others are of the activations.
         current = {name: here.get(name, value) for name, value in facts.items()}
         checkpoints.check_same(folder, facts, current)
-        model = make_model(config, _Wide(facts["features"]))
+        model = make_model(config, _Trained(facts["features"], facts.get("tokens", 1)))
         checkpoints.load_model(folder, model, saved.tensors)
     model = model.to(device).eval()
+    if config.normalize == "dataset":
+        model.fold_normalization(facts["scale"])
     layer = model.activation
     threshold = layer.threshold if isinstance(layer, BatchTopK | JumpReLU) else None
     return TrainedRun(
@@ -280,15 +288,22 @@ def _results(config: SAEConfig, task: SAETask, outcome: Outcome) -> dict[str, An
     task._schedule(config.epochs * task.steps_per_epoch - 1)
     return {
         "activations": list(config.activations),
-        "tokens": task.store.tokens * config.epochs,
-        "features": task.store.features,
+        "tokens": task.rows.tokens * config.epochs,
+        "outliers": task.rows.store.outliers,
+        "features": task.rows.features,
         "latents": len(task.model.dictionary),
         **({"k": task.model.k} if config.counted else {}),
-        **evaluate(config, task.model, task.store, task.device),
+        **({} if config.steered_to is None else {"target_l0": config.steered_to}),
+        **({"scale": task.rows.scale} if config.normalize == "dataset" else {}),
+        "auxk": task.model.auxk,
+        "dead_after": task.model.dead_after,
+        "measured_on": task.rows.measured_on,
+        **evaluate(config, task.model, task.rows, task.device),
         "steps": outcome.step,
         "tokens_per_second": outcome.examples_per_second,
         "device": task.device.type,
         "backends": backends_of(OPERATIONS, task.device.type),
+        "warnings": task.rows.warnings(),
     }
 
 
@@ -309,26 +324,39 @@ def evaluate_run(
     place = usable_device(device)
     model, config, _, step, facts = load_run(folder, device=place)
     if activations:
-        config = replace(config, activations=activations)
-    with backend(config.backend), _opened(config) as store:
+        config = replace(config, activations=activations, eval_activations=activations)
+    # The model takes activations as they are, except with "token".
+    fixed = {"scale": 1.0, "max_norm": facts.get("max_norm")}
+    with backend(config.backend), Rows(config, fixed) as rows:
+        store = rows.store
         if store.features != facts["features"]:
             raise ValueError(
                 f"activations must have the {facts['features']} features that {folder} was trained "
                 f"on, got {store.features}"
             )
         if not activations:
-            own = _identity(config, store)
+            own = _identity(config, rows)
             names = ("tokens", DIGEST)
             checkpoints.check_same(
                 folder,
                 {n: facts[n] for n in names if n in facts},
                 {n: own[n] for n in names if n in facts},
             )
-        measured = evaluate(config, model, store, place)
+        measured = evaluate(config, model, rows, place)
     done = {"step": step}
     if "tokens" in facts:
         done["epochs"] = step / -(-facts["tokens"] // config.batch_size)
     return {**done, "latents": len(model.dictionary), **measured}
+
+
+def _label(name: str) -> str:
+    """What a measurement is called."""
+    first = name.removeprefix("fvu_")
+    return f"FVU of the first {first} latents" if first.isdigit() else LABELS.get(name, name)
+
+
+def _text(name: str, value: Any) -> str:
+    return (FVU_FORMAT if name.startswith("fvu") else FORMATS.get(name, "{}")).format(value)
 
 
 def comparison(measured: Mapping[str, Mapping[str, Any]]) -> str:
@@ -338,9 +366,9 @@ def comparison(measured: Mapping[str, Mapping[str, Any]]) -> str:
         measured: by run; what `evaluate_run` returns.
     """
     names = list(dict.fromkeys(name for found in measured.values() for name in found))
-    rows = [["run", *(LABELS.get(name, name) for name in names)]]
+    rows = [["run", *map(_label, names)]]
     for run, found in measured.items():
-        cells = [FORMATS.get(n, "{}").format(found[n]) if n in found else "" for n in names]
+        cells = [_text(name, found[name]) if name in found else "" for name in names]
         rows.append([run, *cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -357,7 +385,7 @@ def table(results: Mapping[str, Any], config: SAEConfig) -> str:
 def measurements(results: Mapping[str, Any], title: str) -> str:
     """Named measurements as text for a terminal."""
     rows = [
-        (LABELS.get(name, name), FORMATS.get(name, "{}").format(value))
+        (_label(name), _text(name, value))
         for name, value in results.items()
         if not isinstance(value, (dict, list))
     ]
