@@ -1,8 +1,13 @@
 """Writing image sets: kills at any moment, signals, and what is refused."""
 
+import errno
+import fcntl
 import json
+import os
 import random
 import signal
+import subprocess
+import sys
 import time
 import zlib
 
@@ -238,6 +243,37 @@ def test_a_full_disk_keeps_what_is_complete(tmp_path, monkeypatch):
             dsprites.write(path, 20, seed=5, chunk_rows=4)
     assert (parts(path) / "0.z").exists() and not path.exists()
     assert dsprites.write(path, 20, seed=5, chunk_rows=4) == 20
+
+
+LIMITED = """
+import resource, sys
+from sparsekern.data import DataError, shapes3d
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+try:
+    shapes3d.write(sys.argv[1], 40)
+except DataError as error:
+    print(error)
+"""
+
+
+def test_a_limit_of_the_system_does_not_crash_hdf5(tmp_path):
+    path = tmp_path / "s.h5"
+    command = [sys.executable, "-c", LIMITED, path, "1000000"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0 and not run.stderr, run
+    assert run.stdout.startswith(f"shapes3d.write: cannot write {path}: [Errno 27] File too large")
+    assert not path.exists() and (parts(path) / "0.z").exists()
+    assert shapes3d.write(path, 40) == 40
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_gives_a_warning(number, tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with pytest.warns(UserWarning, match="has no locks"):
+        assert dsprites.write(tmp_path / "d.npz", 20) == 20
 
 
 def test_a_file_that_will_not_fit_is_not_packed(tmp_path, monkeypatch):

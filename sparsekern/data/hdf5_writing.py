@@ -18,8 +18,9 @@ from .._system import lock_file, require, sync
 from .factors import DataError
 from .hdf5 import one_line
 
-# What writing takes beside the values: chunks begun, tables of chunks, and more when closing.
-SPARE_BYTES = 8 << 20
+# What writing takes beside the values: what HDF5 still holds of chunks (HDF5 2: 8 MiB), tables of
+# chunks, and more when closing.
+SPARE_BYTES = 16 << 20
 # All metadata of that layout have checksums, and a chunk is found without a walk.
 LAYOUT = ("v110", "v110")
 
@@ -42,12 +43,11 @@ class NewFile:
         Raises:
             DataError: the disk is full, or the file would be larger than files may be.
         """
-        end, size = self.file.id.get_filesize(), size + SPARE_BYTES
         with self.writing():
             if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._raw.fileno(), end, size)
+                reserve(self.file, self._raw, size)
             else:
-                check_space(self.path, size, self._function)
+                check_space(self.path, size + SPARE_BYTES, self._function)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -100,7 +100,7 @@ def new_hdf5(path: Path, function: str) -> Iterator[NewFile]:
             with new.writing():
                 file.close()
             with new.writing():
-                _cut(raw)
+                cut(raw)
                 os.fsync(raw.fileno())
                 os.replace(temporary, new.path)
                 sync(path.parent)
@@ -109,6 +109,16 @@ def new_hdf5(path: Path, function: str) -> Iterator[NewFile]:
         raise
     finally:
         unlock()
+
+
+def reserve(file: Any, raw: BinaryIO, size: int) -> None:
+    """Takes space for so many bytes more, and some, from the system; :func:`cut` gives it back.
+
+    Raises:
+        OSError: the disk is full, or the file would be larger than files may be.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(raw.fileno(), file.id.get_filesize(), size + SPARE_BYTES)
 
 
 def check_new(path: Path, function: str) -> None:
@@ -129,17 +139,18 @@ def check_space(path: Path, size: int, function: str) -> None:
         )
 
 
-def _cut(raw: BinaryIO) -> None:
-    """Gives back the space after the end of the file that its superblock states.
+def cut(raw: BinaryIO) -> None:
+    """Gives back the space after the end of a closed file, which its superblock states.
 
-    The superblock of this layout: 8 bytes of signature, version, size of offsets, size of lengths,
-    flags, then two offsets and the end
+    Superblocks begin with 8 bytes of signature and the version. Version 0: sizes, flags, two
+    offsets, and the end at byte 40; from version 2 on the end lies at byte 28
     (https://support.hdfgroup.org/documentation/hdf5/latest/_f_m_t3.html#Superblock).
     """
     raw.seek(0)
-    start = raw.read(36)
-    if start[:8] == b"\x89HDF\r\n\x1a\n" and start[8] in (2, 3) and start[9] == 8:
-        raw.truncate(int.from_bytes(start[28:36], "little"))
+    start = raw.read(48)
+    place, size_of_offsets = {0: (40, 13), 2: (28, 9), 3: (28, 9)}.get(start[8], (0, 0))
+    if start[:8] == b"\x89HDF\r\n\x1a\n" and place and start[size_of_offsets] == 8:
+        raw.truncate(int.from_bytes(start[place : place + 8], "little"))
 
 
 def _cannot_write(path: Path, function: str, error: BaseException) -> DataError:

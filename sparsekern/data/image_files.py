@@ -15,6 +15,7 @@ import numpy as np
 
 from .._system import require
 from .hdf5 import check_stored, open_hdf5
+from .hdf5_writing import cut, reserve
 from .npy import read_header
 
 NPZ, HDF5 = ".npz", ".h5"
@@ -174,7 +175,8 @@ def _pack_npz(path: Path, arrays: Mapping[str, Column], metadata: Mapping[str, A
 
 
 def _pack_hdf5(path: Path, arrays: Mapping[str, Column], metadata: Mapping[str, Any]) -> None:
-    with require("h5py", f"writing {path}").File(path, "w") as file:
+    h5py = require("h5py", f"writing {path}")
+    with h5py.File(path, "w") as file, open(path, "r+b", buffering=0) as raw:
         for name, array in arrays.items():
             width = array.dtype.itemsize * int(np.prod(array.shape[1:]))
             rows = max(1, min(array.shape[0], STORED_BYTES // width))
@@ -184,8 +186,12 @@ def _pack_hdf5(path: Path, arrays: Mapping[str, Column], metadata: Mapping[str, 
             )  # fmt: skip
             start = 0
             for block in array.blocks:
+                # HDF5 can crash on a full disk.
+                reserve(file, raw, block.nbytes)
                 field[start : start + len(block)] = block
                 start += len(block)
         for name, value in metadata.items():
             if not isinstance(value, Mapping):
                 file.attrs[name] = value
+    with open(path, "r+b", buffering=0) as raw:
+        cut(raw)

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from .._system import require, stop_signals, sync
+from .._system import lock_file, require, stop_signals, sync
 from . import image_files
 from .factors import DataError, subset
 from .image_sets import FactorImages
@@ -140,17 +140,14 @@ class _Writer:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        filelock = require("filelock", f"writing {self.path}")
         self.parts.mkdir(exist_ok=True)
-        lock = filelock.FileLock(self.parts / LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout as error:
-            raise DataError(f"{self.function}: another process is writing {self.path}") from error
+        unlock = lock_file(self.parts / LOCK)
+        if unlock is None:
+            raise DataError(f"{self.function}: another process is writing {self.path}")
         try:
             yield
         finally:
-            lock.release()
+            unlock()
 
     def _check_settings(self) -> None:
         """Notes the settings of a new file, or compares them with those that it was begun with."""
