@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparsekern.models import SparseAutoencoder
-from sparsekern.models.statistics import geometric_median
+from sparsekern.models.statistics import geometric_median, total_variance
 
 F = torch.nn.functional
 
@@ -249,6 +249,23 @@ def test_bad_input_is_named(name):
     error, text, call = BAD[name]
     with pytest.raises(error, match=text):
         call()
+
+
+@pytest.mark.parametrize("kind", ["mean", "one feature", "one row"])
+def test_the_variance_of_rows_with_a_large_offset(kind):
+    """Real activations have single features, and means, of 1e3 standard deviations and more."""
+    torch.manual_seed(0)
+    for offset in (0.0, 1e3, 1e4, 1e5):
+        x = torch.randn(2048, 16)
+        if kind == "mean":
+            x += offset
+        elif kind == "one feature":
+            x[:, 3] += offset
+        else:
+            x[0] += offset
+        exact = (x.double() - x.double().mean(0)).square().sum().item()
+        assert total_variance(x).item() == pytest.approx(exact, rel=1e-3)
+        assert total_variance(x.view(4, 512, 16)).item() == pytest.approx(exact, rel=1e-3)
 
 
 def test_rows_that_do_not_differ_have_a_finite_loss():

@@ -17,12 +17,19 @@ def at_least_float32(x: Tensor) -> Tensor:
 def total_variance(x: Tensor) -> Tensor:
     """sum |x - mean over rows|^2 of x [..., D], a scalar of at least float32.
 
-    Where the rows do not differ (one row, or equal ones) it is sum |x|^2, and 1 if that is zero,
-    so that a loss divided by it stays of its usual size.
+    Where the rows do not differ (one row, or equal ones up to rounding) it is sum |x|^2, and 1 if
+    that is zero, so that a loss divided by it stays of its usual size.
+
+    The differences from the first row are exact where rows are alike, so that an offset of any size
+    costs nothing; what rounding leaves of the mean of the centred rows is taken off again (the
+    corrected two-pass algorithm: Chan, Golub and LeVeque 1983).
     """
     rows = at_least_float32(x.reshape(-1, x.shape[-1]))
-    spread, energy = (rows - rows.mean(0)).square().sum(), rows.square().sum()
-    rounding = torch.finfo(rows.dtype).eps * energy
+    centred = rows - rows[:1]
+    centred = centred - centred.mean(0)
+    spread = centred.square().sum() - centred.sum(0).square().sum() / max(1, len(rows))
+    energy = rows.square().sum()
+    rounding = (2 * torch.finfo(rows.dtype).eps) ** 2 * energy
     scale = torch.where(spread > rounding, spread, energy)
     return torch.where(scale == 0, 1.0, scale)
 
