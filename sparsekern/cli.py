@@ -73,7 +73,7 @@ def _in_flags(error: BaseException, command: str) -> str:
 
     if not isinstance(error, SettingError):
         return str(error)
-    if command.startswith("reproduce"):
+    if command.startswith("reproduce") and error.setting != "data":
         return f"--set {error.setting} {error.rule}"
     return f"--{error.setting.replace('_', '-')} {error.rule}"
 

@@ -39,12 +39,12 @@ def _add_vae_sae(studies: Any) -> None:
     add("--preset", choices=tuple(PRESETS), default="small",
         help="small: 32 x 32 images for two cores; full: the whole sets, for a GPU")  # fmt: skip
     add("--out", metavar="FOLDER", help="of the report; by default runs/reproduce-vae-sae-<date>")
-    add("--datasets", nargs="+", metavar="SET", default=list(DATASETS),
+    add("--datasets", nargs="+", action="extend", metavar="SET",
         help=f"of {', '.join(DATASETS)} (default: both)")  # fmt: skip
-    add("--arms", nargs="+", metavar="ARM", default=["study", "controls"],
+    add("--arms", nargs="+", action="extend", metavar="ARM",
         help="names of arms, or study, controls, cures, all (default: study controls)")  # fmt: skip
     add("--seeds", type=int, metavar="N", help="seeds 0..N-1 (default: 2 for small, 3 for full)")
-    add("--data", nargs="+", metavar="SET=FILE", default=[],
+    add("--data", nargs="+", action="extend", metavar="SET=FILE", default=[],
         help="published files of the data sets; others are rendered")  # fmt: skip
     _add_run(parser, "vae-sae")
     parser.set_defaults(function=_vae_sae, command="reproduce vae-sae")
@@ -53,7 +53,7 @@ def _add_vae_sae(studies: Any) -> None:
 def _add_run(parser: argparse.ArgumentParser, study: str) -> None:
     """The flags of every study."""
     add = parser.add_argument
-    add("--set", nargs="+", metavar="NAME=VALUE", default=[], dest="settings",
+    add("--set", nargs="+", action="extend", metavar="NAME=VALUE", default=[], dest="settings",
         help=f"change the protocol: flags of 'train {study}' that no arm sets")  # fmt: skip
     add("--jobs", type=int, help="cells at a time (default: the processors, or 1 with a GPU)")
     add("--progress", action=argparse.BooleanOptionalAction, default=True,
@@ -78,7 +78,7 @@ def _add_sparling(studies: Any) -> None:
     add("--preset", choices=tuple(PRESETS), default="tiny",
         help="tiny: for two cores; the others are of the published size, for a GPU")  # fmt: skip
     add("--out", metavar="FOLDER", help="of the report; by default runs/reproduce-sparling-<date>")
-    add("--arms", nargs="+", metavar="ARM", default=["study", "l1"],
+    add("--arms", nargs="+", action="extend", metavar="ARM",
         help="names of arms, or study, l1, kl, ablations, all (default: study l1)")  # fmt: skip
     add("--seeds", type=int, metavar="N",
         help="seeds 0..N-1, at most 3 of other arms (default: 6 for tiny, else 1)")  # fmt: skip
@@ -91,7 +91,11 @@ def _sparling(options: argparse.Namespace) -> int:
     from .studies.sparling.reproduce import Request, reproduce
 
     request = Request.from_options(
-        options.preset, options.arms, options.seeds, options.data, options.settings
+        options.preset,
+        options.arms or ["study", "l1"],
+        options.seeds,
+        options.data,
+        options.settings,
     )
     with out_folder(options.out, "reproduce-sparling") as out:
         ended = reproduce(request, out, jobs=options.jobs, progress=options.progress)
@@ -99,10 +103,12 @@ def _sparling(options: argparse.Namespace) -> int:
 
 
 def _vae_sae(options: argparse.Namespace) -> int:
+    from .studies.vae_sae.config import DATASETS
     from .studies.vae_sae.reproduce import Request, reproduce
 
     request = Request.from_options(
-        options.preset, options.datasets, options.arms, options.seeds, options.data,
+        options.preset, options.datasets or list(DATASETS), options.arms or ["study", "controls"],
+        options.seeds, options.data,
         options.settings,
     )  # fmt: skip
     with out_folder(options.out, "reproduce-vae-sae") as out:

@@ -12,7 +12,7 @@ from dataclasses import MISSING, Field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .studies.configs import out_folder, with_absolute_paths
+from .studies.configs import SettingError, out_folder, with_absolute_paths
 from .studies.loggers import TARGETS, logged_to
 
 # Study -> what its command says about it.
@@ -60,7 +60,12 @@ def add_eval(commands: Any) -> None:
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run of 'train sae'")
     parser.add_argument(
-        "--activations", metavar="FILE", nargs="+", default=[], help="instead of the runs' own"
+        "--activations",
+        metavar="FILE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="instead of the runs' own",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
     parser.set_defaults(function=_eval, command="eval")
@@ -115,6 +120,8 @@ def _add_flag(parser: argparse.ArgumentParser, item: Field, kind: Any) -> None:
         flag,
         type=parts[0] if parts else kind,
         nargs="+" if several else None,
+        # A flag that is repeated adds to itself.
+        action="extend" if several else "store",
         choices=item.metadata.get("choices"),
         metavar=item.metadata.get("metavar"),
         help=text,
@@ -134,6 +141,9 @@ def _train(options: argparse.Namespace) -> int:
         more: dict[str, Any] = {}
         if resume is None:
             config = study.Config(**{**study.PRESETS[preset or "default"], **given})
+            unused = config.without_effect()
+            for name in given.keys() & unused.keys():
+                raise SettingError(name, f"has no effect {unused[name]}")
             folder = out_folder(getattr(options, "out", None), options.study)
             out = stack.enter_context(folder)
         elif resume == "":

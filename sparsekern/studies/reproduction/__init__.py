@@ -1,10 +1,19 @@
 """How a study is reproduced by one command: a grid of cells, each a run of its own."""
 
 from .cells import Ended, cell_folder, epochs_done, read_cells, usable_processors
-from .folder import calls_of, checked_names, locked, merged_request, parsed_settings, table_bytes
+from .folder import (
+    REQUEST,
+    calls_of,
+    checked_names,
+    locked,
+    merged_request,
+    parsed_settings,
+    table_bytes,
+)
 from .grid import checked_jobs, run_grid
 
 __all__ = [
+    "REQUEST",
     "Ended",
     "calls_of",
     "cell_folder",

@@ -117,6 +117,8 @@ def parsed_settings(
         if not equals or name not in kinds or name in taken:
             known = ", ".join(sorted(set(kinds) - set(taken)))
             raise ValueError(f"--set must be NAME=VALUE with NAME one of {known}, got {setting!r}")
+        if name in found:
+            raise ValueError(f"--set must name each setting once, got {name} twice")
         try:
             found[name] = _parsed(kinds[name], text)
         except ValueError:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...training.runs import write_atomically
+from ..configs import SettingError
 from .cells import AnyCell, Ended, is_finished, run_cells, usable_processors
 from .folder import REQUEST, merged_request
 
@@ -55,9 +56,14 @@ def run_grid(
 
     Raises:
         RunError: the folder holds something else.
+        ValueError: a setting has no effect on any cell.
     """
     if jobs is None:
         jobs = 1 if device.type == "cuda" else min(usable_processors(), len(configs))
+    for name in request["overrides"]:
+        reasons = [config.without_effect().get(name) for config in configs.values()]
+        if reasons and all(reasons):
+            raise SettingError(name, f"has no effect {reasons[0]}")
     new = json.loads(json.dumps(request))
     asked = merged_request(new, folder, fixed=fixed, lists=lists)
     finished = [c for c, config in configs.items() if is_finished(study, folder, c, config)]

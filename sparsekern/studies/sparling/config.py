@@ -108,6 +108,23 @@ class SparlingConfig(StudyConfig):
         fits = self.data is None or self.domain == "audio"
         self._check("data", fits, f"needs domain audio, which is {self.domain}")
 
+    def without_effect(self) -> dict[str, str]:
+        """Fields that change nothing beside the values of others, and why."""
+        found: dict[str, str] = {}
+        if self.bottleneck != "sparsity":
+            annealed = (
+                "per_channel", "normalize", "affine", "momentum", "accumulate", "density_start",
+                "density_factor", "target_fall",
+            )  # fmt: skip
+            found |= dict.fromkeys(annealed, f"with --bottleneck {self.bottleneck}")
+        elif not self.normalize:
+            found["affine"] = "with --no-normalize"
+        if self.bottleneck in ("l1", "none"):
+            found["density_end"] = f"with --bottleneck {self.bottleneck}"
+        if self.final_share == 0:
+            found["final_rate"] = "with --final-share 0"
+        return found
+
     @property
     def all_epochs(self) -> int:
         """Validations; what lies between two is an epoch."""

@@ -141,6 +141,10 @@ class VAESAEConfig(StudyConfig):
         fits = self.revival == "none" or self.sparsifier != "l1"
         self._check("revival", fits, "must be none under l1, which has no selection to be kept out")
 
+    def without_effect(self) -> dict[str, str]:
+        """Fields that change nothing beside the values of others, and why."""
+        return {"dead_after": "with --revival none"} if self.revival == "none" else {}
+
     @property
     def all_epochs(self) -> int:
         """Those of the schedule and the further ones."""

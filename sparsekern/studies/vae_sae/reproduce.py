@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..configs import check_one_process, check_packages, usable_device
-from ..reproduction import Ended, checked_jobs, checked_names, locked, read_cells, run_grid
+from ..reproduction import REQUEST, Ended, checked_jobs, checked_names, locked, read_cells, run_grid
 from . import grid, report
 from .config import DATASETS, VAESAEConfig
 from .grid import Cell, asked_cells, cell_config, cells, parsed_overrides
@@ -65,6 +65,8 @@ class Request:
             if not equals or name not in DATASETS or not path:
                 known = ", ".join(DATASETS)
                 raise ValueError(f"--data must be SET=FILE with SET one of {known}, got {item!r}")
+            if name in files:
+                raise ValueError(f"--data must name each data set once, got {name} twice")
             files[name] = os.path.abspath(path)
         return cls(
             preset,
@@ -121,6 +123,10 @@ def reproduce(
         if cell.seed == 0:
             check_file(config)
     folder = Path(folder)
+    for name in request.data:
+        # Later calls for other data sets must name the files of all.
+        if name not in request.datasets and not (folder / REQUEST).exists():
+            raise ValueError(f"--data must be of the data sets asked for, got one of {name}")
     with locked(folder):
         ended, asked = run_grid(
             STUDY,
