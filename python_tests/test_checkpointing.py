@@ -216,3 +216,25 @@ def test_a_counter_counts_a_checkpointed_batch_once():
     x = torch.tensor([[2.0, 1.0, 0.0, 0.0]] * 3, requires_grad=True)
     _plain(segment, x).sum().backward()
     assert counter.rows_since_fired.tolist() == [0, 3, 3, 3]
+
+
+@pytest.mark.parametrize("outside", ["checkpoint", "compile"])
+@pytest.mark.parametrize("name", ["topk", "batchtopk", "spatial"])
+def test_compiled_segments_are_taken_in_once(name, outside):
+    make = ROWS.get(name, lambda: _rows(SpatialSparsity(32, 0.3, channel_dim=-1)))
+    states = []
+    for way in (None, outside):
+        torch._dynamo.reset()
+        torch.manual_seed(1)
+        model = make()
+        run = model
+        if way == "checkpoint":
+            compiled = torch.compile(model, backend="aot_eager")
+            run = lambda x, compiled=compiled: _plain(compiled, x)  # noqa: E731
+        elif way == "compile":
+            run = torch.compile(lambda x, model=model: _plain(model, x), backend="aot_eager")
+        for _ in range(3):
+            run(torch.randn(8, 32, requires_grad=True)).sum().backward()
+        states.append({**dict(model.named_buffers()), **model.state_dict()})
+    for key, tensor in states[0].items():
+        torch.testing.assert_close(states[1][key], tensor, msg=key)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..nn.recomputation import recomputing
+from ..nn.recomputation import take
 
 
 class BatchNorm1d(nn.BatchNorm1d):
@@ -40,9 +40,8 @@ def _normalised(layer: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor) -> Tensor:
     y = F.batch_norm(
         x, new_mean, new_var, layer.weight, layer.bias, True, layer.momentum, layer.eps
     )
-    if not recomputing():
-        with torch.no_grad():
-            mean.copy_(torch.where(new_mean.isfinite(), new_mean, mean))
-            var.copy_(torch.where(new_var.isfinite(), new_var, var))
-            count.add_(1)
+    with torch.no_grad():
+        take(mean, torch.where(new_mean.isfinite(), new_mean, mean))
+        take(var, torch.where(new_var.isfinite(), new_var, var))
+        take(count, count + 1)
     return y

@@ -16,7 +16,7 @@ from ..ops.topk import Codes
 from .averages import in_its_dtype
 from .codes import codes_where
 from .counter import DeadNeuronCounter, check_counter
-from .recomputation import recomputing
+from .recomputation import recomputing, take
 from .saved_k import SavedK
 
 # The threshold of the next batch is read off a line through those of the last batches: as many as
@@ -175,8 +175,8 @@ class BatchTopK(SavedK):
             k = torch.full((), self.k, dtype=torch.float32, device=kept.device)
             trend = _followed(self.trend, smallest, positive.sum(), k)
             following = _predicted(trend, smallest)
-            self.trend.copy_(torch.where(smallest < torch.inf, trend, self.trend))
-        self.threshold.copy_(torch.where(smallest < torch.inf, following, self.threshold))
+            take(self.trend, torch.where(smallest < torch.inf, trend, self.trend))
+        take(self.threshold, torch.where(smallest < torch.inf, following, self.threshold))
 
     @torch.no_grad()
     def calibrate(self, x: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..ops.activity import count_active
 from ..ops.checks import check_codes, check_count, check_floating
-from .recomputation import recomputing
+from .recomputation import recomputing, take
 
 
 class _Alone(NamedTuple):
@@ -131,8 +131,7 @@ class DeadNeuronCounter(nn.Module):
         if recomputing():
             return
         if not (self.distributed and _in_a_group()):
-            self.rows_since_fired += rows
-            self.rows_since_fired.masked_fill_(fired, 0)
+            take(self.rows_since_fired, torch.where(fired, 0, self.rows_since_fired + rows))
         elif self._alone is None and not self._counts_alone():
             self._meet(self.rows_since_fired, torch.where(fired, 0, rows), rows)
         else:
@@ -185,7 +184,7 @@ class DeadNeuronCounter(nn.Module):
         torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
         last, total = found[:n], found[n:].sum()
         left = ((1 - last) * total).round().to(base.dtype)
-        self.rows_since_fired.copy_(torch.where(last >= 0, left, base + total.to(base.dtype)))
+        take(self.rows_since_fired, torch.where(last >= 0, left, base + total.to(base.dtype)))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._alone = None

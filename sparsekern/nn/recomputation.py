@@ -7,7 +7,9 @@ batch in twice, and what it computes from its state must be what it computed the
 The second pass is known by the backward pass around it, which holds for every form of
 checkpointing: reentrant or not, nested, of torch or of another library. So a forward pass that is
 run for its own sake from inside a backward pass (by a gradient hook) counts as a second one, and
-changes no state.
+changes no state. One case is not exact: where compiled code is checkpointed (instead of the other
+way round), SpatialSparsity takes a batch in once, but its second pass cannot look for the
+thresholds of the first.
 """
 
 from __future__ import annotations
@@ -18,18 +20,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.first_pass import NO_PASS, backward_pass, first_pass
+
 REMEMBERED = 64
-_backward_pass = torch._C._current_graph_task_id
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-NO_PASS = -1
 
 
 def recomputing() -> bool:
     """Whether a backward pass is running on this thread, so that a forward pass is a second one.
 
-    False in compiled code, where the compiler decides what is computed twice.
+    False while code is compiled, which asks when it runs: see `take`.
     """
-    return not torch.compiler.is_compiling() and _backward_pass() != NO_PASS
+    return not torch.compiler.is_compiling() and backward_pass() != NO_PASS
+
+
+def take(buffer: Tensor, new: Tensor) -> None:
+    """Put a new state into a buffer, but not in a second pass."""
+    if torch.compiler.is_compiling():
+        buffer.copy_(torch.where(first_pass(buffer), new, buffer))
+    elif not recomputing():
+        buffer.copy_(new)
 
 
 class RecentStates:

@@ -19,7 +19,7 @@ from ..ops.threshold import channel_threshold, check_density
 from ..ops.threshold_relu import ChannelCodes, threshold_codes, threshold_relu
 from ..ops.topk import topk
 from .averages import in_its_dtype
-from .recomputation import RecentStates, recomputing
+from .recomputation import RecentStates, recomputing, take
 
 EPS = 1e-5  # of torch.nn.BatchNorm2d, whose statistics and formula the layer uses
 
@@ -278,13 +278,13 @@ class SpatialSparsity(nn.Module):
             new["largest"] = update.largest
         for name, tensor in new.items():
             buffer = getattr(self, name)
-            buffer.copy_(torch.where(tensor.isnan(), buffer, tensor))
+            take(buffer, torch.where(tensor.isnan(), buffer, tensor))
 
     def _note(self, counts: Tensor, x: Tensor) -> None:
         if not recomputing():
             if self.counts.device != counts.device:  # not in a state_dict, so left on "meta"
                 self.counts = torch.zeros_like(counts)
-            self.counts.copy_(counts)
+            take(self.counts, counts)
             self._elements = x.numel()
 
     # -- thresholds --------------------------------------------------------------------------------
