@@ -182,7 +182,8 @@ def _continued(
             checkpoints.change_identity(place.path, {"epochs": config.epochs})
             (place.path / RESULTS).unlink(missing_ok=True)
     stored = RunFolder.read_config(place.path)
-    current = {"activations": list(config.activations), "epochs": config.epochs}
+    files = {name: list(getattr(config, name)) for name in ("activations", "eval_activations")}
+    current = {**files, "epochs": config.epochs}
     changed = {**stored, "config": {**stored["config"], **current}}
     if changed != stored:
         place.rewrite_config(changed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -31,6 +32,7 @@ from .task import CHANNELS, SparlingTask
 NAME = "sparling"
 OPERATIONS = ("channel_threshold", "threshold_relu")  # of the bottleneck with thresholds
 FILES = ("results.json", "metrics.jsonl", "motifs.png")
+DIGESTED = 512  # recordings
 
 
 def run(
@@ -69,7 +71,10 @@ def run(
         task = SparlingTask(config, domain, tested, device)
         with RunFolder.open(folder) if resume else RunFolder.create(folder, stored) as place:
             place.on_metrics = on_metrics
-            outcome = train(task, config.loop(), place, identity=config.identity())
+            identity = config.identity()
+            if config.data is not None:  # else the digits are synthesised
+                identity["recordings' digest"] = recordings_digest(config.data)
+            outcome = train(task, config.loop(), place, identity=identity)
             if outcome.signal is not None:
                 return Report(outcome, None)
             results = {
@@ -88,6 +93,18 @@ def run(
             text = json.dumps(results, allow_nan=False) + "\n"
             write_atomically(place.path / "results.json", text.encode())
     return Report(outcome, results)
+
+
+def recordings_digest(folder: str | Path) -> str:
+    """SHA-256 of the recordings in a folder, wherever it lies: the names and sizes of all, and what
+    about 512 of them hold."""
+    paths = sorted(Path(folder).rglob("*.wav"))
+    digest = hashlib.sha256()
+    for number, path in enumerate(paths):
+        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
+        if number % max(1, len(paths) // DIGESTED) == 0:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def domain_of(config: SparlingConfig, *, test: bool = False) -> MotifDomain:
