@@ -18,7 +18,8 @@ def test_recordings_are_known_by_what_they_hold(tmp_path):
     assert recordings_digest(folder_of(tmp_path / "moved" / "deep", sounds)) == first
     found = {first}
     for name, changes in (
-        ("content", {"01/0.wav": b"xy"}), ("size", {"01/0.wav": b"xyz"}), ("more", {"03/0.wav": b"a"}),
+        ("content", {"01/0.wav": b"xy"}), ("size", {"01/0.wav": b"xyz"}),
+        ("more", {"03/0.wav": b"a"}),
     ):  # fmt: skip
         found.add(recordings_digest(folder_of(tmp_path / name, sounds | changes)))
     assert len(found) == 4
