@@ -50,7 +50,7 @@ X86_FLAGS = {
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c",
 }
 # not compiled per instruction set
-ONCE = {"bindings_cpu.cpp", "dispatch.cpp", "memory.cpp"}
+ONCE = {"bindings_cpu.cpp", "dispatch.cpp", "memory.cpp", "threads.cpp"}
 CUDA_ARCHS = ("80", "90", "100")
 PROGRAMS = {path.name for path in (CSRC / "cpu").glob("driver*.cpp")}  # stand-alone test programs
 REPORT = "_build_report.json"

@@ -11,8 +11,10 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "cpu/threads.h"
 
 namespace py = pybind11;
+using sparsekern::cpu::KeepDenormals;
 using sparsekern::cpu::kernels;
 using Address = uintptr_t;
 
@@ -26,6 +28,7 @@ T* at(Address address) {
 void topk(Address x, int dtype, int64_t rows, int64_t n, int64_t row_stride, int64_t col_stride,
           int64_t k, int flags, Address values, Address indices, Address masked, Address counts,
           Address, int64_t threads) {
+  const KeepDenormals mode;
   kernels().topk(at(x), dtype, rows, n, row_stride, col_stride, k, flags, at(values),
                  at<int64_t>(indices), at(masked), at<int64_t>(counts), static_cast<int>(threads));
 }
@@ -51,19 +54,21 @@ int64_t transpose_codes(Address indices, int index_tag, int64_t count, int64_t n
                                    at<int32_t>(positions), static_cast<int>(threads));
 }
 
-void sparse_matmul_backward(Address grad, int dtype, Address values, int64_t rows, int64_t k,
+bool sparse_matmul_backward(Address grad, int dtype, Address values, int64_t rows, int64_t k,
                             Address weight, int weight_dtype, int64_t n, int64_t d,
                             int64_t stride_n, int64_t stride_d, Address offsets, Address positions,
-                            Address grad_values, Address grad_weight, int64_t grad_stride_n,
-                            int64_t grad_stride_d, int64_t threads) {
-  kernels().sparse_matmul_backward(at(grad), dtype, at(values), rows, k, at(weight), weight_dtype,
-                                   n, d, stride_n, stride_d, at<int64_t>(offsets),
-                                   at<int32_t>(positions), at(grad_values), at(grad_weight),
-                                   grad_stride_n, grad_stride_d, static_cast<int>(threads));
+                            Address indices, int index_tag, Address grad_values,
+                            Address grad_weight, int64_t grad_stride_n, int64_t grad_stride_d,
+                            int64_t threads) {
+  return kernels().sparse_matmul_backward(
+      at(grad), dtype, at(values), rows, k, at(weight), weight_dtype, n, d, stride_n, stride_d,
+      at<int64_t>(offsets), at<int32_t>(positions), at(indices), index_tag, at(grad_values),
+      at(grad_weight), grad_stride_n, grad_stride_d, static_cast<int>(threads));
 }
 
 int64_t count_active(Address indices, int index_tag, int64_t count, Address values, int dtype,
                      int64_t n, Address counts, int64_t threads) {
+  const KeepDenormals mode;
   return kernels().count_active(at(indices), index_tag, count, at(values), dtype, n,
                                 at<int64_t>(counts), static_cast<int>(threads));
 }
@@ -81,6 +86,7 @@ void adam_step(Address parameter, Address grad, Address mean, Address square, in
 
 void channel_threshold(Address x, int dtype, int64_t outer, int64_t channels, int64_t inner,
                        int64_t rank, Address out, Address, int64_t threads) {
+  const KeepDenormals mode;
   kernels().channel_threshold(at(x), dtype, outer, channels, inner, rank, at(out),
                               static_cast<int>(threads));
 }
@@ -88,6 +94,7 @@ void channel_threshold(Address x, int dtype, int64_t outer, int64_t channels, in
 void threshold_relu(Address x, int dtype, int64_t outer, int64_t channels, int64_t inner,
                     Address threshold, Address scale, Address shift, Address y, Address counts,
                     int64_t threads) {
+  const KeepDenormals mode;
   kernels().threshold_relu(at(x), dtype, outer, channels, inner, at(threshold), at(scale),
                            at(shift), at(y), at<int64_t>(counts), static_cast<int>(threads));
 }
@@ -95,6 +102,7 @@ void threshold_relu(Address x, int dtype, int64_t outer, int64_t channels, int64
 void threshold_codes(Address x, int dtype, int64_t outer, int64_t channels, int64_t inner,
                      Address threshold, Address scale, Address shift, int64_t capacity,
                      Address values, Address indices, Address counts, Address, int64_t threads) {
+  const KeepDenormals mode;
   kernels().threshold_codes(at(x), dtype, outer, channels, inner, at(threshold), at(scale),
                             at(shift), capacity, at(values), at<int64_t>(indices),
                             at<int64_t>(counts), static_cast<int>(threads));
@@ -177,5 +185,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("pointwise_conv_backward", &pointwise_conv_backward, release);
   m.def("instruction_sets", &instruction_sets);
   m.def("use_instruction_set", &sparsekern::cpu::use_instruction_set);
+  m.def("useful_threads", &sparsekern::cpu::useful_threads);
+  m.def("set_nanoseconds_per_thread", &sparsekern::cpu::set_nanoseconds_per_thread);
+  m.def("started_teams", &sparsekern::cpu::started_teams);
   m.def("build_info", &build_info);
 }

@@ -72,15 +72,16 @@ int64_t transpose_codes(Address indices, int index_tag, int64_t count, int64_t n
   return kNotLookedAt;
 }
 
-void sparse_matmul_backward(Address grad, int dtype, Address values, int64_t rows, int64_t k,
+bool sparse_matmul_backward(Address grad, int dtype, Address values, int64_t rows, int64_t k,
                             Address weight, int weight_dtype, int64_t n, int64_t d,
                             int64_t stride_n, int64_t stride_d, Address offsets, Address positions,
-                            Address grad_values, Address grad_weight, int64_t grad_stride_n,
-                            int64_t grad_stride_d, Address context) {
+                            Address, int, Address grad_values, Address grad_weight,
+                            int64_t grad_stride_n, int64_t grad_stride_d, Address context) {
   cuda::sparse_matmul_backward(at(grad), dtype, at(values), rows, k, at(weight), weight_dtype, n, d,
                                stride_n, stride_d, at<int64_t>(offsets), at<int32_t>(positions),
                                at(grad_values), at(grad_weight), grad_stride_n, grad_stride_d,
                                stream_of(context));
+  return true;  // not looked at
 }
 
 int64_t count_active(Address indices, int index_tag, int64_t count, Address values, int dtype,

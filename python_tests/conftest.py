@@ -132,7 +132,18 @@ def counted(target: Target) -> Callable[[], None]:
 
 
 @pytest.fixture
-def instruction_sets() -> Iterator[Iterator[str]]:
+def eager_teams() -> Iterator[None]:
+    """The CPU kernels divide among torch's threads whatever can be divided, however little."""
+    module, reason = _library.native_module("cpu")
+    if module is None:
+        pytest.skip(reason)
+    before = module.set_nanoseconds_per_thread(1)
+    yield
+    module.set_nanoseconds_per_thread(before)
+
+
+@pytest.fixture
+def instruction_sets(eager_teams: None) -> Iterator[Iterator[str]]:
     """The names of the CPU kernels' instruction sets, each in use while it is the newest one; after
     the test the first one is again, and torch has the threads that it had before."""
     module, reason = _library.native_module("cpu")

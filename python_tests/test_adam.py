@@ -81,7 +81,7 @@ def test_rows_of_zeros_and_silent_rows_stay_finite(target):
     torch.testing.assert_close(parameter[1].norm(), torch.ones((), device=target.device))
 
 
-def test_the_same_bits_for_every_thread_count():
+def test_the_same_bits_for_every_thread_count(eager_teams):
     results = []
     before = torch.get_num_threads()
     try:

@@ -21,12 +21,14 @@ FUNCTIONS = (
     "sparse_matmul",
     "sparse_matmul_backward",
     "transpose_codes",
+    "is_transposition",
     "count_active",
     "topk",
     "adam_step",
     "batch_norm",
     "threshold",
     "pointwise_conv",
+    "threads",
 )
 
 pytestmark = [

@@ -255,7 +255,7 @@ def native_cpu():
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
-def test_any_thread_count_gives_the_same_codes(threads):
+def test_any_thread_count_gives_the_same_codes(threads, eager_teams):
     native_cpu()
     before = torch.get_num_threads()
     # one long row is split over threads, rows of NaN leave the fast path

@@ -3,6 +3,7 @@
 
 #include "indices.h"
 #include "lanes.h"
+#include "parallel.h"
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
 
@@ -11,7 +12,7 @@ namespace {
 // A thread keeps its own histogram of n latents; it must have this many entries per latent, or
 // clearing and adding up the histograms costs more than the counting it saves.
 constexpr int64_t kEntriesPerLatent = 2;
-constexpr int64_t kEntriesPerThread = 1 << 16;
+constexpr double kNanosecondsPerEntry = 1;
 
 struct Always {
   bool operator()(int64_t) const { return true; }
@@ -35,24 +36,23 @@ template <class Index, class Fired>
 void count_together(const Index* indices, int64_t count, const Fired& fired, int64_t n,
                     int64_t* counts, int team) {
   const Buffer<int64_t> histograms(n * team);
-#pragma omp parallel for num_threads(team) schedule(static, 1)
-  for (int t = 0; t < team; ++t) {
+  in_parallel(team, [&](int t) {
     int64_t* own = histograms.get() + n * t;
     std::memset(own, 0, static_cast<size_t>(n) * sizeof(int64_t));
-    count_range(indices, count * t / team, count * (t + 1) / team, fired, own);
-  }
-#pragma omp parallel for num_threads(team) schedule(static)
-  for (int64_t i = 0; i < n; ++i) {
+    const Share share = share_of(count, t, team);
+    count_range(indices, share.begin, share.end, fired, own);
+  });
+  share_out(team, n, [&](int64_t i) {
     for (int t = 0; t < team; ++t) counts[i] += histograms.get()[n * t + i];
-  }
+  });
 }
 
 template <class Index, class Fired>
 void count(const Index* indices, int64_t count, const Fired& fired, int64_t n, int64_t* counts,
            int threads) {
-  const int64_t per_thread =
-      kEntriesPerLatent * n > kEntriesPerThread ? kEntriesPerLatent * n : kEntriesPerThread;
-  const int team = useful_threads(threads, count, per_thread);
+  const int64_t most = n == 0 ? 1 : count / (kEntriesPerLatent * n);
+  const int team = useful_threads(most < threads ? static_cast<int>(most) : threads,
+                                  kNanosecondsPerEntry * static_cast<double>(count));
   if (team > 1) {
     count_together(indices, count, fired, n, counts, team);
   } else {

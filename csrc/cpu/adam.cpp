@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "lanes.h"
+#include "parallel.h"
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
 
@@ -11,7 +12,7 @@ namespace {
 
 // Elements of a matrix whose rows do not matter that one piece of work takes.
 constexpr int64_t kPiece = 4096;
-constexpr int64_t kWorkPerThread = 1 << 15;
+constexpr double kNanosecondsPerElement = 0.5;
 
 struct Step {
   float step_size, new_mean, beta2, new_square, root_scale, eps, weight_decay;
@@ -65,21 +66,20 @@ void adam_step(float* parameter, const float* grad, float* mean, float* square, 
                int64_t d, float step_size, float new_mean, float beta2, float new_square,
                float root_scale, float eps, float weight_decay, bool unit_rows, int threads) {
   const Step step{step_size, new_mean, beta2, new_square, root_scale, eps, weight_decay};
-  const int team = useful_threads(threads, rows * d, kWorkPerThread);
+  const int64_t total = rows * d;
+  const int team = useful_threads(threads, kNanosecondsPerElement * static_cast<double>(total));
   if (unit_rows) {
-#pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
-    for (int64_t row = 0; row < rows; ++row) {
+    share_out(team, rows, [&](int64_t row) {
       const int64_t at = row * d;
       step_unit_row(step, parameter + at, grad + at, mean + at, square + at, d);
-    }
+    });
     return;
   }
-  const int64_t total = rows * d;
-#pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
-  for (int64_t at = 0; at < total; at += kPiece) {
+  share_out(team, (total + kPiece - 1) / kPiece, [&](int64_t piece) {
+    const int64_t at = piece * kPiece;
     const int64_t count = std::min(kPiece, total - at);
     step_elements(step, parameter + at, grad + at, mean + at, square + at, count, 0);
-  }
+  });
 }
 
 }  // namespace sparsekern::cpu::SPARSEKERN_ISA

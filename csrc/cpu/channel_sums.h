@@ -143,7 +143,8 @@ class ChannelPieces {
   int64_t row_, piece_, per_run_, count_;
 };
 
-constexpr int64_t kElementsPerSummingThread = 1 << 15;
+constexpr int64_t kElementsPerPart = 1 << 15;
+constexpr double kNanosecondsPerSummed = 0.2;
 
 // totals[s * channels + c] = the sum of add's terms over channel c; see ChannelPieces::sum. Pieces
 // are dealt to a number of parts that depends on the shape alone, which are added up in order.
@@ -152,18 +153,18 @@ void channel_sums(const ChannelPieces<kLanes>& pieces, Add&& add, double* totals
   constexpr int64_t kMostParts = 16;
   const int64_t channels = pieces.shape().channels, width = kSums * pieces.columns();
   const int64_t total = pieces.shape().total();
-  int64_t parts = total / kElementsPerSummingThread + 1;
+  int64_t parts = total / kElementsPerPart + 1;
   parts = parts < kMostParts ? parts : kMostParts;
-  const int team = useful_threads(threads, parts - 1, 1);
+  const int team = useful_threads(threads < parts ? threads : static_cast<int>(parts),
+                                  kNanosecondsPerSummed * static_cast<double>(total));
   const Buffer<double> sums(parts * width);
   std::memset(sums.get(), 0, static_cast<size_t>(parts * width) * sizeof(double));
-#pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
-  for (int64_t part = 0; part < parts; ++part) {
+  share_out(team, parts, [&](int64_t part) {
     const Share share = share_of(pieces.count(), static_cast<int>(part), static_cast<int>(parts));
     for (int64_t p = share.begin; p < share.end; ++p) {
       pieces.template sum<Lanes, kSums>(p, add, sums.get() + part * width);
     }
-  }
+  });
   std::memset(totals, 0, static_cast<size_t>(kSums * channels) * sizeof(double));
   for (int64_t part = 0; part < parts; ++part) {
     for (int s = 0; s < kSums; ++s) {
@@ -178,9 +179,9 @@ void channel_sums(const ChannelPieces<kLanes>& pieces, Add&& add, double* totals
 // Calls visit(first, count, place) for every vector of the tensor.
 template <int kLanes, class Visit>
 void walk_pieces(const ChannelPieces<kLanes>& pieces, Visit&& visit, int threads) {
-  const int team = useful_threads(threads, pieces.shape().total(), kElementsPerSummingThread);
-#pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
-  for (int64_t p = 0; p < pieces.count(); ++p) pieces.walk(p, visit);
+  const int team =
+      useful_threads(threads, kNanosecondsPerSummed * static_cast<double>(pieces.shape().total()));
+  share_out(team, pieces.count(), [&](int64_t p) { pieces.walk(p, visit); });
 }
 
 }  // namespace sparsekern::cpu::SPARSEKERN_ISA

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "parallel.h"
 #include "topk_order.h"
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
@@ -75,17 +76,6 @@ class ChannelPattern {
   ChannelShape shape_;
   bool runs_;
 };
-
-// A thread's share of `total` elements.
-struct Share {
-  int64_t begin, end;
-};
-inline Share share_of(int64_t total, int thread, int team) {
-  const auto cut = [&](int64_t t) {
-    return static_cast<int64_t>(static_cast<__int128>(total) * t / team);
-  };
-  return {cut(thread), cut(thread + 1)};
-}
 
 template <class Stored>
 inline typename Sum<Stored>::Lanes load_some(const Stored* p, int count) {

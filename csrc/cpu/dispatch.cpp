@@ -30,13 +30,13 @@ namespace sparsekern::cpu {
 
 namespace {
 
-#define SPARSEKERN_KERNELS(isa)                                                         \
-  Kernels {                                                                             \
-    #isa, &isa::topk, &isa::codes_to_dense, &isa::sparse_matmul, &isa::transpose_codes, \
-        &isa::sparse_matmul_backward, &isa::count_active, &isa::adam_step,              \
-        &isa::channel_threshold, &isa::threshold_relu, &isa::threshold_codes,           \
-        &isa::pointwise_conv, &isa::pointwise_conv_backward, &isa::batch_norm,          \
-        &isa::batch_norm_backward                                                       \
+#define SPARSEKERN_KERNELS(isa)                                                                    \
+  Kernels {                                                                                        \
+    #isa, &isa::topk, &isa::codes_to_dense, &isa::sparse_matmul, &isa::transpose_codes,            \
+        &isa::is_transposition, &isa::sparse_matmul_backward, &isa::count_active, &isa::adam_step, \
+        &isa::channel_threshold, &isa::threshold_relu, &isa::threshold_codes,                      \
+        &isa::pointwise_conv, &isa::pointwise_conv_backward, &isa::batch_norm,                     \
+        &isa::batch_norm_backward                                                                  \
   }
 
 constexpr int kMaximumSets = 3;

@@ -19,6 +19,7 @@ struct Kernels {
   decltype(&baseline::codes_to_dense) codes_to_dense;
   decltype(&baseline::sparse_matmul) sparse_matmul;
   decltype(&baseline::transpose_codes) transpose_codes;
+  decltype(&baseline::is_transposition) is_transposition;
   decltype(&baseline::sparse_matmul_backward) sparse_matmul_backward;
   decltype(&baseline::count_active) count_active;
   decltype(&baseline::adam_step) adam_step;

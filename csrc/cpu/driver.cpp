@@ -15,6 +15,8 @@
 #include <string>
 #include <vector>
 
+#include "threads.h"
+
 namespace {
 
 using sparsekern::cpu::Kernels;
@@ -199,6 +201,40 @@ void check_forward(const Kernels& kernels, const Problem& p, Array& values, Indi
   ++cases["sparse_matmul"];
 }
 
+// One number of a transposition changed: it no longer is one.
+void check_altered(const Kernels& kernels, const Problem& p, Indices& indices,
+                   std::vector<int64_t>& offsets, std::vector<int32_t>& positions) {
+  const auto fits = [&](int threads) {
+    return kernels.is_transposition(indices.data(), p.index_tag, p.rows * p.k, p.n, offsets.data(),
+                                    positions.data(), threads);
+  };
+  expect(fits(1) && fits(3), "is_transposition", p.name(kernels));
+  for (const int64_t step : {int64_t{-1}, int64_t{1}, p.rows * p.k, INT64_MIN / 2}) {
+    int64_t& offset = offsets[static_cast<size_t>(uniform(0, p.n))];
+    offset += step;
+    expect(step == 0 || !fits(1), "is_transposition", "an offset, " + p.name(kernels));
+    offset -= step;
+  }
+  for (const int32_t other : {-1, INT32_MAX, INT32_MIN, static_cast<int32_t>(p.rows * p.k)}) {
+    if (positions.empty()) break;
+    int32_t& position = positions[static_cast<size_t>(uniform(0, p.rows * p.k - 1))];
+    const int32_t before = position;
+    position = other;
+    expect(!fits(2), "is_transposition", "a position, " + p.name(kernels));
+    position = before;
+  }
+  if (positions.size() > 1) {  // twice the same
+    std::swap(positions[0], positions[1]);
+    expect(!fits(2), "is_transposition", "two positions, " + p.name(kernels));
+    std::swap(positions[0], positions[1]);
+    const int32_t before = positions[0];
+    positions[0] = positions[1];
+    expect(!fits(2), "is_transposition", "a position twice, " + p.name(kernels));
+    positions[0] = before;
+  }
+  ++cases["is_transposition"];
+}
+
 void check_backward(const Kernels& kernels, const Problem& p, Array& values, Indices& indices,
                     Array& weight) {
   const int64_t entries = p.rows * p.k;
@@ -206,6 +242,7 @@ void check_backward(const Kernels& kernels, const Problem& p, Array& values, Ind
   std::vector<int32_t> positions(static_cast<size_t>(entries));
   kernels.transpose_codes(indices.data(), p.index_tag, entries, p.n, offsets.data(),
                           positions.data(), 1);
+  check_altered(kernels, p, indices, offsets, positions);
   Array grad = random_array(p.dtype, p.rows * p.d);
   std::vector<double> weight_truth(static_cast<size_t>(p.n * p.d));
   std::vector<double> values_truth(static_cast<size_t>(entries));
@@ -221,12 +258,13 @@ void check_backward(const Kernels& kernels, const Problem& p, Array& values, Ind
     for (int threads : {1, 3, 16}) {
       Array grad_values(p.dtype, entries);
       Array grad_weight(p.weight_dtype, p.n * p.d);
-      kernels.sparse_matmul_backward(
+      const bool checked = uniform(0, 1) == 1;
+      bool right = kernels.sparse_matmul_backward(
           grad.data(), p.dtype, values.data(), p.rows, p.k, weight.data(), p.weight_dtype, p.n, p.d,
           p.stride_n(), p.stride_d(), offsets.data(), positions.data(),
+          checked ? indices.data() : nullptr, p.index_tag,
           wanted & 1 ? grad_values.data() : nullptr, wanted & 2 ? grad_weight.data() : nullptr,
           p.stride_n(), p.stride_d(), threads);
-      bool right = true;
       for (int64_t e = 0; e < entries && (wanted & 1); ++e) {
         right = right && grad_values[e] == rounded(p.dtype, values_truth[static_cast<size_t>(e)]);
       }
@@ -359,6 +397,8 @@ void check_activity(const Kernels& kernels) {
 }  // namespace
 
 int main() {
+  sparsekern::cpu::set_nanoseconds_per_thread(1);  // teams, although the cases are small
+  mismatches += sparsekern::cpu::check_threads(&cases["threads"]);
   int sets = 0;
   const Kernels* kernels = sparsekern::cpu::runnable_kernels(&sets);
   for (int i = 0; i < sets; ++i) {

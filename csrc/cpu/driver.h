@@ -17,4 +17,7 @@ int check_batch_norm(const Kernels& kernels, int* cases);
 int check_threshold(const Kernels& kernels, int* cases);
 int check_pointwise_conv(const Kernels& kernels, int* cases);
 
+// Has teams do things, and throw; returns the number of surprises and adds to *cases.
+int check_threads(int* cases);
+
 }  // namespace sparsekern::cpu

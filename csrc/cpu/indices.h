@@ -4,12 +4,13 @@
 #include <cstdint>
 #include <stdexcept>
 
+#include "parallel.h"
+
 namespace sparsekern::cpu::SPARSEKERN_ISA {
 
 // Indices checked between two looks at the verdict: 32 KiB of int64, which stay in the L1 cache.
 constexpr int64_t kIndexBlock = 4096;
-// Below this a second thread costs more than it saves (a block takes about a microsecond).
-constexpr int64_t kIndicesPerThread = 16 * kIndexBlock;
+constexpr double kNanosecondsPerIndex = 0.25;
 
 // Calls visit(typed pointer) for the type behind the tag.
 template <class Visit>
@@ -38,14 +39,14 @@ int64_t first_bad_in_block(const Index* indices, int64_t begin, int64_t end, int
 template <class Index>
 int64_t first_bad_index(const Index* indices, int64_t count, int64_t n, int threads) {
   const int64_t blocks = (count + kIndexBlock - 1) / kIndexBlock;
+  const int team = useful_threads(threads, kNanosecondsPerIndex * static_cast<double>(count));
   int64_t first = count;
-#pragma omp parallel for num_threads(threads) reduction(min : first) if (count > kIndicesPerThread)
-  for (int64_t block = 0; block < blocks; ++block) {
+  share_out(team, blocks, [&](int64_t block) {
     const int64_t begin = block * kIndexBlock;
     const int64_t end = begin + kIndexBlock < count ? begin + kIndexBlock : count;
     const int64_t bad = first_bad_in_block(indices, begin, end, n);
-    if (bad < end && bad < first) first = bad;
-  }
+    if (bad < end) lower(&first, bad);
+  });
   return first < count ? first : -1;
 }
 

@@ -11,9 +11,6 @@
 #include <new>
 #include <stdexcept>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 #if defined(__SSE2__)
 #include <immintrin.h>
 #endif
@@ -280,6 +277,8 @@ template <class T>
 class Buffer {
  public:
   explicit Buffer(int64_t count) {
+    constexpr int64_t kMost = INT64_MAX / static_cast<int64_t>(sizeof(T)) - kCacheLineBytes;
+    if (count < 0 || count > kMost) throw std::bad_alloc();
     const size_t line = static_cast<size_t>(kCacheLineBytes);
     const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + line) / line * line;
     data_ = static_cast<T*>(std::aligned_alloc(line, bytes));
@@ -312,21 +311,6 @@ void visit_types(int dtype, int weight_dtype, Visit&& visit) {
   } else {
     throw std::runtime_error("sparse_matmul: the weight must have the values' dtype or float32");
   }
-}
-
-// How many threads a piece of work deserves: one for each `grain` of it, at most `threads`.
-inline int useful_threads(int threads, int64_t work, int64_t grain) {
-  const int64_t deserved = work / grain + 1;
-  return static_cast<int>(deserved < threads ? deserved : (threads < 1 ? 1 : threads));
-}
-
-// The calling thread's place in its team.
-inline int thread_number() {
-#if defined(_OPENMP)
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
 }
 
 }  // namespace sparsekern::cpu::SPARSEKERN_ISA

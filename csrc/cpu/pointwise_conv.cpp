@@ -43,15 +43,21 @@ struct Forward {
   }
   Scalar value_of(const Place& place) const { return to_sum(values[place.code]); }
 
+  // For so many rows or blocks.
+  int team_of(int64_t pieces) const {
+    const double elements = static_cast<double>(shape.outer * shape.inner + places.count());
+    return useful_threads(threads < pieces ? threads : static_cast<int>(pieces),
+                          kNanosecondsPerOutput * elements * static_cast<double>(outputs));
+  }
+
   // A row [inner] of one output at a time, in the first-level cache. Bound by writing out.
   void by_rows() const {
     const int64_t rows = shape.outer * outputs;
-    const int team = useful_threads(threads, rows, kRowsPerThread);
-#pragma omp parallel num_threads(team)
-    {
+    const int team = team_of(rows);
+    in_parallel(team, [&](int member) {
       const Buffer<Scalar> row(shape.inner);
-#pragma omp for schedule(static)
-      for (int64_t r = 0; r < rows; ++r) {
+      const Share share = share_of(rows, member, team);
+      for (int64_t r = share.begin; r < share.end; ++r) {
         const int64_t o = r / outputs, e = r % outputs;
         const Scalar start = bias_of(e);
         for (int64_t s = 0; s < shape.inner; ++s) row.get()[s] = start;
@@ -61,7 +67,7 @@ struct Forward {
         stream_out(row.get(), shape.inner, out + r * shape.inner);
       }
       finish_streams();
-    }
+    });
   }
 
   // A block [outputs, inner] at a time; one without codes is the bias. Bound by writing out.
@@ -69,12 +75,11 @@ struct Forward {
     const int64_t size = outputs * shape.inner;
     const Buffer<Scalar> empty(size);
     for (int64_t i = 0; i < size; ++i) empty.get()[i] = bias_of(i / shape.inner);
-    const int team = useful_threads(threads, shape.outer, kRowsPerThread);
-#pragma omp parallel num_threads(team)
-    {
+    const int team = team_of(shape.outer);
+    in_parallel(team, [&](int member) {
       const Buffer<Scalar> block(size);
-#pragma omp for schedule(static)
-      for (int64_t o = 0; o < shape.outer; ++o) {
+      const Share share = share_of(shape.outer, member, team);
+      for (int64_t o = share.begin; o < share.end; ++o) {
         const Scalar* sums = empty.get();
         if (places.count(o) > 0) {
           std::memcpy(block.get(), sums, static_cast<size_t>(size) * sizeof(Scalar));
@@ -84,7 +89,7 @@ struct Forward {
         stream_out(sums, size, out + o * size);
       }
       finish_streams();
-    }
+    });
   }
 
   void add(const Place& place, Scalar* block) const {

@@ -11,6 +11,8 @@ namespace {
 // gradients of values, a share of the blocks each for that of the bias.
 constexpr int64_t kOutputsPerShare = 16;
 constexpr int64_t kBlocksPerShare = 256;
+// An element of grad that a code picks.
+constexpr double kNanosecondsPerGathered = 1;
 
 template <class Stored, class Weight>
 struct Backward {
@@ -34,6 +36,13 @@ struct Backward {
     return static_cast<Scalar>(weight(output, channel));
   }
 
+  // For so many shares of a pass over grad.
+  int team_of(int64_t shares) const {
+    const double elements = static_cast<double>(shape.outer * shape.inner + count);
+    return useful_threads(threads < shares ? threads : static_cast<int>(shares),
+                          kNanosecondsPerOutput * elements * static_cast<double>(outputs));
+  }
+
   static Scalar sum_of(const Stored* p, int64_t n) {
     Lanes sums[4] = {};
     int64_t i = 0;
@@ -49,26 +58,25 @@ struct Backward {
   // grad.
   void by_rows() const {
     const int64_t shares = (outputs + kOutputsPerShare - 1) / kOutputsPerShare;
-    const int team = useful_threads(threads, shares, 1);
+    const int team = team_of(shares);
     const Buffer<Scalar> of_values(shares * count);
     std::memset(of_values.get(), 0, static_cast<size_t>(shares * count) * sizeof(Scalar));
-#pragma omp parallel num_threads(team)
-    {
+    in_parallel(team, [&](int member) {
       const Buffer<Scalar> of_weight(shape.channels);
-#pragma omp for schedule(static)
-      for (int64_t share = 0; share < shares; ++share) {
+      const Share own = share_of(shares, member, team);
+      for (int64_t share = own.begin; share < own.end; ++share) {
         const int64_t last = (share + 1) * kOutputsPerShare;
         for (int64_t e = share * kOutputsPerShare; e < last && e < outputs; ++e) {
           output_by_rows(e, of_weight.get(), of_values.get() + share * count);
         }
       }
-    }
-#pragma omp parallel for num_threads(useful_threads(threads, count* shares, 1 << 14))
-    for (int64_t m = 0; m < count; ++m) {
+    });
+    const double added = static_cast<double>(count) * static_cast<double>(shares);
+    share_out(useful_threads(threads, kNanosecondsPerOutput * added), count, [&](int64_t m) {
       Scalar sum = 0;
       for (int64_t share = 0; share < shares; ++share) sum += of_values.get()[share * count + m];
       from_sum(sum, grad_values + m);
-    }
+    });
   }
 
   void output_by_rows(int64_t e, Scalar* of_weight, Scalar* of_values) const {
@@ -95,16 +103,15 @@ struct Backward {
     const int64_t shares = (shape.outer + kBlocksPerShare - 1) / kBlocksPerShare;
     const Buffer<Scalar> sums(shares * size);
     std::memset(sums.get(), 0, static_cast<size_t>(shares * size) * sizeof(Scalar));
-#pragma omp parallel for num_threads(useful_threads(threads, shares, 1)) schedule(static)
-    for (int64_t share = 0; share < shares; ++share) {
+    share_out(team_of(shares), shares, [&](int64_t share) {
       const int64_t last = (share + 1) * kBlocksPerShare;
       for (int64_t o = share * kBlocksPerShare; o < last && o < shape.outer; ++o) {
         add_block(grad + o * size, size, sums.get() + share * size);
       }
-    }
-    const int64_t work = count * outputs;
-#pragma omp parallel for num_threads(useful_threads(threads, work, 1 << 15)) schedule(static)
-    for (int64_t e = 0; e < outputs; ++e) {
+    });
+    const double gathered = static_cast<double>(count) * static_cast<double>(outputs);
+    const int team = useful_threads(threads, kNanosecondsPerGathered * gathered);
+    share_out(team, outputs, [&](int64_t e) {
       Scalar sum = 0;
       for (int64_t share = 0; share < shares; ++share) {
         const Scalar* part = sums.get() + share * size + e * shape.inner;
@@ -112,9 +119,8 @@ struct Backward {
       }
       from_sum(sum, grad_bias + e);
       weight_by_blocks(e);
-    }
-#pragma omp parallel for num_threads(useful_threads(threads, work, 1 << 15)) schedule(static)
-    for (int64_t m = 0; m < count; ++m) value_by_blocks(places.begin()[m]);
+    });
+    share_out(team, count, [&](int64_t m) { value_by_blocks(places.begin()[m]); });
   }
 
   static void add_block(const Stored* block, int64_t size, Scalar* sums) {

@@ -3,13 +3,13 @@
 
 #include "channels.h"
 #include "indices.h"
+#include "parallel.h"
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
 
 // Where a code stands; `code` is its number among those that came.
 struct Place {
-  int32_t channel;
-  int64_t outer, inner, code;
+  int64_t channel, outer, inner, code;
 };
 
 // The codes of each outer place, in the order in which they came.
@@ -27,14 +27,15 @@ class Places {
     for (int64_t m = 0; m < count; ++m) {
       const int64_t index = indices[m];
       const int64_t o = index / period;
-      places_.get()[offsets_.get()[o]++] = {
-          static_cast<int32_t>(index / shape.inner % shape.channels), o, index % shape.inner, m};
+      const int64_t channel = index / shape.inner % shape.channels;
+      places_.get()[offsets_.get()[o]++] = {channel, o, index % shape.inner, m};
     }
     for (int64_t o = shape.outer; o > 0; --o) offsets_.get()[o] = offsets_.get()[o - 1];
     offsets_.get()[0] = 0;
   }
 
   // All of them, and those of one outer place.
+  int64_t count() const { return count_; }
   const Place* begin() const { return places_.get(); }
   const Place* end() const { return places_.get() + count_; }
   int64_t count(int64_t outer) const { return offsets_.get()[outer + 1] - offsets_.get()[outer]; }
@@ -61,6 +62,7 @@ struct Matrix {
 // Blocks of [outputs, inner] up to this many elements are made whole, from a copy of the bias; of
 // larger ones, whose inner dimension is long, one row at a time.
 constexpr int64_t kLargestBlock = 1 << 14;  // 64 KiB of float32: a first-level cache
-constexpr int64_t kRowsPerThread = 16;
+// Of a site or of a code, for an output.
+constexpr double kNanosecondsPerOutput = 0.25;
 
 }  // namespace sparsekern::cpu::SPARSEKERN_ISA

@@ -7,6 +7,7 @@
 #include "indices.h"
 #include "lanes.h"
 #include "memory.h"
+#include "parallel.h"
 #include "sparse_matmul_columns.h"
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
@@ -18,8 +19,7 @@ constexpr int64_t kTile = 1024;
 // Dictionary rows read at once. Eight independent streams keep enough cache misses in flight that
 // software prefetching gained nothing on top; sixteen were slower.
 constexpr int kRowsAtOnce = 8;
-// Multiply-adds that pay for waking another thread.
-constexpr int64_t kWorkPerThread = 1 << 16;
+constexpr double kNanosecondsPerMultiplyAdd = 0.1;
 // Rows handed out at once, at most: enough to make the handing out cheap.
 constexpr int64_t kRowsAtMost = 8;
 
@@ -94,23 +94,19 @@ void multiply_row(const Product<Values, Weight, Index>& p, int64_t b, int64_t fe
 // at a time, since the threads do not start at the same moment.
 template <class Values, class Weight, class Index>
 int64_t multiply_rows(const Product<Values, Weight, Index>& p, int threads) {
-  const int team = useful_threads(threads, p.rows * (p.k + 1) * p.d, kWorkPerThread);
+  const double work = static_cast<double>(p.rows * (p.k + 1)) * static_cast<double>(p.d);
+  const int team = useful_threads(threads, kNanosecondsPerMultiplyAdd * work);
   const int64_t chunk = std::clamp<int64_t>(p.rows / (4 * team), 1, kRowsAtMost);
   int64_t first_bad = p.rows * p.k;
-#pragma omp parallel for num_threads(team) schedule(dynamic, chunk) \
-    reduction(min : first_bad) if (team > 1)
-  for (int64_t b = 0; b < p.rows; ++b) {
+  deal_out(team, p.rows, chunk, [&](int64_t b, int) {
     const int64_t end = (b + 1) * p.k;
     const int64_t bad = first_bad_in_block(p.indices, b * p.k, end, p.n);
-    if (bad < end) {
-      if (bad < first_bad) first_bad = bad;
-      continue;
-    }
+    if (bad < end) return lower(&first_bad, bad);
     for (int64_t feature = 0; feature < p.d; feature += kTile) {
       const int64_t left = p.d - feature;
       multiply_row(p, b, feature, left < kTile ? left : kTile);
     }
-  }
+  });
   return first_bad < p.rows * p.k ? first_bad : -1;
 }
 

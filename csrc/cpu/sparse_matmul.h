@@ -30,10 +30,19 @@ int64_t transpose_codes(const void* indices,  // [count]
                         int32_t* positions,  // [count]
                         int threads);
 
+// Whether offsets and positions are what transpose_codes makes of these indices. n < 2^31.
+bool is_transposition(const void* indices,  // [count]
+                      int index_tag, int64_t count, int64_t n,
+                      const int64_t* offsets,    // [n + 1]
+                      const int32_t* positions,  // [count]
+                      int threads);
+
 // grad_values[b, j] = grad[b, :] . weight[indices[b, j], :]
 // grad_weight[i, :] = sum over the entries e = (b, j) of latent i of values[e] * grad[b, :]
-// offsets and positions come from transpose_codes. The bits do not depend on `threads`.
-void sparse_matmul_backward(const void* grad,  // [rows, d] of dtype
+// offsets and positions come from transpose_codes; where somebody else had them meanwhile,
+// `indices` is given, and they are checked: false when they are not its transposition, and nothing
+// was written. The bits do not depend on `threads`.
+bool sparse_matmul_backward(const void* grad,  // [rows, d] of dtype
                             int dtype,
                             const void* values,  // [rows, k]
                             int64_t rows, int64_t k,
@@ -42,8 +51,10 @@ void sparse_matmul_backward(const void* grad,  // [rows, d] of dtype
                             int64_t weight_stride_d,
                             const int64_t* offsets,    // [n + 1]
                             const int32_t* positions,  // [rows * k]
-                            void* grad_values,         // null or [rows, k] of dtype
-                            void* grad_weight,         // null or [n, d] of weight_dtype
+                            const void* indices,       // null or [rows, k]
+                            int index_tag,
+                            void* grad_values,  // null or [rows, k] of dtype
+                            void* grad_weight,  // null or [n, d] of weight_dtype
                             int64_t grad_weight_stride_n, int64_t grad_weight_stride_d,
                             int threads);
 

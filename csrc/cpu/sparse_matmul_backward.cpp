@@ -4,6 +4,7 @@
 
 #include "lanes.h"
 #include "memory.h"
+#include "parallel.h"
 #include "sparse_matmul.h"
 #include "sparse_matmul_columns_backward.h"
 #include "sparse_matmul_gradients.h"
@@ -17,8 +18,7 @@ namespace {
 constexpr int64_t kLatentCost = 3;
 // Tasks per thread: enough to even out a slow core, few enough to keep each a long stream.
 constexpr int64_t kTasksPerThread = 16;
-// Multiply-adds that pay for waking another thread.
-constexpr int64_t kWorkPerThread = 1 << 16;
+constexpr double kNanosecondsPerMultiplyAdd = 0.1;
 // Features in the narrowest slice of a heavy latent: four cache lines of float32.
 constexpr int64_t kSliceFeatures = 64;
 // A piece of the pass. Either whole latents, or one part of a latent too heavy for one thread:
@@ -130,16 +130,16 @@ void run_task(const Gradients<Values, Weight>& p, const Task& task, Scalar* scra
 template <bool kDots, bool kSums, class Values, class Weight>
 void differentiate_rows(const Gradients<Values, Weight>& p, int threads) {
   using Scalar = typename Sum<Values>::Scalar;
-  const int64_t work = (p.offsets[p.n] + kLatentCost * p.n) * p.d;
-  const int team = useful_threads(threads, work, kWorkPerThread);
+  const double work = static_cast<double>(p.offsets[p.n] + kLatentCost * p.n);
+  const int team =
+      useful_threads(threads, kNanosecondsPerMultiplyAdd * work * static_cast<double>(p.d));
   const Schedule schedule(p.offsets, p.n, p.d, team);
   // Whole vectors, and at least a cache line between two threads.
   const int64_t padded = (p.d / kSliceFeatures + 2) * kSliceFeatures;
   const Buffer<Scalar> scratch(team * padded);
-#pragma omp parallel for num_threads(team) schedule(dynamic) if (team > 1)
-  for (int64_t task = 0; task < schedule.size(); ++task) {
-    run_task<kDots, kSums>(p, schedule[task], scratch.get() + thread_number() * padded);
-  }
+  deal_out(team, schedule.size(), 1, [&](int64_t task, int member) {
+    run_task<kDots, kSums>(p, schedule[task], scratch.get() + member * padded);
+  });
 }
 
 template <bool kDots, bool kSums, class Values, class Weight>
@@ -154,12 +154,17 @@ void differentiate(const Gradients<Values, Weight>& p, int threads) {
 
 }  // namespace
 
-void sparse_matmul_backward(const void* grad, int dtype, const void* values, int64_t /*rows*/,
+bool sparse_matmul_backward(const void* grad, int dtype, const void* values, int64_t rows,
                             int64_t k, const void* weight, int weight_dtype, int64_t n, int64_t d,
                             int64_t weight_stride_n, int64_t weight_stride_d,
-                            const int64_t* offsets, const int32_t* positions, void* grad_values,
-                            void* grad_weight, int64_t grad_weight_stride_n,
-                            int64_t grad_weight_stride_d, int threads) {
+                            const int64_t* offsets, const int32_t* positions, const void* indices,
+                            int index_tag, void* grad_values, void* grad_weight,
+                            int64_t grad_weight_stride_n, int64_t grad_weight_stride_d,
+                            int threads) {
+  if (indices != nullptr &&
+      !is_transposition(indices, index_tag, rows * k, n, offsets, positions, threads)) {
+    return false;
+  }
   visit_types(dtype, weight_dtype, [&](auto value, auto weight_value) {
     using Values = decltype(value);
     using Weight = decltype(weight_value);
@@ -190,6 +195,7 @@ void sparse_matmul_backward(const void* grad, int dtype, const void* values, int
       differentiate<false, true>(p, threads);
     }
   });
+  return true;
 }
 
 }  // namespace sparsekern::cpu::SPARSEKERN_ISA

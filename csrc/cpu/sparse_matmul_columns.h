@@ -3,6 +3,7 @@
 #pragma once
 
 #include "lanes.h"
+#include "parallel.h"
 #include "sparse_matmul.h"
 #include "sparse_matmul_blocks.h"
 
@@ -13,6 +14,8 @@ namespace sparsekern::cpu::SPARSEKERN_ISA {
 constexpr int64_t kTileFeatures = 64;
 // Rows per pass over the dictionary: their sums of one tile take 1 MiB of float32.
 constexpr int64_t kRowsPerPass = 4096;
+// Of a latent's entry or of a latent, for a feature.
+constexpr double kNanosecondsPerFeature = 0.1;
 
 // The operands of one forward product.
 template <class Values, class Weight, class Index>
@@ -92,7 +95,9 @@ void multiply_columns(const Product<Values, Weight, Index>& p, int threads) {
   int64_t most_rows = p.rows < kRowsPerPass ? p.rows : kRowsPerPass;
   if (p.k > 0 && most_rows > kMostEntries / p.k) most_rows = kMostEntries / p.k + 1;
   const int64_t tiles = (p.d + kTileFeatures - 1) / kTileFeatures;
-  const int team = useful_threads(threads, tiles - 1, 1);
+  const double per_feature = static_cast<double>(p.rows * p.k + p.n) * kNanosecondsPerFeature;
+  const int team = useful_threads(threads < tiles ? threads : static_cast<int>(tiles),
+                                  per_feature * static_cast<double>(p.d));
   const Buffer<int64_t> offsets(p.n + 1);
   const Buffer<int32_t> positions(most_rows * p.k);
   const Buffer<Entry> entries(most_rows * p.k);
@@ -103,20 +108,15 @@ void multiply_columns(const Product<Values, Weight, Index>& p, int threads) {
     const int index_tag = sizeof(Index) == sizeof(int64_t) ? 0 : 1;
     transpose_codes(p.indices + row * p.k, index_tag, rows * p.k, p.n, offsets.get(),
                     positions.get(), threads);
-#pragma omp parallel num_threads(team) if (team > 1)
-    {
-#pragma omp for schedule(static)
-      for (int64_t e = 0; e < rows * p.k; ++e) {
-        const int32_t position = positions.get()[e];
-        entries.get()[e] = Entry{position / p.k, to_sum(values[position])};
-      }
-      const Pass<Scalar> pass{row, rows, offsets.get(), entries.get()};
-      Scalar* own_sums = sums.get() + thread_number() * most_rows * kTileFeatures;
-#pragma omp for schedule(dynamic)
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        multiply_tile(p, pass, tile * kTileFeatures, own_sums);
-      }
-    }
+    share_out(team, rows * p.k, [&](int64_t e) {
+      const int32_t position = positions.get()[e];
+      entries.get()[e] = Entry{position / p.k, to_sum(values[position])};
+    });
+    const Pass<Scalar> pass{row, rows, offsets.get(), entries.get()};
+    deal_out(team, tiles, 1, [&](int64_t tile, int member) {
+      Scalar* own_sums = sums.get() + member * most_rows * kTileFeatures;
+      multiply_tile(p, pass, tile * kTileFeatures, own_sums);
+    });
   }
 }
 

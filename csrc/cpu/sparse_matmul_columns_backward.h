@@ -3,6 +3,7 @@
 #pragma once
 
 #include "lanes.h"
+#include "parallel.h"
 #include "sparse_matmul_blocks.h"
 #include "sparse_matmul_gradients.h"
 
@@ -16,6 +17,8 @@ constexpr int64_t kGradientTile = 128;
 constexpr int64_t kMostLatents = 2048;
 constexpr int64_t kFewestLatents = 256;
 constexpr int64_t kChunksPerThread = 4;
+// Of a latent's entry or of a latent, for a feature.
+constexpr double kNanosecondsPerGradient = 0.15;
 
 // Both gradients of one block of 16 latents and one tile of features.
 template <bool kDots, bool kSums, class Values, class Weight, class Scalar>
@@ -57,9 +60,10 @@ void differentiate_columns(const Gradients<Values, Weight>& p, int threads) {
   length = length < kFewestLatents ? kFewestLatents : length > kMostLatents ? kMostLatents : length;
   length = length / kBlockLatents * kBlockLatents;
   const int64_t chunks = (p.n + length - 1) / length;
-  const int team = useful_threads(threads, chunks - 1, 1);
-#pragma omp parallel for num_threads(team) schedule(dynamic) if (team > 1)
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+  const double per_feature = static_cast<double>(entries + p.n) * kNanosecondsPerGradient;
+  const int team = useful_threads(threads < chunks ? threads : static_cast<int>(chunks),
+                                  per_feature * static_cast<double>(p.d));
+  deal_out(team, chunks, 1, [&](int64_t chunk, int) {
     const int64_t begin = chunk * length;
     const int64_t end = begin + length < p.n ? begin + length : p.n;
     for (int64_t e = p.offsets[begin]; e < p.offsets[end] && kDots; ++e) dots.get()[e] = 0;
@@ -72,7 +76,7 @@ void differentiate_columns(const Gradients<Values, Weight>& p, int threads) {
       from_sum(dots.get()[e], p.grad_values + p.positions[e]);
     }
     finish_streams();
-  }
+  });
 }
 
 }  // namespace sparsekern::cpu::SPARSEKERN_ISA

@@ -10,8 +10,7 @@ namespace sparsekern::cpu::SPARSEKERN_ISA {
 
 namespace {
 
-// Elements that keep a thread busy for longer than it takes to wake it.
-constexpr int64_t kElementsPerThread = 1 << 15;
+constexpr double kNanosecondsPerElement = 0.2, kNanosecondsPerDouble = 8;
 // So many wanted ones are selected by insertion, more of them by the histograms of their digits.
 constexpr int64_t kFew = 32;
 // Candidates beyond the wanted ones before they are reduced to those: few enough for the bound to
@@ -68,10 +67,11 @@ class Candidates {
  private:
   void grow() {
     const int64_t doubled = allocated_ == 0 ? kFew + kSlackOfFew : 2 * allocated_;
-    allocated_ = doubled < room_ ? doubled : room_;
-    void* moved = std::realloc(keys_, static_cast<size_t>(allocated_) * sizeof(int32_t));
+    const int64_t more = doubled < room_ ? doubled : room_;
+    void* moved = std::realloc(keys_, static_cast<size_t>(more) * sizeof(int32_t));
     if (moved == nullptr) throw std::bad_alloc();
     keys_ = static_cast<int32_t*>(moved);
+    allocated_ = more;
   }
 
   void keep_wanted() {
@@ -93,33 +93,31 @@ class Candidates {
   float bound_ = -kInfinity;
 };
 
-// Candidates of all channels from one thread's share of the elements.
+// Candidates of all channels, for each thread from its share of the elements.
 class Gathered {
  public:
-  Gathered(int64_t channels, int64_t wanted, int64_t most)
-      : channels_(channels),
-        all_(static_cast<Candidates*>(std::malloc(sizeof(Candidates) * (channels + 1)))) {
-    if (all_ == nullptr) throw std::bad_alloc();
-    for (int64_t c = 0; c < channels; ++c) new (all_ + c) Candidates(wanted, most);
+  Gathered(int team, int64_t channels, int64_t wanted, int64_t most)
+      : channels_(channels), count_(team * channels), all_(count_) {
+    for (int64_t i = 0; i < count_; ++i) new (all_.get() + i) Candidates(wanted, most);
   }
   ~Gathered() {
-    for (int64_t c = 0; c < channels_; ++c) all_[c].~Candidates();
-    std::free(all_);
+    for (int64_t i = 0; i < count_; ++i) all_.get()[i].~Candidates();
   }
   Gathered(const Gathered&) = delete;
   Gathered& operator=(const Gathered&) = delete;
 
-  Candidates& operator[](int64_t channel) const { return all_[channel]; }
+  // Of a thread, by channel.
+  Candidates* operator[](int member) const { return all_.get() + member * channels_; }
 
  private:
-  int64_t channels_;
-  Candidates* all_;
+  int64_t channels_, count_;
+  Buffer<Candidates> all_;
 };
 
 // Bound by memory: a load, a load from the caches and a comparison per vector; few elements pass.
 template <class Stored>
 void gather(const Stored* x, const ChannelPattern<kLanes>& pattern, const int32_t* channel_at,
-            Share share, int64_t channels, const Gathered& gathered) {
+            Share share, int64_t channels, Candidates* gathered) {
   const Buffer<float> bounds(pattern.size());
   for (int64_t c = 0; c < channels; ++c) pattern.set(bounds.get(), c, -kInfinity);
   pattern.walk(share.begin, share.end, [&](int64_t first, int count, int64_t place) {
@@ -136,14 +134,14 @@ void gather(const Stored* x, const ChannelPattern<kLanes>& pattern, const int32_
 
 // The wanted-th largest of a channel, from the candidates of all threads. What is missing in them
 // is -inf: nothing else fails to exceed the first bound.
-float wanted_of(Gathered** gathered, int team, int64_t channel, int64_t wanted) {
+float wanted_of(const Gathered& gathered, int team, int64_t channel, int64_t wanted) {
   int64_t count = 0;
-  for (int t = 0; t < team; ++t) count += (*gathered[t])[channel].count();
+  for (int t = 0; t < team; ++t) count += gathered[t][channel].count();
   if (count < wanted) return -kInfinity;
   const Buffer<int32_t> keys(count);
   int64_t filled = 0;
   for (int t = 0; t < team; ++t) {
-    const Candidates& part = (*gathered[t])[channel];
+    const Candidates& part = gathered[t][channel];
     if (part.count() == 0) continue;
     std::memcpy(keys.get() + filled, part.keys(),
                 static_cast<size_t>(part.count()) * sizeof(int32_t));
@@ -157,35 +155,29 @@ template <class Stored>
 void thresholds(const Stored* x, const ChannelShape& shape, int64_t rank, Stored* out,
                 int threads) {
   const int64_t wanted = shape.per_channel() - rank + 1;
-  const int team = useful_threads(threads, shape.total(), kElementsPerThread);
+  const int team =
+      useful_threads(threads, kNanosecondsPerElement * static_cast<double>(shape.total()));
   const ChannelPattern<kLanes> pattern(shape);
   const Buffer<int32_t> channel_at(pattern.size());
   for (int64_t c = 0; c < shape.channels; ++c) {
     pattern.set(channel_at.get(), c, static_cast<int32_t>(c));
   }
-  Buffer<Gathered*> gathered(team);
-  for (int t = 0; t < team; ++t) {
-    gathered.get()[t] = new Gathered(shape.channels, wanted, shape.per_channel());
-  }
-#pragma omp parallel for num_threads(team) schedule(static, 1)
-  for (int t = 0; t < team; ++t) {
+  const Gathered gathered(team, shape.channels, wanted, shape.per_channel());
+  in_parallel(team, [&](int t) {
     gather(x, pattern, channel_at.get(), share_of(shape.total(), t, team), shape.channels,
-           *gathered.get()[t]);
-  }
-#pragma omp parallel for num_threads(team) schedule(static)
-  for (int64_t c = 0; c < shape.channels; ++c) {
-    from_sum(wanted_of(gathered.get(), team, c, wanted), out + c);
-  }
-  for (int t = 0; t < team; ++t) delete gathered.get()[t];
+           gathered[t]);
+  });
+  share_out(team, shape.channels,
+            [&](int64_t c) { from_sum(wanted_of(gathered, team, c, wanted), out + c); });
 }
 
 // Doubles are for checking gradients: channel by channel, without vectors.
 void thresholds(const double* x, const ChannelShape& shape, int64_t rank, double* out,
                 int threads) {
   const int64_t n = shape.per_channel(), step = shape.channels * shape.inner;
-  const int team = useful_threads(threads, shape.total(), kElementsPerThread);
-#pragma omp parallel for num_threads(team) schedule(static)
-  for (int64_t c = 0; c < shape.channels; ++c) {
+  const int team =
+      useful_threads(threads, kNanosecondsPerDouble * static_cast<double>(shape.total()));
+  share_out(team, shape.channels, [&](int64_t c) {
     const double* first = x + c * shape.inner;
     const auto key_at = [&](int64_t i) {
       return key_of(first[i / shape.inner * step + i % shape.inner]);
@@ -194,7 +186,7 @@ void thresholds(const double* x, const ChannelShape& shape, int64_t rank, double
     const bool number = key <= key_of(std::numeric_limits<double>::infinity());
     out[c] = number ? bit_cast<double>(key ^ ((key >> 63) & INT64_MAX))
                     : std::numeric_limits<double>::quiet_NaN();
-  }
+  });
 }
 
 }  // namespace

@@ -1,4 +1,6 @@
 // What exceeds the threshold of its channel: with the zeros around it, or without them.
+#include <memory>
+
 #include "channels.h"
 #include "threshold.h"
 
@@ -6,7 +8,11 @@ namespace sparsekern::cpu::SPARSEKERN_ISA {
 
 namespace {
 
-constexpr int64_t kElementsPerThread = 1 << 15;
+constexpr double kNanosecondsPerElement = 0.25;
+
+int useful_threads_of(int threads, const ChannelShape& shape) {
+  return useful_threads(threads, kNanosecondsPerElement * static_cast<double>(shape.total()));
+}
 
 // Numbers per channel, spread out for vectors, and what they make of an element.
 template <class Stored>
@@ -74,11 +80,10 @@ inline DoubleLanes only(DoubleLanes x, uint32_t bits) {
 template <class Stored>
 void relu(const Stored* x, const ChannelShape& shape, const Excess<Stored>& excess, Stored* y,
           int64_t* counts, int threads) {
-  const int team = useful_threads(threads, shape.total(), kElementsPerThread);
+  const int team = useful_threads_of(threads, shape);
   const Buffer<int64_t> own(shape.channels * team);
   std::memset(own.get(), 0, static_cast<size_t>(shape.channels * team) * sizeof(int64_t));
-#pragma omp parallel for num_threads(team) schedule(static, 1)
-  for (int t = 0; t < team; ++t) {
+  in_parallel(team, [&](int t) {
     int64_t* mine = own.get() + shape.channels * t;
     const Share share = share_of(shape.total(), t, team);
     excess.pattern.walk(share.begin, share.end, [&](int64_t first, int count, int64_t place) {
@@ -89,7 +94,7 @@ void relu(const Stored* x, const ChannelShape& shape, const Excess<Stored>& exce
         ++mine[excess.channel_at(place + __builtin_ctz(active))];
       }
     });
-  }
+  });
   for (int t = 0; t < team; ++t) {
     for (int64_t c = 0; c < shape.channels; ++c) counts[c] += own.get()[shape.channels * t + c];
   }
@@ -106,10 +111,11 @@ class List {
 
   void add(T x) {
     if (count_ == room_) {
-      room_ = room_ == 0 ? 1024 : 2 * room_;
-      void* moved = std::realloc(data_, static_cast<size_t>(room_) * sizeof(T));
+      const int64_t more = room_ == 0 ? 1024 : 2 * room_;
+      void* moved = std::realloc(data_, static_cast<size_t>(more) * sizeof(T));
       if (moved == nullptr) throw std::bad_alloc();
       data_ = static_cast<T*>(moved);
+      room_ = more;
     }
     data_[count_++] = x;
   }
@@ -150,14 +156,13 @@ void find(const Stored* x, const Excess<Stored>& excess, Share share, Found<Stor
 template <class Stored>
 void codes(const Stored* x, const ChannelShape& shape, const Excess<Stored>& excess,
            int64_t capacity, Stored* values, int64_t* indices, int64_t* counts, int threads) {
-  const int team = useful_threads(threads, shape.total(), kElementsPerThread);
+  const int team = useful_threads_of(threads, shape);
   const Buffer<int64_t> own(shape.channels * team);
   std::memset(own.get(), 0, static_cast<size_t>(shape.channels * team) * sizeof(int64_t));
-  Found<Stored>* found = new Found<Stored>[static_cast<size_t>(team)];
-#pragma omp parallel for num_threads(team) schedule(static, 1)
-  for (int t = 0; t < team; ++t) {
+  const std::unique_ptr<Found<Stored>[]> found(new Found<Stored>[static_cast<size_t>(team)]);
+  in_parallel(team, [&](int t) {
     find(x, excess, share_of(shape.total(), t, team), &found[t], own.get() + shape.channels * t);
-  }
+  });
   int64_t total = 0;
   for (int t = 0; t < team; ++t) {
     total += found[t].indices.count();
@@ -169,7 +174,6 @@ void codes(const Stored* x, const ChannelShape& shape, const Excess<Stored>& exc
     found[t].values.copy_to(values + place);
     place += found[t].indices.count();
   }
-  delete[] found;
 }
 
 }  // namespace

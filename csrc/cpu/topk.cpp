@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "memory.h"
+#include "parallel.h"
 #include "topk_digits.h"
 #include "topk_stream.h"
 
@@ -15,6 +16,10 @@ namespace {
 constexpr int64_t kSortedByBytes = 1024;
 // One thread takes at least this much of a batch at a time, and of a single row.
 constexpr int64_t kGrainBytes = 64 << 10;
+// One element read as a stream, gathered with a stride, or taken apart in digits; one selected.
+constexpr double kNanosecondsStreamed = 0.1, kNanosecondsStrided = 1, kNanosecondsByDigits = 4;
+constexpr double kNanosecondsPerSelected = 6;
+constexpr double kNanosecondsPerClearedByte = 0.05;
 constexpr int64_t kSliceElements = 64 << 10;
 constexpr int64_t kLargerThanCaches = 16 << 20;
 constexpr int64_t kChunksPerThread = 8;  // enough to even out a slow thread
@@ -229,24 +234,38 @@ inline void select_row(Candidates& candidates, const Row<Stored>& row) {
 
 // ---- launch ----
 
+// How long a row takes one thread.
+template <class Stored>
+double nanoseconds_of(const Row<Stored>& row) {
+  const bool streamed =
+      !std::is_same_v<Stored, double> && Candidates::suits(contiguous(row, row.n), row.k);
+  const double element = !streamed         ? kNanosecondsByDigits
+                         : row.stride == 1 ? kNanosecondsStreamed
+                                           : kNanosecondsStrided;
+  const double cleared = row.masked == nullptr ? 0 : kNanosecondsPerClearedByte * sizeof(Stored);
+  return (element + cleared) * static_cast<double>(row.n) +
+         kNanosecondsPerSelected * static_cast<double>(row.k);
+}
+
 // A batch: rows over threads.
 template <bool kAbsolute, class Stored, class RowAt>
 void select_batch(const RowAt& row_at, int64_t rows, const Row<Stored>& shape, int threads) {
   const int64_t row_bytes = shape.n * static_cast<int64_t>(sizeof(Stored));
   const int64_t least = std::max<int64_t>(1, kGrainBytes / row_bytes);
-  const int used = useful_threads(threads, rows, least);
+  const int used = useful_threads(rows < threads ? static_cast<int>(rows) : threads,
+                                  nanoseconds_of(shape) * static_cast<double>(rows));
   // neighbouring rows stay with a thread, so that what it fetches ahead is of use to it
-  const int64_t chunk = std::max(least, rows / (kChunksPerThread * used));
-#pragma omp parallel num_threads(used)
-  {
+  Queue queue(rows, std::max(std::min(least, rows / used), rows / (kChunksPerThread * used)));
+  in_parallel(used, [&](int) {
     Candidates candidates(contiguous(shape, shape.n), std::min(shape.k, kStreamedK));
-#pragma omp for schedule(dynamic, chunk)
-    for (int64_t b = 0; b < rows; ++b) {
-      const Row<Stored> row = row_at(b);
-      select_row<kAbsolute>(candidates, row);
-      write_row(row);
+    for (Share share = queue.next(); share.begin < share.end; share = queue.next()) {
+      for (int64_t b = share.begin; b < share.end; ++b) {
+        const Row<Stored> row = row_at(b);
+        select_row<kAbsolute>(candidates, row);
+        write_row(row);
+      }
     }
-  }
+  });
 }
 
 // Fewer rows than threads: the slices of one row over threads, then one merge in slice order.
@@ -256,8 +275,7 @@ void select_sliced(const Row<Stored>& row, int64_t slices) {
   Buffer<uint32_t> indices(slices * row.k);
   Buffer<int64_t> counts(slices);
   const int64_t width = (row.n + slices - 1) / slices;
-#pragma omp parallel for num_threads(static_cast<int>(slices)) schedule(static, 1)
-  for (int64_t s = 0; s < slices; ++s) {
+  in_parallel(static_cast<int>(slices), [&](int s) {
     Candidates candidates(contiguous(row, width), row.k);
     const bool whole =
         read_part<kAbsolute>(candidates, row, s * width, std::min(row.n, (s + 1) * width));
@@ -267,7 +285,7 @@ void select_sliced(const Row<Stored>& row, int64_t slices) {
       keys.get()[s * row.k + j] = candidates.key(j);
       indices.get()[s * row.k + j] = candidates.index(j);
     }
-  }
+  });
   Candidates merged(width, row.k);
   for (int64_t s = 0; s < slices; ++s) {
     if (counts.get()[s] < 0) {
@@ -283,7 +301,8 @@ void select_sliced(const Row<Stored>& row, int64_t slices) {
 
 template <bool kAbsolute, class Stored, class RowAt>
 void select_all(const RowAt& row_at, int64_t rows, const Row<Stored>& shape, int threads) {
-  const int64_t slices = std::min<int64_t>(threads, shape.n / kSliceElements);
+  const int64_t slices =
+      std::min<int64_t>(useful_threads(threads, nanoseconds_of(shape)), shape.n / kSliceElements);
   const bool sliced =
       rows < threads && slices > 1 && Candidates::suits(contiguous(shape, shape.n), shape.k);
   if (std::is_same_v<Stored, double> || !sliced) {
@@ -345,15 +364,15 @@ void codes_to_dense(const void* values, int dtype, const int64_t* indices, int64
     const int64_t row_bytes = n * static_cast<int64_t>(sizeof(Stored));
     advise_huge_pages(dense, static_cast<size_t>(rows * row_bytes));
     const bool past_caches = rows * row_bytes >= kLargerThanCaches;
-    const int used = useful_threads(threads, rows * row_bytes, kGrainBytes);
-#pragma omp parallel for num_threads(used) schedule(static)
-    for (int64_t b = 0; b < rows; ++b) {
+    const double bytes = static_cast<double>(rows) * static_cast<double>(row_bytes);
+    const int used = useful_threads(threads, kNanosecondsPerClearedByte * bytes);
+    share_out(used, rows, [&](int64_t b) {
       Stored* row = static_cast<Stored*>(dense) + b * n;
       clear(row, row_bytes, past_caches);
       for (int64_t j = b * k; j < (b + 1) * k; ++j) {
         row[indices[j]] = static_cast<const Stored*>(values)[j];
       }
-    }
+    });
   });
 }
 

@@ -18,15 +18,18 @@ using IntLanes = int32_t __attribute__((vector_size(kLaneBytes)));
 
 // float -> int32 with -0 as +0 and every NaN above +inf.
 inline int32_t key_of(float x) {
-  const int32_t bits = bit_cast<int32_t>(x + 0.0f);  // -0 + 0 is +0
+  int32_t bits = bit_cast<int32_t>(x);
+  bits = bits == INT32_MIN ? 0 : bits;
   return x != x ? std::numeric_limits<int32_t>::max() : bits ^ ((bits >> 31) & 0x7fffffff);
 }
 inline int64_t key_of(double x) {
-  const int64_t bits = bit_cast<int64_t>(x + 0.0);
+  int64_t bits = bit_cast<int64_t>(x);
+  bits = bits == INT64_MIN ? 0 : bits;
   return x != x ? std::numeric_limits<int64_t>::max() : bits ^ ((bits >> 63) & INT64_MAX);
 }
 inline IntLanes keys_of(FloatLanes x) {
-  const IntLanes bits = (IntLanes)(x + FloatLanes{});
+  const IntLanes signed_zero = (IntLanes)x == INT32_MIN;
+  const IntLanes bits = (IntLanes)x & ~signed_zero;
   const IntLanes unordered = (IntLanes)(x != x);
   const IntLanes ordered = bits ^ ((bits >> 31) & 0x7fffffff);
   return (unordered & 0x7fffffff) | (~unordered & ordered);

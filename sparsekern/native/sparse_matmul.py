@@ -6,6 +6,7 @@ import torch
 
 from ..ops.checks import bad_index
 from ..ops.sparse_matmul import empty_like_dictionary
+from ..ops.transposition import not_grouped
 from . import DTYPE_TAGS, INDEX_TAGS, launch, new_output, pointer, workspace
 
 
@@ -81,11 +82,12 @@ def sparse_matmul_backward(
     where not needed. offsets and positions: the indices' transposition, if it is known."""
     rows, k = values.shape
     n, d = weight.shape
+    checked = offsets is not None and indices.is_cpu  # a GPU's module would have to wait to tell
     if offsets is None or positions is None:
         offsets, positions = transpose_codes(indices, n)
     grad_values = torch.empty_like(values) if need_values else values.new_empty(0)
     grad_weight = empty_like_dictionary(weight, new_output) if need_weight else weight.new_empty(0)
-    launch(
+    fits = launch(
         "sparse_matmul_backward",
         grad,
         grad.data_ptr(),
@@ -100,8 +102,12 @@ def sparse_matmul_backward(
         *weight.stride(),
         offsets.data_ptr(),
         positions.data_ptr(),
+        indices.data_ptr() if checked else 0,
+        INDEX_TAGS[indices.dtype],
         grad_values.data_ptr() if need_values else 0,
         grad_weight.data_ptr() if need_weight else 0,
         *(grad_weight.stride() if need_weight else (0, 0)),
     )
+    if not fits:
+        raise not_grouped("sparse_matmul")
     return grad_values, grad_weight

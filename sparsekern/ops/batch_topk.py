@@ -32,6 +32,7 @@ import torch
 from .. import _library
 from .batching import one_by_one
 from .checks import check_count, check_floating
+from .order import ordered_key
 from .topk import passed_by_relu
 
 
@@ -118,7 +119,8 @@ def batch_topk_reference(
     x: torch.Tensor, total: int, relu: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     flat = x.reshape(-1)
-    positions = flat.sort(descending=True, stable=True).indices[:total].sort().values
+    key = ordered_key(flat)
+    positions = key.sort(descending=True, stable=True).indices[:total].sort().values
     values = flat[positions]
     if relu:
         values = torch.where(values <= 0, 0, values)
@@ -218,16 +220,6 @@ def first_of_list(
     taken = above | (equal & (equal.cumsum(0) <= total - above.sum()))
     chosen = taken.nonzero_static(size=total).view(-1)
     return values[chosen], positions[chosen]
-
-
-def ordered_key(values: torch.Tensor) -> torch.Tensor:
-    """Integers in the order of the values: NaN on top, -0 equal to +0."""
-    wide = values if values.dtype == torch.float64 else values.float()
-    integer = torch.int64 if values.dtype == torch.float64 else torch.int32
-    largest = torch.iinfo(integer).max
-    bits = (wide + 0.0).view(integer)  # -0 + 0 = +0
-    key = bits ^ ((bits >> (torch.iinfo(integer).bits - 1)) & largest)
-    return torch.where(wide.isnan(), largest, key)
 
 
 # -- gradient, shared by every backend -------------------------------------------------------------

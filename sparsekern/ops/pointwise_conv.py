@@ -184,8 +184,9 @@ def pointwise_conv_reference(
 def pointwise_conv_backward_reference(
     grad: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    inner = grad.shape[2]
+    outer, _, inner = grad.shape
     outputs, channels = weight.shape
+    check_range("pointwise_conv", indices, outer * channels * inner)
     kind = sum_dtype(values.dtype)
     found, rows = _places(indices, channels, inner)
     wide = grad.to(kind)
@@ -225,6 +226,9 @@ def _native_backward(backend: str) -> Any:
     def run(
         grad: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, weight: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        outer, _, inner = grad.shape
+        # Again: they may have changed since the forward pass.
+        check_range("pointwise_conv", indices, outer * weight.shape[1] * inner)
         return _library.kernels(backend, "pointwise_conv").pointwise_conv_backward(
             grad.contiguous(), values.contiguous(), indices.contiguous(), weight
         )

@@ -25,7 +25,7 @@ import torch
 
 from .. import _library
 from .checks import check_codes, check_floating, check_range, check_same_device, check_weight_dtype
-from .transposition import Transposition, check_transposition
+from .transposition import Transposition, check_grouped, check_grouping, check_transposition
 
 
 def sparse_matmul(
@@ -134,8 +134,9 @@ def sparse_matmul_backward_reference(
     need_weight: bool,
     *_transposition: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    wide = sum_dtype(values.dtype)
     n, d = weight.shape
+    check_range("sparse_matmul", indices, n)
+    wide = sum_dtype(values.dtype)
     grad_values, grad_weight = values.new_empty(0), weight.new_empty(0)
     if need_values:
         gathered = weight[indices.long()].to(wide)
@@ -230,6 +231,14 @@ def _backward_matrices(backend: str) -> Any:
             return sparse_matmul_backward_reference(
                 grad, values, indices, weight, need_values, need_weight
             )
+        if backend != "native" or values.device.type != "cpu":  # else the kernel looks
+            check_range("sparse_matmul", indices, weight.shape[0])
+        if transposition and transposition[0] is not None:
+            offsets, positions = transposition
+            check_grouping("sparse_matmul", offsets, positions, indices, weight.shape[0])
+            if backend != "native" or values.device.type != "cpu":
+                check_grouped("sparse_matmul", offsets, positions, indices, weight.shape[0])
+            transposition = (offsets.contiguous(), positions.contiguous())
         grad_values, grad_weight = _library.kernels(
             backend, "sparse_matmul"
         ).sparse_matmul_backward(

@@ -22,6 +22,7 @@ import torch
 from .. import _library
 from .batching import one_by_one
 from .channels import check_channels, layout
+from .order import ordered_key
 
 
 def channel_threshold(x: torch.Tensor, density: float, *, channel_dim: int = 1) -> torch.Tensor:
@@ -87,7 +88,9 @@ def rank_of(op: str, x: torch.Tensor, density: float, dim: int) -> int:
 
 def channel_threshold_reference(x: torch.Tensor, rank: int, channel_dim: int) -> torch.Tensor:
     columns = x.movedim(channel_dim, -1).reshape(-1, x.shape[channel_dim])
-    return columns.kthvalue(rank, dim=0).values + 0.0  # -0 + 0 = +0
+    chosen = ordered_key(columns).kthvalue(rank, dim=0).indices
+    values = columns.gather(0, chosen.unsqueeze(0)).squeeze(0)
+    return torch.where(ordered_key(values) == 0, 0, values)  # -0 as +0
 
 
 # -- implementations -------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import torch
 from .. import _library
 from .activity import counts_reference
 from .checks import check_codes, check_count, check_floating, check_range
+from .order import ordered_key
 
 
 class Codes(NamedTuple):
@@ -184,7 +185,7 @@ def codes_to_dense(values: torch.Tensor, indices: torch.Tensor, n: int) -> torch
 def topk_reference(
     x: torch.Tensor, k: int, sorted: bool, relu: bool, abs: bool, count: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    key = x.abs() if abs else x
+    key = ordered_key(x.abs() if abs else x)
     indices = key.sort(dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
     if not sorted:
         indices = indices.sort(dim=-1).values
