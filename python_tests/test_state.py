@@ -9,10 +9,11 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import state_dict as dcp
 
 from sparsekern import BatchTopK, DeadNeuronCounter, JumpReLU, SpatialSparsity, TopK
-from sparsekern.models import VAESAE, SparseAutoencoder, SparseBottleneck
+from sparsekern.models import VAESAE, SparseAutoencoder, SparseBottleneck, Widening
 from sparsekern.training import checkpoints
 
 MODELS = {
@@ -232,3 +233,28 @@ def test_layers_made_on_meta(make, assign):
         assert torch.equal(*results)
     if isinstance(other, SpatialSparsity):
         assert other.measured_density() == layer.measured_density()
+
+
+SHAPES = {
+    "topk": lambda: {"k": 4, "multi_k": 8},
+    "norms": lambda: {"k": 4, "scale_scores": True},
+    "batchtopk": lambda: {"activation": BatchTopK(4)},
+    "jumprelu": lambda: {"activation": JumpReLU(64)},
+    "relu": lambda: {"activation": nn.ReLU()},
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_without_numbers(name):
+    """On meta, and for fake tensors."""
+    for context in (torch.device("meta"), FakeTensorMode()):
+        with context:
+            model = SparseAutoencoder(16, 64, auxk=8, prefixes=(20,), **SHAPES[name]())
+            output, loss = model.loss(torch.randn(8, 16))
+            loss.total.backward()
+            assert output.reconstruction.shape == (8, 16) and loss.total.shape == ()
+            assert model.dictionary.grad.shape == (64, 16)
+            if name != "batchtopk" or isinstance(context, torch.device):
+                assert model.eval()(torch.randn(2, 3, 16)).reconstruction.shape == (2, 3, 16)
+    layer = Widening(4, 8, 2).to("meta")
+    assert layer(torch.zeros(1, 4, 6, 6, device="meta")).shape == (1, 8, 3, 3)

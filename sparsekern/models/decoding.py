@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..ops.checks import check_weight_dtype
+from ..ops.checks import autocasting, check_weight_dtype
 from ..ops.linear_at import vector_at
 from ..ops.sparse_matmul import sparse_matmul
 from ..ops.transposition import Transposition
-from .encoding import Encoding
+from .encoding import Encoding, sizes_are_fixed
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def dense_product(factors: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     """factors @ weight.T + bias in factors' dtype; 16-bit factors meet a float32 weight as it is,
     as in sparse_matmul."""
     check_weight_dtype("decode", factors, weight, "values", "values'", "16-bit values")
-    if factors.dtype == weight.dtype or torch.is_autocast_enabled(factors.device.type):
+    if factors.dtype == weight.dtype or autocasting(factors):
         return nn.functional.linear(factors, weight, bias)
     return nn.functional.linear(factors.to(weight.dtype), weight, bias).to(factors.dtype)
 
@@ -89,7 +89,7 @@ def split_codes(
     counts = (levels.unsqueeze(-1) == level_ids).sum(-2)  # [..., levels]
     starts = counts.cumsum(-1) - counts
     per_row = counts.reshape(-1, len(level_ids))
-    if torch.compiler.is_compiling():  # no sizes that depend on data
+    if sizes_are_fixed(values):
         widths = [indices.shape[-1]] * len(level_ids)
     else:
         widths = per_row.amax(0).tolist() if len(per_row) else [0] * len(level_ids)

@@ -10,8 +10,8 @@ so the selection takes the largest scores of each row, as many as the last selec
 looks at the last of them: if it still qualifies, the row may have more, and the selection is made
 again with twice as many. When some row has more than one in NARROWEST latents active, the dense
 expression is faster, and is what is used. Which of the two it is follows from the input alone, and
-so does what is recorded for the backward pass (gradient checkpointing compares it). Compiled code
-has no sizes that depend on data: there it is the dense expression always.
+so does what is recorded for the backward pass (gradient checkpointing compares it). Where sizes
+cannot depend on data (compiled code, CUDA graphs) it is the dense expression always.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from ..nn import BatchTopK, JumpReLU, TopK
 from ..ops.batch_topk import batch_topk, first_of_list, kept_in_all
@@ -227,6 +228,14 @@ def check_activation(layer: nn.Module, latents: int) -> None:
         )
 
 
+def sizes_are_fixed(x: Tensor) -> bool:
+    """Whether no size may follow from the numbers in x: in compiled code, while a CUDA graph is
+    captured, and where there are none."""
+    if torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
+        return True
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _nothing(like: Tensor) -> Tensor:
     return torch.zeros((), device=like.device)
 
@@ -270,7 +279,7 @@ def _batch_topk(layer: BatchTopK, scores: Scores, width: Width) -> Encoding:
 
 
 def _trained_batch_topk(layer: BatchTopK, scores: Scores, width: Width) -> Encoding:
-    if torch.compiler.is_compiling():
+    if sizes_are_fixed(scores.x):
         return _dense(layer(scores.all()))
     known = scores.unscaled() if width.dense(scores.latents) else None
     chosen = _largest_of_batch(layer, scores, width, known)
@@ -306,7 +315,7 @@ def _above(
     every score that is above it when theta is subtracted), as wide as the fullest row needs; or all
     scores, where that is faster."""
     n = scores.latents
-    if torch.compiler.is_compiling():
+    if sizes_are_fixed(scores.x):
         return scores.all()
     # One element: a number, or a 0-d tensor, would be rounded to the scores' dtype.
     wide = torch.promote_types(scores.x.dtype, torch.float32)

@@ -41,7 +41,7 @@ from ..ops.checks import check_above_zero, check_count
 from ..ops.linear_checks import check_layer
 from ..ops.topk import Codes
 from .decoding import Decoder
-from .encoding import Scores, Width, check_activation, encode
+from .encoding import Scores, Width, check_activation, encode, sizes_are_fixed
 from .statistics import at_least_float32, geometric_median, squared_error, total_variance
 from .wrappers import Wrapper
 
@@ -362,7 +362,7 @@ class SparseAutoencoder(nn.Module):
         """min(1, dead / auxk) * sum |e - e'|^2."""
         dead = self._dead(error)
         residual = (x - reconstruction).detach()
-        if torch.compiler.is_compiling() or _captured(x):  # no sizes that depend on data
+        if sizes_are_fixed(x):
             count = dead.sum()
             codes = self._scores(x).only(dead).topk(self.auxk)
             estimate = self._decoder().sparse(*codes, biased=False)
@@ -483,11 +483,6 @@ def _same(one: Tensor, other: Tensor | None) -> bool:
     if other is None or one is other or one.is_meta or other.is_meta:
         return other is not None
     return one.shape == other.shape and bool((one == other.to(one.device)).all())
-
-
-def _captured(x: Tensor) -> bool:
-    """Whether a CUDA graph is being captured."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _check_prefixes(prefixes: Sequence[int], latents: int) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..nn import SpatialSparsity
 from ..ops.checks import check_same_dtype
+from .encoding import sizes_are_fixed
 from .normalisation import BatchNorm1d, BatchNorm2d
 
 PAD = -1  # after the end of a label
@@ -160,7 +161,7 @@ class Widening(nn.Module):
     def forward(self, activations: Tensor) -> Tensor:
         """[B, C, *space] -> [B, width, *(s // pool for s in space)]."""
         check_same_dtype("Widening", activations, self.conv.weight)
-        if not activations.is_cuda and not torch.compiler.is_compiling():
+        if not activations.is_cuda and not sizes_are_fixed(activations):
             places = (activations.detach() != 0).any(1).nonzero()
             share = len(places) * activations.shape[1] / max(activations.numel(), 1)
             if share < self.SPARSE_SHARE and self.pool > 1:

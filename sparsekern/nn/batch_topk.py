@@ -212,7 +212,7 @@ class BatchTopK(SavedK):
         once."""
         if torch.compiler.is_compiling():
             torch._assert_async(~self.threshold.isnan(), _UNSET)
-        elif not self._known:
+        elif not self._known and not self.threshold.is_meta:
             if bool(self.threshold.isnan()):
                 raise RuntimeError(_UNSET)
             self._known = self.threshold.is_cuda

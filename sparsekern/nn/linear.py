@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..ops.checks import check_count, check_floating
+from ..ops.checks import autocasting, check_count, check_floating
 from ..ops.sparse_matmul import sparse_matmul
 
 
@@ -114,7 +114,7 @@ class SparseLinear(nn.Module):
                 f"SparseLinear: a dense tensor must be [..., {n}] (the latents), "
                 f"got {list(latents.shape)}"
             )
-        if torch.is_autocast_enabled(latents.device.type) or latents.dtype == weight.dtype:
+        if autocasting(latents) or latents.dtype == weight.dtype:
             return nn.functional.linear(latents, weight, bias)
         if weight.dtype != torch.float32 or latents.dtype == torch.float64:
             raise TypeError(

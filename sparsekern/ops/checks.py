@@ -87,13 +87,19 @@ def check_codes(op: str, values: torch.Tensor | None, indices: torch.Tensor) -> 
     check_same_device(op, values=values, indices=indices)
 
 
+def autocasting(tensor: torch.Tensor) -> bool:
+    """Whether an autocast region decides the dtype of products with this tensor."""
+    kind = tensor.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
 def check_weight_dtype(
     op: str, tensor: torch.Tensor, weight: torch.Tensor, name: str, whose: str, short: str
 ) -> None:
     """A weight of the tensor's dtype, or float32 with a 16-bit tensor; under autocast, which casts
     the rest, both or none in float64. whose, short: the tensor in the message, as its owner and
     with 16 bits."""
-    if not torch.is_autocast_enabled(tensor.device.type):
+    if not autocasting(tensor):
         mixed = weight.dtype == torch.float32 and tensor.dtype in (torch.bfloat16, torch.float16)
         if weight.dtype != tensor.dtype and not mixed:
             raise TypeError(
@@ -109,7 +115,7 @@ def check_weight_dtype(
 
 def check_same_dtype(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
     """x of the parameters' dtype, where no autocast region makes them one."""
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and not autocasting(x):
         raise TypeError(f"{op}: x must have the parameters' dtype {weight.dtype}, got {x.dtype}")
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from .checks import check_codes
+from .checks import autocasting, check_codes
 from .linear_checks import check_layer
 from .linear_topk import _autocast, _centred
 from .sparse_matmul import _sparse_matmul_backward
@@ -72,7 +72,7 @@ def linear_at(
             f"got shape {list(indices.shape)}"
         )
     check_transposition(op, transposition, indices, weight.shape[0])
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if autocasting(x) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias, _, pre_bias, scale = _autocast(
             (x, weight, bias, None, pre_bias, scale), dtype
