@@ -283,7 +283,7 @@ def test_info_lists_versions_and_implementations(capsys):
     printed = capsys.readouterr().out
     for text in ("python", "torch", "threads", "GPU", "topk", "sparse_matmul", "count_active"):
         assert text in printed
-    for text in ("filelock", "h5py", "matplotlib", "safetensors", "tqdm"):
+    for text in ("h5py", "matplotlib", "safetensors", "tqdm"):
         assert text in printed
     assert max(map(len, printed.splitlines())) <= 120
 

@@ -11,10 +11,10 @@ import sys
 import time
 import zlib
 
-import filelock
 import pytest
 from processes import spawn
 
+from sparsekern._system import lock_file
 from sparsekern.cli import main
 from sparsekern.data import (
     CountError,
@@ -213,9 +213,11 @@ def test_a_part_that_is_none_or_damaged(part):
 
 
 def test_one_writer_at_a_time(part):
-    with filelock.FileLock(parts(part) / "lock"):
-        with pytest.raises(DataError, match=f"^dsprites.write: another process is writing {part}$"):
-            dsprites.write(part, 20, seed=5, chunk_rows=4)
+    parts(part).mkdir(exist_ok=True)
+    unlock = lock_file(parts(part) / "lock")
+    with pytest.raises(DataError, match=f"^dsprites.write: another process is writing {part}$"):
+        dsprites.write(part, 20, seed=5, chunk_rows=4)
+    unlock()
 
 
 def test_an_existing_file_is_left_alone(part, tmp_path):

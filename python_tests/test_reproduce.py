@@ -6,10 +6,10 @@ import time
 
 import numpy as np
 import pytest
-from filelock import FileLock
 from processes import spawn
 from reproductions import command_of, results
 
+from sparsekern._system import lock_file
 from sparsekern.cli import main
 from sparsekern.data import dsprites
 from sparsekern.studies.reproduction import epochs_done, merged_request
@@ -226,8 +226,9 @@ def test_data_files_are_looked_at_before_anything_starts(tmp_path, capsys):
 
 
 def test_a_folder_in_use(complete, capsys):
-    with FileLock(complete / "lock"):
-        assert main(command(complete, *SMALL)) == 2
+    unlock = lock_file(complete / "lock")
+    assert main(command(complete, *SMALL)) == 2
+    unlock()
     assert f"another process is writing the report in {complete}" in capsys.readouterr().err
 
 

@@ -387,7 +387,7 @@ def describe() -> dict[str, Any]:
         modules[name] = dict(module.build_info()) if module else {"missing": reason}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     packages = (
-        "sparsekern", "torch", "numpy", "triton", "filelock", "h5py", "matplotlib", "safetensors",
+        "sparsekern", "torch", "numpy", "triton", "h5py", "matplotlib", "safetensors",
         "tqdm",
     )  # fmt: skip
     return {

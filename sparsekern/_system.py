@@ -152,8 +152,8 @@ def lock_file(path: Path) -> Callable[[], None] | None:
 
 def _try_lock(file: BinaryIO) -> bool:
     """Whether this open file got the lock, which it holds until it is closed."""
-    # Not filelock: where flock is missing, its versions say that another process holds the lock,
-    # raise NotImplementedError, or leave a file that a killed process never takes away.
+    # Not the package filelock: where flock is missing, its versions say that another process holds
+    # the lock, raise NotImplementedError, or leave a file that a killed process never takes away.
     try:
         if os.name == "posix":
             import fcntl

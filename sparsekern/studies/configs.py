@@ -24,7 +24,7 @@ EXPECTED_ERRORS = (
     BackendUnavailableError, CheckpointError, ModuleNotFoundError, OSError, RunError, TrainingError,
     ValueError,
 )  # fmt: skip
-NEEDED = ("filelock", "matplotlib", "safetensors", "tqdm")
+NEEDED = ("matplotlib", "safetensors", "tqdm")
 
 AnyConfig = TypeVar("AnyConfig", bound="StudyConfig")
 

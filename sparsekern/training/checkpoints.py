@@ -77,7 +77,7 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
             facts = json.loads(file.read())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise damaged(folder, error) from error
     try:
         if facts["format"] != FORMAT:
@@ -88,7 +88,7 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
         if not isinstance(name, str) or Path(name).name != name:
             raise damaged(folder, f"'tensors' must name a file in the folder, got {name!r}")
         tensors = SavedTensors(folder / name)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, RecursionError, ValueError, KeyError, TypeError) as error:
         raise damaged(folder, error) from error
     # Checkpoints of earlier versions have no such mark.
     if pair is not None and tensors.metadata.get(PAIR) != pair:

@@ -112,7 +112,7 @@ class RunFolder:
                 config = json.loads(file.read())
         except (FileNotFoundError, NotADirectoryError) as error:
             raise RunError(f"no run in {path}: {CONFIG} not found") from error
-        except (OSError, ValueError) as error:
+        except (OSError, RecursionError, ValueError) as error:
             raise RunError(f"cannot read {path / CONFIG}: {error}") from error
         if not isinstance(config, dict):
             raise RunError(f"cannot read {path / CONFIG}: not a JSON object")

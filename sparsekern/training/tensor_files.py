@@ -118,7 +118,7 @@ class SavedTensors(Mapping[str, Tensor]):
             dtype, shape, (start, stop) = (
                 DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"],
             )  # fmt: skip
-            whole = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+            whole = all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, stop))
         except (KeyError, TypeError, ValueError):
             whole = False
         if not whole or stop - start != math.prod(shape) * dtype.itemsize:
