@@ -94,10 +94,25 @@ class SAETask:
             }
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach()
+        self._revive(output.values)
         sums["dead"] = self.model.counter.fraction(self.model.dead_after)
         if self.config.counted:
             sums["k"] = torch.tensor(float(self.model.k))
         return sums
+
+    @torch.no_grad()
+    def _revive(self, values: Tensor) -> None:
+        """Raises the bias of dead latents by a share of what a latent has to exceed to be active,
+        until they fire; less and less while the learning rate falls."""
+        if not self.config.revival:
+            return
+        active = torch.where(values > 0, values, torch.inf).amin(-1).float()
+        rows = active < torch.inf
+        level = torch.where(rows, active, 0).sum() / rows.sum().clamp_min(1)
+        falling = self.optimizer.param_groups[0]["lr"] / self.config.learning_rate
+        rise = self.config.revival * falling * level
+        dead = self.model.counter.dead(self.model.dead_after)
+        self.model.encoder_bias.add_(torch.where(dead, rise, 0))
 
     def _schedule(self, step: int) -> None:
         """Learning rate, k and the weight of the sparsity loss at a step."""

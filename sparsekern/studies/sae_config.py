@@ -110,6 +110,11 @@ class SAEConfig(StudyConfig):
         "tokens without firing after which a latent is dead; by default a 20th of the training, "
         "and at most 10 million",
     )
+    revival: float = option(
+        0.02,
+        "share of the smallest active value by which the bias of dead latents rises in each step, "
+        "until they fire; 0 leaves it out",
+    )
     init_from: str | None = option(
         None, "folder of a run whose weights this one begins with", metavar="RUN", path=True
     )  # fmt: skip
@@ -144,7 +149,7 @@ class SAEConfig(StudyConfig):
             self._check_given(name, lambda value: value >= 1, "must be at least 1")
         for name in (
             "latents", "k_start", "micro_batch", "auxk", "multi_k", "sparsity_weight",
-            "target_l0", "outlier_filter",
+            "target_l0", "outlier_filter", "revival",
         ):  # fmt: skip
             self._check_given(name, lambda value: value >= 0, "must be at least 0")
         self._check_choices()
