@@ -292,6 +292,8 @@ def test_the_command_leaves_padding_out(here, capsys):  # noqa: F811
         ([*only, "--mask", "short.npy"], "input files differ in length: 3, 2 in short.npy"),
         ([*only, "--mask", "short.npy", "--keep-padding"], "--mask says what is written"),
         (["--inputs", "input_ids.npy", "short.npy"], "several files need different names"),
+        ([*only, "--skip-first", -1], "capture: --skip-first must be at least 0, got -1"),
+        (["--inputs", "nothing.npy"], "input file not found: nothing.npy"),
     ):
         assert data(*flags, *more, "--out", "x.h5") == 2
         assert message in capsys.readouterr().err

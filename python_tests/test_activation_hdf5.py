@@ -45,6 +45,7 @@ TYPES = {
     "single of another bias": lambda: float_type(4, 100, (31, 23, 8, 0, 23)),
     "single with its sign below": lambda: float_type(4, 127, (0, 24, 8, 1, 23)),
     "eight bits": lambda: float_type(1, 7, (7, 3, 4, 0, 3)),
+    "three bytes": lambda: float_type(3, 63, (23, 16, 7, 0, 16)),
     "big-endian": lambda: h5py.h5t.IEEE_F32BE,
     "big-endian half": lambda: h5py.h5t.IEEE_F16BE,
 }
@@ -171,6 +172,11 @@ def test_a_virtual_dataset_is_read_whole_or_refused(folder):
     refuses("a.h5", "is virtual, and 'rows' is missing or too small in .*part.h5")
     os.remove("part.h5")
     refuses("a.h5", "is virtual, and its source is missing: part.h5")
+    layout = h5py.VirtualLayout((1 << 40, 32), "f4")
+    layout[:256] = source
+    with h5py.File("b.h5", "w") as file:
+        file.create_virtual_dataset("activations", layout)
+    refuses("b.h5", r"claims \[1099511627776, 32\], of which 8192 values have sources")
 
 
 def test_compact_rows_and_rows_never_written(folder):

@@ -329,9 +329,11 @@ CAPTURE = ["capture", "--out", "x.h5", "--hook", "1", "--inputs"]
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["synthetic", "--out", "inputs.npy"], "path must end in .h5"),
+        (["synthetic", "--out", "inputs.npy"], "--out must end in .h5"),
         (["synthetic", "--out", "taken.h5"], "taken.h5 exists already"),
-        (["synthetic", "--out", "x.h5", "--active", "0"], "active must lie in 1..512"),
+        (["synthetic", "--out", "x.h5", "--active", "0"], "synthetic: --active must lie in 1..512"),
+        (["convert", "wide.npy", "--out", "x.h5", "--dtype", "float16"], "use --dtype float32 or"),
+        (["convert", "nan.npy", "--out", "x.h5"], "(--nonfinite skip leaves such rows out)"),
         (["synthetic"], "arguments are required: --out"),
         (["convert", "no.npy", "--out", "x.h5"], "activation file not found: no.npy"),
         (["convert", "inputs.npy", "--out", "x.h5"], "must be float32"),
@@ -351,6 +353,8 @@ CAPTURE = ["capture", "--out", "x.h5", "--hook", "1", "--inputs"]
 )
 def test_bad_input_is_one_line(flags, message, here, capsys):
     (here / "taken.h5").write_text("precious")
+    np.save("wide.npy", np.full((3, 4), 1e6, np.float32))
+    np.save("nan.npy", np.full((3, 4), np.nan, np.float32))
     try:
         assert data(*flags) == 2
     except SystemExit as stop:

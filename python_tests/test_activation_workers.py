@@ -92,6 +92,9 @@ def test_a_forked_child_is_told_to_make_its_own_iterator(path):
 
 def test_a_closed_store_says_so(path):
     with ActivationStore(path) as store:
-        pass
+        begun = store.batches(4, seed=0, buffer_rows=16, prefetch=False)
+        next(begun)
+    with pytest.raises(ValueError, match=r"^batches: the store is closed"):
+        list(begun)
     with pytest.raises(ValueError, match=r"^batches: the store is closed"):
         store.batches(4, seed=0)

@@ -133,8 +133,7 @@ def test_errors_of_the_callers_batches_stay_what_they_are(error, tmp_path):
         assert caught.value is error
     assert os.listdir(tmp_path) == ["a.partial.h5"]
     assert len(content(tmp_path / "a.partial.h5")) == 150
-    if sys.version_info >= (3, 11):
-        assert "the 150 rows before are kept in" in error.__notes__[0]
+    assert "the 150 rows before are kept in" in error.__notes__[0]
 
 
 def test_partial_files_never_replace_one_another(tmp_path):

@@ -62,8 +62,9 @@ def _run(arguments: Sequence[str] | None) -> int:
     except EXPECTED_ERRORS as error:
         sys.stderr.write(_error_line(options.command, _in_flags(error, options.command)))
         return 2
-    except KeyboardInterrupt:
-        sys.stderr.write(f"sparsekern: {options.command}: interrupted\n")
+    except KeyboardInterrupt as stop:
+        notes = "".join(f"; {note}" for note in getattr(stop, "__notes__", ()))
+        sys.stderr.write(f"sparsekern: {options.command}: interrupted{notes}\n")
         return 130
 
 

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -48,8 +49,39 @@ def _add_source(sources: Any, name: str, function: Callable, text: str) -> argpa
     parser.add_argument(
         "--out", metavar="FILE", required=True, help="the new file, .h5 or .hdf5; must not exist"
     )
-    parser.set_defaults(function=function, command=f"data activations {name}")
+    parser.set_defaults(function=_with_flags(function), command=f"data activations {name}")
     return parser
+
+
+# What messages of the library call what was typed here.
+FLAGS = {"path": "--out", "hook_point": "--hook", "paths": "IN"}
+REMEDIES = (
+    (r"dtype=torch\.(\w+)", r"--dtype \1"),
+    (r"nonfinite='skip'", "--nonfinite skip"),
+    (r"mask=None writes all, a function of the input may return another mask",
+     "--keep-padding writes all, --mask FILE.npy others"),
+)  # fmt: skip
+
+
+def _with_flags(function: Callable[[argparse.Namespace], int]) -> Callable:
+    """The function, with errors that name flags instead of Python's arguments."""
+
+    def run(options: argparse.Namespace) -> int:
+        try:
+            return function(options)
+        except ValueError as error:
+            text = str(error)
+            named = re.match(r"(?:synthetic|convert|capture|write_activations): (\w+) must ", text)
+            if named is not None and (named[1] in FLAGS or hasattr(options, named[1])):
+                flag = FLAGS.get(named[1], f"--{named[1].replace('_', '-')}")
+                text = flag + text[named.end(1) :]
+            for pattern, remedy in REMEDIES:
+                text = re.sub(pattern, remedy, text)
+            if text == str(error):
+                raise
+            raise type(error)(text) from error
+
+    return run
 
 
 def _add_synthetic(sources: Any) -> None:
@@ -213,7 +245,7 @@ class _Mask:
         """The mask of the batch given out last."""
         import torch
 
-        return torch.from_numpy(self.array[self.start : self.stop].copy())
+        return torch.from_numpy(self.array[self.start : self.stop])
 
 
 def _mask(path: str | None, inputs: Any) -> _Mask | None:
@@ -252,28 +284,26 @@ def _batches(
 ) -> Iterator[Any]:
     """Batches of the first dimension of arrays that are read as they are needed."""
     for start in range(0, len(arrays[0]), batch_size):
-        # Copies: the files are mapped read-only, and a module may write into its input.
-        parts = [array[start : start + batch_size].copy() for array in arrays]
+        parts = [array[start : start + batch_size] for array in arrays]
         if mask is not None:
             mask.start, mask.stop = start, start + len(parts[0])
         yield dict(zip(names, parts, strict=True)) if names[0] else parts[0]
 
 
 def _array(path: str) -> Any:
-    """An array of inputs, mapped."""
-    import numpy as np
-
+    """An array of inputs, of which slices are read."""
     from .data import DataError
+    from .data.npy import NpyArray
 
     if not Path(path).is_file():
         raise DataError(f"input file not found: {path}")
     try:
-        array = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, OSError, EOFError, SyntaxError, TypeError) as error:
+        array = NpyArray(path)
+    except (ValueError, OSError, EOFError) as error:
         raise DataError(
             f"input file is truncated, damaged or not .npy: {path} ({error})"
         ) from error
-    if array.ndim == 0 or len(array) == 0:
+    if not array.shape or array.shape[0] == 0:
         raise DataError(f"input file is empty: {path} holds {list(array.shape)}")
     return array
 

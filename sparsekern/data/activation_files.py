@@ -42,6 +42,8 @@ def open_activations(path: str | Path, dataset: str = ACTIVATIONS) -> Activation
         ModuleNotFoundError: h5py is needed and not installed.
     """
     path = Path(path)
+    if not isinstance(dataset, str):
+        raise ValueError(f"open_activations: dataset must be a name, got {dataset!r}")
     if not path.is_file():
         raise DataError(f"activation file not found: {path}")
     kind = _KINDS.get(path.suffix.lower())

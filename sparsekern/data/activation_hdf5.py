@@ -145,7 +145,7 @@ class Hdf5File(ActivationFile):
 
     def _no_dataset(self, name: str, h5py: Any) -> str:
         where = f"activation file has another layout: {self.path}"
-        link = self._file.get(name, getlink=True)
+        link = self._file.get(name, getlink=True) if self._file.get(name) is None else None
         if isinstance(link, h5py.ExternalLink):
             return f"{where}: {name} leads to {link.path} in {link.filename}, which is missing"
         there: list[str] = []

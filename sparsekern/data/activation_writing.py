@@ -114,8 +114,8 @@ def write_pieces(
         kept = f"the {rows.count} rows before are kept in {partial}"
         if isinstance(failure, DataError):
             raise DataError(f"{failure}; {kept}") from failure
-        if hasattr(failure, "add_note"):  # from Python 3.11 on
-            failure.add_note(kept)
+        # What add_note does, from Python 3.11 on.
+        failure.__notes__ = [*getattr(failure, "__notes__", ()), kept]  # type: ignore[attr-defined]
         raise failure
     return rows.count
 

@@ -138,11 +138,9 @@ class ActivationStore:
 
     def __getstate__(self) -> dict[str, Any]:
         """What opens the same files again in another process: no rows, nothing open."""
-        places = {
-            "paths": [file.path.absolute() for file in self._files],
-            "stamps": [file.stamp for file in self._files],
-        }
-        return places | {name: getattr(self, name) for name in ("_dataset", *_PICKLED)}
+        paths, stamps = zip(*((f.path.absolute(), f.stamp) for f in self._files), strict=True)
+        kept = {name: getattr(self, name) for name in ("_dataset", *_PICKLED)}
+        return {"paths": paths, "stamps": stamps, **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._dataset, self._files = state["_dataset"], []
@@ -258,8 +256,8 @@ class ActivationStore:
 
         None unless all files hold it, as those of :func:`capture` do.
         """
-        stop = self.tokens if stop is None else stop
-        return origins_of(self._files, self._left_out, start, stop)
+        last = self.tokens if stop is None else stop
+        return origins_of(self._files, self._left_out, start, last)
 
     def count_batches(self, batch_size: int) -> int:
         """Batches in an epoch, the last and smaller one included."""
@@ -367,6 +365,8 @@ class ActivationStore:
 
     def _read(self, blocks: list[list[int]], buffer: Tensor, left_out: list[np.ndarray]) -> Tensor:
         """Fills the buffer with the blocks' rows, without those left out, and returns that part."""
+        if not self._files:
+            raise ValueError("batches: the store is closed")
         at, bad = 0, []
         for number, start, stop in blocks:
             file = self._files[number]

@@ -115,7 +115,13 @@ def _check_external(dataset: Any, where: str) -> None:
 
 def _check_sources(dataset: Any, path: Path, where: str) -> None:
     h5py = require("h5py", f"reading {path}")
-    for source in dataset.virtual_sources():
+    sources = dataset.virtual_sources()
+    mapped = sum(source.vspace.get_select_npoints() for source in sources)
+    if dataset.size > LARGEST_RATIO * max(mapped, SMALLEST):
+        raise DataError(
+            f"{where} claims {list(dataset.shape)}, of which {mapped} values have sources"
+        )
+    for source in sources:
         name = source.file_name
         if "%" in name.replace("%%", "") or "%" in source.dset_name.replace("%%", ""):
             raise DataError(f"{where} is virtual with a pattern of sources, {one_line(name)!r}")

@@ -1,10 +1,12 @@
-"""The header of a ``.npy`` file, and bytes from any place of an open file."""
+"""``.npy`` files, and bytes from any place of an open file."""
 
 from __future__ import annotations
 
 import os
 import threading
 import tokenize
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,13 +41,58 @@ def read_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     return shape, fortran, dtype
 
 
+class NpyArray:
+    """An array in a ``.npy`` file, of which slices of the first dimension are read.
+
+    It is not mapped: a mapped file that gets shorter kills the process.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError, EOFError: it is damaged, or holds Python objects.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._file = open(path, "rb", buffering=0)
+        try:
+            self.shape, fortran, self.dtype = read_header(self._file)
+            if self.dtype.hasobject:
+                raise ValueError("it holds Python objects")
+            self._start = self._file.tell()
+            self._row = prod(self.shape[1:]) * self.dtype.itemsize
+            held = os.fstat(self._file.fileno()).st_size - self._start
+            claimed = prod(self.shape) * self.dtype.itemsize
+            if held < claimed:
+                raise EOFError(f"its header claims {claimed} bytes, it holds {held}")
+            # Rows in column-major order lie apart from each other.
+            self._whole = np.load(path) if fortran and len(self.shape) > 1 else None
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        """A copy of neighbouring rows ``[n, ...]``, in the machine's byte order.
+
+        Raises:
+            EOFError: the file has become shorter.
+        """
+        start, stop, _ = rows.indices(len(self))
+        if self._whole is not None:
+            return self._whole[start:stop].astype(self.dtype.newbyteorder("="))
+        found = np.empty((max(0, stop - start), *self.shape[1:]), self.dtype)
+        read_bytes(self._file.fileno(), self._start + start * self._row, found)
+        return found if self.dtype.isnative else found.astype(self.dtype.newbyteorder("="))
+
+
 def read_bytes(descriptor: int, offset: int, target: np.ndarray) -> None:
     """Fills a contiguous array from a byte of an open file on, whatever else reads that file.
 
     Raises:
         EOFError: the file ends before.
     """
-    left = target.reshape(-1).view(np.uint8).data
+    left = target.reshape(-1).view(np.uint8).data if target.size else memoryview(b"")
     while left:
         if hasattr(os, "preadv"):
             count = os.preadv(descriptor, [left], offset)
