@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import pytest
 
+pytestmark = pytest.mark.compiles
 CSRC = pathlib.Path(__file__).parent.parent / "csrc"
 ARCHITECTURES = ("80", "90", "100")
 # With 128 registers two blocks of 256 threads fit in the 65536 registers of a multiprocessor: one

@@ -18,6 +18,7 @@ FILES = {
     "LICENSE",
     "MANIFEST.in",
     "README.md",
+    "constraints-oldest.txt",
     "constraints.txt",
     "pyproject.toml",
     "setup.py",

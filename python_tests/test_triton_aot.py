@@ -36,6 +36,7 @@ from sparsekern.kernels import (  # noqa: E402
     topk_stream,
 )
 
+pytestmark = pytest.mark.compiles
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
