@@ -134,7 +134,7 @@ ALLOWED = {
     "nn": {"nn", "ops"},
     "optim": {"ops"},
     "disentanglement": set(),
-    "motif_errors": set(),
+    "motif_errors": {"_system"},
     "motif_perturbation": {"data"},
     "metrics": {"ops"},
     "testing": set(),

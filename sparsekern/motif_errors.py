@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._system import require
+
 NONE, PADDING = -1, -2
 
 
@@ -128,9 +130,8 @@ def assigned(confusion: np.ndarray, one_to_one: bool) -> tuple[int, ...]:
     """The symbol of each channel; -1 for none."""
     if not one_to_one:
         return tuple(np.where(confusion.sum(0) > 0, confusion.argmax(0), NONE).tolist())
-    from scipy.optimize import linear_sum_assignment
-
-    rows, columns = linear_sum_assignment(confusion, maximize=True)
+    optimize = require("scipy.optimize", "assigning channels to symbols")
+    rows, columns = optimize.linear_sum_assignment(confusion, maximize=True)
     found = np.full(confusion.shape[1], NONE)
     found[columns] = rows
     return tuple(found.tolist())

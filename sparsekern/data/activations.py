@@ -73,7 +73,7 @@ class ActivationStore:
         DataError: a file is missing, damaged, locked by a writer, empty or laid out otherwise, or
             the files differ in width or dtype; all rows are left out; with ``max_norm`` and
             ``"refuse"``: a row is not finite.
-        ModuleNotFoundError: h5py or safetensors is needed and not installed.
+        ModuleNotFoundError: h5py is needed and not installed.
         ValueError: no path, another ``nonfinite``, or ``max_norm`` is not above 0 and finite.
 
     Attributes:

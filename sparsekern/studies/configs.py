@@ -24,7 +24,7 @@ EXPECTED_ERRORS = (
     BackendUnavailableError, CheckpointError, ModuleNotFoundError, OSError, RunError, TrainingError,
     ValueError,
 )  # fmt: skip
-NEEDED = ("matplotlib", "safetensors", "tqdm")
+NEEDED = ("matplotlib", "tqdm")
 
 AnyConfig = TypeVar("AnyConfig", bound="StudyConfig")
 
@@ -101,11 +101,6 @@ class StudyConfig:
             choices = item.metadata.get("choices")
             fits = choices is None or getattr(self, item.name) in choices
             self._check(item.name, fits, f"must be one of {', '.join(map(str, choices or ()))}")
-
-    def without_effect(self) -> dict[str, str]:
-        """Fields that change nothing beside the values of others, and why: who asks for them has
-        made a mistake."""
-        return {}
 
     def identity(self) -> dict[str, Any]:
         """The fields that must be equal when a run is resumed."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .._system import require
 from ..training.runs import write_atomically
 
 DOTS_PER_INCH = 120
@@ -18,9 +19,8 @@ DOTS_PER_INCH = 120
 def new_figure(width: float, height: float, dots_per_inch: int = DOTS_PER_INCH) -> Any:
     """A figure of this size in inches."""
     # The object interface: pyplot would pick a window system and keep global state.
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=dots_per_inch, layout="constrained")
+    figure = require("matplotlib.figure", "drawing figures")
+    return figure.Figure(figsize=(width, height), dpi=dots_per_inch, layout="constrained")
 
 
 def as_png(figure: Any) -> bytes:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._system import stop_signals
+from .._system import require, stop_signals
 from . import checkpoints
 from .finite import (
     FiniteSteps,
@@ -194,9 +194,7 @@ class _Loop:
         self.unset = not_finite_names(self._buffers())
 
     def bar(self) -> Any:
-        from tqdm import tqdm
-
-        return tqdm(
+        return require("tqdm", "training").tqdm(
             total=self.task.examples * self.config.epochs,
             initial=self.at.seen,
             unit=f" {self.task.unit}s",

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 
-from ..._system import open_plain
+from ..._system import open_plain, require
 from ...training import RunError, stop_signals
 from ...training.runs import read_metrics
 
@@ -261,10 +261,8 @@ def usable_processors() -> int:
 @contextmanager
 def _bar(folder: Path, configs: Mapping[Any, Any], progress: bool) -> Iterator[Any]:
     """A function that brings a bar of epochs up to date."""
-    from tqdm import tqdm
-
     total = sum(config.all_epochs for config in configs.values())
-    bar = tqdm(
+    bar = require("tqdm", "reproducing a study").tqdm(
         total=total,
         unit=" epochs",
         disable=not progress,

@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from ...._system import require
+
 CURED_BELOW = 0.05
 CONFIDENCE = 0.95
 
@@ -117,9 +119,8 @@ def change(values: Spread) -> Difference:
 
 
 def _quantile(freedom: float) -> float:
-    from scipy.stats import t
-
-    return float(t.ppf(0.5 + CONFIDENCE / 2, freedom))
+    student = require("scipy.stats", "the report's intervals").t
+    return float(student.ppf(0.5 + CONFIDENCE / 2, freedom))
 
 
 class Verdict(NamedTuple):
