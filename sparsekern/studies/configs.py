@@ -102,6 +102,11 @@ class StudyConfig:
             fits = choices is None or getattr(self, item.name) in choices
             self._check(item.name, fits, f"must be one of {', '.join(map(str, choices or ()))}")
 
+    def without_effect(self) -> dict[str, str]:
+        """Fields that change nothing beside the values of others, and why: who asks for them has
+        made a mistake."""
+        return {}
+
     def identity(self) -> dict[str, Any]:
         """The fields that must be equal when a run is resumed."""
         free = {f.name for f in fields(self) if f.metadata.get("free")}
