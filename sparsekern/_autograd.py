@@ -1,4 +1,5 @@
-"""How a gradient that is written in Python is recorded.
+"""How a gradient that is written in Python is recorded, and what autograd has to know of outputs
+and of arguments that change.
 
 torch's own registration of such gradients refuses the transforms of torch.func. Here each level of
 transforms records the operation for itself, as it does torch's own operations: on the tensors of
@@ -77,3 +78,35 @@ def recording_kernel(
         return function.apply(*args, keys)
 
     return kernel
+
+
+def versioning_kernel(overload: Any, mutated: list[int]) -> Callable[..., Any]:
+    """The kernel of an operation for torch's dispatch key ADInplaceOrView, where some arguments are
+    changed in place."""
+
+    def kernel(keys: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            outputs = overload.redispatch(keys & _AFTER, *args)
+        raise_versions(mutated, args)
+        return outputs
+
+    return kernel
+
+
+def raise_versions(mutated: list[int], args: tuple[Any, ...]) -> None:
+    """Note that these arguments were changed: what autograd has saved of them is stale."""
+    changed = [args[at] for at in mutated]
+    torch.autograd.graph.increment_version([t for t in changed if not t.is_inference()])
+
+
+def without_views(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with outputs none of which is a view: autograd treats in-place changes of
+    views in its own way, and refuses many."""
+
+    def run(*args: Any) -> Any:
+        outputs = function(*args)
+        if isinstance(outputs, tuple):
+            return tuple(t.detach() if t._is_view() else t for t in outputs)
+        return outputs.detach() if outputs is not None and outputs._is_view() else outputs
+
+    return run

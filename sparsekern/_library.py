@@ -26,7 +26,7 @@ import torch
 from torch.autograd import forward_ad
 
 from . import _kept_memory
-from ._autograd import recording_kernel
+from ._autograd import raise_versions, recording_kernel, versioning_kernel, without_views
 from ._direct import device_type_of, dispatcher_has_nothing_to_do
 
 NAMESPACE = "sparsekern"
@@ -144,7 +144,8 @@ class Operation:
     """One torch operation: its schema, its reference, and how else it can be computed.
 
     `implementations` maps a backend name to a function of the operation's arguments; `cpu_only`
-    says that the native one has no CUDA kernel.
+    says that the native one has no CUDA kernel, `owned` that none of its outputs is a view;
+    `mutated` are the places of arguments that change.
     """
 
     name: str
@@ -152,6 +153,8 @@ class Operation:
     reference: Callable[..., Any]
     implementations: dict[str, Callable[..., Any]]
     cpu_only: bool = False
+    owned: bool = False
+    mutated: list[int] = field(default_factory=list)
     choices: dict[tuple[str, torch.dtype], Callable[..., Any]] = field(default_factory=dict)
 
     def missing(self, name: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
@@ -193,20 +196,10 @@ class Operation:
         if function is None:
             name, _ = self.choose(key[0], _ranked_dtype(first.dtype))
             function = self.reference if name == "reference" else self.implementations[name]
+            if name != "native" or not self.owned:
+                function = without_views(function)
             self.choices[key] = function
-        return _owned(function(*args))
-
-
-def _owned(outputs: Any) -> Any:
-    """The same tensors, none of them a view: autograd treats in-place changes of views in its own
-    way, and refuses many."""
-    if isinstance(outputs, tuple):
-        for output in outputs:
-            if output._is_view():
-                return tuple(t.detach() if t._is_view() else t for t in outputs)
-    elif outputs is not None and outputs._is_view():
-        return outputs.detach()
-    return outputs
+        return function(*args)
 
 
 def _ranked_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -232,6 +225,7 @@ def define(
     vmap: Callable[..., Any] | None = None,
     autocast: Callable[..., Any] | None = None,
     cpu_only: bool = False,
+    owned: bool = False,
 ) -> Callable[..., Any]:
     """Register one operation with torch and return it.
 
@@ -239,9 +233,10 @@ def define(
     functions of the schema's positional arguments. fake: shapes and dtypes only. backward,
     setup_context: the one gradient that every backend shares. vmap: as in
     torch.library.register_vmap. autocast: maps (arguments, dtype) to the arguments to use inside an
-    autocast region. cpu_only: there is no kernel for GPUs.
+    autocast region. cpu_only: there is no kernel for GPUs. owned: no output of the native
+    implementation is a view (one that is will be replaced otherwise, which small calls notice).
     """
-    operation = Operation(name, schema, reference, implementations, cpu_only)
+    operation = Operation(name, schema, reference, implementations, cpu_only, owned)
     _operations[name] = operation
     qualified = f"{NAMESPACE}::{name}"
     _definitions.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -253,6 +248,11 @@ def define(
     if backward is not None:
         kernel = recording_kernel(name, overload, backward, setup_context)
         _definitions.impl(name, kernel, "Autograd", with_keyset=True)
+    arguments = enumerate(overload._schema.arguments)
+    operation.mutated = [at for at, a in arguments if a.alias_info and a.alias_info.is_write]
+    if operation.mutated:
+        kernel = versioning_kernel(overload, operation.mutated)
+        _definitions.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
     if autocast is not None:
         for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             _definitions.impl(name, _autocast_rule(overload, autocast, device_type), key)
@@ -276,9 +276,12 @@ def _entrance(operation: Operation, overload: Callable[..., Any]) -> Callable[..
 
     @functools.wraps(overload)
     def call(*args: Any) -> Any:
-        if dispatcher_has_nothing_to_do(args):
-            return operation(*args)
-        return overload(*args)
+        if not dispatcher_has_nothing_to_do(args):
+            return overload(*args)
+        outputs = operation(*args)
+        if operation.mutated:
+            raise_versions(operation.mutated, args)
+        return outputs
 
     return call
 

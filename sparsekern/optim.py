@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from .ops.adam import adam_step
+from .ops.checks import FLOATING
+
+SHORT = (torch.bfloat16, torch.float16)
+# Options of torch's Adam that ask for another step; fused, foreign and capturable do not.
+OTHER_STEPS = ("amsgrad", "maximize", "differentiable", "decoupled_weight_decay")
 
 
 class Adam(torch.optim.Optimizer):
@@ -21,20 +27,25 @@ class Adam(torch.optim.Optimizer):
         d /= d.norm(dim=1, keepdim=True)
 
     Args:
-        params: parameters, or groups of them as in torch.
+        params: parameters, or groups of them as in torch; sharded ones (DTensor, as of FSDP2), too.
         lr: learning rate, at least 0.
         betas: decay of the two moments, each in 0..1 (1 excluded).
         eps: added to the root of the second moment.
         weight_decay: share of the parameter that is added to its gradient (L2).
         unit_rows: default of the groups: keep the norms of the rows of 2-d parameters at 1. The
-            gradients themselves are not changed.
+            gradients themselves are not changed. Sharded parameters must hold whole rows.
 
     Raises:
-        ValueError: a number is out of its range, or unit_rows with a parameter that is not 2-d.
+        ValueError: a number is out of its range, unit_rows with a parameter that is not 2-d or
+            whose rows are cut, or an option of torch's Adam that asks for another step.
+        TypeError: a parameter is not floating point.
 
     Note:
         The state is that of torch.optim.Adam (step, exp_avg, exp_avg_sq), so that checkpoints of
-        either fit the other.
+        either fit the other. Parameters of bfloat16 and float16 also have a copy in float32,
+        "master", which takes the step and is then rounded: steps below the parameter's precision
+        add up, where torch's Adam stands still. Their moments are float32, too. Where a parameter
+        was changed from outside, its new value goes on.
 
     Example:
         >>> import torch
@@ -54,12 +65,6 @@ class Adam(torch.optim.Optimizer):
         *,
         unit_rows: bool = False,
     ) -> None:
-        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-            if not value >= 0:
-                raise ValueError(f"Adam: {name} must be at least 0, got {value}")
-        for beta in betas:
-            if not 0 <= beta < 1:
-                raise ValueError(f"Adam: betas must lie in 0..1 (1 excluded), got {betas}")
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -67,29 +72,53 @@ class Adam(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "unit_rows": unit_rows,
         }
+        _check_numbers(defaults)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; a group with unit_rows takes 2-d parameters only."""
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        for parameter in group["params"] if group["unit_rows"] else ():
-            if parameter.dim() != 2:
-                self.param_groups.pop()
-                raise ValueError(
-                    "Adam: unit_rows needs parameters [rows, features], "
-                    f"got {list(parameter.shape)}"
-                )
+        try:
+            _check_group(self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """As in torch; groups of a torch.optim.Adam have no unit_rows, and must not ask for what
-        this optimizer does not do."""
-        for group in state.get("param_groups", ()):
-            for option in ("amsgrad", "maximize"):
-                if group.get(option):
-                    raise ValueError(f"Adam: {option} must be False, got {group[option]}")
-            group.setdefault("unit_rows", False)
+        """As in torch; groups of a torch.optim.Adam keep the unit_rows that they have here, and
+        must not ask for what this optimizer does not do."""
+        here = self.__dict__.get("param_groups", ())
+        for at, group in enumerate(state.get("param_groups", ())):
+            _check_options(group)
+            group.setdefault("unit_rows", at < len(here) and here[at]["unit_rows"])
         super().__setstate__(state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch; the state of 16-bit parameters stays float32."""
+        loaded: list[dict[str, Any]] = []  # as the hooks leave it
+
+        def see(_: Any, given: dict[str, Any]) -> None:
+            loaded.append(given)
+
+        handle = self.register_load_state_dict_pre_hook(see)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        names = [name for group in loaded[0]["param_groups"] for name in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for name, parameter in zip(names, parameters, strict=True):
+            if parameter not in self.state:
+                continue
+            state = self.state[parameter]
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).cpu()
+            if parameter.dtype not in SHORT:
+                state.pop("master", None)
+                continue
+            for key in ("exp_avg", "exp_avg_sq", "master"):
+                if key in state:  # torch has rounded it to the parameter's dtype
+                    exact = loaded[0]["state"][name][key]
+                    state[key] = exact.to(device=parameter.device, dtype=torch.float32)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -105,19 +134,37 @@ class Adam(torch.optim.Optimizer):
         return loss
 
     def _step(self, parameter: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
-        if grad.is_sparse:
-            raise ValueError("Adam: gradients must be dense, got a sparse one")
+        if grad.layout != torch.strided:
+            raise ValueError(f"Adam: gradients must be dense, got one of {grad.layout}")
+        if parameter.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "Adam: step must not be captured by a CUDA graph, which would repeat the number of "
+                "this step; use torch.optim.Adam with capturable=True"
+            )
         state = self.state[parameter]
+        short = parameter.dtype in SHORT
+        wide = torch.float32 if short else parameter.dtype
         if not state:
             state["step"] = torch.zeros(())  # on the CPU, as torch keeps it
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=wide)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=wide)
+        if short and "master" not in state:
+            state["master"] = parameter.detach().to(wide)
         state["step"] += 1
+        target = state["master"] if short else parameter
+        changed = (target, state["exp_avg"], state["exp_avg_sq"])
+        if is_sharded(parameter):
+            grad = _like_placed(grad, parameter)
+            # So that autograd notices where an older value was still needed.
+            torch.autograd.graph.increment_version([parameter, *changed])
+        local, local_grad, *tensors = (_local(t) for t in (parameter, grad, *changed))
+        if short:  # where the parameter was changed from outside, that value counts
+            master = tensors[0]
+            master.copy_(torch.where(master.to(local.dtype) == local, master, local.to(wide)))
         adam_step(
-            parameter,
-            grad,
-            state["exp_avg"],
-            state["exp_avg_sq"],
+            tensors[0],
+            local_grad.to(wide),
+            *tensors[1:],
             lr=float(group["lr"]),
             betas=group["betas"],
             eps=group["eps"],
@@ -125,6 +172,73 @@ class Adam(torch.optim.Optimizer):
             step=int(state["step"]),
             unit_rows=group["unit_rows"],
         )
-        # So that autograd notices where an older value was still needed.
-        changed = (parameter, state["exp_avg"], state["exp_avg_sq"])
-        torch.autograd.graph.increment_version(changed)
+        if short:
+            local.copy_(tensors[0])
+
+
+# -- checks ----------------------------------------------------------------------------------------
+
+
+def _check_numbers(group: dict[str, Any]) -> None:
+    for name in ("lr", "eps", "weight_decay"):
+        if not group[name] >= 0:
+            raise ValueError(f"Adam: {name} must be at least 0, got {group[name]}")
+    for beta in group["betas"]:
+        if not 0 <= beta < 1:
+            raise ValueError(f"Adam: betas must lie in 0..1 (1 excluded), got {group['betas']}")
+
+
+def _check_options(group: dict[str, Any]) -> None:
+    for option in OTHER_STEPS:
+        if group.get(option):
+            raise ValueError(f"Adam: {option} must be False, got {group[option]}")
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    _check_numbers(group)
+    _check_options(group)
+    for parameter in group["params"]:
+        if parameter.dtype not in FLOATING:
+            raise TypeError(
+                "Adam: parameters must be float32, bfloat16, float16 or float64, "
+                f"got {parameter.dtype}"
+            )
+        if not group["unit_rows"]:
+            continue
+        if parameter.dim() != 2:
+            raise ValueError(
+                f"Adam: unit_rows needs parameters [rows, features], got {list(parameter.shape)}"
+            )
+        if is_sharded(parameter):
+            _check_whole_rows(parameter)
+
+
+# -- sharded parameters ----------------------------------------------------------------------------
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a DTensor; without importing them, which takes long."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def _check_whole_rows(parameter: Any) -> None:
+    for placement in parameter.placements:
+        if not (placement.is_replicate() or placement.is_shard(0)):
+            raise ValueError(
+                "Adam: unit_rows needs whole rows on each process (Shard(0) or Replicate()), "
+                f"got a parameter placed {tuple(parameter.placements)}"
+            )
+
+
+def _like_placed(grad: Any, parameter: Any) -> Any:
+    """A sharded gradient, placed as its parameter is."""
+    if not is_sharded(grad):
+        raise ValueError("Adam: the gradient of a DTensor must be one, got a plain tensor")
+    if grad.placements == parameter.placements:
+        return grad
+    return grad.redistribute(parameter.device_mesh, parameter.placements)
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    return tensor.to_local() if is_sharded(tensor) else tensor

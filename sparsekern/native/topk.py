@@ -29,13 +29,15 @@ def topk_mask(
 def _select(
     x: torch.Tensor, k: int, flags: int, masked: torch.Tensor | None, count: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    *shape, n = x.shape
-    strides = x.stride() if len(shape) == 1 else (n, 1)
-    rows = x.numel() // n
-    shape.append(k)
+    if x.dim() == 2:
+        rows, n = x.shape
+        strides, shape = x.stride(), (rows, k)
+    else:
+        n = x.shape[-1]
+        rows, strides, shape = x.numel() // n, (n, 1), (*x.shape[:-1], k)
     tag = DTYPE_TAGS[x.dtype]
-    values = x.new_empty(shape)
-    indices = x.new_empty(shape, dtype=torch.int64)
+    values = x.new_empty(*shape)
+    indices = x.new_empty(*shape, dtype=torch.int64)
     counts = indices.new_zeros(n) if count else indices.new_empty(0)
     scratch = workspace("topk_workspace", x, rows, n, k, tag)
     launch(

@@ -212,7 +212,7 @@ def _matrices(backend: str) -> Any:
         kernel = _library.kernels(backend, "sparse_matmul").sparse_matmul
         bias = None if bias is None else bias.contiguous()
         out = kernel(_rows(values), _rows(indices), _addressable(weight), bias)
-        return out if values.dim() == 2 else out.view(*values.shape[:-1], weight.shape[1])
+        return out if values.dim() == 2 else out.view(*values.shape[:-1], weight.shape[1]).detach()
 
     return run
 
@@ -384,6 +384,7 @@ _sparse_matmul = _library.define(
     backward=_backward,
     vmap=_vmap,
     autocast=_autocast,
+    owned=True,
 )
 _sparse_matmul_backward = _library.define(
     "sparse_matmul_backward",

@@ -240,7 +240,7 @@ def _rows(backend: str, name: str, reference: Any) -> Any:
         if x.dim() == 2 or (backend == "native" and x.is_contiguous()):
             return kernel(x, k, *options)
         *rows, counts = kernel(x.reshape(-1, x.shape[-1]), k, *options)
-        return *(t.view(*x.shape[:-1], t.shape[-1]) for t in rows), counts
+        return *(t.view(*x.shape[:-1], t.shape[-1]).detach() for t in rows), counts
 
     return run
 
@@ -375,6 +375,7 @@ _topk: Callable[..., Any] = _library.define(
     setup_context=_setup_topk,
     backward=_topk_backward,
     vmap=_counted_vmap(lambda: _topk),
+    owned=True,
 )
 _topk_mask: Callable[..., Any] = _library.define(
     "topk_mask",
@@ -386,6 +387,7 @@ _topk_mask: Callable[..., Any] = _library.define(
     setup_context=_setup_topk_mask,
     backward=_topk_mask_backward,
     vmap=_counted_vmap(lambda: _topk_mask),
+    owned=True,
 )
 _codes_to_dense: Callable[..., Any] = _library.define(
     "codes_to_dense",
