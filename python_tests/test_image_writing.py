@@ -268,6 +268,24 @@ def test_a_limit_of_the_system_does_not_crash_hdf5(tmp_path):
     assert shapes3d.write(path, 40) == 40
 
 
+@pytest.mark.parametrize("name", ["d.npz", "d.h5"])
+def test_saving_leaves_an_existing_file_alone_until_it_is_done(name, tmp_path, monkeypatch):
+    path, images = tmp_path / name, dsprites.rendered(20)
+    images.save(path)
+    before = path.read_bytes()
+
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(DataError, match=f"save: cannot write {path}: .*No space left"):
+            dsprites.rendered(30).save(path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == [name]
+    dsprites.rendered(30).save(path)
+    assert len(dsprites.load(path)) == 30 and os.listdir(tmp_path) == [name]
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 def test_a_file_system_without_locks_gives_a_warning(number, tmp_path, monkeypatch):
     def refused(*_):

@@ -181,7 +181,8 @@ def _opening_failed(path: Path, what: str, error: BaseException) -> str:
 
 
 def _locked(path: Path, what: str, reason: str) -> str:
+    killed = "; after one that was killed, h5clear -s frees it" if "h5clear" in reason else ""
     return (
-        f"{what} is locked by a writer: {path} (wait until it has finished and closed the file: "
-        f"{reason})"
+        f"{what} is locked by a writer: {path} (wait until it has finished and closed the file"
+        f"{killed}: {reason})"
     )

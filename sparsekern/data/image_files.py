@@ -176,7 +176,8 @@ def _pack_npz(path: Path, arrays: Mapping[str, Column], metadata: Mapping[str, A
 
 def _pack_hdf5(path: Path, arrays: Mapping[str, Column], metadata: Mapping[str, Any]) -> None:
     h5py = require("h5py", f"writing {path}")
-    with h5py.File(path, "w") as file, open(path, "r+b", buffering=0) as raw:
+    # Without a lock, which some file systems lack: only the caller knows this name.
+    with h5py.File(path, "w", locking=False) as file, open(path, "r+b", buffering=0) as raw:
         for name, array in arrays.items():
             width = array.dtype.itemsize * int(np.prod(array.shape[1:]))
             rows = max(1, min(array.shape[0], STORED_BYTES // width))

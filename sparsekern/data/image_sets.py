@@ -6,6 +6,7 @@ what a combination of factors looks like and how the fields of its files are cal
 
 from __future__ import annotations
 
+import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._system import sync
 from . import image_files
 from .factors import DataError, Factors, check_count, check_seed, gather, subset
 from .hdf5 import DAMAGE, one_line
@@ -109,11 +111,23 @@ class FactorImages:
 
         Raises:
             ValueError: the suffix is another.
+            DataError: the file cannot be written; one that was there is left as it was.
         """
-        path = Path(path)
-        kind = self.checked_suffix(f"{type(self).__name__}.save", path)
+        path, function = Path(path), f"{type(self).__name__}.save"
+        kind = self.checked_suffix(function, path)
         images = Column(self.images.shape, self.images.dtype, [self.images])
-        image_files.pack(path, kind, self.arrays(kind, images, lambda: [self.classes]), None)
+        arrays = self.arrays(kind, images, lambda: [self.classes])
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+        try:
+            image_files.pack(temporary, kind, arrays, None)
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
+        # RuntimeError: what HDF5 raises when it cannot write as it closes a file.
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"{function}: cannot write {path}: {one_line(error)}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def checked_suffix(cls, function: str, path: Path) -> str:
