@@ -91,10 +91,10 @@ def test_defaults_fit_the_width_and_the_length_of_training(tmp_path, capsys):
     flags = ["--activations", str(tmp_path / "few.npy"), "--k", "4", "--no-progress"]
     assert main(["train", "sae", *flags, "--out", str(tmp_path / "run")]) == 0
     results = sae.load_run(tmp_path / "run")
-    assert results.model.auxk == 8 and results.model.dead_after == 3600 // 20
+    assert results.model.auxk == 4 and results.model.dead_after == 3600 // 20
     default = sae.SAEConfig(activations=("x",))
-    assert default.auxk_for(768, 6144) == 512 and default.auxk_for(384, 3072) == 256
-    assert default.auxk_for(1024, 100) == 100 and default.auxk_for(1, 8) == 1
+    assert default.auxk_for(768, 6144) == 32 and default.auxk_for(40, 320) == 20
+    assert default.auxk_for(1024, 30) == 30 and default.auxk_for(1, 8) == 1
     assert default.dead_after_in(10**9) == 10_000_000
     text = capsys.readouterr().out
     assert "measured on" in text and "rows held out" in text

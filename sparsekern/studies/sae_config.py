@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -99,8 +98,8 @@ class SAEConfig(StudyConfig):
     decay: float = option(0.3, "share of the training over which it falls to zero")
     auxk: int | None = option(
         None,
-        "dead latents per token in the auxiliary loss; 0 leaves it out; by default the power of "
-        "two next to half the width of the activations",
+        "dead latents per token in the auxiliary loss; 0 leaves it out; by default as many as are "
+        "active, and at most half the width of the activations",
     )
     auxk_weight: float = option(1 / 32, "weight of the auxiliary loss")
     multi_k: int = option(0, "active latents of the second reconstruction; 0 leaves it out")
@@ -224,10 +223,15 @@ class SAEConfig(StudyConfig):
         return 0.0 if self.steered_to is None else 1.0
 
     def auxk_for(self, features: int, latents: int) -> int:
-        """Dead latents in the auxiliary loss. The default is the paper's (Gao et al. 2024)."""
+        """Dead latents in the auxiliary loss.
+
+        Half the width is what Gao et al. 2024 take for long training. Many more dead latents than
+        are active overshoot what is left to explain, and first of all learn smaller scores.
+        """
         if self.auxk is not None:
             return self.auxk
-        return min(2 ** max(0, round(math.log2(features / 2))), latents)
+        active = self.k if self.counted else int(self.steered_to or features)
+        return max(1, min(active, features // 2, latents))
 
     def dead_after_in(self, tokens: int) -> int:
         """Tokens without firing after which a latent is dead, in epochs of so many tokens."""
