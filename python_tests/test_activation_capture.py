@@ -132,6 +132,29 @@ def test_outputs_of_flattened_positions_keep_their_mask(tmp_path):
     assert origins(tmp_path / "a.h5") == [ALL_DOCUMENTS, ALL_POSITIONS, ALL_TOKENS]
 
 
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_padding_that_torchs_transformer_is_told_is_not_written(kind, tmp_path):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    module = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    real = batch_of()["attention_mask"].bool()
+    padding = torch.zeros(3, 6).masked_fill(~real, -torch.inf) if kind.is_floating_point else ~real
+    given = {"src": torch.randn(3, 6, 8), "src_key_padding_mask": padding}
+    assert capture(module, "layers.0", [given], tmp_path / "a.h5") == 13
+    assert capture(module, "", [(given["src"], None, padding)], tmp_path / "b.h5") == 13
+    with torch.no_grad():
+        alone = module.eval()(**given)[real]
+    torch.testing.assert_close(content(tmp_path / "b.h5"), alone)
+    assert origins(tmp_path / "a.h5")[:2] == [ALL_DOCUMENTS, ALL_POSITIONS]
+
+
+def test_nested_tensors_are_refused(tmp_path):
+    module = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+    given = {"src": torch.randn(3, 6, 8), "src_key_padding_mask": torch.arange(6).expand(3, 6) > 3}
+    with pytest.raises(DataError, match="'layers.0' must return a dense tensor"):
+        capture(module, "layers.0", [given], tmp_path / "a.h5")
+
+
 # -- skipping --------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,11 @@ from .activation_writing import STORED, check_new, with_progress, write_pieces
 from .factors import DataError
 
 ATTENTION_MASK, INPUT_IDS = "attention_mask", "input_ids"
+# Names of masks that are true, or -inf, where padding is: torch's, fairseq's.
+PADDING_MASKS = (
+    "src_key_padding_mask", "tgt_key_padding_mask", "key_padding_mask", "padding_mask",
+    "encoder_padding_mask",
+)  # fmt: skip
 
 Mask = str | Callable[[Any], Tensor] | None
 
@@ -59,9 +64,9 @@ def capture(
         path, chunk_rows: see :func:`write_activations`.
         dtype: stored; by default that of the submodule's output, float32 for float64.
         mask: which positions are written. The name of an argument ``[batch, positions]`` of 0 and
-            1 (``"attention_mask"`` need not be there: then all positions are written); or a
-            function of an input that returns such a mask; or None to write all positions, padding
-            too.
+            1; or a function of an input that returns such a mask; or None to write all positions,
+            padding too. By default ``"attention_mask"``, and where the inputs have none what is
+            not marked in ``src_key_padding_mask`` or the like, and without one all positions.
         skip_first: leaves out the first so many real tokens of each sequence.
         skip_tokens: leaves out these tokens, such as ``tokenizer.all_special_ids``.
 
@@ -147,6 +152,11 @@ def _tensor_of(output: Any, hook_point: str) -> Tensor:
     if not isinstance(output, Tensor) or output.dim() == 0:
         got = str(list(output.shape)) if isinstance(output, Tensor) else got
         raise DataError(f"capture: {hook_point!r} must return a tensor [..., D], got {got}")
+    if output.is_nested or output.layout != torch.strided:
+        raise DataError(
+            f"capture: {hook_point!r} must return a dense tensor, got a nested or sparse one "
+            f"(torch's TransformerEncoder has enable_nested_tensor=False)"
+        )
     return output
 
 
@@ -174,6 +184,17 @@ def _arguments(module: nn.Module, given: Any) -> dict[str, Any]:
         return {}
 
 
+def _real_positions(arguments: Mapping[str, Any]) -> tuple[str, Any]:
+    """Name of a mask among the arguments, and the mask, not 0 where no padding is, or None."""
+    found = arguments.get(ATTENTION_MASK)
+    if found is None:
+        for name in PADDING_MASKS:
+            padding = arguments.get(name)
+            if isinstance(padding, (Tensor, np.ndarray)):
+                return name, padding == 0
+    return ATTENTION_MASK, found
+
+
 class _Choice:
     """Which rows of an output are written, and where each comes from."""
 
@@ -189,7 +210,7 @@ class _Choice:
         """Rows [n, D], columns [n], and the number of sequences in an output [..., D]."""
         lead = output.shape[:-1]
         rows = output.reshape(-1, output.shape[-1])
-        real = self._fitting(arguments.get(ATTENTION_MASK), lead)
+        real = self._fitting(_real_positions(arguments)[1], lead)
         chosen = self._chosen(given, arguments, lead)
         tokens = self._tokens(arguments, lead)
         known = next((m for m in (chosen, real, tokens) if m is not None), None)
@@ -248,7 +269,9 @@ class _Choice:
             name, found = "mask", self.mask(given)
         else:
             name, found = self.mask, arguments.get(self.mask)
-            if found is None and name != ATTENTION_MASK:
+            if name == ATTENTION_MASK:
+                name, found = _real_positions(arguments)
+            elif found is None:
                 raise DataError(
                     f"capture: the inputs have no {name!r}; they have "
                     f"{', '.join(map(repr, arguments)) or 'no names'}"
