@@ -10,8 +10,9 @@ from sparsekern.optim import Adam
 
 store = ActivationStore(sys.argv[1])
 model = SparseAutoencoder(
-    store.features, 8 * store.features, k=4, auxk=store.features // 2, dead_after=store.tokens // 4
+    store.features, 8 * store.features, k=4, auxk=4, dead_after=store.tokens // 4
 )
+model.initialize(next(store.batches(min(4096, store.tokens), seed=1)))
 rest = [model.encoder, model.encoder_bias, model.decoder_bias]
 optimizer = Adam([{"params": [model.dictionary], "unit_rows": True}, {"params": rest}], lr=1e-3)
 for epoch in range(2):

@@ -75,7 +75,12 @@ class Task(Protocol):
         """
 
     def evaluate(self, epoch: int) -> Mapping[str, float]:
-        """Measures after an epoch. May not change the model nor use torch's default generator."""
+        """Measures after an epoch.
+
+        May not use torch's default generator, nor change what training goes on from: thresholds
+        that only evaluation uses may be set, and after the last epoch any; the checkpoint that
+        follows holds them.
+        """
 
 
 @dataclass(frozen=True)
