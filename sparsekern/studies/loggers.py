@@ -73,5 +73,5 @@ def _imported(module: str, package: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ModuleNotFoundError(
-            f"logging to {package} needs it; install it with: pip install {package}"
+            f"--log-to {package} needs the package {package} (pip install {package})"
         ) from error

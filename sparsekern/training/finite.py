@@ -58,8 +58,7 @@ class FiniteSteps:
             return
         host = torch.empty(seen.shape, dtype=seen.dtype, pin_memory=True)
         host.copy_(seen, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
+        event = torch.cuda.current_stream(device).record_event()
         before, self._waiting = self._waiting, (step, host, event)
         self._settle(before)
 
