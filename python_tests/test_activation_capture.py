@@ -151,7 +151,7 @@ def test_padding_that_torchs_transformer_is_told_is_not_written(kind, tmp_path):
 def test_nested_tensors_are_refused(tmp_path):
     module = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
     given = {"src": torch.randn(3, 6, 8), "src_key_padding_mask": torch.arange(6).expand(3, 6) > 3}
-    with pytest.raises(DataError, match="'layers.0' must return a dense tensor"):
+    with pytest.raises(DataError, match=r"'layers.0' must return a dense tensor"):
         capture(module, "layers.0", [given], tmp_path / "a.h5")
 
 
