@@ -69,7 +69,8 @@ class SparseLinear(nn.Module):
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> SparseLinear:
         """The same layer for codes: weight and bias are the very parameters of an nn.Linear(N, D),
-        read in place, and so are the names and shapes in the state_dict."""
+        read in place, and so are the names and shapes in the state_dict. It takes the place of the
+        other: in one model, torch's to_empty and load_state_dict(assign=True) separate them."""
         if not isinstance(linear, nn.Linear):
             raise TypeError(
                 f"SparseLinear: linear must be an nn.Linear, got {type(linear).__name__}"

@@ -45,12 +45,14 @@ def take(buffer: Tensor, new: Tensor) -> None:
 class RecentStates:
     """The states that the last forward passes of a layer used, for the passes run again.
 
-    A pass is recognised by a key: numbers that follow from its batch alone. Of passes with the
-    same key the latest is taken, as backward passes run in the reverse order. All stays on the
-    device, and nothing waits for it.
+    A pass is recognised by a key: numbers that follow from its batch alone. The nearest counts,
+    since a second pass may differ in the last bits on a GPU, and of equal ones the latest, as
+    backward passes run in the reverse order; so a batch that went through twice before its backward
+    pass has its second state in both. All stays on the device, and nothing waits for it.
 
     Args:
-        most: how many passes are remembered.
+        most: how many passes are remembered; with more than that between a first and its second
+            pass, the state is that of another.
     """
 
     def __init__(self, most: int = REMEMBERED) -> None:
