@@ -179,7 +179,7 @@ def test_nothing_can_be_skipped_where_there_are_no_positions_or_tokens(tmp_path)
         capture(layer, "", [rows], tmp_path / "a.h5", skip_first=1)
     with pytest.raises(DataError, match=r"skip_tokens needs 'input_ids' for each row"):
         capture(layer, "", [rows], tmp_path / "a.h5", skip_tokens=[1])
-    with pytest.raises(ValueError, match="skip_first must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="skip_first must be an integer of at least 0, got -1"):
         capture(layer, "", [rows], tmp_path / "a.h5", skip_first=-1)
     assert os.listdir(tmp_path) == []
 
@@ -315,7 +315,10 @@ def test_the_command_leaves_padding_out(here, capsys):  # noqa: F811
         ([*only, "--mask", "short.npy"], "input files differ in length: 3, 2 in short.npy"),
         ([*only, "--mask", "short.npy", "--keep-padding"], "--mask says what is written"),
         (["--inputs", "input_ids.npy", "short.npy"], "several files need different names"),
-        ([*only, "--skip-first", -1], "capture: --skip-first must be at least 0, got -1"),
+        (
+            [*only, "--skip-first", -1],
+            "capture: --skip-first must be an integer of at least 0",
+        ),
         (["--inputs", "nothing.npy"], "input file not found: nothing.npy"),
     ):
         assert data(*flags, *more, "--out", "x.h5") == 2

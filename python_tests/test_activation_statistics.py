@@ -52,7 +52,7 @@ def test_rows_that_are_not_finite_are_no_outliers(tmp_path):
 def test_a_norm_that_leaves_no_row_or_is_none(path):
     with pytest.raises(DataError, match="hold no finite row of a norm up to 1e-06"):
         ActivationStore(path, max_norm=1e-6)
-    for value in (0, -1.0, float("nan"), float("inf")):
+    for value in (0, -1.0, float("nan"), float("inf"), "3"):
         with pytest.raises(ValueError, match=r"^ActivationStore: max_norm must be above 0 and fin"):
             ActivationStore(path, max_norm=value)
 

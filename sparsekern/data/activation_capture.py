@@ -89,8 +89,8 @@ def capture(
         )
     if not (mask is None or isinstance(mask, str) or callable(mask)):
         raise ValueError(f"capture: mask must be a name, a function or None, got {mask!r}")
-    if skip_first < 0:
-        raise ValueError(f"capture: skip_first must be at least 0, got {skip_first}")
+    if not isinstance(skip_first, int) or skip_first < 0:
+        raise ValueError(f"capture: skip_first must be an integer of at least 0, got {skip_first}")
     check_new(path)
     choice = _Choice(hook_point, mask, skip_first, torch.tensor(list(skip_tokens)))
     outputs = _captured(module, hook_point, inputs, choice)

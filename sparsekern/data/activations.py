@@ -21,6 +21,7 @@ import math
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,9 @@ class ActivationStore:
                 f"ActivationStore: nonfinite must be one of {', '.join(NONFINITE)}, "
                 f"got {nonfinite!r}"
             )
-        if max_norm is not None and not 0 < max_norm < math.inf:
+        if not (max_norm is None or (isinstance(max_norm, Real) and 0 < max_norm < math.inf)):
             raise ValueError(
-                f"ActivationStore: max_norm must be above 0 and finite, got {max_norm}"
+                f"ActivationStore: max_norm must be above 0 and finite, got {max_norm!r}"
             )
         paths = [paths] if isinstance(paths, (str, Path)) else list(paths)
         if not paths:
