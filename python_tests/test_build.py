@@ -139,11 +139,3 @@ def test_csrc_includes_neither_torch_nor_python():
         if not path.name.startswith("bindings_"):
             wrong += [name for name in included if "pybind" in name or name == "Python.h"]
         assert not wrong, f"{path.relative_to(ROOT)} includes {wrong}"
-
-
-def test_sources_keep_the_size_limit():
-    """Files up to 400 lines: beyond, a reader loses the thread."""
-    for pattern in ("csrc/**/*", "sparsekern/**/*.py", "python_tests/*.py", "bench/*.py"):
-        for path in ROOT.glob(pattern):
-            if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh"):
-                assert len(path.read_text().splitlines()) <= 400, path
