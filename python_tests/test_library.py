@@ -4,7 +4,9 @@ package."""
 from __future__ import annotations
 
 import ast
+import inspect
 import pathlib
+import pydoc
 import subprocess
 import sys
 
@@ -92,6 +94,36 @@ def test_import_is_silent_and_light():
         "assert not heavy, heavy"
     )
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+def test_parts_of_the_package_are_imported_when_first_used():
+    run = run_python(
+        "import sys, sparsekern\n"
+        "parts = set(sparsekern._SUBMODULES)\n"
+        "assert parts <= set(dir(sparsekern)) and 'optim' in parts\n"
+        "assert not any(f'sparsekern.{part}' in sys.modules for part in parts)\n"
+        "assert sparsekern.optim.Adam and sparsekern.models.SparseAutoencoder\n"
+        "assert sparsekern.data.ActivationStore and sparsekern.training and sparsekern.nn.TopK\n"
+        "assert not hasattr(sparsekern, 'optimizers')"
+    )
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+    found = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    public = {name for name in found if not name.startswith(("_", "cli_"))}
+    at_once = {"native", "kernels", "nn", "ops"}  # what `import sparsekern` brings, or needs
+    assert set(sparsekern._SUBMODULES) == public - at_once
+
+
+def test_signatures_show_no_addresses():
+    for name in (name for name in dir(sparsekern) if not name.startswith("_")):
+        public = getattr(sparsekern, name)
+        members = vars(public).values() if inspect.isclass(public) else ()
+        for shown in (public, *members):
+            if callable(shown):
+                try:
+                    assert " at 0x" not in str(inspect.signature(shown)), shown
+                except ValueError:  # a class of torch's without one
+                    continue
+        assert "object at 0x" not in pydoc.render_doc(public)
 
 
 HIDE = "import sys; sys.modules.update(dict.fromkeys({hidden!r}))\n"  # None means: not there

@@ -1,5 +1,8 @@
 """sparsekern: fused kernels for networks with extremely sparse activations."""
 
+import importlib as _importlib
+from typing import Any as _Any
+
 from ._system import torch_missing as _torch_missing
 
 try:
@@ -62,3 +65,28 @@ __all__ = [
 ]
 
 del _torch, _torch_missing
+
+# Imported when they are first used: some of them read files, draw or train.
+_SUBMODULES = (
+    "cli",
+    "data",
+    "disentanglement",
+    "metrics",
+    "models",
+    "motif_errors",
+    "motif_perturbation",
+    "optim",
+    "studies",
+    "testing",
+    "training",
+)
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _SUBMODULES:
+        return _importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_SUBMODULES})

@@ -16,7 +16,13 @@ from .saved_k import SavedK
 
 Post = Callable[[torch.Tensor], torch.Tensor]
 
-_UNSET: Any = object()
+
+class _Unset:
+    def __repr__(self) -> str:  # in signatures
+        return "not given"
+
+
+_UNSET: Any = _Unset()
 _POSTS: dict[str, Callable[[], nn.Module]] = {"ReLU": nn.ReLU, "Identity": nn.Identity}
 
 
