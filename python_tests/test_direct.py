@@ -92,3 +92,13 @@ def test_autocast_and_function_transforms_go_through_torch():
     assert out.dtype == torch.bfloat16
     rows = torch.vmap(lambda row: sparsekern.topk(row, 2).values)(X)
     torch.testing.assert_close(rows, codes.values)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch deprecates tracing, and warns of constants
+@pytest.mark.parametrize("layer", [sparsekern.TopK(2), sparsekern.JumpReLU(4)])
+def test_traced_and_exported_layers_give_what_they_give(layer):
+    layer.eval()
+    traced = torch.jit.trace(layer, (X,), check_trace=False)
+    exported = torch.export.export(layer, (X,)).module()
+    for copy in (traced, exported):
+        torch.testing.assert_close(copy(-X), layer(-X))

@@ -58,6 +58,8 @@ def _index(op: str, name: str, value: Any) -> Any:
     """A number of another integer type (of numpy, for one), or a symbolic one as it is."""
     if isinstance(value, torch.SymInt):
         return value
+    if isinstance(value, torch.Tensor) and torch.jit.is_tracing():
+        return int(value)  # sizes are tensors there
     try:
         if isinstance(value, (bool, torch.Tensor)):
             raise TypeError
