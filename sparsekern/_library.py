@@ -224,6 +224,7 @@ def define(
     setup_context: Callable[..., None] | None = None,
     vmap: Callable[..., Any] | None = None,
     autocast: Callable[..., Any] | None = None,
+    check: Callable[..., None] | None = None,
     cpu_only: bool = False,
     owned: bool = False,
 ) -> Callable[..., Any]:
@@ -233,14 +234,16 @@ def define(
     functions of the schema's positional arguments. fake: shapes and dtypes only. backward,
     setup_context: the one gradient that every backend shares. vmap: as in
     torch.library.register_vmap. autocast: maps (arguments, dtype) to the arguments to use inside an
-    autocast region. cpu_only: there is no kernel for GPUs. owned: no output of the native
-    implementation is a view (one that is will be replaced otherwise, which small calls notice).
+    autocast region. check: raises for arguments that the implementations must not see; the public
+    function's own checks may spare it where the dispatcher is skipped. cpu_only: there is no kernel
+    for GPUs. owned: no output of the native implementation is a view (one that is will be replaced
+    otherwise, which small calls notice).
     """
     operation = Operation(name, schema, reference, implementations, cpu_only, owned)
     _operations[name] = operation
     qualified = f"{NAMESPACE}::{name}"
     _definitions.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    _definitions.impl(name, operation, "CompositeExplicitAutograd")
+    _definitions.impl(name, _checked(operation, check), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_definitions)
     if vmap is not None:
         torch.library.register_vmap(qualified, vmap, lib=_definitions)
@@ -257,6 +260,17 @@ def define(
         for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             _definitions.impl(name, _autocast_rule(overload, autocast, device_type), key)
     return _entrance(operation, overload)
+
+
+def _checked(operation: Operation, check: Callable[..., None] | None) -> Callable[..., Any]:
+    if check is None:
+        return operation
+
+    def run(*args: Any) -> Any:
+        check(*args)
+        return operation(*args)
+
+    return run
 
 
 def differentiating() -> bool:

@@ -16,7 +16,7 @@ namespace {
 
 // A team costs a microsecond or two where its threads wait awake, tens of microseconds where they
 // sleep, and milliseconds where another process has their core. So a second thread must save more
-// than that: bench/bench_busy.py measures both.
+// than that: bench/busy.py measures both.
 constexpr double kNanosecondsPerThread = 50'000;
 
 std::atomic<double> nanoseconds_per_thread{kNanosecondsPerThread};

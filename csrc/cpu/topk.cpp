@@ -17,7 +17,7 @@ constexpr int64_t kSortedByBytes = 1024;
 // One thread takes at least this much of a batch at a time, and of a single row.
 constexpr int64_t kGrainBytes = 64 << 10;
 // One element read as a stream, gathered with a stride, or taken apart in digits; one selected.
-constexpr double kNanosecondsStreamed = 0.1, kNanosecondsStrided = 1, kNanosecondsByDigits = 4;
+constexpr double kNanosecondsStreamed = 0.06, kNanosecondsStrided = 1, kNanosecondsByDigits = 4;
 constexpr double kNanosecondsPerSelected = 6;
 constexpr double kNanosecondsPerClearedByte = 0.05;
 constexpr int64_t kSliceElements = 64 << 10;

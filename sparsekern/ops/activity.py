@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .. import _library
-from .checks import check_codes, check_count, check_range
+from .checks import check_codes, check_count, check_range, check_size
 
 
 def count_active(indices: torch.Tensor, n: int, values: torch.Tensor | None = None) -> torch.Tensor:
@@ -65,6 +65,11 @@ def _fake(indices: torch.Tensor, n: int, values: torch.Tensor | None) -> torch.T
     return indices.new_empty(n, dtype=torch.int64)
 
 
+def _check(indices: torch.Tensor, n: int, values: torch.Tensor | None = None) -> None:
+    check_codes("count_active", values, indices)
+    check_size("count_active", "n", n)
+
+
 def _flat(backend: str) -> Any:
     """An implementation for any shape from a backend's function of contiguous vectors."""
 
@@ -104,5 +109,6 @@ _count_active = _library.define(
     reference=count_active_reference,
     implementations={"native": _flat("native"), "triton": _triton},
     fake=_fake,
+    check=_check,
     vmap=_vmap,
 )

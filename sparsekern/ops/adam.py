@@ -73,6 +73,25 @@ def adam_step(
         >>> parameter.round(decimals=4).tolist()  # the first step has the size of lr
         [-0.5, 0.5]
     """
+    _check(parameter, grad, mean, square, lr, *betas, eps, weight_decay, step, unit_rows)
+    _adam_step(
+        parameter, grad, mean, square, lr, *betas, eps, weight_decay, step, unit_rows
+    )  # fmt: skip
+
+
+def _check(
+    parameter: torch.Tensor,
+    grad: torch.Tensor,
+    mean: torch.Tensor,
+    square: torch.Tensor,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    unit_rows: bool,
+) -> None:
     op = "adam_step"
     if parameter.dtype not in FLOATING:
         raise TypeError(f"{op}: parameter must be floating point, got {parameter.dtype}")
@@ -89,9 +108,6 @@ def adam_step(
         )
     if step < 1:
         raise ValueError(f"{op}: step must be at least 1, got {step}")
-    _adam_step(
-        parameter, grad, mean, square, lr, *betas, eps, weight_decay, step, unit_rows
-    )  # fmt: skip
 
 
 def adam_step_reference(
@@ -160,4 +176,5 @@ _adam_step = _library.define(
     reference=adam_step_reference,
     implementations={"native": _kernel("native"), "triton": _kernel("triton")},
     fake=_fake,
+    check=_check,
 )

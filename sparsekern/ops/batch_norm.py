@@ -33,6 +33,7 @@ from .channels import (
     constants,
     layout,
 )
+from .checks import check_like
 from .sparse_matmul import sum_dtype
 
 LONG_RUN, FEW_CHANNELS = 64, 128
@@ -162,6 +163,38 @@ def batch_norm_backward_reference(
     return of_x.to(x.dtype), of_weight, of_bias
 
 
+# -- what torch.ops hands over ---------------------------------------------------------------------
+
+
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    channel_dim: int,
+) -> None:
+    dim = check_channels("batch_norm", x, channel_dim)
+    if x.numel() == 0:
+        raise ValueError(f"batch_norm: x must not be empty, got shape {list(x.shape)}")
+    check_constants("batch_norm", x, dim, weight=weight, bias=bias)
+
+
+def _check_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    eps: float,
+    channel_dim: int,
+) -> None:
+    _check(x, weight, None, eps, channel_dim)
+    check_like("batch_norm", "grad", grad, x, x.shape)
+    for name, tensor in (("mean", mean), ("var", var)):
+        size = (x.shape[channel_dim],)
+        check_like("batch_norm", name, tensor, x.new_empty(0, dtype=sum_dtype(x.dtype)), size)
+
+
 # -- implementations -------------------------------------------------------------------------------
 
 
@@ -252,6 +285,7 @@ _batch_norm: Callable[..., Any] = _library.define(
     implementations={"native": _native},
     cpu_only=True,
     fake=_fake,
+    check=_check,
     setup_context=_setup,
     backward=_backward,
     vmap=one_by_one(lambda: _batch_norm),
@@ -264,5 +298,6 @@ _batch_norm_backward: Callable[..., Any] = _library.define(
     implementations={"native": _native_backward},
     cpu_only=True,
     fake=_fake_backward,
+    check=_check_backward,
     vmap=one_by_one(lambda: _batch_norm_backward),
 )

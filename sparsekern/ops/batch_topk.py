@@ -31,7 +31,7 @@ import torch
 
 from .. import _library
 from .batching import one_by_one
-from .checks import check_count, check_floating
+from .checks import check_count, check_floating, check_row
 from .order import ordered_key
 from .topk import passed_by_relu
 
@@ -144,6 +144,7 @@ def _by_candidates(backend: str) -> Any:
             raise ValueError(
                 f"batch_topk: total must lie in 1..{x.numel()} (the size of x), got {total}"
             )
+        check_row("batch_topk", x, x.shape[-1])
         kernels = _library.kernels(backend, "topk")
         rows = x.reshape(-1, x.shape[-1])
         values, positions = _largest(rows, total, kernels.topk)
@@ -206,6 +207,7 @@ def _first(
     GPU one block would have the row to itself."""
     if values.is_cuda:
         return first_of_list(values, positions, total)
+    check_row("batch_topk", values, len(values))  # all candidates
     taken, chosen, _ = select(values.unsqueeze(0), total, False, False, False, False)
     return taken.view(-1), positions[chosen.view(-1)]
 

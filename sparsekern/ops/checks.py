@@ -129,6 +129,31 @@ def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
         raise ValueError(f"{op}: all tensors must be on one device, got {listed}")
 
 
+def check_like(
+    op: str, name: str, tensor: torch.Tensor, like: torch.Tensor, shape: tuple[int, ...]
+) -> None:
+    """A tensor of a shape, of the dtype and on the device of another."""
+    if tensor.shape != shape:
+        raise ValueError(f"{op}: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{op}: {name} must be {like.dtype}, got {tensor.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(f"{op}: {name} must be on {like.device}, got {tensor.device}")
+
+
+def check_row(op: str, x: torch.Tensor, size: int) -> None:
+    """A row whose indices fit the 32 bits of the kernels: unsigned on a CPU, else signed."""
+    longest = 2**32 - 1 if x.is_cpu else 2**31 - 1
+    if size > longest:
+        raise ValueError(f"{op}: a row must hold at most {longest} elements, got {size}")
+
+
+def check_size(op: str, name: str, size: int) -> None:
+    """A size: 0 or more."""
+    if size < 0:
+        raise ValueError(f"{op}: {name} must be at least 0, got {size}")
+
+
 def bad_index(
     op: str, indices: torch.Tensor, position: int, n: int, name: str = "indices"
 ) -> IndexError:

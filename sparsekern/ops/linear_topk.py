@@ -32,7 +32,7 @@ from .batching import one_by_one
 from .checks import check_count
 from .linear_checks import check_groups, check_latents, check_layer
 from .linear_slices import Layer, Selection, rows_at_once, select_rows
-from .sparse_matmul import _sparse_matmul, _sparse_matmul_backward
+from .sparse_matmul import _sparse_matmul, _sparse_matmul_backward, matrix_of
 from .topk import Codes, passed_by_relu, topk_reference
 from .transposition import Transposition, _transpose_codes
 
@@ -189,6 +189,22 @@ def linear_topk_reference(
     return values, indices, *_transposed(indices, weight.shape[0], transpose)
 
 
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    k: int,
+    pre_bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    latents: torch.Tensor | None,
+    groups: int,
+    *_: Any,
+) -> None:
+    check_layer("linear_topk", x, weight, bias, pre_bias, scale, latents)
+    width = weight.shape[0] if latents is None else latents.shape[0]
+    check_groups(groups, check_count("linear_topk", "k", k, width, "the latents"), width, latents)
+
+
 # -- in slices -------------------------------------------------------------------------------------
 
 
@@ -298,7 +314,7 @@ def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
     if need_x or need_pre_bias:
         d_x = _sparse_matmul(g, indices, weight, None, *transposition)
         if need_pre_bias:
-            d_pre_bias = -d_x.reshape(-1, d_x.shape[-1]).sum(0, dtype=pre_bias.dtype)
+            d_pre_bias = -matrix_of(d_x).sum(0, dtype=pre_bias.dtype)
     return d_x if need_x else None, d_weight, d_bias, None, d_pre_bias, d_scale, *[None] * 5
 
 
@@ -322,6 +338,7 @@ _linear_topk: Callable[..., Any] = _library.define(
     reference=linear_topk_reference,
     implementations={"native": _slices("native"), "triton": _slices("triton")},
     fake=_fake,
+    check=_check,
     setup_context=_setup,
     backward=_backward,
     vmap=one_by_one(lambda: _linear_topk),

@@ -25,7 +25,15 @@ import torch
 from .. import _library
 from .batching import one_by_one
 from .channels import channels_of, check_channel_dim
-from .checks import check_codes, check_floating, check_range, check_same_device, check_weight_dtype
+from .checks import (
+    check_codes,
+    check_floating,
+    check_like,
+    check_range,
+    check_same_device,
+    check_size,
+    check_weight_dtype,
+)
 from .sparse_matmul import sum_dtype
 
 
@@ -190,11 +198,44 @@ def pointwise_conv_backward_reference(
     kind = sum_dtype(values.dtype)
     found, rows = _places(indices, channels, inner)
     wide = grad.to(kind)
-    at = wide.transpose(1, 2).reshape(-1, outputs)[rows]
+    at = wide.transpose(1, 2).flatten(0, 1)[rows]
     of_values = (at * weight.to(kind).t()[found]).sum(1).to(values.dtype)
     terms = at * values.to(kind).unsqueeze(1)
     of_weight = terms.new_zeros(channels, outputs).index_add(0, found, terms).t()
     return of_values, of_weight.to(weight.dtype).contiguous(), wide.sum((0, 2)).to(weight.dtype)
+
+
+# -- what torch.ops hands over ---------------------------------------------------------------------
+
+
+def _check(
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    outer: int,
+    inner: int,
+) -> None:
+    op = "pointwise_conv"
+    check_codes(op, values, indices)
+    if values.dim() != 1 or weight.dim() != 2:
+        raise ValueError(
+            f"{op}: values must be [M] and weight [E, C], got {list(values.shape)} and "
+            f"{list(weight.shape)}"
+        )
+    _checked_weight(op, values, weight, bias, weight.shape[1])
+    check_size(op, "outer", outer)
+    check_size(op, "inner", inner)
+
+
+def _check_backward(
+    grad: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, weight: torch.Tensor
+) -> None:
+    if grad.dim() != 3:
+        raise ValueError(f"pointwise_conv: grad must be [outer, E, inner], got {list(grad.shape)}")
+    outer, _, inner = grad.shape
+    _check(values, indices, weight, None, outer, inner)
+    check_like("pointwise_conv", "grad", grad, values, (outer, weight.shape[0], inner))
 
 
 # -- implementations -------------------------------------------------------------------------------
@@ -289,6 +330,7 @@ _pointwise_conv: Callable[..., Any] = _library.define(
     reference=pointwise_conv_reference,
     implementations={"native": _native("native")},
     fake=_fake,
+    check=_check,
     setup_context=_setup,
     backward=_backward,
     vmap=one_by_one(lambda: _pointwise_conv),
@@ -301,5 +343,6 @@ _pointwise_conv_backward: Callable[..., Any] = _library.define(
     reference=pointwise_conv_backward_reference,
     implementations={"native": _native_backward("native")},
     fake=_fake_backward,
+    check=_check_backward,
     vmap=one_by_one(lambda: _pointwise_conv_backward),
 )

@@ -18,13 +18,21 @@ once by `transpose_codes` for every gradient of a training step that shares thes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from .. import _library
-from .checks import check_codes, check_floating, check_range, check_same_device, check_weight_dtype
+from .checks import (
+    check_codes,
+    check_floating,
+    check_like,
+    check_range,
+    check_same_device,
+    check_weight_dtype,
+)
 from .transposition import Transposition, check_grouped, check_grouping, check_transposition
 
 
@@ -143,10 +151,16 @@ def sparse_matmul_backward_reference(
         grad_values = torch.einsum("...d,...kd->...k", grad.to(wide), gathered)
         grad_values = grad_values.to(values.dtype).contiguous()
     if need_weight:
-        terms = torch.einsum("...k,...d->...kd", values.to(wide), grad.to(wide)).reshape(-1, d)
+        terms = torch.einsum("...k,...d->...kd", values.to(wide), grad.to(wide))
+        terms = matrix_of(terms)
         grad_weight = empty_like_dictionary(weight)
         grad_weight.copy_(terms.new_zeros(n, d).index_add(0, indices.reshape(-1).long(), terms))
     return grad_values, grad_weight
+
+
+def matrix_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor [..., d] as [rows, d]; d may be 0, of which reshape(-1, d) makes nothing."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def empty_like_dictionary(
@@ -186,13 +200,37 @@ def _backward_fake(
     return grad_values, empty_like_dictionary(weight) if need_weight else weight.new_empty(0)
 
 
+# -- what torch.ops hands over ---------------------------------------------------------------------
+
+
+def _check(
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    offsets: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+) -> None:
+    check_codes("sparse_matmul", values, indices)
+    _check_dictionary(values, weight, bias)
+    if offsets is not None and positions is not None:
+        check_grouping("sparse_matmul", offsets, positions, indices, weight.shape[0])
+
+
+def _check_backward(
+    grad: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, weight: torch.Tensor, *_: Any
+) -> None:
+    _check(values, indices, weight, None)
+    check_like("sparse_matmul", "grad", grad, values, (*values.shape[:-1], weight.shape[1]))
+
+
 # -- kernels take matrices -------------------------------------------------------------------------
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
     """A contiguous matrix of a tensor's rows; the tensor itself where it is one."""
     if tensor.dim() != 2:
-        tensor = tensor.reshape(-1, tensor.shape[-1])
+        tensor = matrix_of(tensor)
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
@@ -238,6 +276,9 @@ def _backward_matrices(backend: str) -> Any:
             check_grouping("sparse_matmul", offsets, positions, indices, weight.shape[0])
             if backend != "native" or values.device.type != "cpu":
                 check_grouped("sparse_matmul", offsets, positions, indices, weight.shape[0])
+            if not values.is_cpu:  # not looked at, but never followed to other memory
+                codes = indices.numel()
+                offsets, positions = offsets.clamp(0, codes), positions.clamp(0, codes - 1)
             transposition = (offsets.contiguous(), positions.contiguous())
         grad_values, grad_weight = _library.kernels(
             backend, "sparse_matmul"
@@ -275,7 +316,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> Any:
         grad_values = both[0] if need_values else None
         grad_weight = both[1] if need_weight else None
     if need_bias:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=sum_dtype(grad.dtype))
+        grad_bias = matrix_of(grad).sum(0, dtype=sum_dtype(grad.dtype))
         grad_bias = grad_bias.to(ctx.bias_dtype)
     return grad_values, None, grad_weight, grad_bias, None, None
 
@@ -332,7 +373,7 @@ def _stacked(info: Any, in_dims: Any, args: Any, weight_at: int) -> tuple[list[A
         n = weight.shape[1]
         steps = torch.arange(info.batch_size, device=indices.device) * n
         moved[weight_at - 1] = indices + steps.view(-1, *[1] * (indices.dim() - 1))
-        moved[weight_at] = weight.reshape(-1, weight.shape[2])
+        moved[weight_at] = weight.flatten(0, 1)
     return moved, tall
 
 
@@ -380,6 +421,7 @@ _sparse_matmul = _library.define(
     reference=sparse_matmul_reference,
     implementations={"native": _matrices("native"), "triton": _matrices("triton")},
     fake=_fake,
+    check=_check,
     setup_context=_setup,
     backward=_backward,
     vmap=_vmap,
@@ -397,6 +439,7 @@ _sparse_matmul_backward = _library.define(
         "triton": _backward_matrices("triton"),
     },
     fake=_backward_fake,
+    check=_check_backward,
     setup_context=_setup_backward,
     backward=_double_backward,
     vmap=_backward_vmap,

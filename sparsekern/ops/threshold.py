@@ -22,6 +22,7 @@ import torch
 from .. import _library
 from .batching import one_by_one
 from .channels import check_channels, layout
+from .checks import check_row
 from .order import ordered_key
 
 
@@ -98,6 +99,7 @@ def channel_threshold_reference(x: torch.Tensor, rank: int, channel_dim: int) ->
 
 def _placed(backend: str) -> Any:
     def run(x: torch.Tensor, rank: int, channel_dim: int) -> torch.Tensor:
+        check_row("channel_threshold", x, x.numel() // x.shape[channel_dim])
         placed = layout(x, channel_dim).tensor
         outer, _, inner = placed.shape
         if not 1 <= rank <= outer * inner:

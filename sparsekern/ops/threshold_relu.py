@@ -141,6 +141,17 @@ def _checked(
     return dim, threshold.detach()
 
 
+def _check(
+    x: torch.Tensor,
+    threshold: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    channel_dim: int,
+) -> None:
+    """What torch.ops hands over."""
+    _checked("threshold_relu", x, threshold, scale, shift, channel_dim)
+
+
 # -- references ------------------------------------------------------------------------------------
 
 
@@ -324,6 +335,7 @@ _threshold_relu: Callable[..., Any] = _library.define(
     reference=threshold_relu_reference,
     implementations={name: _dense(name) for name in ("native", "triton")},
     fake=_fake_relu,
+    check=_check,
     setup_context=_setup_relu,
     backward=_relu_backward,
     vmap=one_by_one(lambda: _threshold_relu),
@@ -334,6 +346,7 @@ _threshold_codes: Callable[..., Any] = _library.define(
     reference=threshold_codes_reference,
     implementations={"native": _compacted("native")},
     fake=_fake_codes,
+    check=_check,
     setup_context=_setup_codes,
     backward=_codes_backward,
     vmap=_codes_vmap,

@@ -20,7 +20,7 @@ import torch
 
 from .. import _library
 from .activity import counts_reference
-from .checks import check_codes, check_count, check_floating, check_range
+from .checks import check_codes, check_count, check_floating, check_range, check_row, check_size
 from .order import ordered_key
 
 
@@ -236,6 +236,7 @@ def _rows(backend: str, name: str, reference: Any) -> Any:
         if x.numel() == 0:
             return reference(x, k, *options)
         check_count(name, "k", k, x.shape[-1], "the size of the last dimension")
+        check_row(name, x, x.shape[-1])
         kernel = getattr(_library.kernels(backend, "topk"), name)
         if x.dim() == 2 or (backend == "native" and x.is_contiguous()):
             return kernel(x, k, *options)
@@ -243,6 +244,11 @@ def _rows(backend: str, name: str, reference: Any) -> Any:
         return *(t.view(*x.shape[:-1], t.shape[-1]).detach() for t in rows), counts
 
     return run
+
+
+def _check_codes_to_dense(values: torch.Tensor, indices: torch.Tensor, n: int) -> None:
+    check_codes("codes_to_dense", values, indices)
+    check_size("codes_to_dense", "n", n)
 
 
 def _rows_to_dense(backend: str) -> Any:
@@ -395,6 +401,7 @@ _codes_to_dense: Callable[..., Any] = _library.define(
     reference=codes_to_dense_reference,
     implementations=_of("codes_to_dense"),
     fake=_codes_to_dense_fake,
+    check=_check_codes_to_dense,
     setup_context=_setup_codes_to_dense,
     backward=_codes_to_dense_backward,
     vmap=_leading_vmap(lambda: _codes_to_dense, 2),

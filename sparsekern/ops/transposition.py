@@ -15,7 +15,14 @@ import torch
 
 from .. import _library
 from .batching import one_by_one
-from .checks import check_codes, check_count, check_range, check_same_device, debug_checks
+from .checks import (
+    check_codes,
+    check_count,
+    check_range,
+    check_same_device,
+    check_size,
+    debug_checks,
+)
 
 
 class Transposition(NamedTuple):
@@ -138,6 +145,11 @@ def _transpose_fake(indices: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.
     return offsets, indices.new_empty(indices.numel(), dtype=torch.int32)
 
 
+def _check(indices: torch.Tensor, n: int) -> None:
+    check_codes("transpose_codes", None, indices)
+    check_size("transpose_codes", "n", n)
+
+
 def _transpose_vector(backend: str) -> Any:
     def run(indices: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         if backend != "native" or indices.device.type != "cpu":
@@ -157,5 +169,6 @@ _transpose_codes: Callable[..., Any] = _library.define(
         "triton": _transpose_vector("triton"),
     },
     fake=_transpose_fake,
+    check=_check,
     vmap=one_by_one(lambda: _transpose_codes),
 )
