@@ -13,12 +13,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..nn.recomputation import recomputing
 
+# The first calls search for a wrapper each, later ones those whose number is a power of two.
+SEARCHES = 16
+
 
 class Wrapper:
     """Finds what wraps a module.
 
     torch leaves no trace of a wrapper in what it wraps, so the objects of this process are
-    searched: when it is first asked for, and then ever more rarely (a wrapper may come late).
+    searched: when it is first asked for, and then ever more rarely. A wrapper that is made after
+    more than 16 calls in training without it is found late: wrap the model before training it.
     """
 
     def __init__(self) -> None:
@@ -43,7 +47,7 @@ class Wrapper:
             return None
         found = self._known() if self._known is not None else None
         self._asked += 1
-        if found is None and self._asked & (self._asked - 1) == 0:
+        if found is None and (self._asked <= SEARCHES or self._asked & (self._asked - 1) == 0):
             found = _find(module)
             self._known = None if found is None else weakref.ref(found)
         if found is None or found.module is module:
