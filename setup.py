@@ -435,13 +435,14 @@ def scratch() -> pathlib.Path:
 
 
 def main() -> None:
-    elsewhere = {} if scratch() == ROOT / "build" else {"build_base": str(scratch())}
+    place = str(scratch())
+    elsewhere = {"build": {"build_base": place}, "egg_info": {"egg_base": place}}
     setup(
         ext_modules=[
             Extension(f"sparsekern.{name}", sources=[], optional=True) for name in BUILDERS
         ],
         cmdclass={"build_ext": NinjaBuild, "build_py": FreshPackage},
-        options={"build": elsewhere},
+        options=elsewhere if scratch() != ROOT / "build" else {},
     )
 
 
