@@ -249,9 +249,7 @@ def test_the_threshold_is_saved_with_the_model():
 def test_jumprelu_is_steered_to_a_target():
     torch.manual_seed(0)
     x = torch.randn(512, 16)
-    model = SparseAutoencoder(
-        16, LATENTS, activation=sparsekern.JumpReLU(LATENTS), sparsity_weight=1.0, target_l0=4
-    )
+    model = SparseAutoencoder(16, LATENTS, activation=sparsekern.JumpReLU(LATENTS), target_l0=4)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(300):
         optimizer.zero_grad()

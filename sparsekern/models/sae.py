@@ -90,14 +90,15 @@ class SparseAutoencoder(nn.Module):
             `torch.nn.ReLU`, instead of k. It is applied to codes, not to all N scores, except where
             many are active, or where it has hooks: these see all N, and the codes are then as wide.
         sparsity_weight: weight of the activation's own sparsity loss: L0 for JumpReLU, L1 for ReLU.
-            Without it, they learn no sparsity.
+            None takes 1 with target_l0, and 0 without: then these two learn no sparsity, unless by
+            a loss of the caller's own.
         target_l0: for JumpReLU, the number of active latents of a row that the sparsity loss, then
-            (L0 / target_l0 - 1)^2, steers to; None: the loss is L0 itself. A sparsity_weight of 1
-            fits; `calibrate` at the end makes up for the few percent that are left.
+            (L0 / target_l0 - 1)^2, steers to; None: the loss is L0 itself. `calibrate` at
+            the end makes up for the few percent that are left.
         prefixes: numbers of first latents, ascending and below N, whose reconstructions have a loss
             of their own (Matryoshka).
         auxk: dead latents per row in the auxiliary loss; 0 leaves it out. The paper takes a power
-            of two near D / 2.
+            of two near D / 2; in short training as many as are active do better.
         auxk_weight: weight of that loss.
         multi_k: active latents per row in the second reconstruction; 0 leaves it out.
         multi_weight: weight of its FVU.
@@ -132,7 +133,7 @@ class SparseAutoencoder(nn.Module):
         k: int | None = None,
         *,
         activation: nn.Module | None = None,
-        sparsity_weight: float = 0.0,
+        sparsity_weight: float | None = None,
         target_l0: float | None = None,
         prefixes: Sequence[int] = (),
         auxk: int = 0,
@@ -171,8 +172,9 @@ class SparseAutoencoder(nn.Module):
             self.k = k
         elif isinstance(self.activation, (TopK, BatchTopK)):
             self.k = self.activation.k  # set, so that it is in every state_dict
-        self.sparsity_weight = sparsity_weight
         self.target_l0 = _check_target(target_l0, self.activation, latents)
+        steered = self.target_l0 is not None
+        self.sparsity_weight = float(steered) if sparsity_weight is None else sparsity_weight
         self.prefixes = tuple(prefixes)
         self._width = Width()
         self._recent = RecentStates()
