@@ -179,11 +179,11 @@ def test_the_cost_of_a_step_is_that_of_its_products():
 
 # -- runs ------------------------------------------------------------------------------------------
 
-TINY = (
+SHORT = (
     "--samples", "512", "--validate-every", "128", "--batch-size", "32", "--validation-samples",
-    "50", "--test-samples", "60", "--log-every", "2", "--target-fall", "1e-2",
-    "--density-start", "0.5",
+    "50", "--test-samples", "60", "--log-every", "2",
 )  # fmt: skip
+TINY = (*SHORT, "--target-fall", "1e-2", "--density-start", "0.5")
 
 
 def train(*flags):
@@ -240,7 +240,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(complete, tmp_path, numbe
 @pytest.mark.parametrize("bottleneck", ["l1", "kl", "none"])
 def test_other_bottlenecks(bottleneck, tmp_path):
     penalty = () if bottleneck == "none" else ("--penalty", "0.5")
-    assert train(*TINY, "--bottleneck", bottleneck, *penalty, "--out", tmp_path / "run") == 0
+    assert train(*SHORT, "--bottleneck", bottleneck, *penalty, "--out", tmp_path / "run") == 0
     results = results_of(tmp_path / "run")
     assert results["trained_density"] is None and results["annealed_at"] is None
 
@@ -249,7 +249,7 @@ def test_other_bottlenecks(bottleneck, tmp_path):
     "flags, message",
     [
         (["--samples", "500"], "samples must be a multiple of 5000 (validations), got 500"),
-        (["--density-start", "0"], "density_start must be above 0 and at most 1, got 0.0"),
+        (["--density-start", "0"], "--density-start must be above 0 and at most 1, got 0.0"),
         (["--penalty", "1"], "penalty needs bottleneck l1 or kl, which is sparsity, got 1.0"),
         (["--data", "x"], "data needs domain audio, which is tiny, got x"),
         (["--momentum", "nan"], "momentum must be above 0 and at most 1, got nan"),
