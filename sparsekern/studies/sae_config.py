@@ -110,9 +110,10 @@ class SAEConfig(StudyConfig):
         "and at most 10 million",
     )
     revival: float = option(
-        0.02,
-        "share of the smallest active value by which the bias of dead latents rises in each step, "
-        "until they fire; 0 leaves it out",
+        0.0,
+        "how often over, in the whole training, the bias of a dead latent would rise by the "
+        "smallest active value if it never fired: helps short training with few active latents, "
+        "where 3 fits; 0 leaves it out",
     )
     init_from: str | None = option(
         None, "folder of a run whose weights this one begins with", metavar="RUN", path=True
