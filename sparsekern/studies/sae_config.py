@@ -110,10 +110,9 @@ class SAEConfig(StudyConfig):
         "and at most 10 million",
     )
     revival: float = option(
-        0.0,
+        3.0,
         "how often over, in the whole training, the bias of a dead latent would rise by the "
-        "smallest active value if it never fired: helps short training with few active latents, "
-        "where 3 fits; 0 leaves it out",
+        "smallest active value if it never fired; 0 leaves it out",
     )
     init_from: str | None = option(
         None, "folder of a run whose weights this one begins with", metavar="RUN", path=True
