@@ -8,14 +8,14 @@ from pathlib import Path
 import sparsekern
 
 
-def spawn(*arguments: str) -> subprocess.Popen[str]:
+def spawn(*arguments: str, threads: int = 1) -> subprocess.Popen[str]:
     """A Python process that imports the package that these tests import (not the source tree of the
-    current folder, which may have no compiled code) and, like them, uses one thread."""
+    current folder, which may have no compiled code) and uses so many threads."""
     here = str(Path(sparsekern.__file__).resolve().parent.parent)
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=here,
-        env={**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": str(threads)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

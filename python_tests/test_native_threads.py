@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from processes import spawn
 
 import sparsekern
 from sparsekern import _library, testing
@@ -22,8 +23,13 @@ def native_cpu():
 
 
 def run(code: str) -> subprocess.CompletedProcess:
-    """A Python process of its own, with two threads, which must end within a minute."""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    """A Python process of its own, with two threads, which must end within two minutes."""
+    with spawn("-c", code, threads=2) as process:
+        try:
+            out, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def work(rows: int, n: int, k: int = 4, d: int = 64) -> dict:
