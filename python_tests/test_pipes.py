@@ -1,6 +1,7 @@
 """Commands whose output nobody reads to its end, and a machine without torch."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,15 @@ def test_a_process_says_nothing_of_it_either(place):
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == BROKEN_PIPE
     process.stderr.close()
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_standard_stream_that_is_closed_is_no_error(closed, place, tmp_path):
+    words = [sys.executable, "-m", "sparsekern", *training(place, tmp_path / "run")]
+    words.remove("--no-progress")
+    done = subprocess.run(["sh", "-c", f"{shlex.join(words)} {closed}"], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "results.json").exists()
 
 
 @pytest.mark.parametrize("how", ["command", "module", "import"])

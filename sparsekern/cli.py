@@ -33,6 +33,7 @@ def _error_line(command: str, message: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code; ``arguments`` defaults to the process's."""
+    _open_closed_streams()
     try:
         try:
             return _run(arguments)
@@ -46,6 +47,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for stream in (sys.stdout, sys.stderr):
             _drop_unwritten(stream)
         return _BROKEN_PIPE
+
+
+def _open_closed_streams() -> None:
+    """Gives a process that was started with a standard stream closed one that takes everything and
+    has nothing, as services do: its number would else become that of the next file opened, with
+    what libraries print in it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+        if getattr(sys, name) is None:
+            mode = "w" if number else "r"
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))
 
 
 def _run(arguments: Sequence[str] | None) -> int:
