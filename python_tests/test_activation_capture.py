@@ -148,6 +148,76 @@ def test_padding_that_torchs_transformer_is_told_is_not_written(kind, tmp_path):
     assert origins(tmp_path / "a.h5")[:2] == [ALL_DOCUMENTS, ALL_POSITIONS]
 
 
+SEQUENCE_LAYERS = {
+    "LSTM": (lambda first: nn.LSTM(8, 8, batch_first=first), ""),
+    "MultiheadAttention": (lambda first: nn.MultiheadAttention(8, 2, batch_first=first), ""),
+    "TransformerEncoder": (
+        lambda first: nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(8, 2, 16, batch_first=first), 1, enable_nested_tensor=False
+        ),
+        "layers.0.linear2",
+    ),
+}
+
+
+class Tagger(nn.Module):
+    """A layer of torch that has positions or sequences first, in a module that has sequences."""
+
+    def __init__(self, make, first):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.layer, self.first = nn.Embedding(20, 8), make(first), first
+
+    def forward(self, input_ids, attention_mask=None):
+        x = self.embed(input_ids)
+        x = x if self.first else x.transpose(0, 1)
+        return (
+            self.layer(x, x, x) if isinstance(self.layer, nn.MultiheadAttention) else self.layer(x)
+        )
+
+
+@pytest.mark.parametrize("skip_first", [0, 1])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("sequences", [6, 4], ids=["as many as positions", "fewer"])
+@pytest.mark.parametrize("name", SEQUENCE_LAYERS)
+def test_layers_of_torch_with_positions_first_are_written_by_sequence(
+    name, sequences, masked, skip_first, tmp_path
+):
+    make, inner = SEQUENCE_LAYERS[name]
+    given = {"input_ids": torch.arange(6 * sequences).view(sequences, 6) % 20}
+    if masked:
+        given["attention_mask"] = (torch.arange(6) < 1 + torch.arange(sequences)[:, None]).long()
+    hook = f"layer.{inner}" if inner else "layer"
+    for first in (True, False):
+        path = tmp_path / f"{first}.h5"
+        capture(Tagger(make, first), hook, [given], path, skip_first=skip_first)
+    one, other = tmp_path / "True.h5", tmp_path / "False.h5"
+    torch.testing.assert_close(content(other), content(one))
+    assert origins(other) == origins(one)
+
+
+CONVOLUTIONS = {
+    "Conv1d": (lambda: nn.Conv1d(3, 5, 2), (2, 3, 7)),
+    "Conv2d": (lambda: nn.Conv2d(3, 5, 2), (2, 3, 7, 4)),
+    "Conv2d without a batch": (lambda: nn.Conv2d(3, 5, 2), (3, 7, 4)),
+    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(3, 5, 2), (2, 3, 7, 4)),
+    "BatchNorm2d": (lambda: nn.BatchNorm2d(5), (2, 5, 7, 4)),
+    "BatchNorm1d": (lambda: nn.BatchNorm1d(5), (6, 5)),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_features_of_convolutions_are_their_channels(name, tmp_path):
+    make, shape = CONVOLUTIONS[name]
+    layer, x = make(), torch.randn(shape)
+    capture(layer, "", [x], tmp_path / "a.h5")
+    with torch.no_grad():
+        output = layer.eval()(x)
+    batched = output if len(shape) != 3 or name == "Conv1d" else output[None]
+    expected = batched.flatten(2).transpose(1, 2).reshape(-1, 5) if len(shape) > 2 else output
+    torch.testing.assert_close(content(tmp_path / "a.h5"), expected)
+
+
 def test_nested_tensors_are_refused(tmp_path):
     module = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
     given = {"src": torch.randn(3, 6, 8), "src_key_padding_mask": torch.arange(6).expand(3, 6) > 3}
@@ -177,6 +247,9 @@ def test_nothing_can_be_skipped_where_there_are_no_positions_or_tokens(tmp_path)
     layer, rows = nn.Linear(3, 2), torch.randn(5, 3)
     with pytest.raises(DataError, match=r"skip_first needs outputs \[batch, positions, D\]"):
         capture(layer, "", [rows], tmp_path / "a.h5", skip_first=1)
+    heads = torch.randn(2, 4, 6, 3)  # [batch, heads, positions, D]
+    with pytest.raises(DataError, match=r"skip_first needs outputs \[batch, positions, D\]"):
+        capture(layer, "", [heads], tmp_path / "a.h5", skip_first=1)
     with pytest.raises(DataError, match=r"skip_tokens needs 'input_ids' for each row"):
         capture(layer, "", [rows], tmp_path / "a.h5", skip_tokens=[1])
     with pytest.raises(ValueError, match="skip_first must be an integer of at least 0, got -1"):

@@ -24,6 +24,12 @@ PADDING_MASKS = (
     "encoder_padding_mask",
 )  # fmt: skip
 
+# Layers of torch whose `batch_first` says where their outputs have the sequences.
+SEQUENCE_LAYERS = (
+    nn.RNNBase, nn.MultiheadAttention, nn.Transformer, nn.TransformerEncoder,
+    nn.TransformerDecoder, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer,
+)  # fmt: skip
+
 Mask = str | Callable[[Any], Tensor] | None
 
 
@@ -58,7 +64,9 @@ def capture(
         hook_point: name of the submodule, as in ``module.named_modules()``; ``""`` for the module
             itself. It returns ``[batch, positions, D]``, or ``[..., D]`` where no positions are
             left out; or a tuple whose first element is that, or an object with
-            ``last_hidden_state``.
+            ``last_hidden_state``. Of torch's layers with ``batch_first=False``, and of what lies in
+            them, ``[positions, batch, D]``; of torch's convolutions and batch normalisations
+            ``[batch, D, ...]``.
         inputs: what the module is called with: a tensor, a tuple of positional or a mapping of
             keyword arguments, such as what a tokenizer of transformers returns.
         path, chunk_rows: see :func:`write_activations`.
@@ -114,10 +122,11 @@ def _captured(
 ) -> Generator[Piece]:
     """What the submodule returns for each input, [rows, D], and where the rows come from."""
     outputs: list[Tensor] = []
+    arranged = _arrangement(module, hook_point)
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
         # A copy: the module may go on in place.
-        outputs.append(_tensor_of(output, hook_point).detach().clone())
+        outputs.append(arranged(_tensor_of(output, hook_point)).detach().clone())
 
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     modes = [(m, m.training) for m in module.modules()]
@@ -160,6 +169,33 @@ def _tensor_of(output: Any, hook_point: str) -> Tensor:
     return output
 
 
+def _arrangement(module: nn.Module, hook_point: str) -> Callable[[Tensor], Tensor]:
+    """What makes [batch, positions, D] of a submodule's output, where torch's layers say how it is
+    laid out."""
+    names = hook_point.split(".") if hook_point else []
+    around = [module.get_submodule(".".join(names[:n])) for n in range(len(names) + 1)]
+    layer = around[-1]
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        channels = -1 - len(layer.kernel_size)  # also of an input without a batch
+        return lambda output: output.movedim(channels, -1)
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        return lambda output: output.movedim(1, -1)
+    if any(isinstance(m, SEQUENCE_LAYERS) and not _batch_first(m) for m in around):
+        return lambda output: output.transpose(0, 1) if output.dim() == 3 else output
+    return lambda output: output
+
+
+def _batch_first(layer: nn.Module) -> bool:
+    """Of one of SEQUENCE_LAYERS, which have it in themselves, their attention or first layer."""
+    for name in ("layers", "self_attn"):
+        inner = getattr(layer, name, None)
+        if isinstance(inner, nn.ModuleList):
+            return len(inner) == 0 or _batch_first(inner[0])
+        if isinstance(inner, nn.Module):
+            return _batch_first(inner)
+    return bool(getattr(layer, "batch_first", True))
+
+
 def _call(module: nn.Module, given: Any, device: torch.device) -> None:
     def moved(value: Any) -> Any:
         value = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
@@ -195,6 +231,23 @@ def _real_positions(arguments: Mapping[str, Any]) -> tuple[str, Any]:
     return ATTENTION_MASK, found
 
 
+def _sequences(arguments: Mapping[str, Any], unknown: int) -> int:
+    """The number of sequences in the inputs, where they have tokens."""
+    tokens = _token_ids(arguments)
+    return unknown if tokens is None or tokens.dim() != 2 else len(tokens)
+
+
+def _token_ids(arguments: Mapping[str, Any]) -> Tensor | None:
+    """The tokens in the inputs: what is called so, or the only argument, if it has integers."""
+    given = arguments.get(INPUT_IDS)
+    if given is None and len(arguments) == 1:
+        given = next(iter(arguments.values()))
+    if not isinstance(given, (Tensor, np.ndarray)):
+        return None
+    tokens = torch.as_tensor(given).cpu()
+    return tokens if tokens.dtype in (torch.int64, torch.int32) else None
+
+
 class _Choice:
     """Which rows of an output are written, and where each comes from."""
 
@@ -220,7 +273,8 @@ class _Choice:
             shape = (layout[0], len(rows) // max(1, layout[0]))
         else:  # one of a mask or of tokens is a sequence, one of the output alone a batch
             shape = (1, len(rows)) if has_positions else (len(rows), 1)
-        if self.skip_first and not has_positions:
+        unclear = known is None and (len(lead) != 2 or lead[0] != _sequences(arguments, lead[0]))
+        if self.skip_first and (not has_positions or unclear):
             raise DataError(
                 f"capture: skip_first needs outputs [batch, positions, D], {self.hook_point!r} "
                 f"returned {list(output.shape)}"
@@ -302,13 +356,8 @@ class _Choice:
 
     def _tokens(self, arguments: Mapping[str, Any], lead: torch.Size) -> Tensor | None:
         """The tokens of the rows, where the inputs have them."""
-        given = arguments.get(INPUT_IDS)
-        if given is None and len(arguments) == 1:
-            given = next(iter(arguments.values()))
-        if not isinstance(given, (Tensor, np.ndarray)):
-            return None
-        tokens = torch.as_tensor(given).cpu()
-        if tokens.dtype not in (torch.int64, torch.int32):
+        tokens = _token_ids(arguments)
+        if tokens is None:
             return None
         fits = tokens.shape == lead or (len(lead) == 1 and tokens.numel() == lead.numel())
         return tokens if fits else None
