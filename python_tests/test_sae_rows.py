@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 import sparsekern
 from sparsekern.cli import main
-from sparsekern.data import synthetic, write_activations
+from sparsekern.data import DataError, synthetic, write_activations
 from sparsekern.models import SparseAutoencoder
 from sparsekern.studies import sae, sae_rows
 from sparsekern.studies.configs import SettingError
@@ -31,7 +32,7 @@ def activations(tmp_path_factory):
 
 
 def config(path, **changes):
-    return sae.SAEConfig(activations=(str(path),), **{**SMALL, **changes})
+    return sae.SAEConfig(**{"activations": (str(path),), **SMALL, **changes})
 
 
 STEERED = {
@@ -125,6 +126,20 @@ def test_files_of_their_own_are_measured_instead(activations, tmp_path):
     settings = config(activations, eval_activations=(str(tmp_path / "narrow.h5"),))
     with pytest.raises(ValueError, match="eval_activations must be 16 wide"):
         sae.run(settings, tmp_path / "run")
+
+
+def test_rows_held_out_are_in_no_other_file(activations, tmp_path, monkeypatch):
+    (tmp_path / "link.h5").symlink_to(activations)
+    (tmp_path / "copy.h5").write_bytes(Path(activations).read_bytes())
+    monkeypatch.chdir(Path(activations).parent)
+    for again in (activations, str(tmp_path / "link.h5"), Path(activations).name):
+        with pytest.raises(SettingError, match="activations must name each file once, got twice"):
+            sae_rows.Rows(config(activations, activations=(activations, again)))
+    held = {"eval_activations": (str(tmp_path / "copy.h5"),)}
+    with sae_rows.Rows(config(activations, **held)) as rows:
+        assert rows.warnings() == []
+    with sae_rows.Rows(config(activations, eval_activations=(str(tmp_path / "link.h5"),))) as rows:
+        assert "tokens are measured that are trained on" in " ".join(rows.warnings())
 
 
 def test_every_prefix_has_its_fvu(activations, tmp_path):
@@ -221,3 +236,17 @@ def test_what_dominates_the_variance_is_named(tmp_path):
     ):
         with sae_rows.Rows(config(tmp_path / f"{name}.npy")) as rows:
             assert text in " ".join(rows.warnings())
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e18])
+def test_rows_whose_squares_are_no_numbers_are_refused(scale, tmp_path):
+    np.save(tmp_path / "x.npy", scale * torch.randn(500, 16).numpy())
+    with pytest.raises(DataError, match=r"must have norms of 1e-15 to 1e\+16 .*, got up to"):
+        sae_rows.Rows(config(tmp_path / "x.npy"))
+
+
+def test_rows_of_zeros_have_no_outliers(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.zeros((500, 16), np.float32))
+    flags = ["--outlier-filter", "3", "--no-progress", "--out", str(tmp_path / "run")]
+    assert main(["train", "sae", "--activations", str(tmp_path / "x.npy"), *flags]) == 2
+    assert "--outlier-filter must be 0 for these activations" in capsys.readouterr().err

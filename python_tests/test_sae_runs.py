@@ -226,6 +226,18 @@ def test_a_run_begins_with_the_weights_of_another(data, finished, tmp_path, monk
     sae.run(sae.saved_config(tmp_path / "run"), tmp_path / "run", resume=True)
 
 
+@pytest.mark.parametrize("there", ["none", "token", "dataset"])
+@pytest.mark.parametrize("here", ["none", "token", "dataset"])
+def test_a_run_begins_with_weights_in_its_own_units(there, here, tmp_path):
+    # Rows of one norm, so that the mean factor is that of each.
+    x = 40 * torch.nn.functional.normalize(rows(3, 2500), dim=1)
+    write_activations(tmp_path / "x.h5", [x])
+    first = sae.run(config(tmp_path / "x.h5", normalize=there), tmp_path / "first").results
+    same = {"learning_rate": 1e-12, "init_from": str(tmp_path / "first"), "revival": 0.0}
+    results = sae.run(config(tmp_path / "x.h5", normalize=here, **same), tmp_path / "run").results
+    assert results["fvu"] == pytest.approx(first["fvu"], rel=1e-3)
+
+
 def test_a_run_cannot_begin_with_another_model(data, finished, tmp_path, capsys):
     flags = ["--activations", str(data), "--no-progress", "--auxk", "0", "--k", "2"]
     flags += ["--init-from", str(finished), "--out", str(tmp_path / "run")]
@@ -263,6 +275,20 @@ def test_every_logged_record_reaches_the_hook(data, tmp_path):
     sae.run(config(data), tmp_path / "run", on_metrics=records.append)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert records == [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize("at", ["a step", "the end of an epoch"])
+def test_an_error_of_the_hook_loses_no_work(at, data, finished, tmp_path):
+    def fails(record):
+        if record["kind"] == "epoch" if at != "a step" else record["step"] == 10:
+            raise ConnectionError("the board cannot be reached")
+
+    with pytest.raises(ConnectionError, match="cannot be reached"):
+        sae.run(config(data, epochs=2), tmp_path / "run", on_metrics=fails)
+    assert sae.load_run(tmp_path / "run").step == (10 if at == "a step" else 20)
+    sae.run(sae.saved_config(tmp_path / "run"), tmp_path / "run", resume=True)
+    whole, interrupted = (sae.load_run(f).model.state_dict() for f in (finished, tmp_path / "run"))
+    assert all(torch.equal(whole[name], interrupted[name]) for name in whole)
 
 
 class Writer:

@@ -297,7 +297,7 @@ BAD = {
     ),
     "prefixes": (
         lambda good, tmp: ["--activations", good, "--prefixes", "64", "128"],
-        "prefixes must lie in 1..127",
+        "--prefixes must lie in 1..127",
     ),
     "device": (lambda good, tmp: ["--activations", good, "--device", "nope"], "--device 'nope'"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -249,6 +250,13 @@ class SAEConfig(StudyConfig):
                 raise SettingError(
                     name, f"must be at most {latents} (the number of latents), got {value}"
                 )
+        ascending = all(a < b for a, b in itertools.pairwise((0, *self.prefixes, latents)))
+        if not ascending:
+            raise SettingError(
+                "prefixes",
+                f"must lie in 1..{latents - 1} (below the number of latents) and ascend, got "
+                f"{', '.join(map(str, self.prefixes))}",
+            )
         if latents % self.groups:
             raise SettingError(
                 "groups", f"must divide the number of latents {latents}, got {self.groups}"

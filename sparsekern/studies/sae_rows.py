@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Generator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..data import ActivationStatistics, ActivationStore
+from ..data import ActivationStatistics, ActivationStore, DataError
+from .configs import SettingError
 from .sae_config import SAEConfig
 
 STATISTICS_SEED = 0
@@ -25,6 +27,8 @@ STATISTICS_SEED = 0
 LARGEST_SHARE = 0.5
 LARGEST_OFFSET = 30.0
 LONGEST_ROW = 30.0
+# Of the longest row: sums of squares of many rows are float32 numbers, with digits to spare.
+NORMS = (1e-15, 1e16)
 
 
 class Rows:
@@ -41,23 +45,39 @@ class Rows:
         statistics: of a sample of the rows, in the units of the files.
 
     Raises:
-        DataError, ValueError: as `ActivationStore`.
+        DataError, ValueError: as `ActivationStore`; rows are so long or short that float32 cannot
+            hold their squares.
+        SettingError: a file is given twice and rows are to be held out; the median norm is 0, and
+            outliers are to be left out.
     """
 
     def __init__(self, config: SAEConfig, fixed: dict[str, Any] | None = None) -> None:
         self.config = config
         self.max_norm: float | None = None
+        held_out = 0 if config.eval_activations else config.eval_tokens
+        if held_out and fixed is None:
+            _check_given_once(config.activations)
         if fixed is not None:
             self.max_norm = fixed["max_norm"]
         elif config.outlier_filter:
             with _opened(config, config.activations) as store:
                 median = store.statistics(seed=STATISTICS_SEED).median_norm
+            if median == 0:
+                raise SettingError(
+                    "outlier_filter", "must be 0 for these activations: their median norm is 0"
+                )
             self.max_norm = config.outlier_filter * median
-        held_out = 0 if config.eval_activations else config.eval_tokens
         self.store = _opened(config, config.activations, max_norm=self.max_norm, held_out=held_out)
         try:
             self.statistics = self.store.statistics(seed=STATISTICS_SEED)
             self.tokens, self.features = self.store.tokens, self.store.features
+            largest = self.statistics.largest_norm
+            if largest > 0 and not NORMS[0] <= largest <= NORMS[1]:
+                raise DataError(
+                    f"activations must have norms of {NORMS[0]:g} to {NORMS[1]:g} (squares of "
+                    f"others are no float32 numbers), got up to {largest:g}: "
+                    f"{', '.join(map(str, self.store.paths))}"
+                )
             self.scale = 1.0
             if fixed is not None:
                 self.scale = fixed["scale"]
@@ -85,6 +105,17 @@ class Rows:
     def count_batches(self, batch_size: int) -> int:
         """Batches in an epoch."""
         return self.store.count_batches(batch_size)
+
+    @property
+    def mean_token_factor(self) -> float:
+        """What `normalize` "token" multiplies a row of mean norm by."""
+        norm = self.statistics.mean_norm
+        return math.sqrt(self.features) / norm if norm > 0 else 1.0
+
+    @property
+    def mean_factor(self) -> float:
+        """What a row of mean norm is multiplied by."""
+        return self.mean_token_factor if self.config.normalize == "token" else self.scale
 
     def batches(self, epoch: int, start: int, device: torch.device) -> Generator[Tensor]:
         """The batches of an epoch from number `start` on, normalised."""
@@ -145,7 +176,7 @@ class Rows:
 
     def warnings(self) -> list[str]:
         """What about the activations makes results say less than they seem to."""
-        return dominated(self.statistics)
+        return dominated(self.statistics) + trained_on(self.config)
 
     def close(self) -> None:
         """Releases the files."""
@@ -162,6 +193,26 @@ def _opened(config: SAEConfig, paths: tuple[str, ...], **options: Any) -> Activa
     return ActivationStore(
         list(paths), dataset=config.dataset, nonfinite=config.nonfinite, **options
     )
+
+
+def _check_given_once(paths: tuple[str, ...]) -> None:
+    """Rows of a file that is given twice would be held out and trained on."""
+    found: dict[str, str] = {}
+    for path in paths:
+        place = os.path.realpath(path)
+        if place in found:
+            names = " and ".join(dict.fromkeys([found[place], path]))
+            raise SettingError("activations", f"must name each file once, got twice: {names}")
+        found[place] = path
+
+
+def trained_on(config: SAEConfig) -> list[str]:
+    """A sentence about files that are both trained on and measured."""
+    places = set(map(os.path.realpath, config.activations))
+    both = [path for path in config.eval_activations if os.path.realpath(path) in places]
+    if not both:
+        return []
+    return [f"tokens are measured that are trained on: those of {', '.join(both)}"]
 
 
 def dominated(statistics: ActivationStatistics) -> list[str]:

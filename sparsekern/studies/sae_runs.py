@@ -93,7 +93,8 @@ def run(
         extend: with resume: config.epochs may be more than the run had. Learning rate, k and the
             weight of the sparsity loss then are what they would be at this step of a run that had
             been that long from the start: after a decay to zero, the learning rate is high again.
-        on_metrics: called with every record that is written to metrics.jsonl.
+        on_metrics: called with every record that is written to metrics.jsonl. What it raises ends
+            the run, after a checkpoint.
 
     Raises:
         ValueError: the config does not fit the activations.
@@ -116,8 +117,7 @@ def run(
         task = SAETask(config, rows, device)
         _probe(task)
         if config.init_from is not None and not (resume and (folder / checkpoints.FACTS).exists()):
-            _begin_with(task.model, config.init_from)
-            task.model.fold_normalization(1 / rows.scale)
+            _begin_with(task.model, config.init_from, rows)
         with RunFolder.open(folder) if resume else RunFolder.create(folder, stored) as place:
             identity = _identity(config, rows)
             if resume:
@@ -260,13 +260,18 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Train
     )
 
 
-def _begin_with(model: SparseAutoencoder, folder: str) -> None:
-    """Gives a new model the weights of a run; its latents count as alive.
+def _begin_with(model: SparseAutoencoder, folder: str, rows: Rows) -> None:
+    """Gives a new model the weights of a run, in the units of these rows; its latents count as
+    alive.
+
+    Where one of both normalises each token, and the other does not, the factors of the tokens are
+    taken as one, their mean.
 
     Raises:
         ValueError: a parameter has another name or shape there.
     """
-    there, here = load_run(folder).model.state_dict(), model.state_dict()
+    trained = load_run(folder)
+    there, here = trained.model.state_dict(), model.state_dict()
     for name in sorted(here.keys() | there.keys()):
         one, other = (list(s[name].shape) if name in s else "absent" for s in (there, here))
         if one != other:
@@ -275,6 +280,10 @@ def _begin_with(model: SparseAutoencoder, folder: str) -> None:
             )
     model.load_state_dict(there)
     model.counter.reset()
+    factor = rows.mean_factor
+    if trained.config.normalize == "token":  # others take activations as they are
+        factor = factor / rows.mean_token_factor
+    model.fold_normalization(1 / factor)
 
 
 def _probe(task: SAETask) -> None:

@@ -223,9 +223,11 @@ class _Loop:
                 self._step(batch, bar)
                 bar.update(len(batch))
                 inside = at.batch < self.batches_per_epoch
-                if inside and (stop or at.batch % config.checkpoint_every == 0):
+                ends = bool(stop) or self.run.failed is not None
+                if inside and (ends or at.batch % config.checkpoint_every == 0):
                     at.seconds += time.perf_counter() - self.clock
                     self.save()
+                    self._raise_failed()
                     if stop:
                         return
                     self.clock = time.perf_counter()
@@ -296,6 +298,12 @@ class _Loop:
         )
         at.epoch, at.batch, at.totals = at.epoch + 1, 0, {}
         self.save()
+        self._raise_failed()
+
+    def _raise_failed(self) -> None:
+        """Ends training with what the caller's function of the metrics raised."""
+        if self.run.failed is not None:
+            raise self.run.failed
 
     def _buffers(self) -> dict[str, Tensor]:
         """What a checkpoint holds of the model besides its parameters."""

@@ -36,6 +36,7 @@ class RunFolder:
     Attributes:
         on_metrics: called with each record that is logged, after it was written; None for nothing.
             A resumed run logs the steps since its checkpoint again.
+        failed: what it raised, for the training to end with after a checkpoint; not called again.
     """
 
     def __init__(self, path: Path, unlock: Callable[[], None]) -> None:
@@ -43,6 +44,7 @@ class RunFolder:
         self._unlock = unlock
         self._metrics: BinaryIO | None = None
         self.on_metrics: Callable[[Mapping[str, Any]], object] | None = None
+        self.failed: Exception | None = None
 
     @staticmethod
     def check_new(path: str | Path) -> None:
@@ -121,8 +123,12 @@ class RunFolder:
     def log(self, record: Mapping[str, Any]) -> None:
         """Appends one line to the metrics; durable after the next :meth:`sync_metrics`."""
         self._opened_metrics().write((json.dumps(record, allow_nan=False) + "\n").encode())
-        if self.on_metrics is not None:
+        if self.on_metrics is None or self.failed is not None:
+            return
+        try:
             self.on_metrics(record)
+        except Exception as error:  # of whatever the caller has there
+            self.failed = error
 
     def rewrite_config(self, config: Mapping[str, Any]) -> None:
         """Replaces the config (JSON types only), when a run is extended or its data has moved."""

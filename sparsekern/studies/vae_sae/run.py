@@ -56,7 +56,8 @@ def run(
         folder: where; must not hold a run yet, unless resumed.
         resume: go on from the folder's checkpoint. The config must equal that of the checkpoint,
             except for its free fields.
-        on_metrics: called with every record that is written to metrics.jsonl.
+        on_metrics: called with every record that is written to metrics.jsonl. What it raises ends
+            the run, after a checkpoint.
 
     Raises:
         ValueError: the config does not fit the data (see also sparsekern.data.DataError).
