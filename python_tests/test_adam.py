@@ -208,3 +208,19 @@ def test_autograd_notices_a_step():
     optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_steps_are_counted_in_float32_whatever_the_default(dtype):
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    optimizer = Adam([parameter])
+    torch.set_default_dtype(dtype)
+    try:
+        parameter.grad = torch.ones(2, 2, dtype=torch.float32)
+        optimizer.step()
+        optimizer.state[parameter]["step"].fill_(5000)
+        optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert optimizer.state[parameter]["step"].dtype == torch.float32
+    assert optimizer.state[parameter]["step"] == 5001

@@ -248,6 +248,56 @@ def test_gradients_per_row_of_a_model():
     assert_same([g.sum(0) for g in rows.values()], wanted)
 
 
+AUTOENCODERS = {
+    "TopK": lambda: SparseAutoencoder(8, 64, k=4, prefixes=(16, 32)),
+    "BatchTopK": lambda: SparseAutoencoder(8, 64, activation=sparsekern.BatchTopK(3)),
+    "JumpReLU": lambda: SparseAutoencoder(8, 64, activation=sparsekern.JumpReLU(64)),
+    "ReLU": lambda: SparseAutoencoder(8, 64, activation=torch.nn.ReLU(), sparsity_weight=0.1),
+}
+
+
+def autoencoder(name):
+    model = AUTOENCODERS[name]().double().eval()
+    if name == "BatchTopK":
+        model.activation.threshold.fill_(0.5)
+    return model
+
+
+@pytest.mark.parametrize("name", AUTOENCODERS)
+def test_losses_of_autoencoders_per_row_and_in_ensembles(name):
+    torch.manual_seed(0)
+    models = [autoencoder(name) for _ in range(2)]
+    x = torch.randn(5, 8, dtype=torch.float64)
+    one = torch.tensor(1.0, dtype=torch.float64)
+    parameters, buffers = stack_module_state(models)
+
+    def loss(parameters, buffers, row):
+        given = {"return_loss": True, "variance": one, "rows": 1}
+        call = functional_call(models[0], (parameters, buffers), (row.unsqueeze(0),), given)
+        return call[1].total
+
+    per_row = vmap(grad(loss), in_dims=(None, None, 0))
+    found = vmap(per_row, in_dims=(0, 0, None))(parameters, buffers, x)
+    for at, model in enumerate(models):
+        for place, row in enumerate(x):
+            names, leaves = zip(*model.named_parameters(), strict=True)
+            alone = model.loss(row.unsqueeze(0), one, 1)[1].total
+            wanted = torch.autograd.grad(alone, leaves, materialize_grads=True)
+            assert_same([found[name][at, place] for name in names], wanted)
+
+
+def test_an_ensemble_with_a_threshold_that_was_never_set_is_refused():
+    models = [autoencoder("BatchTopK") for _ in range(2)]
+    models[1].activation.threshold.fill_(torch.nan)
+    state = stack_module_state(models)
+
+    def run(parameters, buffers, x):
+        return functional_call(models[0], (parameters, buffers), (x,)).reconstruction
+
+    with pytest.raises(RuntimeError, match="threshold must be set before evaluation"):
+        vmap(run, in_dims=(0, 0, None))(*state, torch.randn(5, 8, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("name", ["sparse_matmul"])
 def test_compiled_transforms(name):
     function, arguments, all_of_them = case(name)

@@ -289,3 +289,10 @@ def test_bad_sizes_of_jumprelu():
             JumpReLU(3, **{name: 0.0})
     with pytest.raises(ValueError, match=r"theta must be \[4\] for x \[2, 4\]"):
         JumpReLU(3)(torch.randn(2, 4))
+
+
+def test_compiled_jumprelu_takes_any_sizes():
+    compiled = torch.compile(JumpReLU(20), fullgraph=True, backend="aot_eager")
+    for shape in ((6, 20), (3, 20), (2, 3, 20), (20,), (0, 20)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(compiled(x), torch.where(x > 0.1, x, 0))

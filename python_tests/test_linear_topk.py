@@ -321,3 +321,24 @@ def test_latents_out_of_range(target):
     for wrong in ([5, 3, 7], [3, 3, 4]):
         with pytest.raises(ValueError, match="latents must ascend, each once, got"):
             sparsekern.linear_topk(X, WEIGHT, None, 2, latents=torch.tensor(wrong))
+
+
+def test_latents_of_scale_zero_pass_nothing_on(target):
+    torch.manual_seed(0)
+    x, weight = torch.randn(6, 4), torch.randn(5, 4, requires_grad=True)
+    scale = torch.tensor([1.0, 0.0, 2.0, 0.5, 0.0], requires_grad=True)
+    values = sparsekern.linear_topk(x, weight, None, 5, scale=scale).values
+    found = torch.autograd.grad(values.square().sum(), (weight, scale), create_graph=True)
+    dense = ((x @ weight.t()).relu() * scale).square().sum()
+    wanted = torch.autograd.grad(dense, (weight, scale), create_graph=True)
+    torch.testing.assert_close(found, wanted)
+    second = torch.autograd.grad(found[1].square().sum(), (weight, scale))
+    assert all(gradient.isfinite().all() for gradient in second)
+
+
+def test_gradients_of_the_scale_do_not_overflow_on_the_way():
+    x, weight = torch.full((1, 4), 8.0).half(), torch.full((1, 4), 8.0).half()
+    scale = torch.full((1,), 16.0).half().requires_grad_()
+    values = sparsekern.linear_topk(x, weight, None, 1, scale=scale).values  # 4096
+    values.backward(torch.full((1, 1), 64.0).half())
+    assert scale.grad.item() == 64 * 256

@@ -61,11 +61,19 @@ def recording_kernel(
             "forward_ad); use reverse mode: torch.autograd.grad, torch.func.jacrev"
         )
 
-    functions = {"forward": forward, "backward": recorded_backward, "jvp": refuse}
+    def key(ctx: Any) -> Any:  # by which compiled autograd tells functions apart
+        return (ctx._autograd_function_id,)
+
+    functions = {
+        "forward": forward,
+        "backward": recorded_backward,
+        "jvp": refuse,
+        "_compiled_autograd_key": key,
+    }
     function: Any = type(
         f"sparsekern_{name}",
         (_SingleLevelFunction,),
-        {key: staticmethod(function) for key, function in functions.items()},
+        {name: staticmethod(function) for name, function in functions.items()},
     )
 
     def kernel(keys: Any, *args: Any) -> Any:

@@ -145,7 +145,8 @@ class Adam(torch.optim.Optimizer):
         short = parameter.dtype in SHORT
         wide = torch.float32 if short else parameter.dtype
         if not state:
-            state["step"] = torch.zeros(())  # on the CPU, as torch keeps it
+            # On the CPU, as torch keeps it; the default dtype may not count far.
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             state["exp_avg"] = torch.zeros_like(parameter, dtype=wide)
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=wide)
         if short and "master" not in state:

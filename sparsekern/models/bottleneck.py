@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..nn import DeadNeuronCounter, TopK
 from ..ops.checks import check_same_dtype
+from ..ops.exported import exported
 from ..ops.linear_topk import linear_topk
 from ..ops.sparse_matmul import sparse_matmul
 from ..ops.topk import codes_to_dense
@@ -28,6 +29,7 @@ DENSE_SHARE = 0.25
 WIDE, WIDE_SHARE = 2048, 0.1
 
 
+@exported
 class BottleneckOutput(NamedTuple):
     """What goes through a sparse layer, for a batch of B rows."""
 

@@ -11,7 +11,8 @@ looks at the last of them: if it still qualifies, the row may have more, and the
 again with twice as many. When some row has more than one in NARROWEST latents active, the dense
 expression is faster, and is what is used. Which of the two it is follows from the input alone, and
 so does what is recorded for the backward pass (gradient checkpointing compares it). Where sizes
-cannot depend on data (compiled code, CUDA graphs) it is the dense expression always.
+cannot depend on data (compiled or traced code, CUDA graphs, vmap) it is always the dense
+expression.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from ..nn import BatchTopK, JumpReLU, TopK
+from ..nn.codes import traced_or_vmapped
 from ..ops.batch_topk import batch_topk, first_of_list, kept_in_all
 from ..ops.jumprelu import at_most, jumprelu, step
 from ..ops.linear_at import linear_at, vector_at
@@ -230,8 +232,10 @@ def check_activation(layer: nn.Module, latents: int) -> None:
 
 def sizes_are_fixed(x: Tensor) -> bool:
     """Whether no size may follow from the numbers in x: in compiled code, while a CUDA graph is
-    captured, and where there are none."""
+    captured, and where there are none or they are not the only ones."""
     if torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
+        return True
+    if traced_or_vmapped():
         return True
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 

@@ -38,6 +38,7 @@ from ..nn import BatchTopK, DeadNeuronCounter, JumpReLU, TopK
 from ..nn.recomputation import RecentStates, recomputing
 from ..ops.batch_topk import check_share
 from ..ops.checks import check_above_zero, check_count
+from ..ops.exported import exported
 from ..ops.linear_checks import check_layer
 from ..ops.topk import Codes
 from .decoding import Decoder
@@ -58,6 +59,7 @@ SHARE_OF_BEST = 0.75
 CALIBRATED_SCORES = 1 << 24
 
 
+@exported
 class SAEOutput(NamedTuple):
     """What a forward pass gives: reconstruction [..., D], values [..., w] and indices [..., w]: for
     TopK w = k and indices ascend; for others see :meth:`SparseAutoencoder.encode`."""
@@ -67,6 +69,7 @@ class SAEOutput(NamedTuple):
     indices: Tensor
 
 
+@exported
 class SAELoss(NamedTuple):
     """The loss and its parts, scalars: total = fvu + auxk_weight * auxk + multi_weight * multi +
     sparsity_weight * sparsity + prefixes."""
@@ -187,7 +190,9 @@ class SparseAutoencoder(nn.Module):
     @property
     def k(self) -> int | float:
         """Active latents per row, on average for BatchTopK; other activations have none."""
-        return self._counted().k
+        if not isinstance(self.activation, (TopK, BatchTopK)):
+            raise AttributeError(self._without_k())
+        return self.activation.k
 
     @k.setter
     def k(self, k: int | float) -> None:
@@ -199,9 +204,12 @@ class SparseAutoencoder(nn.Module):
     def _counted(self) -> TopK | BatchTopK:
         """The activation, if it keeps a given number of latents."""
         if not isinstance(self.activation, (TopK, BatchTopK)):
-            name = type(self.activation).__name__
-            raise TypeError(f"SparseAutoencoder: {name} has no number of active latents k")
+            raise TypeError(self._without_k())
         return self.activation
+
+    def _without_k(self) -> str:
+        name = type(self.activation).__name__
+        return f"SparseAutoencoder: {name} has no number of active latents k"
 
     @property
     def tied(self) -> bool:
@@ -213,6 +221,8 @@ class SparseAutoencoder(nn.Module):
         # would separate from the first.
         if name == "encoder" and self.__dict__.get("_tied"):
             return self.dictionary
+        if name == "k":  # its property has raised; an AttributeError, as hasattr expects
+            raise AttributeError(self._without_k())
         return super().__getattr__(name)
 
     def _load_from_state_dict(
@@ -368,7 +378,8 @@ class SparseAutoencoder(nn.Module):
             count = dead.sum()
             codes = self._scores(x).only(dead).topk(self.auxk)
             estimate = self._decoder().sparse(*codes, biased=False)
-            loss = (count / self.auxk).clamp_max(1.0) * squared_error(residual, estimate)
+            loss = squared_error(residual, estimate)
+            loss = (count.to(loss.dtype) / self.auxk).clamp_max(1.0) * loss
             return torch.where(count > 0, loss, 0)
         latents = dead.nonzero().squeeze(1)  # the host waits for their number
         if len(latents) == 0:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..nn import SpatialSparsity
 from ..ops.checks import check_same_dtype
+from ..ops.exported import exported
 from .encoding import sizes_are_fixed
 from .normalisation import BatchNorm1d, BatchNorm2d
 
@@ -28,6 +29,7 @@ CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d}
 POOLS = {1: F.max_pool1d, 2: F.max_pool2d}
 
 
+@exported
 class MotifOutput(NamedTuple):
     """What a forward pass gives."""
 

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import DeadNeuronCounter
+from ..ops.exported import exported
 from .bottleneck import BottleneckOutput, SparseBottleneck
 
 PLACEMENTS = ("decoder", "code", "encoder")
@@ -35,6 +36,7 @@ PLACEMENTS = ("decoder", "code", "encoder")
 SHRINKING = 16
 
 
+@exported
 class VAESAEOutput(NamedTuple):
     """What a forward pass gives, for a batch of B images."""
 
@@ -58,6 +60,7 @@ class VAESAEOutput(NamedTuple):
         return self.sparse.indices
 
 
+@exported
 class VAESAELoss(NamedTuple):
     """Scalars in nats per image, averaged over the batch."""
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
 from ..ops.activity import count_active
 from ..ops.batch_topk import batch_mask, check_share, kept_in_all
@@ -213,7 +214,10 @@ class BatchTopK(SavedK):
         if torch.compiler.is_compiling():
             torch._assert_async(~self.threshold.isnan(), _UNSET)
         elif not self._known and not self.threshold.is_meta:
-            if bool(self.threshold.isnan()):
+            threshold = self.threshold
+            while is_functorch_wrapped_tensor(threshold):  # of models together: all of theirs
+                threshold = get_unwrapped(threshold)
+            if bool(threshold.isnan().any()):
                 raise RuntimeError(_UNSET)
             self._known = self.threshold.is_cuda
         return self.threshold

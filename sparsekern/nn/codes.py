@@ -10,13 +10,28 @@ from ..ops.topk import Codes, topk
 def codes_where(dense: torch.Tensor, wanted: torch.Tensor) -> Codes:
     """The elements of dense [..., n] that are wanted (bool [..., n]), as codes of one width.
 
-    The width K is the largest number wanted in a row, at least 1, for which the host waits. A row
-    that wants fewer is filled with its first other elements, which must be zero.
+    The width K is the largest number wanted in a row, at least 1, for which the host waits; n where
+    other numbers must fit, too (traced code, the entries of a vmap). A row that wants fewer is
+    filled with its first other elements, which must be zero.
 
     Returns:
         values [..., K], differentiable with respect to dense, and indices int64 [..., K], ascending
         and unique in a row.
     """
-    width = int(wanted.sum(-1).max()) if wanted.numel() else 0
+    if traced_or_vmapped():
+        width = dense.shape[-1]
+    else:
+        width = int(wanted.sum(-1).max()) if wanted.numel() else 0
     indices = topk(wanted.to(dense.dtype), max(width, 1), sorted=False).indices
     return Codes(dense.gather(-1, indices), indices)
+
+
+def traced_or_vmapped() -> bool:
+    """Whether what is computed here will be, or is, that of other numbers, too: while code is
+    traced (torch.jit.trace), and under vmap, around other transforms or inside them."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch.jit.is_tracing():
+        return True
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    return any(it.key() == torch._C._functorch.TransformType.Vmap for it in transforms)

@@ -97,14 +97,16 @@ def step(
         ([[1.0, 0.0], [1.0, 1.0]], [-2.0, -4.0])
     """
     _check("step", x, theta, bandwidth)
-    return _Step.apply(x, theta, float(bandwidth), relative)
+    # Detached: compiled autograd adds up what an input gets, even nothing.
+    return _Step.apply(x.detach(), theta, float(bandwidth), relative)
 
 
 def _check(op: str, x: torch.Tensor, theta: torch.Tensor, bandwidth: float) -> None:
     check_floating(op, "x", x)
     if not isinstance(theta, torch.Tensor) or not theta.is_floating_point():
         raise TypeError(f"{op}: theta must be a floating point tensor, got {theta!r}")
-    if theta.dim() > 0 and theta.shape not in (x.shape[-1:], x.shape):
+    # Not `in`, which takes symbolic sizes for others.
+    if theta.dim() > 0 and theta.shape != x.shape[-1:] and theta.shape != x.shape:
         raise ValueError(
             f"{op}: theta must be [{x.shape[-1]}] for x {list(x.shape)}, 0-d, or of x's shape, "
             f"got shape {list(theta.shape)}"

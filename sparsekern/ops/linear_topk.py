@@ -30,6 +30,7 @@ import torch
 from .. import _library
 from .batching import one_by_one
 from .checks import check_count
+from .exported import exported
 from .linear_checks import check_groups, check_latents, check_layer
 from .linear_slices import Layer, Selection, rows_at_once, select_rows
 from .sparse_matmul import _sparse_matmul, _sparse_matmul_backward, matrix_of
@@ -37,6 +38,7 @@ from .topk import Codes, passed_by_relu, topk_reference
 from .transposition import Transposition, _transpose_codes
 
 
+@exported
 class TransposedCodes(NamedTuple):
     """Sparse codes with their transposition, for the products that share these indices."""
 
@@ -304,7 +306,9 @@ def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
     g = grad if passed is None else torch.where(passed, grad, 0)
     if need_scale:
         factors = scale[indices]
-        d_scale = total((g * values / factors).to(x.dtype), scale)
+        if passed is not None:  # a score of scale zero is zero, and passes nothing on
+            factors = torch.where(passed, factors, 1)
+        d_scale = total((g * (values / factors)).to(x.dtype), scale)
     if scale is not None:
         g = (g * scale[indices]).to(x.dtype)
     if need_weight:

@@ -31,9 +31,11 @@ from .channels import (
     constants,
     layout,
 )
+from .exported import exported
 from .sparse_matmul import sum_dtype
 
 
+@exported
 class ChannelCodes(NamedTuple):
     """The active elements of a tensor with channels, in ascending order of their index."""
 

@@ -21,9 +21,11 @@ import torch
 from .. import _library
 from .activity import counts_reference
 from .checks import check_codes, check_count, check_floating, check_range, check_row, check_size
+from .exported import exported
 from .order import ordered_key
 
 
+@exported
 class Codes(NamedTuple):
     """Sparse codes: values [..., k] and indices int64 [..., k]."""
 

@@ -23,8 +23,10 @@ from .checks import (
     check_size,
     debug_checks,
 )
+from .exported import exported
 
 
+@exported
 class Transposition(NamedTuple):
     """Codes grouped by latent: positions[offsets[i] : offsets[i + 1]] are the flat positions of the
     codes with index i, ascending. offsets int64 [N + 1], positions int32 [codes]."""
