@@ -148,6 +148,48 @@ def test_padding_that_torchs_transformer_is_told_is_not_written(kind, tmp_path):
     assert origins(tmp_path / "a.h5")[:2] == [ALL_DOCUMENTS, ALL_POSITIONS]
 
 
+class EncoderDecoder(nn.Module):
+    """A stand-in for a model that writes one text after reading another."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = Encoder(), Encoder()
+
+    def forward(
+        self, input_ids, attention_mask=None, decoder_input_ids=None, decoder_attention_mask=None
+    ):
+        self.encoder(input_ids, attention_mask)
+        return self.decoder(decoder_input_ids, decoder_attention_mask)
+
+
+@pytest.mark.parametrize("mask", [True, False])
+def test_positions_of_a_decoder_are_its_own(mask, tmp_path):
+    other = batch_of([[CLS, 9, 9, 9, 9, SEP], [CLS, 9, 9, 9, SEP], [CLS]])
+    given = other | {f"decoder_{name}": value for name, value in batch_of().items()}
+    if not mask:
+        del given["decoder_attention_mask"]
+    for hook in ("decoder.block", "decoder", ""):
+        path = tmp_path / f"of {hook}.h5"
+        rows = capture(EncoderDecoder(), hook, [given], path, skip_tokens=[] if mask else [PAD])
+        assert rows == 13, hook
+        assert origins(path)[::2] == [ALL_DOCUMENTS, ALL_TOKENS], hook
+    torch.testing.assert_close(content(tmp_path / "of decoder.block.h5"), alone())
+    assert capture(EncoderDecoder(), "encoder.block", [given], tmp_path / "e.h5") == 12
+
+
+def test_positions_of_torchs_decoder_are_its_own(tmp_path):
+    module = nn.Transformer(8, 2, 1, 1, 16, batch_first=True)
+    module.encoder.use_nested_tensor = False
+    real = batch_of()["attention_mask"].bool()
+    given = {
+        "src": torch.randn(3, 6, 8), "tgt": torch.randn(3, 6, 8),
+        "src_key_padding_mask": torch.arange(6).expand(3, 6) > 1, "tgt_key_padding_mask": ~real,
+    }  # fmt: skip
+    assert capture(module, "decoder.layers.0", [given], tmp_path / "d.h5") == 13
+    assert origins(tmp_path / "d.h5")[:2] == [ALL_DOCUMENTS, ALL_POSITIONS]
+    assert capture(module, "encoder.layers.0.linear2", [given], tmp_path / "e.h5") == 6
+
+
 SEQUENCE_LAYERS = {
     "LSTM": (lambda first: nn.LSTM(8, 8, batch_first=first), ""),
     "MultiheadAttention": (lambda first: nn.MultiheadAttention(8, 2, batch_first=first), ""),

@@ -17,7 +17,7 @@ from .activation_format import DOCUMENTS, POSITIONS, TOKEN_IDS
 from .activation_writing import STORED, check_new, with_progress, write_pieces
 from .factors import DataError
 
-ATTENTION_MASK, INPUT_IDS = "attention_mask", "input_ids"
+ATTENTION_MASK, INPUT_IDS, DECODER = "attention_mask", "input_ids", "decoder_"
 # Names of masks that are true, or -inf, where padding is: torch's, fairseq's.
 PADDING_MASKS = (
     "src_key_padding_mask", "tgt_key_padding_mask", "key_padding_mask", "padding_mask",
@@ -74,7 +74,9 @@ def capture(
         mask: which positions are written. The name of an argument ``[batch, positions]`` of 0 and
             1; or a function of an input that returns such a mask; or None to write all positions,
             padding too. By default ``"attention_mask"``, and where the inputs have none what is
-            not marked in ``src_key_padding_mask`` or the like, and without one all positions.
+            not marked in ``src_key_padding_mask`` or the like, and without one all positions. Of
+            an encoder-decoder model, what does not lie in ``encoder`` goes by its
+            ``decoder_attention_mask`` and ``decoder_input_ids``.
         skip_first: leaves out the first so many real tokens of each sequence.
         skip_tokens: leaves out these tokens, such as ``tokenizer.all_special_ids``.
 
@@ -138,7 +140,7 @@ def _captured(
                 _call(module, given, device)
             if not outputs:
                 raise DataError(f"capture: {hook_point!r} was not called by the module's forward")
-            arguments = _arguments(module, given)
+            arguments = _belonging(_arguments(module, given), hook_point)
             sequences = 0
             for output in outputs:
                 rows, columns, sequences = choice.rows_of(output, given, arguments)
@@ -218,6 +220,20 @@ def _arguments(module: nn.Module, given: Any) -> dict[str, Any]:
         return dict(inspect.signature(module.forward).bind_partial(*positional).arguments)
     except (TypeError, ValueError):  # no signature that could be read
         return {}
+
+
+def _belonging(arguments: dict[str, Any], hook_point: str) -> dict[str, Any]:
+    """The arguments without those of the other half of an encoder and decoder: what does not lie in
+    the encoder has the decoder's tokens and mask, here without their prefix."""
+    decoder = {DECODER + name: name for name in (INPUT_IDS, ATTENTION_MASK, "inputs_embeds")}
+    in_encoder = "encoder" in hook_point.split(".")
+    if "tgt" in arguments:  # torch's
+        other = "tgt_key_padding_mask" if in_encoder else "src_key_padding_mask"
+        return {name: value for name, value in arguments.items() if name != other}
+    if in_encoder or not decoder.keys() & arguments.keys():
+        return arguments
+    kept = {name: value for name, value in arguments.items() if name not in decoder.values()}
+    return kept | {decoder[name]: value for name, value in kept.items() if name in decoder}
 
 
 def _real_positions(arguments: Mapping[str, Any]) -> tuple[str, Any]:
