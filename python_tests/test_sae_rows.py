@@ -250,3 +250,11 @@ def test_rows_of_zeros_have_no_outliers(tmp_path, capsys):
     flags = ["--outlier-filter", "3", "--no-progress", "--out", str(tmp_path / "run")]
     assert main(["train", "sae", "--activations", str(tmp_path / "x.npy"), *flags]) == 2
     assert "--outlier-filter must be 0 for these activations" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("tokens", "eval_tokens"), [(15, 2000), (500, 1)])
+def test_a_single_token_that_is_measured_is_named(tokens, eval_tokens, tmp_path):
+    np.save(tmp_path / "x.npy", torch.randn(tokens, 16).numpy())
+    for measured, named in ((eval_tokens, True), (2, tokens == 15)):
+        with sae_rows.Rows(config(tmp_path / "x.npy", eval_tokens=measured)) as rows:
+            assert ("one token is measured" in " ".join(rows.warnings())) is named

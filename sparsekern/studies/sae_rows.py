@@ -176,7 +176,13 @@ class Rows:
 
     def warnings(self) -> list[str]:
         """What about the activations makes results say less than they seem to."""
-        return dominated(self.statistics) + trained_on(self.config)
+        found = dominated(self.statistics) + trained_on(self.config)
+        if self.config.eval_tokens == 1 or self.store.held_out == 1:
+            found.append(
+                "one token is measured, which has no variance: its FVU is relative to its own "
+                "squares, and says little"
+            )
+        return found
 
     def close(self) -> None:
         """Releases the files."""
