@@ -179,8 +179,12 @@ def test_operator_registration(target):
     torch.library.opcheck(ops.batch_norm.default, (leaves[0], None, None, 1e-5, 3))
     with torch.no_grad():
         _, mean, var = ops.batch_norm(x, weight, bias, 1e-5, 1)
-    args = (grad, x.detach(), weight.detach(), mean, var, 1e-5, 1)
-    torch.library.opcheck(ops.batch_norm_backward.default, args)
+    last = x.detach().contiguous(memory_format=torch.channels_last)
+    for tensor in (x.detach(), last, x.detach().mT.contiguous().mT):
+        torch.library.opcheck(ops.batch_norm.default, (tensor, None, None, 1e-5, 1))
+        for upstream in (grad, grad.contiguous(memory_format=torch.channels_last)):
+            args = (upstream, tensor, weight.detach(), mean, var, 1e-5, 1)
+            torch.library.opcheck(ops.batch_norm_backward.default, args)
 
 
 def test_compiled_and_mapped_equal_eager(target):

@@ -232,7 +232,8 @@ def test_operator_registration(target):
     ops = torch.ops.sparsekern
     x = torch.randn(3, 4, 5, 2, device=target.device)
     threshold, scale, shift = (torch.randn(4, device=target.device) for _ in range(3))
-    for tensor in (x, x.contiguous(memory_format=torch.channels_last)):
+    last = x.contiguous(memory_format=torch.channels_last)
+    for tensor in (x, last, x.movedim(0, 1).contiguous().movedim(0, 1), x.mT.contiguous().mT):
         for pair in ((None, None), (scale.requires_grad_(), shift.requires_grad_())):
             args = (tensor.requires_grad_(), threshold, *pair, 1)
             torch.library.opcheck(ops.threshold_relu.default, args)

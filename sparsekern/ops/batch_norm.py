@@ -32,6 +32,7 @@ from .channels import (
     check_constants,
     constants,
     layout,
+    placed_like,
 )
 from .checks import check_like
 from .sparse_matmul import sum_dtype
@@ -135,7 +136,7 @@ def batch_norm_reference(
         z = z * spread(weight)
     if bias is not None:
         z = z + spread(bias)
-    return z.to(x.dtype), mean, var
+    return placed_like(z, x, channel_dim), mean, var
 
 
 def batch_norm_backward_reference(
@@ -160,7 +161,7 @@ def batch_norm_backward_reference(
     of_x = (wide - spread(of_bias / n) - standard * spread(of_weight / n)) * spread(root)
     if weight is not None:
         of_x = of_x * spread(weight)
-    return of_x.to(x.dtype), of_weight, of_bias
+    return placed_like(of_x, x, channel_dim), of_weight, of_bias
 
 
 # -- what torch.ops hands over ---------------------------------------------------------------------

@@ -80,6 +80,13 @@ def layout(x: torch.Tensor, dim: int) -> Layout:
     return Layout(x.view(outer, x.shape[at], inner), x.shape, dim, moved)
 
 
+def placed_like(tensor: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Tensor:
+    """The tensor in x's dtype, with the strides that the kernels give their results for x: compiled
+    code relies on them."""
+    placed = layout(x, dim)
+    return placed.restored(torch.empty_like(placed.tensor)).copy_(tensor)
+
+
 def channels_of(indices: torch.Tensor, channels: int, inner: int) -> torch.Tensor:
     """The channel of each flat index into a tensor [outer, channels, inner]."""
     return indices // inner % channels

@@ -30,6 +30,7 @@ from .channels import (
     check_constants,
     constants,
     layout,
+    placed_like,
 )
 from .exported import exported
 from .sparse_matmul import sum_dtype
@@ -190,7 +191,7 @@ def threshold_relu_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     excess, active = _excess(x, threshold, scale, shift, channel_dim)
     counts = channel_sum(active.long(), channel_dim)
-    return torch.where(active, excess, 0).to(x.dtype), counts
+    return placed_like(torch.where(active, excess, 0), x, channel_dim), counts
 
 
 def threshold_codes_reference(
