@@ -83,8 +83,10 @@ def layout(x: torch.Tensor, dim: int) -> Layout:
 def placed_like(tensor: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Tensor:
     """The tensor in x's dtype, with the strides that the kernels give their results for x: compiled
     code relies on them."""
-    placed = layout(x, dim)
-    return placed.restored(torch.empty_like(placed.tensor)).copy_(tensor)
+    tensor = tensor.to(x.dtype)
+    if layout(x, dim).moved:
+        return tensor.movedim(dim, -1).contiguous().movedim(-1, dim)
+    return tensor.contiguous()
 
 
 def channels_of(indices: torch.Tensor, channels: int, inner: int) -> torch.Tensor:
