@@ -67,14 +67,16 @@ def constants(kind: torch.dtype, *tensors: torch.Tensor | None) -> list[torch.Te
     return [None if tensor is None else tensor.to(kind).contiguous() for tensor in tensors]
 
 
+def lies_last(x: torch.Tensor, dim: int) -> bool:
+    """Whether the channels lie last in memory, but not in the tensor."""
+    return not x.is_contiguous() and x.movedim(dim, -1).is_contiguous()
+
+
 def layout(x: torch.Tensor, dim: int) -> Layout:
     """x in the kernels' form; copied only if it is contiguous neither as it is nor with its
     channels last."""
-    moved = False
-    if not x.is_contiguous():
-        last = x.movedim(dim, -1)
-        moved = last.is_contiguous()
-        x = last if moved else x.contiguous()
+    moved = lies_last(x, dim)
+    x = x.movedim(dim, -1) if moved else x.contiguous()
     at = x.dim() - 1 if moved else dim
     outer, inner = math.prod(x.shape[:at]), math.prod(x.shape[at + 1 :])
     return Layout(x.view(outer, x.shape[at], inner), x.shape, dim, moved)
@@ -84,7 +86,7 @@ def placed_like(tensor: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Tensor
     """The tensor in x's dtype, with the strides that the kernels give their results for x: compiled
     code relies on them."""
     tensor = tensor.to(x.dtype)
-    if layout(x, dim).moved:
+    if lies_last(x, dim):
         return tensor.movedim(dim, -1).contiguous().movedim(-1, dim)
     return tensor.contiguous()
 
