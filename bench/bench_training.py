@@ -17,8 +17,8 @@ from problem import Problem, region
 from targets import Workload
 
 from sparsekern.models import SparseAutoencoder
-from sparsekern.models.statistics import squared_error, total_variance
 from sparsekern.optim import Adam
+from sparsekern.sae.statistics import squared_error, total_variance
 
 OPS = ("training step",)
 PACKAGE = "eai-sparsify"

@@ -18,7 +18,7 @@ import torch
 from targets import Target
 
 from sparsekern.models import SparseAutoencoder
-from sparsekern.models.statistics import total_variance
+from sparsekern.sae.statistics import total_variance
 
 Tensor = torch.Tensor
 

@@ -17,7 +17,7 @@ import torch
 from sparsify import SparseCoder, SparseCoderConfig
 
 from sparsekern.data import ActivationStore
-from sparsekern.models.statistics import squared_error, total_variance
+from sparsekern.sae.statistics import squared_error, total_variance
 
 
 def main() -> None:

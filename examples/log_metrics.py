@@ -16,7 +16,7 @@ With tensorboard::
 
 import sys
 
-from sparsekern.studies import sae
+from sparsekern.studies.sae import run as sae
 
 
 def on_metrics(record):

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from test_activation_files import refuses
 from test_activations import batches, numbered, put
 
-from sparsekern.data import ActivationStore, DataError, convert, shapes3d
+from sparsekern.data import ActivationStore, DataError, convert
 from sparsekern.data.hdf5 import open_hdf5
+from sparsekern.data.images import shapes3d
 
 ROWS = np.random.default_rng(0).standard_normal((256, 32)).astype(np.float32)
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from sparsekern.cli import main
+from sparsekern.cli.command import main
 from sparsekern.data import (
     ActivationStore,
     DataError,

@@ -6,7 +6,7 @@ import torch
 from test_activations import batches, put
 
 from sparsekern.data import ActivationStore, DataError
-from sparsekern.data.activation_rows import row_norms
+from sparsekern.data.activations.rows import row_norms
 
 
 def rows_with_outliers(count=500, features=6):

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparsekern.data import ActivationStore, DataError, activation_order
+from sparsekern.data import ActivationStore, DataError
+from sparsekern.data.activations import order as activation_order
 from sparsekern.data.prefetch import prefetched
 
 SIZES = (103, 57, 211)  # rows of three files, none a multiple of a chunk, block or batch

@@ -15,12 +15,7 @@ from conftest import FLOATS
 import sparsekern
 from sparsekern import testing
 from sparsekern.ops import batch_topk as public
-from sparsekern.ops.batch_topk import (
-    batch_mask,
-    batch_topk_reference,
-    first_of_list,
-    ordered_key,
-)
+from sparsekern.ops.batch_topk import batch_mask, batch_topk_reference, first_of_list, ordered_key
 
 # Slow targets (a host thread per CUDA thread, an interpreter) take part of the sweep.
 THINNING = {"cuda-emulation": 9, "triton-interpreter": 9}
@@ -163,9 +158,9 @@ def test_first_of_list(dtype):
 
 def test_few_rows_are_read_again(monkeypatch):
     """Independent scores take one round of candidates; a row that owns everything one more."""
-    if sparsekern._library.native_module("cpu")[0] is None:
-        pytest.skip(sparsekern._library.native_module("cpu")[1])
-    kernels = sparsekern._library.kernels("native", "topk")
+    if sparsekern.library.native_module("cpu")[0] is None:
+        pytest.skip(sparsekern.library.native_module("cpu")[1])
+    kernels = sparsekern.library.kernels("native", "topk")
     calls, original = [], kernels.topk
 
     def counted(x, m, *flags):

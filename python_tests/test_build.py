@@ -10,7 +10,7 @@ import shutil
 import pytest
 from builds import ROOT, build, copy_sources, last_line, report_of, run_setup, stand_ins
 
-from sparsekern import _library
+from sparsekern.dispatch import library
 
 
 def test_without_a_compiler_the_install_goes_on(tmp_path):
@@ -126,7 +126,7 @@ def test_the_kernels_under_test_are_there_where_a_compiler_is():
     """An install goes on without them; its tests must not."""
     if shutil.which("g++") is None:
         pytest.skip("no g++: install it and sparsekern again to test the compiled kernels")
-    module, reason = _library.native_module("cpu")
+    module, reason = library.native_module("cpu")
     assert module is not None, reason
 
 

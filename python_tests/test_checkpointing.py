@@ -10,12 +10,7 @@ from torch import nn
 from torch.utils import checkpoint as torchs
 
 from sparsekern import BatchTopK, DeadNeuronCounter, JumpReLU, SpatialSparsity, TopK
-from sparsekern.models import (
-    PatchMotifs,
-    PenalizedBottleneck,
-    SparseAutoencoder,
-    SparseBottleneck,
-)
+from sparsekern.models import PatchMotifs, PenalizedBottleneck, SparseAutoencoder, SparseBottleneck
 
 
 def _reentrant(segment, *inputs):

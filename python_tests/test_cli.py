@@ -13,7 +13,7 @@ from processes import spawn
 from test_training import one_thread
 
 import sparsekern
-from sparsekern.cli import main
+from sparsekern.cli.command import main
 from sparsekern.data import rendered
 
 TINY = [

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_training import one_thread
 
-from sparsekern.cli import _parser, main
+from sparsekern.cli.command import _parser, main
 from sparsekern.data import write_activations
 from sparsekern.studies import sae, sparling, vae_sae
 

@@ -7,7 +7,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsekern
-from sparsekern._direct import dispatcher_has_nothing_to_do
+from sparsekern.dispatch.fast_path import dispatcher_has_nothing_to_do
 
 X = torch.tensor([[3.0, -1.0, 2.0, 0.5], [0.0, 7.0, -2.0, 1.0]])
 

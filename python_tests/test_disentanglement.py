@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparsekern.disentanglement import (
+from sparsekern.measures.disentanglement import (
     discretized,
     entropies,
     mig,

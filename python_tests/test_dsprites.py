@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from sparsekern.data import DataError, dsprites, image_files, load, rendered
+from sparsekern.data import DataError, load, rendered
+from sparsekern.data.images import dsprites
+from sparsekern.data.images import files as image_files
 
 CENTRE = (16, 16)
 

@@ -7,7 +7,9 @@ import h5py
 import numpy as np
 import pytest
 
-from sparsekern.data import dsprites, image_files, image_writing, shapes3d
+from sparsekern.data.images import dsprites, shapes3d
+from sparsekern.data.images import files as image_files
+from sparsekern.data.images import writing as image_writing
 
 FILES = [(dsprites, "d.npz"), (dsprites, "d.h5"), (shapes3d, "s.hdf5")]
 NAMES = [name for _, name in FILES]

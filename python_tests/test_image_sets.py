@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import sparsekern.data
-from sparsekern.data import DSprites, Shapes3D, dsprites, shapes3d
+from sparsekern.data import DSprites, Shapes3D
+from sparsekern.data.images import dsprites, shapes3d
 
 MODULES = (dsprites, shapes3d)
 SHAPES = {dsprites: (64, 64), shapes3d: (64, 64, 3)}

@@ -15,15 +15,10 @@ import pytest
 from processes import spawn
 
 from sparsekern._system import lock_file
-from sparsekern.cli import main
-from sparsekern.data import (
-    CountError,
-    DataError,
-    WritingInterrupted,
-    dsprites,
-    image_writing,
-    shapes3d,
-)
+from sparsekern.cli.command import main
+from sparsekern.data import CountError, DataError, WritingInterrupted
+from sparsekern.data.images import dsprites, shapes3d
+from sparsekern.data.images import writing as image_writing
 
 FILES = [(dsprites, "d.npz"), (dsprites, "d.h5"), (shapes3d, "s.hdf5")]
 NAMES = [name for _, name in FILES]

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import sparsekern
-from sparsekern import _library
-from sparsekern._kept_memory import LIMIT, kept_bytes
+from sparsekern.dispatch import library
+from sparsekern.dispatch.kept_memory import LIMIT, kept_bytes
 from sparsekern.native import KEPT_FROM, new_output
 
-native, reason = _library.native_module("cpu")
+native, reason = library.native_module("cpu")
 pytestmark = pytest.mark.skipif(native is None, reason=str(reason))
 
 COUNT = KEPT_FROM // 4
@@ -184,9 +184,9 @@ def test_no_more_is_kept_than_the_limit():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork, as on POSIX systems")
 def test_a_forked_child_keeps_memory_of_its_own():
-    from sparsekern import _kept_memory
+    from sparsekern.dispatch import kept_memory
 
-    with _kept_memory._lock:  # as if another thread were at it
+    with kept_memory._lock:  # as if another thread were at it
         child = os.fork()
         if child == 0:
             new_output(LIKE, COUNT)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import sparsekern
-from sparsekern import _library
+from sparsekern.dispatch import library
 
 PACKAGE = pathlib.Path(sparsekern.__file__).parent
 
@@ -35,7 +35,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 
 
 def test_forced_backends_nest_and_end():
-    operation = _library._operations["topk"]
+    operation = library._operations["topk"]
     assert operation.choose("cpu", torch.float32)[0] in ("native", "reference")
     with sparsekern.backend("reference"):
         assert operation.choose("cpu", torch.float32) == ("reference", "forced")
@@ -80,7 +80,7 @@ def test_description_is_complete():
     operations = {row["operation"] for row in facts["implementations"]}
     assert {"topk", "topk_mask", "sparse_matmul", "count_active"} <= operations
     for row in facts["implementations"]:
-        assert row["reason"] and row["backend"] in _library.BACKENDS
+        assert row["reason"] and row["backend"] in library.BACKENDS
 
 
 # -- importing -------------------------------------------------------------------------------------
@@ -155,57 +155,44 @@ def test_works_without_native_modules_or_triton(hidden):
 
 # what a module of the package may import from the package, by its first path element
 ALLOWED = {
-    "__init__": {"_library", "_system", "nn", "ops"},
-    "_autograd": set(),
-    "_direct": set(),
-    "_kept_memory": set(),
-    "_library": {"_autograd", "_direct", "_kept_memory"},
-    "ops": {"_library", "ops"},
-    "native": {"_direct", "_kept_memory", "_library", "native", "ops"},
+    "__init__": {"_system", "dispatch", "nn", "ops"},
+    "_system": set(),
+    "dispatch": {"dispatch"},
+    "ops": {"dispatch", "ops"},
+    "native": {"dispatch", "native", "ops"},
     "kernels": {"kernels"},
     "nn": {"nn", "ops"},
     "optim": {"ops"},
-    "disentanglement": set(),
-    "motif_errors": {"_system"},
-    "motif_perturbation": {"data"},
-    "metrics": {"ops"},
+    "sae": {"nn", "ops", "sae"},
+    "models": {"models", "nn", "ops", "sae"},
+    "measures": {"_system", "data", "measures", "ops"},
     "testing": set(),
-    "_system": set(),
     "data": {"_system", "data"},
-    "models": {"models", "nn", "ops"},
-    "training": {"training", "metrics", "nn", "data", "_system"},
+    "training": {"_system", "data", "measures", "nn", "training"},
     "studies": {
-        "studies",
-        "training",
-        "models",
-        "data",
-        "disentanglement",
-        "metrics",
-        "motif_errors",
-        "motif_perturbation",
-        "nn",
-        "optim",
-        "ops",
-        "_library",
+        "__init__",
         "_system",
-        "__init__",
-    },
-    "integrations": {"nn", "ops"},
-    "cli_data": {"data"},
-    "cli_reproduce": {"studies"},
-    "cli_train": {"studies"},
-    "cli": {
-        "cli_data",
-        "cli_reproduce",
-        "cli_train",
+        "data",
+        "dispatch",
+        "measures",
+        "models",
+        "nn",
+        "ops",
+        "optim",
+        "sae",
         "studies",
         "training",
-        "models",
-        "data",
-        "disentanglement",
-        "metrics",
-        "_library",
+    },
+    "cli": {
         "__init__",
+        "_system",
+        "cli",
+        "data",
+        "dispatch",
+        "measures",
+        "models",
+        "studies",
+        "training",
     },
     "__main__": {"cli"},
 }
@@ -243,7 +230,7 @@ def test_imports_point_down():
 
 def test_only_the_library_file_knows_the_dispatcher():
     for path in PACKAGE.rglob("*.py"):
-        if path.name != "_library.py":
+        if path.name != "library.py":
             text = path.read_text()
             assert "torch.library" not in text.replace("torch.library.register_vmap", ""), path
             assert "import _native" not in text and "import _cuda" not in text, path
@@ -274,8 +261,8 @@ def test_debug_mode_checks_indices_on_any_device(monkeypatch):
 def test_memory_of_a_call():
     """top-k allocates its outputs; the product's backward pass its gradients and O(B k)
     integers."""
-    if _library.native_module("cpu")[0] is None:
-        pytest.skip(_library.native_module("cpu")[1])
+    if library.native_module("cpu")[0] is None:
+        pytest.skip(library.native_module("cpu")[1])
 
     def allocated(function) -> int:
         with torch.profiler.profile(profile_memory=True) as profile:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsekern.metrics import UnitActivity
+from sparsekern.measures.activity import UnitActivity
 
 
 def test_panel_and_l0_by_hand():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparsekern.motif_errors import (
+from sparsekern.measures.motif_errors import (
     assigned,
     bootstrap_errors,
     edit_errors,

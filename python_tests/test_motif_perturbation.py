@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from sparsekern.data import motif_domain
-from sparsekern.data.formula_grammar import TOKENS
-from sparsekern.data.formula_pictures import SYMBOLS
-from sparsekern.data.motifs import Replacement
-from sparsekern.motif_perturbation import local_maxima, moved, perturbation_consistency
+from sparsekern.data.motifs.domain import Replacement
+from sparsekern.data.motifs.formula_grammar import TOKENS
+from sparsekern.data.motifs.formula_pictures import SYMBOLS
+from sparsekern.measures.motif_perturbation import local_maxima, moved, perturbation_consistency
 from sparsekern.studies.sparling.measures import channels_of_symbols
 
 

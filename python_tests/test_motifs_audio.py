@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from sparsekern.data import DataError, motif_domain
-from sparsekern.data.audio_mnist import Recordings
 from sparsekern.data.counter_random import starts
-from sparsekern.data.mel_spectrograms import mel_spectrogram
-from sparsekern.data.synthetic_speech import Speech
+from sparsekern.data.motifs.audio_mnist import Recordings
+from sparsekern.data.motifs.mel_spectrograms import mel_spectrogram
+from sparsekern.data.motifs.synthetic_speech import Speech
 
 HOP = 187
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sparsekern.data import motif_domain
-from sparsekern.data.digit_stamps import STAMPS
+from sparsekern.data.motifs.digit_stamps import STAMPS
 
 NAMES = ("tiny", "digit-circle")
 

@@ -5,7 +5,7 @@ import torch
 from matplotlib.figure import Figure
 
 from sparsekern.data import draw_motifs, motif_domain
-from sparsekern.data.motif_drawing import CORRECT, MISSED, TRUE, WRONG
+from sparsekern.data.motifs.drawing import CORRECT, MISSED, TRUE, WRONG
 
 OPTIONS = {
     "tiny": {},

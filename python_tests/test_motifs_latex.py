@@ -8,7 +8,8 @@ import collections
 import numpy as np
 import pytest
 
-from sparsekern.data import formula_grammar, formula_pictures, motif_domain
+from sparsekern.data import motif_domain
+from sparsekern.data.motifs import formula_grammar, formula_pictures
 
 PIXELS = 39.0
 

@@ -13,8 +13,9 @@ import pytest
 from processes import spawn
 
 import sparsekern.cli
-from sparsekern import motif_errors
-from sparsekern.data import ActivationStore, draw_motifs, dsprites, motif_domain, shapes3d
+from sparsekern.data import ActivationStore, draw_motifs, motif_domain
+from sparsekern.data.images import dsprites, shapes3d
+from sparsekern.measures import motif_errors
 from sparsekern.studies import figures
 from sparsekern.studies.vae_sae.report import statistics
 

@@ -11,7 +11,7 @@ import torch
 from test_training import one_thread
 
 import sparsekern
-from sparsekern.cli import main
+from sparsekern.cli.command import main
 from sparsekern.data import write_activations
 
 __all__ = ["one_thread"]  # a fixture

@@ -117,7 +117,7 @@ def test_running_statistics_of_the_models_stay_finite(value):
 
 
 def test_batch_normalisation_of_the_models_is_torchs():
-    from sparsekern.models.normalisation import BatchNorm1d, BatchNorm2d
+    from sparsekern.sae.normalisation import BatchNorm1d, BatchNorm2d
 
     for ours, theirs, shape in (
         (BatchNorm1d(3), nn.BatchNorm1d(3), (5, 3)),

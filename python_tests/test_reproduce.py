@@ -10,8 +10,8 @@ from processes import spawn
 from reproductions import command_of, results
 
 from sparsekern._system import lock_file
-from sparsekern.cli import main
-from sparsekern.data import dsprites
+from sparsekern.cli.command import main
+from sparsekern.data.images import dsprites
 from sparsekern.studies.reproduction import epochs_done, merged_request
 from sparsekern.studies.vae_sae import grid
 from sparsekern.studies.vae_sae.grid import ARMS, Cell, cell_config, cells, parsed_overrides

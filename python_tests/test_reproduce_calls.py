@@ -6,7 +6,7 @@ import shlex
 import pytest
 from made_up_cells import asked, grid, written
 
-from sparsekern.cli import _parser
+from sparsekern.cli.command import _parser
 from sparsekern.studies.figures import from_zero, new_figure
 from sparsekern.studies.reproduction import calls_of, merged_request
 from sparsekern.studies.sparling import grid as sparling

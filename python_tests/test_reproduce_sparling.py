@@ -8,7 +8,7 @@ import pytest
 from processes import spawn
 from reproductions import command_of, results
 
-from sparsekern.cli import main
+from sparsekern.cli.command import main
 from sparsekern.studies.reproduction import epochs_done
 from sparsekern.studies.sparling import report
 from sparsekern.studies.sparling.grid import ARMS, PRESETS, Cell, cell_config, cells

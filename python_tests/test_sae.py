@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparsekern.models import SparseAutoencoder
-from sparsekern.models.statistics import geometric_median, total_variance
+from sparsekern.sae.statistics import geometric_median, total_variance
 
 F = torch.nn.functional
 

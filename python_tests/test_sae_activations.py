@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import sparsekern
-from sparsekern.models import SparseAutoencoder, encoding
+from sparsekern.models import SparseAutoencoder
+from sparsekern.sae import encoding
 
 F = torch.nn.functional
 LATENTS = 40

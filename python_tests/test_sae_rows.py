@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 import sparsekern
-from sparsekern.cli import main
+from sparsekern.cli.command import main
 from sparsekern.data import DataError, synthetic, write_activations
 from sparsekern.models import SparseAutoencoder
-from sparsekern.studies import sae, sae_rows
+from sparsekern.studies import sae
 from sparsekern.studies.configs import SettingError
+from sparsekern.studies.sae import rows as sae_rows
 
 SMALL = {
     "latents": 64, "k": 4, "batch_size": 256, "learning_rate": 3e-3, "eval_tokens": 2000,

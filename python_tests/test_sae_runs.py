@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_training import one_thread
 
-from sparsekern.cli import main
+from sparsekern.cli.command import main
 from sparsekern.data import write_activations
 from sparsekern.studies import sae, sae_runs
 from sparsekern.training import CheckpointError, RunError, checkpoints

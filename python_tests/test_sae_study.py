@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import sparsekern
-from sparsekern.cli import main
+from sparsekern.cli.command import main
 from sparsekern.data import ActivationStore, synthetic, write_activations
 from sparsekern.models import SparseAutoencoder
-from sparsekern.models.statistics import total_variance
+from sparsekern.sae.statistics import total_variance
 from sparsekern.studies import sae
 from sparsekern.training import checkpoints
 

@@ -7,7 +7,9 @@ import h5py
 import numpy as np
 import pytest
 
-from sparsekern.data import CountError, DataError, image_files, shapes3d
+from sparsekern.data import CountError, DataError
+from sparsekern.data.images import files as image_files
+from sparsekern.data.images import shapes3d
 
 RED, ORANGE, CYAN, BLUE = 0, 1, 5, 6
 CUBE, CYLINDER, SPHERE, CAPSULE = range(4)

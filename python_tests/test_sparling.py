@@ -11,7 +11,7 @@ from processes import spawn
 from test_training import one_thread
 
 from sparsekern import SpatialSparsity
-from sparsekern.cli import main
+from sparsekern.cli.command import main
 from sparsekern.data import motif_domain
 from sparsekern.models import (
     MotifModel,

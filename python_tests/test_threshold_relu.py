@@ -10,7 +10,8 @@ from conftest import FLOATS
 from test_threshold import FILLS, LAYOUTS, SHAPES, lay_out, numbers
 
 import sparsekern
-from sparsekern import _library, testing
+from sparsekern import testing
+from sparsekern.dispatch import library
 from sparsekern.ops.threshold_relu import threshold_codes_reference, threshold_relu_reference
 
 # Slow targets (a host thread per CUDA thread, an interpreter) take part of the sweep, dealt evenly.
@@ -57,7 +58,7 @@ def expected(x, threshold, scale, shift, dim, cut=False):
 
 
 def has_codes(target):
-    return not _library._operations["threshold_codes"].missing(target.backend, target.device)
+    return not library._operations["threshold_codes"].missing(target.backend, target.device)
 
 
 def check(name, target, x, normalized, dim):

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from made_up_cells import EPOCHS, SETS, UNITS, asked, content, grid, written
 
-from sparsekern.cli import _parser
+from sparsekern.cli.command import _parser
 from sparsekern.studies.reproduction import cell_folder
 from sparsekern.studies.reproduction import document as report_document
 from sparsekern.studies.vae_sae.grid import Cell, cells

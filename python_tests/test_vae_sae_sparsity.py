@@ -8,12 +8,7 @@ import torch
 
 from sparsekern.models import SparseBottleneck
 from sparsekern.studies.vae_sae import revival
-from sparsekern.studies.vae_sae.sparsity import (
-    STRONGEST,
-    WEAKEST,
-    L1Steering,
-    ValidationGate,
-)
+from sparsekern.studies.vae_sae.sparsity import STRONGEST, WEAKEST, L1Steering, ValidationGate
 
 # -- steering --------------------------------------------------------------------------------------
 

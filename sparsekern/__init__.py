@@ -10,7 +10,7 @@ try:
 except ModuleNotFoundError as error:
     raise _torch_missing(error) from None
 
-from ._library import BackendUnavailableError, backend, describe, empty_cache
+from .dispatch.library import BackendUnavailableError, backend, describe, empty_cache
 from .nn import BatchTopK, DeadNeuronCounter, JumpReLU, SparseLinear, SpatialSparsity, TopK
 from .ops import (
     ChannelCodes,
@@ -70,12 +70,10 @@ del _torch, _torch_missing
 _SUBMODULES = (
     "cli",
     "data",
-    "disentanglement",
-    "metrics",
+    "measures",
     "models",
-    "motif_errors",
-    "motif_perturbation",
     "optim",
+    "sae",
     "studies",
     "testing",
     "training",

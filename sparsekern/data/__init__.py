@@ -1,19 +1,19 @@
 """Data sets with known factors, rendered here or read from files, motif domains, and stores of
 activations."""
 
-from . import dsprites, shapes3d
-from .activation_capture import capture
-from .activation_origins import Origins
-from .activation_sources import convert, synthetic
-from .activation_statistics import ActivationStatistics
-from .activation_writing import write_activations
-from .activations import ActivationStore
-from .dsprites import DSprites, load, rendered
-from .factors import CountError, DataError
-from .image_writing import WritingInterrupted
-from .motif_drawing import draw_motifs
-from .motifs import TEST_SEED, VALIDATION_SEED, MotifBatch, MotifDomain, motif_domain
-from .shapes3d import Shapes3D
+from .activations.capture import capture
+from .activations.origins import Origins
+from .activations.sources import convert, synthetic
+from .activations.statistics import ActivationStatistics
+from .activations.store import ActivationStore
+from .activations.writing import write_activations
+from .errors import CountError, DataError
+from .images import dsprites, shapes3d
+from .images.dsprites import DSprites, load, rendered
+from .images.shapes3d import Shapes3D
+from .images.writing import WritingInterrupted
+from .motifs.domain import TEST_SEED, VALIDATION_SEED, MotifBatch, MotifDomain, motif_domain
+from .motifs.drawing import draw_motifs
 
 __all__ = [
     "TEST_SEED",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .._system import NO_LOCKS, require
-from .factors import DataError
+from .errors import DataError
 
 # Deflate packs zeros a thousand times; a file that claims more has never held what it claims.
 LARGEST_RATIO = 1024

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .._system import lock_file, require, sync
-from .factors import DataError
+from .errors import DataError
 from .hdf5 import one_line
 
 # What writing takes beside the values: what HDF5 still holds of chunks (HDF5 2: 8 MiB), tables of

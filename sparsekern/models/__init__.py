@@ -1,7 +1,7 @@
 """Models that use sparsekern's layers, one file each with its loss."""
 
+from ..sae.model import SAELoss, SAEOutput, SparseAutoencoder
 from .bottleneck import BottleneckOutput, SparseBottleneck
-from .sae import SAELoss, SAEOutput, SparseAutoencoder
 from .sparling import (
     MotifModel,
     MotifOutput,

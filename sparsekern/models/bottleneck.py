@@ -18,8 +18,8 @@ from ..ops.exported import exported
 from ..ops.linear_topk import linear_topk
 from ..ops.sparse_matmul import sparse_matmul
 from ..ops.topk import codes_to_dense
-from .decoding import dense_product
-from .normalisation import BatchNorm1d
+from ..sae.decoding import dense_product
+from ..sae.normalisation import BatchNorm1d
 
 SPARSIFIERS = ("topk", "magnitude", "l1")
 # Above this share of active units a dense product costs less than picking rows of the dictionary.

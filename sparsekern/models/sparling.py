@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ..nn import SpatialSparsity
 from ..ops.checks import check_same_dtype
 from ..ops.exported import exported
-from .encoding import sizes_are_fixed
-from .normalisation import BatchNorm1d, BatchNorm2d
+from ..sae.encoding import sizes_are_fixed
+from ..sae.normalisation import BatchNorm1d, BatchNorm2d
 
 PAD = -1  # after the end of a label
 EPS = 1e-5

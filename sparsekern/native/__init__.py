@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from .. import _kept_memory, _library
-from .._direct import device_type_of
+from ..dispatch import kept_memory, library
+from ..dispatch.fast_path import device_type_of
 
 DTYPE_TAGS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 INDEX_TAGS = {torch.int64: 0, torch.int32: 1}
@@ -24,9 +24,9 @@ KEPT_FROM = 32 << 20
 
 def module_for(tensor: torch.Tensor) -> ModuleType:
     """The compiled module for the tensor's device."""
-    module, reason = _library.native_module(device_type_of(tensor))
+    module, reason = library.native_module(device_type_of(tensor))
     if module is None:
-        raise _library.BackendUnavailableError(reason)
+        raise library.BackendUnavailableError(reason)
     return module
 
 
@@ -52,13 +52,13 @@ def new_output(like: torch.Tensor, *shape: int) -> torch.Tensor:
     """An empty tensor of like's dtype and device for a result.
 
     On a CPU a large one lies in memory that is kept for the next of its size when it is freed (see
-    _kept_memory.py): a training step makes the same ones every time.
+    kept_memory.py): a training step makes the same ones every time.
     """
     size = math.prod(shape) * like.itemsize
     if size < KEPT_FROM or not like.is_cpu:
         return like.new_empty(shape)
     output: Any = like.new_empty(0)
-    return output.set_(_kept_memory.storage_of(size), 0, shape)
+    return output.set_(kept_memory.storage_of(size), 0, shape)
 
 
 def pointer(tensor: torch.Tensor | None) -> int:

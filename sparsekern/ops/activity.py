@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .. import _library
+from ..dispatch import library
 from .checks import check_codes, check_count, check_range, check_size
 
 
@@ -75,7 +75,7 @@ def _flat(backend: str) -> Any:
 
     def run(indices: torch.Tensor, n: int, values: torch.Tensor | None) -> torch.Tensor:
         flat_values = None if values is None else values.reshape(-1).contiguous()
-        return _library.kernels(backend, "activity").count_active(
+        return library.kernels(backend, "activity").count_active(
             indices.reshape(-1).contiguous(), n, flat_values
         )
 
@@ -103,7 +103,7 @@ def _vmap(info: Any, in_dims: Any, indices: Any, n: int, values: Any) -> Any:
     return _count_active(shifted, n * info.batch_size, values).view(-1, n), 0
 
 
-_count_active = _library.define(
+_count_active = library.define(
     "count_active",
     "(Tensor indices, SymInt n, Tensor? values) -> Tensor",
     reference=count_active_reference,

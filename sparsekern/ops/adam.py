@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .. import _library
+from ..dispatch import library
 from .checks import FLOATING, check_same_device
 
 
@@ -164,12 +164,12 @@ def _kernel(backend: str) -> Any:
         step_size = lr / (1 - beta1**step)
         root_scale = (1 - beta2**step) ** -0.5
         numbers = (step_size, 1 - beta1, beta2, 1 - beta2, root_scale, eps, weight_decay)
-        return _library.kernels(backend, "adam").adam_step(*tensors, *numbers, unit_rows)
+        return library.kernels(backend, "adam").adam_step(*tensors, *numbers, unit_rows)
 
     return run
 
 
-_adam_step = _library.define(
+_adam_step = library.define(
     "adam_step",
     "(Tensor(a!) parameter, Tensor grad, Tensor(b!) mean, Tensor(c!) square, float lr, float beta1,"
     " float beta2, float eps, float weight_decay, int step, bool unit_rows) -> ()",

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import _library
+from ..dispatch import library
 from .batching import one_by_one
 from .channels import (
     across,
@@ -208,7 +208,7 @@ def _native(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     placed = layout(x, channel_dim)
     kind = sum_dtype(x.dtype)
-    z, mean, var = _library.kernels("native", "batch_norm").batch_norm(
+    z, mean, var = library.kernels("native", "batch_norm").batch_norm(
         placed.tensor, *constants(kind, weight, bias), eps, kind
     )
     return placed.restored(z), mean, var
@@ -225,7 +225,7 @@ def _native_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     placed = layout(x, channel_dim)
     alike = grad.movedim(channel_dim, -1) if placed.moved else grad
-    of_x, of_weight, of_bias = _library.kernels("native", "batch_norm").batch_norm_backward(
+    of_x, of_weight, of_bias = library.kernels("native", "batch_norm").batch_norm_backward(
         alike.contiguous().view(placed.tensor.shape),
         placed.tensor,
         *constants(mean.dtype, weight, mean, var),
@@ -248,7 +248,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
     x, weight, mean, var = ctx.saved_tensors
     run: Callable[..., Any] = _batch_norm_backward
-    if _library.differentiating():  # differentiable operations, from x on
+    if library.differentiating():  # differentiable operations, from x on
         run = batch_norm_backward_reference
         mean, var = batch_norm_reference(x, None, None, ctx.eps, ctx.dim)[1:]
     of_x, *others = run(grad, x, weight, mean, var, ctx.eps, ctx.dim)
@@ -278,7 +278,7 @@ def _fake_backward(
     return of_x, torch.empty_like(mean), torch.empty_like(mean)
 
 
-_batch_norm: Callable[..., Any] = _library.define(
+_batch_norm: Callable[..., Any] = library.define(
     "batch_norm",
     "(Tensor x, Tensor? weight, Tensor? bias, float eps, SymInt channel_dim)"
     " -> (Tensor z, Tensor mean, Tensor var)",
@@ -291,7 +291,7 @@ _batch_norm: Callable[..., Any] = _library.define(
     backward=_backward,
     vmap=one_by_one(lambda: _batch_norm),
 )
-_batch_norm_backward: Callable[..., Any] = _library.define(
+_batch_norm_backward: Callable[..., Any] = library.define(
     "batch_norm_backward",
     "(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor var, float eps,"
     " SymInt channel_dim) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",

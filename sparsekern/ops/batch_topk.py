@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from .. import _library
+from ..dispatch import library
 from .batching import one_by_one
 from .checks import check_count, check_floating, check_row
 from .order import ordered_key
@@ -145,7 +145,7 @@ def _by_candidates(backend: str) -> Any:
                 f"batch_topk: total must lie in 1..{x.numel()} (the size of x), got {total}"
             )
         check_row("batch_topk", x, x.shape[-1])
-        kernels = _library.kernels(backend, "topk")
+        kernels = library.kernels(backend, "topk")
         rows = x.reshape(-1, x.shape[-1])
         values, positions = _largest(rows, total, kernels.topk)
         if relu:
@@ -244,7 +244,7 @@ def _backward(ctx: Any, grad_masked: torch.Tensor, grad_values: torch.Tensor, *_
     return dense.view(ctx.shape), None, None
 
 
-_batch_topk: Callable[..., Any] = _library.define(
+_batch_topk: Callable[..., Any] = library.define(
     "batch_topk",
     "(Tensor x, SymInt total, bool relu) -> (Tensor masked, Tensor values, Tensor positions)",
     reference=batch_topk_reference,

@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 
-from .. import _library
+from ..dispatch import library
 from .batching import one_by_one
 from .checks import check_count
 from .exported import exported
@@ -229,7 +229,7 @@ def _slices(backend: str) -> Any:
                 x, weight, bias, k, pre_bias, scale, latents, groups, relu, sorted, transpose
             )
         check_latents(latents, weight.shape[0])
-        select = _library.kernels(backend, "topk").topk
+        select = library.kernels(backend, "topk").topk
         rows = _centred(x.reshape(-1, x.shape[-1]), pre_bias).contiguous()
         values = rows.new_empty(len(rows), k)
         indices = rows.new_empty(len(rows), k, dtype=torch.int64)
@@ -334,7 +334,7 @@ def _autocast(args: Any, dtype: torch.dtype) -> Any:
     return x.to(dtype), weight, bias, k, pre_bias, scale, *rest
 
 
-_linear_topk: Callable[..., Any] = _library.define(
+_linear_topk: Callable[..., Any] = library.define(
     "linear_topk",
     "(Tensor x, Tensor weight, Tensor? bias, SymInt k, Tensor? pre_bias, Tensor? scale,"
     " Tensor? latents, SymInt groups, bool relu, bool sorted, bool transpose)"

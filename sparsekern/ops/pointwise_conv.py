@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from .. import _library
+from ..dispatch import library
 from .batching import one_by_one
 from .channels import channels_of, check_channel_dim
 from .checks import (
@@ -132,7 +132,7 @@ def _dense_wins(values: torch.Tensor, elements: int) -> bool:
         return False
     if ELEMENTS_PER_CODE * len(values) <= elements:
         return False
-    return _library.forced_backend() is None and not torch.is_autocast_enabled("cpu")
+    return library.forced_backend() is None and not torch.is_autocast_enabled("cpu")
 
 
 def dense_pointwise_conv(
@@ -251,7 +251,7 @@ def _native(backend: str) -> Any:
         inner: int,
     ) -> torch.Tensor:
         check_range("pointwise_conv", indices, outer * weight.shape[1] * inner)
-        return _library.kernels(backend, "pointwise_conv").pointwise_conv(
+        return library.kernels(backend, "pointwise_conv").pointwise_conv(
             values.contiguous(),
             indices.contiguous(),
             weight,
@@ -270,7 +270,7 @@ def _native_backward(backend: str) -> Any:
         outer, _, inner = grad.shape
         # Again: they may have changed since the forward pass.
         check_range("pointwise_conv", indices, outer * weight.shape[1] * inner)
-        return _library.kernels(backend, "pointwise_conv").pointwise_conv_backward(
+        return library.kernels(backend, "pointwise_conv").pointwise_conv_backward(
             grad.contiguous(), values.contiguous(), indices.contiguous(), weight
         )
 
@@ -289,7 +289,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _backward(ctx: Any, grad: torch.Tensor) -> Any:
     values, indices, weight = ctx.saved_tensors
     # The reference's backward pass consists of differentiable operations.
-    twice = _library.differentiating()
+    twice = library.differentiating()
     run = pointwise_conv_backward_reference if twice else _pointwise_conv_backward
     of_values, of_weight, of_bias = run(grad, values, indices, weight)
     of_bias = None if ctx.bias_dtype is None else of_bias.to(ctx.bias_dtype)
@@ -323,7 +323,7 @@ def _autocast(args: Any, dtype: torch.dtype) -> Any:
     return values.to(dtype), indices, weight, bias, *sizes
 
 
-_pointwise_conv: Callable[..., Any] = _library.define(
+_pointwise_conv: Callable[..., Any] = library.define(
     "pointwise_conv",
     "(Tensor values, Tensor indices, Tensor weight, Tensor? bias, SymInt outer, SymInt inner)"
     " -> Tensor",
@@ -336,7 +336,7 @@ _pointwise_conv: Callable[..., Any] = _library.define(
     vmap=one_by_one(lambda: _pointwise_conv),
     autocast=_autocast,
 )
-_pointwise_conv_backward: Callable[..., Any] = _library.define(
+_pointwise_conv_backward: Callable[..., Any] = library.define(
     "pointwise_conv_backward",
     "(Tensor grad, Tensor values, Tensor indices, Tensor weight)"
     " -> (Tensor grad_values, Tensor grad_weight, Tensor grad_bias)",

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from .. import _library
+from ..dispatch import library
 from .checks import (
     check_codes,
     check_floating,
@@ -247,7 +247,7 @@ def _matrices(backend: str) -> Any:
             check_range("sparse_matmul", indices, weight.shape[0])
         if values.numel() == 0 or weight.numel() == 0:
             return sparse_matmul_reference(values, indices, weight, bias)
-        kernel = _library.kernels(backend, "sparse_matmul").sparse_matmul
+        kernel = library.kernels(backend, "sparse_matmul").sparse_matmul
         bias = None if bias is None else bias.contiguous()
         out = kernel(_rows(values), _rows(indices), _addressable(weight), bias)
         return out if values.dim() == 2 else out.view(*values.shape[:-1], weight.shape[1]).detach()
@@ -280,9 +280,7 @@ def _backward_matrices(backend: str) -> Any:
                 codes = indices.numel()
                 offsets, positions = offsets.clamp(0, codes), positions.clamp(0, codes - 1)
             transposition = (offsets.contiguous(), positions.contiguous())
-        grad_values, grad_weight = _library.kernels(
-            backend, "sparse_matmul"
-        ).sparse_matmul_backward(
+        grad_values, grad_weight = library.kernels(backend, "sparse_matmul").sparse_matmul_backward(
             _rows(grad),
             _rows(values),
             _rows(indices),
@@ -414,7 +412,7 @@ def _autocast(args: Any, dtype: torch.dtype) -> Any:
     return values.to(dtype), indices, weight, bias, *transposition
 
 
-_sparse_matmul = _library.define(
+_sparse_matmul = library.define(
     "sparse_matmul",
     "(Tensor values, Tensor indices, Tensor weight, Tensor? bias, Tensor? offsets=None,"
     " Tensor? positions=None) -> Tensor",
@@ -428,7 +426,7 @@ _sparse_matmul = _library.define(
     autocast=_autocast,
     owned=True,
 )
-_sparse_matmul_backward = _library.define(
+_sparse_matmul_backward = library.define(
     "sparse_matmul_backward",
     "(Tensor grad, Tensor values, Tensor indices, Tensor weight, bool need_values,"
     " bool need_weight, Tensor? offsets=None, Tensor? positions=None)"

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from .. import _library
+from ..dispatch import library
 from .batching import one_by_one
 from .channels import check_channels, layout
 from .checks import check_row
@@ -107,7 +107,7 @@ def _placed(backend: str) -> Any:
                 f"channel_threshold: rank must lie in 1..{outer * inner} (the elements of a "
                 f"channel), got {rank}"
             )
-        return _library.kernels(backend, "threshold").channel_threshold(placed, rank)
+        return library.kernels(backend, "threshold").channel_threshold(placed, rank)
 
     return run
 
@@ -116,7 +116,7 @@ def _fake(x: torch.Tensor, rank: int, channel_dim: int) -> torch.Tensor:
     return x.new_empty(x.shape[channel_dim])
 
 
-_channel_threshold: Callable[..., Any] = _library.define(
+_channel_threshold: Callable[..., Any] = library.define(
     "channel_threshold",
     "(Tensor x, SymInt rank, SymInt channel_dim) -> Tensor",
     reference=channel_threshold_reference,

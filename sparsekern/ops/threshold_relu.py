@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import _library
+from ..dispatch import library
 from .batching import each_entry, one_by_one
 from .channels import (
     across,
@@ -223,7 +223,7 @@ def _dense(backend: str) -> Any:
         if x.numel() == 0:
             return threshold_relu_reference(x, threshold, scale, shift, channel_dim)
         placed = layout(x, channel_dim)
-        y, counts = _library.kernels(backend, "threshold").threshold_relu(
+        y, counts = library.kernels(backend, "threshold").threshold_relu(
             placed.tensor, *constants(sum_dtype(x.dtype), threshold, scale, shift)
         )
         return placed.restored(y), counts
@@ -242,7 +242,7 @@ def _compacted(backend: str) -> Any:
         if x.numel() == 0:
             return threshold_codes_reference(x, threshold, scale, shift, channel_dim)
         placed = layout(x, channel_dim)
-        values, indices, counts = _library.kernels(backend, "threshold").threshold_codes(
+        values, indices, counts = library.kernels(backend, "threshold").threshold_codes(
             placed.tensor, *constants(sum_dtype(x.dtype), threshold, scale, shift)
         )
         if placed.moved:  # from places in memory to indices, and into their order
@@ -326,13 +326,13 @@ def _fake_counts(x: torch.Tensor, channel_dim: int) -> torch.Tensor:
 
 
 def _fake_codes(x: torch.Tensor, *options: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    count = _library.unknown_size()
+    count = library.unknown_size()
     indices = x.new_empty(count, dtype=torch.int64)
     return x.new_empty(count), indices, _fake_counts(x, options[-1])
 
 
 _ARGUMENTS = "(Tensor x, Tensor threshold, Tensor? scale, Tensor? shift, SymInt channel_dim)"
-_threshold_relu: Callable[..., Any] = _library.define(
+_threshold_relu: Callable[..., Any] = library.define(
     "threshold_relu",
     f"{_ARGUMENTS} -> (Tensor y, Tensor counts)",
     reference=threshold_relu_reference,
@@ -343,7 +343,7 @@ _threshold_relu: Callable[..., Any] = _library.define(
     backward=_relu_backward,
     vmap=one_by_one(lambda: _threshold_relu),
 )
-_threshold_codes: Callable[..., Any] = _library.define(
+_threshold_codes: Callable[..., Any] = library.define(
     "threshold_codes",
     f"{_ARGUMENTS} -> (Tensor values, Tensor indices, Tensor counts)",
     reference=threshold_codes_reference,

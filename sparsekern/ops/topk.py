@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 
-from .. import _library
+from ..dispatch import library
 from .activity import counts_reference
 from .checks import check_codes, check_count, check_floating, check_range, check_row, check_size
 from .exported import exported
@@ -239,7 +239,7 @@ def _rows(backend: str, name: str, reference: Any) -> Any:
             return reference(x, k, *options)
         check_count(name, "k", k, x.shape[-1], "the size of the last dimension")
         check_row(name, x, x.shape[-1])
-        kernel = getattr(_library.kernels(backend, "topk"), name)
+        kernel = getattr(library.kernels(backend, "topk"), name)
         if x.dim() == 2 or (backend == "native" and x.is_contiguous()):
             return kernel(x, k, *options)
         *rows, counts = kernel(x.reshape(-1, x.shape[-1]), k, *options)
@@ -259,7 +259,7 @@ def _rows_to_dense(backend: str) -> Any:
         if values.numel() == 0:
             return codes_to_dense_reference(values, indices, n)
         k = values.shape[-1]
-        dense = _library.kernels(backend, "topk").codes_to_dense(
+        dense = library.kernels(backend, "topk").codes_to_dense(
             values.reshape(-1, k).contiguous(), indices.reshape(-1, k).long().contiguous(), n
         )
         return dense.view(*values.shape[:-1], n)
@@ -373,7 +373,7 @@ def _of(name: str) -> dict[str, Any]:
     return {backend: functions[name] for backend, functions in _implementations.items()}
 
 
-_topk: Callable[..., Any] = _library.define(
+_topk: Callable[..., Any] = library.define(
     "topk",
     "(Tensor x, SymInt k, bool sorted, bool relu, bool abs, bool count)"
     " -> (Tensor values, Tensor indices, Tensor counts)",
@@ -385,7 +385,7 @@ _topk: Callable[..., Any] = _library.define(
     vmap=_counted_vmap(lambda: _topk),
     owned=True,
 )
-_topk_mask: Callable[..., Any] = _library.define(
+_topk_mask: Callable[..., Any] = library.define(
     "topk_mask",
     "(Tensor x, SymInt k, bool relu, bool abs, bool count)"
     " -> (Tensor masked, Tensor values, Tensor indices, Tensor counts)",
@@ -397,7 +397,7 @@ _topk_mask: Callable[..., Any] = _library.define(
     vmap=_counted_vmap(lambda: _topk_mask),
     owned=True,
 )
-_codes_to_dense: Callable[..., Any] = _library.define(
+_codes_to_dense: Callable[..., Any] = library.define(
     "codes_to_dense",
     "(Tensor values, Tensor indices, SymInt n) -> Tensor",
     reference=codes_to_dense_reference,

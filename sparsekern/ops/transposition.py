@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import _library
+from ..dispatch import library
 from .batching import one_by_one
 from .checks import (
     check_codes,
@@ -156,13 +156,13 @@ def _transpose_vector(backend: str) -> Any:
     def run(indices: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         if backend != "native" or indices.device.type != "cpu":
             check_range("transpose_codes", indices, n)
-        kernels = _library.kernels(backend, "sparse_matmul")
+        kernels = library.kernels(backend, "sparse_matmul")
         return kernels.transpose_codes(indices.reshape(-1).contiguous(), n)
 
     return run
 
 
-_transpose_codes: Callable[..., Any] = _library.define(
+_transpose_codes: Callable[..., Any] = library.define(
     "transpose_codes",
     "(Tensor indices, SymInt n) -> (Tensor offsets, Tensor positions)",
     reference=transpose_codes_reference,

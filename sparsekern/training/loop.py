@@ -23,13 +23,7 @@ from torch import Tensor, nn
 
 from .._system import require, stop_signals
 from . import checkpoints
-from .finite import (
-    FiniteSteps,
-    TrainingError,
-    check_finite_state,
-    not_finite,
-    not_finite_names,
-)
+from .finite import FiniteSteps, TrainingError, check_finite_state, not_finite, not_finite_names
 from .runs import RunFolder
 
 # The facts of a checkpoint, with their types; the first are those of _Position.

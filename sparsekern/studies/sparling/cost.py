@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ...data.motifs import MotifBatch, MotifDomain
+from ...data.motifs.domain import MotifBatch, MotifDomain
 from ...models.sparling import MotifModel, motif_loss
 from . import measures
 

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...data.motifs import TEST_SEED, MotifBatch, MotifDomain
-from ...models.sparling import PAD, MotifModel
-from ...motif_errors import (
+from ...data.motifs.domain import TEST_SEED, MotifBatch, MotifDomain
+from ...measures.motif_errors import (
     Found,
     bootstrap_errors,
     edit_errors,
@@ -21,7 +20,8 @@ from ...motif_errors import (
     joined,
     motif_errors,
 )
-from ...motif_perturbation import UNTESTED, perturbation_consistency
+from ...measures.motif_perturbation import UNTESTED, perturbation_consistency
+from ...models.sparling import PAD, MotifModel
 
 BATCH = 250
 PERTURBED = 1000  # inputs, as published

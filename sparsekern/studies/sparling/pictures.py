@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...data.motif_drawing import draw_motifs
-from ...data.motifs import TEST_SEED, MotifDomain
+from ...data.motifs.domain import TEST_SEED, MotifDomain
+from ...data.motifs.drawing import draw_motifs
 from ...models.sparling import MotifModel
 from ..figures import as_png, new_figure
 from . import measures

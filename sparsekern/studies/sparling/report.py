@@ -17,19 +17,10 @@ from typing import Any
 import torch
 
 from ... import __version__
-from ...data.motifs import MotifDomain
+from ...data.motifs.domain import MotifDomain
 from ...training.runs import write_atomically
 from ..reproduction import calls_of, cell_folder, table_bytes, usable_processors
-from ..reproduction.document import (
-    Code,
-    Document,
-    Heading,
-    Items,
-    Paragraph,
-    Table,
-    markdown,
-    page,
-)
+from ..reproduction.document import Code, Document, Heading, Items, Paragraph, Table, markdown, page
 from . import pictures
 from .config import SparlingConfig, source_of
 from .grid import ARMS, Cell

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ... import backend
-from ...data.motifs import MotifDomain, motif_domain
+from ...data.motifs.domain import MotifDomain, motif_domain
 from ...training import RunFolder, train
 from ...training.runs import write_atomically
 from ..configs import (

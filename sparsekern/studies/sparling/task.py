@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...data.motifs import TEST_SEED, VALIDATION_SEED, MotifDomain
+from ...data.motifs.domain import TEST_SEED, VALIDATION_SEED, MotifDomain
 from ...models.sparling import (
     MotifModel,
     PatchMotifs,

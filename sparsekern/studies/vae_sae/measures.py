@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...disentanglement import Gap, mig, mig_monte_carlo, selectivity
-from ...metrics import UnitActivity
+from ...measures.activity import UnitActivity
+from ...measures.disentanglement import Gap, mig, mig_monte_carlo, selectivity
 from ...models.vae_sae import VAESAE, vae_sae_loss
 from ...ops.topk import codes_to_dense
 from .images import Part, pixels

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ....metrics import DEAD_THRESHOLDS
+from ....measures.activity import DEAD_THRESHOLDS
 from ..grid import Cell, cell_config
 from .figures import SETS
 from .statistics import counted

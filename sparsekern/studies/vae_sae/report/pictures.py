@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ....data.factors import subset
+from ....data.images.factors import subset
 from ....models.vae_sae import VAESAE
 from ....training.checkpoints import CheckpointError, load_model, read_checkpoint
 from ..config import VAESAEConfig

@@ -1,0 +1,207 @@
+"""The commands ``sparsekern train`` and ``sparsekern eval``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import shlex
+import sys
+import typing
+from dataclasses import MISSING, Field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..studies.configs import SettingError, out_folder, with_absolute_paths
+from ..studies.loggers import TARGETS, logged_to
+
+# Study -> what its command says about it.
+STUDIES = {
+    "vae-sae": (
+        "VAE with a top-k sparse layer on dSprites",
+        (
+            "Trains the VAE-SAE hybrid on dSprites while k falls from 500 to 50. Without arguments "
+            "it renders a dSprites-compatible subset and takes a few minutes on two cores."
+        ),
+    ),
+    "sae": (
+        "sparse autoencoder on stored activations",
+        (
+            "Trains a sparse autoencoder on files of activations; 'sparsekern data "
+            "activations' makes such files."
+        ),
+    ),
+    "sparling": (
+        "motifs found by extreme activation sparsity",
+        (
+            "Trains a local network, a bottleneck of extreme sparsity and a readout end to end on "
+            "inputs labelled with sequences of symbols, while the bottleneck's density falls, and "
+            "measures whether its activations are the motifs. Without arguments it takes minutes."
+        ),
+    ),
+}
+
+
+def add_train(commands: Any) -> None:
+    """Adds ``train`` to the commands of a parser."""
+    training = commands.add_parser("train", help="train the model of a study")
+    studies = training.add_subparsers(title="studies", metavar="STUDY", required=True)
+    for name, (help, description) in STUDIES.items():
+        _add_study(studies, name, help, description)
+
+
+def add_eval(commands: Any) -> None:
+    """Adds ``eval`` to the commands of a parser."""
+    parser = commands.add_parser(
+        "eval",
+        help="measure trained sparse autoencoders",
+        description="Measures runs of 'train sae'; those of several are printed as one table.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folder of a run of 'train sae'")
+    parser.add_argument(
+        "--activations",
+        metavar="FILE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="instead of the runs' own",
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
+    parser.set_defaults(function=_eval, command="eval")
+
+
+def _study(name: str) -> Any:
+    """The module of a study: its Config, PRESETS, FILES, run, table and saved_config."""
+    return importlib.import_module(f"sparsekern.studies.{name.replace('-', '_')}")
+
+
+def _add_study(studies: Any, name: str, help: str, description: str) -> None:
+    study = _study(name)
+    # An absent flag is absent, so that --resume can tell it from one given with its default.
+    parser = studies.add_parser(
+        name, help=help, description=description, argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )  # fmt: skip
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument(
+        "--out", metavar="RUN", help=f"folder of the new run; by default runs/{name}-<date>-<time>"
+    )
+    place.add_argument("--resume", metavar="RUN", help="folder of an interrupted run to go on with")
+    parser.add_argument(
+        "--log-to",
+        choices=TARGETS,
+        help="send every logged number to tensorboard (files in the run folder) or wandb, too",
+    )
+    if len(study.PRESETS) > 1:
+        parser.add_argument(
+            "--preset",
+            choices=tuple(study.PRESETS),
+            help="settings to start from; flags override them (default: default)",
+        )
+    kinds = typing.get_type_hints(study.Config)
+    for item in fields(study.Config):
+        _add_flag(parser, item, kinds[item.name])
+    parser.set_defaults(function=_train, command=f"train {name}", study=name)
+
+
+def _add_flag(parser: argparse.ArgumentParser, item: Field, kind: Any) -> None:
+    """Makes a flag of a config field: its name, type, default and documentation."""
+    flag = "--" + item.name.replace("_", "-")
+    text = item.metadata["help"]
+    several = typing.get_origin(kind) is tuple
+    if item.default is not MISSING and item.default is not None and not several:
+        text += f" (default: {item.default})"
+    if kind is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        return
+    parts = [k for k in typing.get_args(kind) if k not in (type(None), Ellipsis)]
+    parser.add_argument(
+        flag,
+        type=parts[0] if parts else kind,
+        nargs="+" if several else None,
+        # A flag that is repeated adds to itself.
+        action="extend" if several else "store",
+        choices=item.metadata.get("choices"),
+        metavar=item.metadata.get("metavar"),
+        help=text,
+    )
+
+
+def _train(options: argparse.Namespace) -> int:
+    study = _study(options.study)
+    given = {
+        item.name: getattr(options, item.name)
+        for item in fields(study.Config)
+        if hasattr(options, item.name)
+    }
+    resume = getattr(options, "resume", None)
+    preset = getattr(options, "preset", None)
+    with contextlib.ExitStack() as stack:
+        more: dict[str, Any] = {}
+        if resume is None:
+            config = study.Config(**{**study.PRESETS[preset or "default"], **given})
+            unused = config.without_effect()
+            for name in given.keys() & unused.keys():
+                raise SettingError(name, f"has no effect {unused[name]}")
+            folder = out_folder(getattr(options, "out", None), options.study)
+            out = stack.enter_context(folder)
+        elif resume == "":
+            raise ValueError("--resume must name a folder, got an empty name")
+        elif preset is not None:
+            raise ValueError("--preset belongs to a new run: a resumed one keeps its settings")
+        else:
+            saved, out = study.saved_config(resume), Path(resume)
+            config = _resumed_config(saved, given, resume)
+            if any(item.metadata.get("extends") for item in fields(study.Config)):
+                more = {"extend": bool(given.keys() & _growing(saved))}
+        if target := getattr(options, "log_to", None):
+            more["on_metrics"] = stack.enter_context(logged_to(target, out, config))
+        report = study.run(config, out, resume=resume is not None, **more)
+    # What a shell gives a process that the signal ended.
+    signal = report.outcome.signal
+    status = 0 if signal is None else 128 + signal
+    if report.results is None:
+        sys.stdout.write(
+            f"interrupted after step {report.outcome.step}; everything is saved. Go on with:\n"
+            f"  sparsekern train {options.study} --resume {shlex.quote(str(out))}\n"
+        )
+        return status
+    sys.stdout.write(study.table(report.results, config) + "\n")
+    sys.stdout.write(f"run folder {out}: {', '.join(study.FILES)}\n")
+    return status
+
+
+def _growing(saved: Any) -> set[str]:
+    """The fields that may grow when a run is resumed."""
+    return {item.name for item in fields(saved) if item.metadata.get("extends")}
+
+
+def _resumed_config(saved: Any, given: dict[str, Any], folder: str) -> Any:
+    """The saved config with the given free fields; any other difference is an error."""
+    fixed = saved.identity()
+    resumed = with_absolute_paths(replace(saved, **given))
+    for name in given:
+        there, here = getattr(saved, name), getattr(resumed, name)
+        free = name not in fixed and not (name == "init_from")
+        if free or here == there or (name in _growing(saved) and here > there):
+            continue
+        flag = "--" + name.replace("_", "-")
+        raise ValueError(
+            f"{folder} was started with {flag} {there}, it cannot be resumed with {here}"
+        )
+    return resumed
+
+
+def _eval(options: argparse.Namespace) -> int:
+    study = _study("sae")
+    measured = {
+        run: study.evaluate_run(run, tuple(options.activations), device=options.device)
+        for run in dict.fromkeys(options.runs)
+    }
+    if len(measured) == 1:
+        [(run, found)] = measured.items()
+        sys.stdout.write(study.measurements(found, f"checkpoint of {run}") + "\n")
+    else:
+        sys.stdout.write(study.comparison(measured) + "\n")
+    return 0

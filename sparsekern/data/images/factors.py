@@ -1,0 +1,168 @@
+"""Factors of variation, the numbering of their combinations, and rows chosen from files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import CountError, DataError
+
+VALUE_TOLERANCE = 1e-5  # values in a file may have passed through float32
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Factors of variation, each with finitely many values, and the order of their combinations.
+
+    Combination number ``sum(class * bases)``: the last factor changes fastest.
+
+    Attributes:
+        names: of the f factors.
+        tables: the values of each, float64, by class.
+    """
+
+    names: tuple[str, ...]
+    tables: tuple[np.ndarray, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of classes of each factor."""
+        return tuple(len(table) for table in self.tables)
+
+    @property
+    def bases(self) -> np.ndarray:
+        """What one class more of each factor adds to the number: int64 ``[f]``."""
+        return np.cumprod((1, *self.sizes[:0:-1]))[::-1].copy()
+
+    @property
+    def count(self) -> int:
+        """Number of combinations."""
+        return int(np.prod(self.sizes))
+
+    def classes_of(self, indices: np.ndarray) -> np.ndarray:
+        """Classes int64 ``[..., f]`` of combination numbers ``[...]``.
+
+        Raises:
+            ValueError: a number is out of range.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        if indices.size and (indices.min() < 0 or indices.max() >= self.count):
+            raise ValueError(
+                f"classes_of: indices must lie in 0..{self.count - 1}, "
+                f"got {indices.min()}..{indices.max()}"
+            )
+        return np.stack(np.unravel_index(indices, self.sizes), axis=-1).astype(np.int64)
+
+    def index_of(self, classes: np.ndarray) -> np.ndarray:
+        """Combination numbers int64 ``[...]`` of classes ``[..., f]``.
+
+        Raises:
+            ValueError: the classes are not integers of that shape, or out of range.
+        """
+        return self.checked("index_of", np.asarray(classes)).numpy() @ self.bases
+
+    def values_of(self, classes: np.ndarray) -> np.ndarray:
+        """Values float64 ``[..., f]`` of classes ``[..., f]``; raises as :meth:`index_of`."""
+        classes = self.checked("values_of", np.asarray(classes)).numpy()
+        return np.stack([table[classes[..., i]] for i, table in enumerate(self.tables)], axis=-1)
+
+    def nearest(self, values: np.ndarray, where: str) -> np.ndarray:
+        """Classes int64 ``[n, f]`` of values ``[n, f]`` on evenly spaced tables.
+
+        Raises:
+            DataError: a value is not in its table; ``where`` begins the message.
+        """
+        classes = np.empty(values.shape, np.int64)
+        for i, (name, table) in enumerate(zip(self.names, self.tables, strict=True)):
+            step = table[1] - table[0] if len(table) > 1 else 1.0
+            near = np.nan_to_num(np.rint((values[:, i] - table[0]) / step))
+            classes[:, i] = np.clip(near, 0, len(table) - 1)
+            wrong = ~(np.abs(values[:, i] - table[classes[:, i]]) <= VALUE_TOLERANCE)
+            if wrong.any():
+                raise DataError(
+                    f"{where} of {name} must lie on {table[0]:g}, {table[1]:g}, ..., "
+                    f"{table[-1]:g}, got {values[wrong, i][0]:g}"
+                )
+        return classes
+
+    def checked(self, function: str, classes: np.ndarray | Tensor) -> Tensor:
+        """The classes as int64 ``[..., f]``, of a tensor on its device.
+
+        Raises:
+            ValueError: they are not integers ``[..., f]`` below the sizes.
+        """
+        if isinstance(classes, Tensor):
+            kinds = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+            integers = classes.dtype in kinds
+        else:
+            integers = classes.dtype.kind in "iu"
+        if classes.ndim == 0 or classes.shape[-1] != len(self.names) or not integers:
+            raise ValueError(
+                f"{function}: classes must be integers of shape [..., {len(self.names)}], "
+                f"got {str(classes.dtype).removeprefix('torch.')} {list(classes.shape)}"
+            )
+        if isinstance(classes, Tensor):
+            found = classes.long()
+        else:
+            # A copy, since torch refuses to share memory that is read-only or runs backwards.
+            found = torch.from_numpy(np.array(classes, np.int64))
+        sizes = torch.tensor(self.sizes, device=found.device)
+        if bool(((found < 0) | (found >= sizes)).any()):
+            raise ValueError(f"{function}: classes must lie below {list(self.sizes)} per factor")
+        return found
+
+
+def check_seed(function: str, seed: int) -> None:
+    """ValueError if the seed is negative."""
+    if seed < 0:
+        raise ValueError(f"{function}: seed must be at least 0, got {seed}")
+
+
+def check_count(function: str, available: int, count: int) -> None:
+    """CountError if there are fewer images, or the count is not positive."""
+    if not 1 <= count <= available:
+        raise CountError(
+            f"{function}: count must lie in 1..{available} (the number of images), got {count}"
+        )
+
+
+def subset(function: str, available: int, count: int | None, seed: int) -> np.ndarray | None:
+    """Numbers of a random subset; ``None`` for all. That of n images is the front of n + 1's.
+
+    Raises:
+        CountError: count is out of range.
+        ValueError: seed is negative.
+    """
+    check_seed(function, seed)
+    if count is None:
+        return None
+    check_count(function, available, count)
+    return np.random.default_rng(seed).permutation(available)[:count]
+
+
+def gather(
+    blocks: Iterator[np.ndarray],
+    wanted: np.ndarray | None,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+) -> np.ndarray:
+    """The wanted rows, in the wanted order, of an array ``shape`` that comes in blocks of rows.
+
+    Memory is needed for the result and one block, also when all rows are wanted.
+    """
+    out, start = np.empty((shape[0] if wanted is None else len(wanted), *shape[1:]), dtype), 0
+    if wanted is not None:
+        order = np.argsort(wanted, kind="stable")
+        ascending = wanted[order]
+    for block in blocks:
+        if wanted is None:
+            out[start : start + len(block)] = block
+        else:
+            first, last = np.searchsorted(ascending, [start, start + len(block)])
+            out[order[first:last]] = block[ascending[first:last] - start]
+        start += len(block)
+    return out

@@ -1,0 +1,1 @@
+"""All that knows torch.library, the compiled modules and the choice of a backend."""
