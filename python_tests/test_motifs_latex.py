@@ -295,7 +295,7 @@ def test_formulas_that_do_not_fit_are_replaced_by_others_of_their_length():
 
 
 def test_a_canvas_that_fits_no_formula_is_an_error(monkeypatch):
-    monkeypatch.setattr("sparsekern.data.latex_formulas.ATTEMPTS", 5)
+    monkeypatch.setattr("sparsekern.data.motifs.latex_formulas.ATTEMPTS", 5)
     with pytest.raises(RuntimeError, match=r"none of 5 formulas of .* fits the canvas"):
         motif_domain("latex", canvas=(5, 5)).batch(0, 0, 1)
 

@@ -1,5 +1,6 @@
 """Runs of sparse autoencoders after and before training: what fits them, loading, extending."""
 
+import importlib
 import json
 import math
 import os
@@ -14,8 +15,10 @@ from test_training import one_thread
 
 from sparsekern.cli.command import main
 from sparsekern.data import write_activations
-from sparsekern.studies import sae, sae_runs
+from sparsekern.studies import sae
 from sparsekern.training import CheckpointError, RunError, checkpoints
+
+sae_runs = importlib.import_module("sparsekern.studies.sae.run")  # the package has a function run
 
 __all__ = ["one_thread"]  # a fixture
 SMALL = {

@@ -25,7 +25,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="the Triton kernels need triton: pip install triton")
 
-from sparsekern.kernels import (
+from sparsekern.kernels import (  # noqa: E402
     activity,
     adam,
     keys,

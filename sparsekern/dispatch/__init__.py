@@ -1,1 +1,1 @@
-"""All that knows torch.library, the compiled modules and the choice of a backend."""
+"""All that knows torch's dispatcher, the compiled modules and the choice of a backend."""

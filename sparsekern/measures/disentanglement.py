@@ -162,7 +162,7 @@ def mutual_information(codes: Tensor, factors: Tensor, *, bins: int = BINS) -> T
     Example:
         >>> import torch
         >>> factor = torch.tensor([[0], [1], [0], [1]])
-        >>> from sparsekern.disentanglement import mutual_information
+        >>> from sparsekern.measures.disentanglement import mutual_information
         >>> round(mutual_information(factor.double(), factor).item(), 4)  # log 2
         0.6931
     """

@@ -235,7 +235,7 @@ def write(
     The fields are those of the published file, ``imgs`` uint8 ``[n, 64, 64]``, ``latents_values``
     float64 ``[n, 6]``, ``latents_classes`` int64 ``[n, 6]`` and ``metadata`` (which says that the
     images are rendered), or in HDF5 ``imgs``, ``latents/values`` and ``latents/classes``. Killed at
-    any moment, the same call goes on; see :mod:`sparsekern.data.image_writing`.
+    any moment, the same call goes on; see :mod:`sparsekern.data.images.writing`.
 
     Args:
         path: the file, ``.npz``, ``.h5`` or ``.hdf5``; it must not exist.

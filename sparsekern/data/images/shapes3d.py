@@ -256,7 +256,7 @@ def write(
 
     The fields are those of the published file: ``images`` uint8 ``[n, 64, 64, 3]`` and ``labels``
     float64 ``[n, 6]``; attributes say that the images are rendered. Killed at any moment, the same
-    call goes on; see :mod:`sparsekern.data.image_writing`.
+    call goes on; see :mod:`sparsekern.data.images.writing`.
 
     Args:
         path: the file, ``.h5`` or ``.hdf5``; it must not exist.

@@ -60,7 +60,7 @@ def write(
     seed: int,
     chunk_rows: int,
 ) -> int:
-    """Draws and writes a set; see :func:`sparsekern.data.dsprites.write`."""
+    """Draws and writes a set; see :func:`sparsekern.data.images.dsprites.write`."""
     path, function = Path(path), f"{kind.title.lower()}.write"
     suffix = kind.checked_suffix(function, path)
     if chunk_rows < 1:
