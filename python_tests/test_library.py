@@ -109,6 +109,7 @@ def test_parts_of_the_package_are_imported_when_first_used():
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
     found = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
     public = {name for name in found if not name.startswith("_")}
+    # what `import sparsekern` brings, or needs
     at_once = {
         "dispatch",
         "native",
