@@ -16,7 +16,7 @@ With tensorboard::
 
 import sys
 
-from sparsekern.studies.sae import run as sae
+from sparsekern.studies import sae
 
 
 def on_metrics(record):

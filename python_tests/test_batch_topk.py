@@ -158,9 +158,9 @@ def test_first_of_list(dtype):
 
 def test_few_rows_are_read_again(monkeypatch):
     """Independent scores take one round of candidates; a row that owns everything one more."""
-    if sparsekern.library.native_module("cpu")[0] is None:
-        pytest.skip(sparsekern.library.native_module("cpu")[1])
-    kernels = sparsekern.library.kernels("native", "topk")
+    if sparsekern.dispatch.library.native_module("cpu")[0] is None:
+        pytest.skip(sparsekern.dispatch.library.native_module("cpu")[1])
+    kernels = sparsekern.dispatch.library.kernels("native", "topk")
     calls, original = [], kernels.topk
 
     def counted(x, m, *flags):

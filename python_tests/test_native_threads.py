@@ -106,7 +106,7 @@ import multiprocessing, os, sys, torch, sparsekern
 sys.path.insert(0, {folder!r})
 import test_native_threads as tests
 torch.set_num_threads(2)
-module = sparsekern.library.native_module("cpu")[0]
+module = sparsekern.dispatch.library.native_module("cpu")[0]
 module.set_nanoseconds_per_thread(1)
 calls = tests.work(16, 1024)  # torch itself uses threads from 32768 elements on
 def bytes_of(call):  # without torch, whose own threads hang in a forked child
@@ -149,7 +149,7 @@ EXHAUSTED = """
 import resource, sys, torch, sparsekern
 from sparsekern.ops import threshold_codes, threshold_relu
 torch.set_num_threads(2)
-module = sparsekern.library.native_module("cpu")[0]
+module = sparsekern.dispatch.library.native_module("cpu")[0]
 module.set_nanoseconds_per_thread(1)
 x = torch.randn(1, 2, 4_000_000)
 calls = {

@@ -248,7 +248,7 @@ def test_any_row(data):
 
 
 def native_cpu():
-    module, reason = sparsekern.library.native_module("cpu")
+    module, reason = sparsekern.dispatch.library.native_module("cpu")
     if module is None:
         pytest.skip(reason)
     return module
