@@ -110,13 +110,7 @@ def test_parts_of_the_package_are_imported_when_first_used():
     found = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
     public = {name for name in found if not name.startswith("_")}
     # what `import sparsekern` brings, or needs
-    at_once = {
-        "dispatch",
-        "native",
-        "kernels",
-        "nn",
-        "ops",
-    }  # what `import sparsekern` brings, or needs
+    at_once = {"dispatch", "native", "kernels", "nn", "ops"}
     assert set(sparsekern._SUBMODULES) == public - at_once
 
 

@@ -7,9 +7,10 @@ import io
 import pytest
 import torch
 from torch._dynamo import compiled_autograd
+from torch.utils import _pytree
 
 import sparsekern
-from sparsekern.models import SparseAutoencoder
+from sparsekern.models import SAELoss, SAEOutput, SparseAutoencoder
 
 ACTIVATIONS = {
     "TopK": lambda: sparsekern.TopK(2),
@@ -68,6 +69,13 @@ def test_exported_models_are_saved_and_loaded(name):
     output = torch.export.load(file).module()(rows)
     assert type(output) is type(model(rows))
     torch.testing.assert_close(output.reconstruction, model(rows).reconstruction)
+
+
+def test_names_in_saved_programs_do_not_move_with_the_modules():
+    saved = _pytree.SUPPORTED_SERIALIZED_TYPES
+    assert saved[SAEOutput].serialized_type_name == "sparsekern.models.sae.SAEOutput"
+    assert saved[SAELoss].serialized_type_name == "sparsekern.models.sae.SAELoss"
+    assert saved[sparsekern.Codes].serialized_type_name == "sparsekern.ops.topk.Codes"
 
 
 @every_activation

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from ..studies.configs import out_folder
@@ -97,9 +97,7 @@ def _sparling(options: argparse.Namespace) -> int:
         options.data,
         options.settings,
     )
-    with out_folder(options.out, "reproduce-sparling") as out:
-        ended = reproduce(request, out, jobs=options.jobs, progress=options.progress)
-    return _said(ended, "reproduce sparling", out)
+    return _reproduced("sparling", reproduce, request, options)
 
 
 def _vae_sae(options: argparse.Namespace) -> int:
@@ -111,13 +109,15 @@ def _vae_sae(options: argparse.Namespace) -> int:
         options.seeds, options.data,
         options.settings,
     )  # fmt: skip
-    with out_folder(options.out, "reproduce-vae-sae") as out:
+    return _reproduced("vae-sae", reproduce, request, options)
+
+
+def _reproduced(
+    study: str, reproduce: Callable[..., Any], request: Any, options: argparse.Namespace
+) -> int:
+    """Reproduces a study and tells how that ended; the exit status."""
+    with out_folder(options.out, f"reproduce-{study}") as out:
         ended = reproduce(request, out, jobs=options.jobs, progress=options.progress)
-    return _said(ended, "reproduce vae-sae", out)
-
-
-def _said(ended: Any, command: str, out: Path) -> int:
-    """Tells how a reproduction ended; the exit status."""
     if ended.signal is not None:
         sys.stdout.write(
             f"interrupted; finished cells are kept, the others are saved. Go on with the same "
@@ -125,7 +125,7 @@ def _said(ended: Any, command: str, out: Path) -> int:
         )
         return 128 + ended.signal
     for name, reason in ended.failed.items():
-        sys.stderr.write(f"sparsekern: error: {command}: cell {name} failed: {reason}\n")
+        sys.stderr.write(f"sparsekern: error: reproduce {study}: cell {name} failed: {reason}\n")
     sys.stdout.write(
         f"{len(ended.finished)} cells, {len(ended.failed)} failed; report: {out}/report.html and "
         f"report.md\n"

@@ -1,12 +1,15 @@
 """Data sets with known factors, rendered here or read from files, motif domains, and stores of
 activations."""
 
-from .activations.capture import capture
-from .activations.origins import Origins
-from .activations.sources import convert, synthetic
-from .activations.statistics import ActivationStatistics
-from .activations.store import ActivationStore
-from .activations.writing import write_activations
+from .activations import (
+    ActivationStatistics,
+    ActivationStore,
+    Origins,
+    capture,
+    convert,
+    synthetic,
+    write_activations,
+)
 from .errors import CountError, DataError
 from .images import dsprites, shapes3d
 from .images.dsprites import DSprites, load, rendered

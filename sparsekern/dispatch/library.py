@@ -63,8 +63,8 @@ def _load_module(name: str) -> tuple[ModuleType | None, str]:
             if built and not built.startswith("built"):
                 return None, built
         elif isinstance(error, ModuleNotFoundError):
-            here = PACKAGE
-            return None, f"{here} was never built (run 'pip install .', or leave the source folder)"
+            reason = "was never built (run 'pip install .', or leave the source folder)"
+            return None, f"{PACKAGE} {reason}"
         return None, f"{NAMESPACE}.{name} cannot be loaded: {error}"
 
 

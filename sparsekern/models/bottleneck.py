@@ -29,7 +29,7 @@ DENSE_SHARE = 0.25
 WIDE, WIDE_SHARE = 2048, 0.1
 
 
-@exported
+@exported("sparsekern.models.bottleneck.BottleneckOutput")
 class BottleneckOutput(NamedTuple):
     """What goes through a sparse layer, for a batch of B rows."""
 

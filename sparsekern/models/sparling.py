@@ -29,7 +29,7 @@ CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d}
 POOLS = {1: F.max_pool1d, 2: F.max_pool2d}
 
 
-@exported
+@exported("sparsekern.models.sparling.MotifOutput")
 class MotifOutput(NamedTuple):
     """What a forward pass gives."""
 

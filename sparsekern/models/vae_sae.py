@@ -36,7 +36,7 @@ PLACEMENTS = ("decoder", "code", "encoder")
 SHRINKING = 16
 
 
-@exported
+@exported("sparsekern.models.vae_sae.VAESAEOutput")
 class VAESAEOutput(NamedTuple):
     """What a forward pass gives, for a batch of B images."""
 
@@ -60,7 +60,7 @@ class VAESAEOutput(NamedTuple):
         return self.sparse.indices
 
 
-@exported
+@exported("sparsekern.models.vae_sae.VAESAELoss")
 class VAESAELoss(NamedTuple):
     """Scalars in nats per image, averaged over the batch."""
 

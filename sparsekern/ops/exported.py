@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch.utils import _pytree
@@ -9,8 +10,14 @@ from torch.utils import _pytree
 Named = TypeVar("Named", bound=tuple[Any, ...])
 
 
-def exported(kind: type[Named]) -> type[Named]:
-    """A decorator of a NamedTuple that may be in the output of an exported program."""
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    _pytree._register_namedtuple(kind, serialized_type_name=name)
-    return kind
+def exported(name: str) -> Callable[[type[Named]], type[Named]]:
+    """A decorator of a NamedTuple that may be in the output of an exported program.
+
+    name: of the tuple in saved programs, which must stay when its module moves.
+    """
+
+    def register(kind: type[Named]) -> type[Named]:
+        _pytree._register_namedtuple(kind, serialized_type_name=name)
+        return kind
+
+    return register

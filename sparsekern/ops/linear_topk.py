@@ -38,7 +38,7 @@ from .topk import Codes, passed_by_relu, topk_reference
 from .transposition import Transposition, _transpose_codes
 
 
-@exported
+@exported("sparsekern.ops.linear_topk.TransposedCodes")
 class TransposedCodes(NamedTuple):
     """Sparse codes with their transposition, for the products that share these indices."""
 

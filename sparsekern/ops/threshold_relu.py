@@ -36,7 +36,7 @@ from .exported import exported
 from .sparse_matmul import sum_dtype
 
 
-@exported
+@exported("sparsekern.ops.threshold_relu.ChannelCodes")
 class ChannelCodes(NamedTuple):
     """The active elements of a tensor with channels, in ascending order of their index."""
 

@@ -25,7 +25,7 @@ from .exported import exported
 from .order import ordered_key
 
 
-@exported
+@exported("sparsekern.ops.topk.Codes")
 class Codes(NamedTuple):
     """Sparse codes: values [..., k] and indices int64 [..., k]."""
 

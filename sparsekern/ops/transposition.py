@@ -26,7 +26,7 @@ from .checks import (
 from .exported import exported
 
 
-@exported
+@exported("sparsekern.ops.transposition.Transposition")
 class Transposition(NamedTuple):
     """Codes grouped by latent: positions[offsets[i] : offsets[i + 1]] are the flat positions of the
     codes with index i, ascending. offsets int64 [N + 1], positions int32 [codes]."""

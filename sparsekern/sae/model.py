@@ -59,7 +59,7 @@ SHARE_OF_BEST = 0.75
 CALIBRATED_SCORES = 1 << 24
 
 
-@exported
+@exported("sparsekern.models.sae.SAEOutput")
 class SAEOutput(NamedTuple):
     """What a forward pass gives: reconstruction [..., D], values [..., w] and indices [..., w]: for
     TopK w = k and indices ascend; for others see :meth:`SparseAutoencoder.encode`."""
@@ -69,7 +69,7 @@ class SAEOutput(NamedTuple):
     indices: Tensor
 
 
-@exported
+@exported("sparsekern.models.sae.SAELoss")
 class SAELoss(NamedTuple):
     """The loss and its parts, scalars: total = fvu + auxk_weight * auxk + multi_weight * multi +
     sparsity_weight * sparsity + prefixes."""

@@ -6,7 +6,7 @@ import importlib.util
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -157,6 +157,37 @@ def check_one_process() -> None:
             f"a study runs in one process, not in {count} (WORLD_SIZE): start it without torchrun, "
             "or with --nproc-per-node 1"
         )
+
+
+def prepared(config: AnyConfig) -> AnyConfig:
+    """The config with absolute paths, where a run can begin at all.
+
+    Raises:
+        ModuleNotFoundError, RunError: packages are missing, or there are several processes.
+    """
+    check_packages()
+    check_one_process()
+    return with_absolute_paths(config)
+
+
+@contextmanager
+def run_folder(
+    folder: Path,
+    study: str,
+    config: StudyConfig,
+    *,
+    resume: bool,
+    on_metrics: Callable[[Mapping[str, Any]], object] | None,
+) -> Iterator[RunFolder]:
+    """The run's folder, locked while it is used: a new one that holds the config, or the old one.
+
+    Raises:
+        RunError: there is a run already, none to resume, or another process is at it.
+    """
+    stored = {"study": study, "config": asdict(config)}
+    with RunFolder.open(folder) if resume else RunFolder.create(folder, stored) as place:
+        place.on_metrics = on_metrics
+        yield place
 
 
 def check_packages() -> None:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +24,10 @@ from ..configs import (
     Report,
     SettingError,
     backends_of,
-    check_one_process,
-    check_packages,
+    prepared,
     read_config,
+    run_folder,
     usable_device,
-    with_absolute_paths,
 )
 from .config import SAEConfig
 from .rows import Rows
@@ -104,11 +103,8 @@ def run(
         ModuleNotFoundError: the packages of the extra "data" are not installed.
     """
     folder = Path(folder)
-    check_packages()
-    check_one_process()
+    config = prepared(config)
     device = usable_device(config.device)
-    config = with_absolute_paths(config)
-    stored = {"study": NAME, "config": asdict(config)}
     with backend(config.backend), Rows(config) as rows:
         if not resume:
             RunFolder.check_new(folder)
@@ -118,11 +114,10 @@ def run(
         _probe(task)
         if config.init_from is not None and not (resume and (folder / checkpoints.FACTS).exists()):
             _begin_with(task.model, config.init_from, rows)
-        with RunFolder.open(folder) if resume else RunFolder.create(folder, stored) as place:
+        with run_folder(folder, NAME, config, resume=resume, on_metrics=on_metrics) as place:
             identity = _identity(config, rows)
             if resume:
                 identity = _continued(place, config, identity, extend)
-            place.on_metrics = on_metrics
             outcome = train(task, config.loop(), place, identity=identity)
             if outcome.signal is not None:
                 return Report(outcome, None)

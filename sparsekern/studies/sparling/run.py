@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,10 @@ from ...training.runs import write_atomically
 from ..configs import (
     Report,
     backends_of,
-    check_one_process,
-    check_packages,
+    prepared,
     read_config,
+    run_folder,
     usable_device,
-    with_absolute_paths,
 )
 from . import measures, pictures
 from .config import PRESETS, SparlingConfig
@@ -60,18 +58,14 @@ def run(
         ModuleNotFoundError: the packages of the extra "data" are not installed.
     """
     folder = Path(folder)
-    check_packages()
-    check_one_process()
-    config = with_absolute_paths(config)
+    config = prepared(config)
     device = usable_device(config.device)
     with backend(config.backend):
         if not resume:
             RunFolder.check_new(folder)
         domain, tested = domain_of(config), domain_of(config, test=True)
-        stored = {"study": NAME, "config": asdict(config)}
         task = SparlingTask(config, domain, tested, device)
-        with RunFolder.open(folder) if resume else RunFolder.create(folder, stored) as place:
-            place.on_metrics = on_metrics
+        with run_folder(folder, NAME, config, resume=resume, on_metrics=on_metrics) as place:
             identity = config.identity()
             if config.data is not None:  # else the digits are synthesised
                 identity["recordings' digest"] = recordings_digest(config.data)

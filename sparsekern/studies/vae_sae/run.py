@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,10 @@ from .. import figures
 from ..configs import (
     Report,
     backends_of,
-    check_one_process,
-    check_packages,
+    prepared,
     read_config,
+    run_folder,
     usable_device,
-    with_absolute_paths,
 )
 from . import measures
 from .config import VAESAEConfig
@@ -66,21 +65,17 @@ def run(
         ModuleNotFoundError: the packages of the extra "data" are not installed.
     """
     folder = Path(folder)
-    check_packages()
-    check_one_process()
-    config = with_absolute_paths(config)
+    config = prepared(config)
     device = usable_device(config.device)
     with backend(config.backend):
         _probe(config, device)
         if not resume:
             RunFolder.check_new(folder)
         parts = read(config, device)
-        stored = {"study": NAME, "config": asdict(config)}
         # Before the folder: a model that cannot be made leaves nothing behind.
         task = VAESAETask(config, parts)
-        with RunFolder.open(folder) if resume else RunFolder.create(folder, stored) as place:
+        with run_folder(folder, NAME, config, resume=resume, on_metrics=on_metrics) as place:
             identity = {**config.identity(), "images' digest": parts.digest}
-            place.on_metrics = on_metrics
             outcome = train(task, config.loop(), place, identity=identity)
             if outcome.signal is not None:
                 return Report(outcome, None)

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from ...figures import as_png, from_zero
+from ...figures import as_png as as_png
+from ...figures import from_zero
 from ...figures import new_figure as sized_figure
 from ..grid import ARMS, STUDY
 from .statistics import CURED_BELOW, spread
