@@ -4,6 +4,7 @@ package."""
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import pathlib
 import pydoc
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import sparsekern
+from sparsekern._renamed import RENAMED
 from sparsekern.dispatch import library
 
 PACKAGE = pathlib.Path(sparsekern.__file__).parent
@@ -96,6 +98,17 @@ def test_import_is_silent_and_light():
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 
+def test_moved_modules_are_found_by_their_old_names():
+    for old, new in RENAMED.items():
+        with pytest.warns(DeprecationWarning, match=f"sparsekern.{old} is now sparsekern.{new}"):
+            sys.modules.pop(f"sparsekern.{old}", None)
+            module = importlib.import_module(f"sparsekern.{old}")
+        assert module is importlib.import_module(f"sparsekern.{new}")
+        assert module.__spec__.name == module.__name__ == f"sparsekern.{new}"
+    with pytest.raises(ModuleNotFoundError, match="sparsekern.models.nothing"):
+        importlib.import_module("sparsekern.models.nothing")
+
+
 def test_parts_of_the_package_are_imported_when_first_used():
     run = run_python(
         "import sys, sparsekern\n"
@@ -156,7 +169,8 @@ def test_works_without_native_modules_or_triton(hidden):
 
 # what a module of the package may import from the package, by its first path element
 ALLOWED = {
-    "__init__": {"_system", "dispatch", "nn", "ops"},
+    "__init__": {"_renamed", "_system", "dispatch", "nn", "ops"},
+    "_renamed": set(),
     "_system": set(),
     "dispatch": {"dispatch"},
     "ops": {"dispatch", "ops"},

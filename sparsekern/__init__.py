@@ -1,8 +1,10 @@
 """sparsekern: fused kernels for networks with extremely sparse activations."""
 
 import importlib as _importlib
+import sys as _sys
 from typing import Any as _Any
 
+from ._renamed import RenamedModules as _RenamedModules
 from ._system import torch_missing as _torch_missing
 
 try:
@@ -63,6 +65,8 @@ __all__ = [
     "topk_mask",
     "transpose_codes",
 ]
+
+_sys.meta_path.append(_RenamedModules())
 
 del _torch, _torch_missing
 

@@ -15,8 +15,14 @@ from .images import dsprites, shapes3d
 from .images.dsprites import DSprites, load, rendered
 from .images.shapes3d import Shapes3D
 from .images.writing import WritingInterrupted
-from .motifs.domain import TEST_SEED, VALIDATION_SEED, MotifBatch, MotifDomain, motif_domain
-from .motifs.drawing import draw_motifs
+from .motifs import (
+    TEST_SEED,
+    VALIDATION_SEED,
+    MotifBatch,
+    MotifDomain,
+    draw_motifs,
+    motif_domain,
+)
 
 __all__ = [
     "TEST_SEED",

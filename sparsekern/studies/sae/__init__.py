@@ -12,13 +12,14 @@ from .run import (
     saved_config,
     table,
 )
-from .task import SAETask, evaluate, make_model, recovered
+from .task import Adam, SAETask, evaluate, make_model, recovered
 
 Config = SAEConfig
 
 __all__ = [
     "FILES",
     "PRESETS",
+    "Adam",
     "Config",
     "SAEConfig",
     "SAETask",

@@ -1,0 +1,69 @@
+"""Modules that have moved, under the names that they had in version 0.1: in others' imports, and in
+whole models that were pickled."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+RENAMED = {
+    "disentanglement": "measures.disentanglement",
+    "metrics": "measures.activity",
+    "motif_errors": "measures.motif_errors",
+    "motif_perturbation": "measures.motif_perturbation",
+    "models.sae": "sae.model",
+    **{
+        f"models.{part}": f"sae.{part}"
+        for part in ("decoding", "encoding", "normalisation", "statistics", "wrappers")
+    },
+    **{
+        f"data.activation_{part}": f"data.activations.{part}"
+        for part in (
+            "arrays", "capture", "cutting", "files", "format", "hdf5", "order", "origins", "rows",
+            "sources", "statistics", "writing",
+        )
+    },
+    **{
+        f"data.{part}": f"data.images.{part}"
+        for part in ("dsprites", "factors", "shapes3d", "shapes3d_scene")
+    },
+    **{f"data.image_{part}": f"data.images.{part}" for part in ("files", "sets", "writing")},
+    "data.motif_drawing": "data.motifs.drawing",
+    **{
+        f"data.{part}": f"data.motifs.{part}"
+        for part in (
+            "audio_mnist", "digit_circle", "digit_stamps", "formula_grammar", "formula_pictures",
+            "latex_formulas", "mel_spectrograms", "spoken_digits", "synthetic_speech",
+        )
+    },
+    **{f"studies.sae_{part}": f"studies.sae.{part}" for part in ("config", "rows")},
+    "studies.sae_runs": "studies.sae.run",
+}  # fmt: skip
+"""Old names and new ones, both inside this package."""
+
+
+class RenamedModules(MetaPathFinder, Loader):
+    """Finds a module by its old name: the same module object as by the new one. At the end of
+    sys.meta_path it is asked only for names that are not there."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, _, old = name.partition(".")
+        if package != __package__ or old not in RENAMED:
+            return None
+        return ModuleSpec(name, self)
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None  # the usual empty one, which exec_module replaces
+
+    def exec_module(self, module: ModuleType) -> None:
+        name = module.__name__
+        new = f"{__package__}.{RENAMED[name.partition('.')[2]]}"
+        warnings.warn(f"{name} is now {new}", DeprecationWarning, stacklevel=2)
+        sys.modules[name] = importlib.import_module(new)
