@@ -105,7 +105,7 @@ def test_moved_modules_are_found_by_their_old_names():
             module = importlib.import_module(f"sparsekern.{old}")
         assert module is importlib.import_module(f"sparsekern.{new}")
         assert module.__spec__.name == module.__name__ == f"sparsekern.{new}"
-    with pytest.raises(ModuleNotFoundError, match="sparsekern.models.nothing"):
+    with pytest.raises(ModuleNotFoundError, match=r"sparsekern\.models\.nothing"):
         importlib.import_module("sparsekern.models.nothing")
 
 

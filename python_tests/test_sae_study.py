@@ -21,7 +21,7 @@ from sparsekern.studies import sae
 from sparsekern.training import checkpoints
 
 KILLS = 20
-LONG = {"epochs": 20}  # so that the run outlives its kills
+LONG = {"epochs": 40}  # so that the run outlives its kills on a quick machine, too
 
 
 @pytest.fixture(scope="module")
