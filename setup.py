@@ -1,10 +1,11 @@
 """Build the two native modules with ninja. Needs a C++ compiler; torch is not needed to build.
 
 sparsekern._native  C++ for the CPU: each file of csrc/cpu is compiled once per instruction set.
-sparsekern._cuda    CUDA C++: built when nvcc is found; no GPU and no CUDA build of torch are
-needed.
+sparsekern._cuda    CUDA C++: built when nvcc is found and an NVIDIA GPU is visible, or on request,
+which needs no GPU. No CUDA build of torch is needed.
 
-SPARSEKERN_BUILD names what to build: "auto" (default: both), "cpu", "cuda", "cpu,cuda" or "none".
+SPARSEKERN_BUILD names what to build: "auto" (default: "cpu", and "cuda" where a GPU is visible),
+"cpu", "cuda", "cpu,cuda" or "none".
 SPARSEKERN_CUDA_ARCHS lists GPU architectures, such as "80;90"; the default is those of 80, 90, 100
 that nvcc knows. CXX is the command of the C++ compiler, such as "ccache g++".
 
@@ -20,6 +21,7 @@ import atexit
 import contextlib
 import fcntl
 import functools
+import glob
 import json
 import os
 import pathlib
@@ -52,6 +54,10 @@ X86_FLAGS = {
 # not compiled per instruction set
 ONCE = {"bindings_cpu.cpp", "dispatch.cpp", "memory.cpp", "threads.cpp"}
 CUDA_ARCHS = ("80", "90", "100")
+# what the driver shows of each GPU; WSL's has neither, and its nvidia-smi need not be on PATH
+GPU_FILES = ("/dev/nvidia[0-9]*", "/proc/driver/nvidia/gpus/*")
+WSL_NVIDIA_SMI = "/usr/lib/wsl/lib/nvidia-smi"
+NVIDIA_SMI_SECONDS = 60  # it starts the driver, and may hang with it
 PROGRAMS = {path.name for path in (CSRC / "cpu").glob("driver*.cpp")}  # stand-alone test programs
 REPORT = "_build_report.json"
 REPORTED = 300  # characters of a compiler's message in the build report
@@ -121,6 +127,35 @@ def nvcc() -> str:
     if path is None or not runs([path, "--version"]):
         raise MissingError("nvcc was not found", f"install the CUDA toolkit {REINSTALL}")
     return os.path.abspath(path)
+
+
+def gpu_is_visible() -> bool:
+    """Whether the driver shows an NVIDIA GPU: in its files, or through nvidia-smi."""
+    if any(glob.glob(pattern) for pattern in GPU_FILES):
+        return True
+    command = [shutil.which("nvidia-smi") or WSL_NVIDIA_SMI, "-L"]
+    try:
+        run = subprocess.run(command, capture_output=True, timeout=NVIDIA_SMI_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return run.returncode == 0 and re.search(rb"^GPU \d", run.stdout, re.MULTILINE) is not None
+
+
+def left_out(kind: str, wanted: list[str]) -> str:
+    """The line in the report of a module that is not to be built; "" of one that is."""
+    if wanted != ["auto"]:
+        named = f"left out by SPARSEKERN_BUILD={','.join(wanted)} when sparsekern was installed"
+        return "" if kind in wanted else named
+    if kind != "cuda" or gpu_is_visible():
+        return ""
+    try:
+        nvcc()
+    except MissingError:  # which the build reports, since it comes before the GPU
+        return ""
+    return (
+        "left out: no GPU was visible when sparsekern was installed "
+        f"(set SPARSEKERN_BUILD=cpu,cuda {REINSTALL})"
+    )
 
 
 def ninja() -> str:
@@ -358,11 +393,7 @@ class NinjaBuild(build_ext):
         package.mkdir(parents=True, exist_ok=True)
         report = {}
         for name, (kind, build) in BUILDERS.items():
-            if wanted != ["auto"] and kind not in wanted:
-                named = ",".join(wanted)
-                report[name] = f"left out by SPARSEKERN_BUILD={named} when sparsekern was installed"
-            else:
-                report[name] = self.built(name, kind, build, wanted)
+            report[name] = left_out(kind, wanted) or self.built(name, kind, build, wanted)
             if not report[name].startswith("built"):  # nor is one of an earlier build used
                 (package / module_file(name)).unlink(missing_ok=True)
             print(f"sparsekern.{name}: {report[name]}".encode("ascii", "backslashreplace").decode())

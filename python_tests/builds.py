@@ -31,6 +31,9 @@ case "$1" in
   *) echo "nvcc fatal   : broken on purpose" >&2; exit 1 ;;
 esac
 """
+NVIDIA_SMI = """#!/bin/sh
+echo 'GPU 0: a stand-in (UUID: GPU-0)'
+"""
 
 
 def copy_sources(folder: pathlib.Path) -> None:
@@ -79,8 +82,10 @@ def write_program(path: pathlib.Path, text: str) -> pathlib.Path:
 
 
 def stand_ins(folder: pathlib.Path, arch: int) -> dict[str, str]:
-    """Writes both compilers; returns the environment in which they are found."""
+    """Writes both compilers and a GPU; returns the environment in which they are found."""
     cxx = write_program(folder / "bin" / "cxx", CXX.format(refusal=""))
     write_program(folder / "bin" / "nvcc", NVCC.format(arch=arch))
+    write_program(folder / "bin" / "nvidia-smi", NVIDIA_SMI)
     place = {"CUDA_HOME": str(folder), "CXX": str(cxx)}
-    return {**place, "PATH": os.environ["PATH"], "SPARSEKERN_CUDA_ARCHS": ""}
+    path = os.pathsep.join([str(folder / "bin"), os.environ["PATH"]])
+    return {**place, "PATH": path, "SPARSEKERN_CUDA_ARCHS": ""}

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import re
 import shutil
+import sys
 
 import pytest
-from builds import ROOT, build, copy_sources, last_line, report_of, run_setup, stand_ins
+from builds import (
+    ROOT,
+    build,
+    copy_sources,
+    last_line,
+    report_of,
+    run_setup,
+    stand_ins,
+    write_program,
+)
+from setup_file import setup_file
+from setuptools import Distribution
 
+from sparsekern.cli import main
 from sparsekern.dispatch import library
 
 
@@ -82,6 +96,146 @@ def test_without_a_cuda_module_the_cpu_module_is_installed(tmp_path, arch, reaso
     assert asked.returncode != 0
     assert re.search(f"SPARSEKERN_BUILD=cpu,cuda: .*{reason}", asked.stderr)
     assert arch == 60 or "nvcc fatal   : broken on purpose" in asked.stdout
+
+
+@pytest.fixture
+def driver(tmp_path, monkeypatch):
+    """Where the files of a GPU driver are looked for: a folder without any. Nor is nvidia-smi
+    found."""
+    setup = setup_file()
+    patterns = tuple(str(tmp_path / pattern.lstrip("/")) for pattern in setup.GPU_FILES)
+    monkeypatch.setattr(setup, "GPU_FILES", patterns)
+    monkeypatch.setattr(setup, "WSL_NVIDIA_SMI", str(tmp_path / "wsl" / "nvidia-smi"))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "name, visible",
+    [
+        ("dev/nvidia0", True),
+        ("dev/nvidia11", True),
+        ("proc/driver/nvidia/gpus/0000:01:00.0", True),
+        ("dev/nvidiactl", False),  # the driver without a GPU
+        ("dev/nvidia-uvm", False),
+        ("proc/driver/nvidia/version", False),
+        ("dev/dxg", False),  # under WSL it may be another maker's
+    ],
+)
+def test_a_gpu_is_visible_through_the_files_of_its_driver(driver, name, visible):
+    assert not setup_file().gpu_is_visible()
+    (driver / name).parent.mkdir(parents=True)
+    (driver / name).touch()
+    assert setup_file().gpu_is_visible() == visible
+
+
+@pytest.mark.parametrize("place", ["bin", "wsl"])
+@pytest.mark.parametrize(
+    "answer, visible",
+    [
+        ("echo 'GPU 0: NVIDIA H100 (UUID: GPU-1)'", True),
+        ("echo 'a warning'; echo 'GPU 12: NVIDIA H100 (UUID: GPU-1)'", True),
+        ("echo 'No devices found.'", False),
+        ("echo 'GPU 0: NVIDIA H100 (UUID: GPU-1)'; exit 15", False),
+        ("echo 'Failed to initialize NVML: GPU 0 is lost'; exit 9", False),
+        ("while :; do :; done", False),
+    ],
+)
+def test_a_gpu_is_visible_through_nvidia_smi(driver, monkeypatch, place, answer, visible):
+    monkeypatch.setattr(setup_file(), "NVIDIA_SMI_SECONDS", 60 if "echo" in answer else 0.1)
+    write_program(driver / place / "nvidia-smi", f'#!/bin/sh\n[ "$*" = -L ] || exit 2\n{answer}\n')
+    assert setup_file().gpu_is_visible() == visible
+
+
+LEFT_OUT = (
+    "left out: no GPU was visible when sparsekern was installed (set SPARSEKERN_BUILD=cpu,cuda "
+)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    "names, nvcc, gpu, native, cuda",
+    [
+        (None, True, True, "built", "built"),
+        (None, True, False, "built", LEFT_OUT),
+        (None, False, True, "built", "nvcc was not found"),
+        (None, False, False, "built", "nvcc was not found"),
+        ("", True, False, "built", LEFT_OUT),
+        ("auto", True, True, "built", "built"),
+        ("auto", True, False, "built", LEFT_OUT),
+        ("cpu,cuda", True, False, "built", "built"),
+        ("cuda", True, False, "left out by SPARSEKERN_BUILD=cuda", "built"),
+        ("cuda", False, True, None, None),
+        ("cpu,cuda", False, False, None, None),
+        ("cpu", True, True, "built", "left out by SPARSEKERN_BUILD=cpu"),
+        ("none", True, True, *["left out by SPARSEKERN_BUILD=none"] * 2),
+    ],
+)
+def test_cuda_is_built_where_a_gpu_is_visible_or_on_request(
+    driver, monkeypatch, inplace, names, nvcc, gpu, native, cuda
+):
+    """None for both modules is an error: CUDA is asked for and cannot be built. The builders are
+    stand-ins; the one of CUDA needs nvcc."""
+    setup = setup_file()
+
+    def builder(kind):
+        def build(folder, target):
+            if kind == "cuda":
+                setup.nvcc()
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / target).touch()
+            return "built by a stand-in"
+
+        return build
+
+    builders = {name: (kind, builder(kind)) for name, (kind, _) in setup.BUILDERS.items()}
+    monkeypatch.setattr(setup, "BUILDERS", builders)
+    monkeypatch.setattr(setup, "scratch", lambda: driver / "build")
+    monkeypatch.setattr(setup, "ROOT", driver / "root")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("SPARSEKERN_BUILD", raising=False)
+    if names is not None:
+        monkeypatch.setenv("SPARSEKERN_BUILD", names)
+    if nvcc:
+        write_program(driver / "bin" / "nvcc", "#!/bin/sh\n")
+    if gpu:
+        (driver / "dev").mkdir()
+        (driver / "dev" / "nvidia0").touch()
+    command = setup.NinjaBuild(Distribution())
+    command.inplace, command.build_lib = inplace, str(driver / "lib")
+    package = command.package_folder()
+    package.mkdir(parents=True)
+    for name in builders:  # of an earlier build
+        (package / setup.module_file(name)).touch()
+    if native is None:
+        with pytest.raises(setup.SetupError, match=f"SPARSEKERN_BUILD={names}: nvcc was not fou"):
+            command.run()
+        return
+    command.run()
+    report = json.loads((package / "_build_report.json").read_text())
+    assert report["_native"].startswith(native) and report["_cuda"].startswith(cuda)
+    there = {name for name in builders if (package / setup.module_file(name)).exists()}
+    assert there == {name for name, line in report.items() if line.startswith("built")}
+
+
+def test_info_says_that_no_gpu_was_visible(driver, monkeypatch, capsys):
+    """The line of the report is what `sparsekern info` prints of the module."""
+    write_program(driver / "bin" / "nvcc", "#!/bin/sh\n")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    line = setup_file().left_out("cuda", ["auto"])
+    (driver / "_build_report.json").write_text(json.dumps({"_cuda": line}))
+    monkeypatch.setattr(library, "PACKAGE", driver)
+    monkeypatch.setitem(sys.modules, "sparsekern._cuda", None)  # as where it is left out
+    library._clear_modules()
+    library._load_module.cache_clear()
+    try:
+        assert main(["info"]) == 0
+    finally:
+        monkeypatch.undo()
+        library._load_module.cache_clear()
+        library._clear_modules()
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"sparsekern._cuda: missing: {line}" in printed
 
 
 def test_nothing_is_built_on_request(tmp_path):

@@ -1,9 +1,12 @@
-"""The CUDA kernels compile for the architectures that we name, within limits on registers."""
+"""The CUDA kernels compile for the architectures that we name, within limits on registers, into a
+module that can be imported. An install leaves them out where no GPU is visible; this builds them
+wherever nvcc is, as an install with SPARSEKERN_BUILD=cpu,cuda does."""
 
 from __future__ import annotations
 
-import concurrent.futures
-import os
+import contextlib
+import importlib.util
+import io
 import pathlib
 import re
 import shutil
@@ -11,9 +14,10 @@ import subprocess
 from dataclasses import dataclass
 
 import pytest
+from builds import ROOT
+from setup_file import setup_file
 
 pytestmark = pytest.mark.compiles
-CSRC = pathlib.Path(__file__).parent.parent / "csrc"
 ARCHITECTURES = ("80", "90", "100")
 # With 128 registers two blocks of 256 threads fit in the 65536 registers of a multiprocessor: one
 # computes while the other waits for memory.
@@ -35,34 +39,33 @@ class Usage:
     shared: int
 
 
+@dataclass(frozen=True)
+class Built:
+    """The module, and what ptxas says about its kernels."""
+
+    path: pathlib.Path
+    usages: list[Usage]
+
+
 def nvcc() -> str:
-    home = os.environ.get("CUDA_HOME")
-    inside = shutil.which("nvcc", path=str(pathlib.Path(home, "bin"))) if home else None
-    found = inside or shutil.which("nvcc")
-    if found is None:
+    try:
+        return setup_file().nvcc()
+    except RuntimeError:
         pytest.skip("nvcc was not found: install the CUDA toolkit, or set CUDA_HOME to its folder")
-    return found
 
 
-def compile_one(path: str, source: pathlib.Path, arch: str, folder: pathlib.Path) -> list[Usage]:
-    command = [path, "-O3", "-std=c++17", f"-I{CSRC}", f"-arch=sm_{arch}", "-cubin"]
-    command += ["-Xptxas", "-v", str(source), "-o", str(folder / f"{source.stem}.{arch}.cubin")]
-    made = subprocess.run(command, capture_output=True, text=True)
-    assert made.returncode == 0, f"{' '.join(command)}\n{made.stderr}"
-    return list(usages(made.stderr, arch))
-
-
-def usages(log: str, architecture: str) -> list[Usage]:
-    """Reads the messages of ptxas: one part for each kernel, headed by its mangled name."""
+def usages(log: str) -> list[Usage]:
+    """Reads the messages of ptxas: one part for each kernel and architecture, headed by both."""
     found = []
     for part in log.split("Compiling entry function '")[1:]:
+        kernel, architecture = re.match(r"(\w+)' for 'sm_(\w+)'", part).groups()
         stack, stores, loads = re.search(
             r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
         ).groups()
         shared = re.search(r"(\d+) bytes smem", part)
         found.append(
             Usage(
-                kernel=part.split("'")[0],
+                kernel=kernel,
                 architecture=architecture,
                 registers=int(re.search(r"Used (\d+) registers", part).group(1)),
                 stack=int(stack),
@@ -96,23 +99,29 @@ def print_table(all_usages: list[Usage]) -> None:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[Usage]:
-    path = nvcc()
-    folder = tmp_path_factory.mktemp("cubin")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    path, setup = nvcc(), setup_file()
     listed = subprocess.run([path, "--list-gpu-arch"], capture_output=True, text=True).stdout
     known = [arch for arch in ARCHITECTURES if f"compute_{arch}" in listed.split()]
     if known != list(ARCHITECTURES):
         pytest.skip(f"this nvcc knows only sm_{', sm_'.join(known)}: install CUDA 12.8 or later")
-    sources = sorted((CSRC / "cuda").glob("*.cu"))
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = [
-            pool.submit(compile_one, path, source, arch, folder)
-            for source in sources
-            for arch in ARCHITECTURES
-        ]
-        found = [usage for job in jobs for usage in job.result()]
+    folder, target = tmp_path_factory.mktemp("cuda"), setup.module_file("_cuda")
+    log = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(log):
+        patch.setenv("SPARSEKERN_CUDA_ARCHS", ";".join(ARCHITECTURES))
+        patch.setenv("NVCC_APPEND_FLAGS", "-Xptxas=-v")
+        try:
+            setup.build_cuda(folder, target)
+        except setup.CompileError as error:
+            pytest.fail(error.output)
+    found = usages(log.getvalue())
     print_table(found)
-    return found
+    return Built(folder / target, found)
+
+
+@pytest.fixture(scope="module")
+def compiled(built: Built) -> list[Usage]:
+    return built.usages
 
 
 def test_there_are_kernels_for_every_architecture(compiled: list[Usage]) -> None:
@@ -133,3 +142,25 @@ def test_no_kernel_needs_a_stack(compiled: list[Usage]) -> None:
 
 def test_registers_leave_room_for_two_blocks(compiled: list[Usage]) -> None:
     assert [u for u in compiled if u.registers > MOST_REGISTERS] == []
+
+
+def test_every_kernel_of_the_sources_is_in_the_table(compiled: list[Usage]) -> None:
+    """Else the limits above would hold of what was not looked at."""
+    declared = set()
+    for path in (ROOT / "csrc" / "cuda").glob("*.cu*"):
+        text = re.sub(r"__launch_bounds__\([^)]*\)", "", path.read_text())
+        names = re.findall(r"__global__\s+void\s+(\w+)\(", text)
+        assert len(names) == text.count("__global__"), path
+        declared |= set(names)
+    seen = " ".join({usage.kernel for usage in compiled})
+    assert declared and [name for name in declared if name not in seen] == []
+
+
+def test_the_module_is_imported_without_a_gpu(built: Built) -> None:
+    """Nothing is undefined in it, and it holds what was asked for."""
+    spec = importlib.util.spec_from_file_location("_cuda", built.path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    info = module.build_info()
+    assert info["kind"] == "cuda" and info["compiler"].startswith("nvcc ")
+    assert info["architectures"] == ", ".join(f"sm_{arch}" for arch in ARCHITECTURES)
