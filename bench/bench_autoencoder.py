@@ -19,7 +19,8 @@ from problem import Problem, Tensors, region, worst_ratio
 from targets import Workload, peers_of
 
 from sparsekern.models import SparseAutoencoder
-from sparsekern.ops.adam import adam_step, adam_step_reference
+from sparsekern.ops.adam_step import adam_step
+from sparsekern.ops.adam_step.reference import adam_step_reference
 from sparsekern.sae.statistics import total_variance
 
 OPS = ("linear_topk", "SparseAutoencoder", "adam_step")

@@ -21,7 +21,7 @@ from collections.abc import Callable
 import torch
 from checkout import sparsekern
 
-from sparsekern.dispatch import library
+from sparsekern.dispatch import modules
 
 FORCED_NANOSECONDS = 1.0  # of work that pay for a thread when teams are forced
 
@@ -50,7 +50,7 @@ def timed(call: Callable[[], object]) -> float:
 
 def measure(call: Callable[[], object], rounds: int) -> dict[str, list[float]]:
     """Microseconds of each round: as the kernels choose, and with forced teams, in turns."""
-    module, reason = library.native_module("cpu")
+    module, reason = modules.native_module("cpu")
     if module is None:
         raise SystemExit(reason)
     times: dict[str, list[float]] = {"chosen": [], "forced": []}

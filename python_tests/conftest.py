@@ -22,7 +22,7 @@ if not torch.cuda.is_available():
 import pytest
 
 import sparsekern
-from sparsekern.dispatch import library
+from sparsekern.dispatch import backends, modules, operations
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _cases: collections.Counter[str] = collections.Counter()
@@ -44,7 +44,7 @@ class Target:
         """Everything inside runs on this backend."""
         with contextlib.ExitStack() as stack:
             if self.emulated:
-                stack.enter_context(library.stand_in("cpu", _emulation()))
+                stack.enter_context(backends.stand_in("cpu", _emulation()))
             stack.enter_context(sparsekern.backend(self.backend))
             yield
 
@@ -52,7 +52,7 @@ class Target:
         """What keeps this target from running here, with the remedy; empty when it runs."""
         if self.emulated:
             return _emulation_missing()
-        return library._operations["topk"].missing(self.backend, self.device)
+        return operations.operations["topk"].missing(self.backend, self.device)
 
     @property
     def checks_indices(self) -> bool:
@@ -134,7 +134,7 @@ def counted(target: Target) -> Callable[[], None]:
 @pytest.fixture
 def eager_teams() -> Iterator[None]:
     """The CPU kernels divide among torch's threads whatever can be divided, however little."""
-    module, reason = library.native_module("cpu")
+    module, reason = modules.native_module("cpu")
     if module is None:
         pytest.skip(reason)
     before = module.set_nanoseconds_per_thread(1)
@@ -146,7 +146,7 @@ def eager_teams() -> Iterator[None]:
 def instruction_sets(eager_teams: None) -> Iterator[Iterator[str]]:
     """The names of the CPU kernels' instruction sets, each in use while it is the newest one; after
     the test the first one is again, and torch has the threads that it had before."""
-    module, reason = library.native_module("cpu")
+    module, reason = modules.native_module("cpu")
     if module is None:
         pytest.skip(reason)
     threads, names = torch.get_num_threads(), module.instruction_sets()
@@ -192,7 +192,7 @@ def pytest_report_header() -> list[str]:
         f"sparsekern from {source}, torch {torch.__version__}, {torch.get_num_threads()} threads"
     ]
     for name in ("cpu", "cuda"):
-        module, reason = library.native_module(name)
+        module, reason = modules.native_module(name)
         lines.append(f"native {name}: {module.build_info() if module else reason}")
     return lines
 

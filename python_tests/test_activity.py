@@ -8,7 +8,7 @@ from conftest import FLOATS
 
 import sparsekern
 from sparsekern import testing
-from sparsekern.ops.activity import counts_reference
+from sparsekern.ops.count_active.reference import counts_reference
 
 SIZES = [(0, 5), (1, 1), (7, 3), (100, 7), (1000, 40), (5000, 3000), (40000, 11)]
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sparsekern import testing
-from sparsekern.ops.adam import adam_step, adam_step_reference
+from sparsekern.ops.adam_step import adam_step
+from sparsekern.ops.adam_step.reference import adam_step_reference
 from sparsekern.optim import Adam
 
 SHAPES = [(1, 1), (3, 5), (7, 16), (5, 33), (2, 1030), (40, 257)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sparsekern
-from sparsekern.ops.adam import adam_step
+from sparsekern.ops.adam_step import adam_step
 from sparsekern.optim import Adam
 
 SHORT = [torch.bfloat16, torch.float16]

@@ -15,7 +15,11 @@ from conftest import FLOATS
 import sparsekern
 from sparsekern import testing
 from sparsekern.ops import batch_topk as public
-from sparsekern.ops.batch_topk import batch_mask, batch_topk_reference, first_of_list, ordered_key
+from sparsekern.ops.batch_topk import batch_mask
+from sparsekern.ops.batch_topk.candidates import first_of_list
+from sparsekern.ops.batch_topk.reference import batch_topk_reference
+from sparsekern.ops.order import ordered_key
+from sparsekern.ops.topk import native
 
 # Slow targets (a host thread per CUDA thread, an interpreter) take part of the sweep.
 THINNING = {"cuda-emulation": 9, "triton-interpreter": 9}
@@ -158,16 +162,15 @@ def test_first_of_list(dtype):
 
 def test_few_rows_are_read_again(monkeypatch):
     """Independent scores take one round of candidates; a row that owns everything one more."""
-    if sparsekern.dispatch.library.native_module("cpu")[0] is None:
-        pytest.skip(sparsekern.dispatch.library.native_module("cpu")[1])
-    kernels = sparsekern.dispatch.library.kernels("native", "topk")
-    calls, original = [], kernels.topk
+    if sparsekern.dispatch.modules.native_module("cpu")[0] is None:
+        pytest.skip(sparsekern.dispatch.modules.native_module("cpu")[1])
+    calls, original = [], native.topk
 
     def counted(x, m, *flags):
         calls.append((len(x), m))
         return original(x, m, *flags)
 
-    monkeypatch.setattr(kernels, "topk", counted)
+    monkeypatch.setattr(native, "topk", counted)
     x = torch.randn(64, 500, generator=torch.Generator().manual_seed(0))
     with sparsekern.backend("native"):
         sparsekern.batch_topk(x, 16)

@@ -24,7 +24,7 @@ from setup_file import setup_file
 from setuptools import Distribution
 
 from sparsekern.cli import main
-from sparsekern.dispatch import library
+from sparsekern.dispatch import backends, modules
 
 
 def test_without_a_compiler_the_install_goes_on(tmp_path):
@@ -224,16 +224,14 @@ def test_info_says_that_no_gpu_was_visible(driver, monkeypatch, capsys):
     monkeypatch.delenv("CUDA_HOME", raising=False)
     line = setup_file().left_out("cuda", ["auto"])
     (driver / "_build_report.json").write_text(json.dumps({"_cuda": line}))
-    monkeypatch.setattr(library, "PACKAGE", driver)
+    monkeypatch.setattr(modules, "PACKAGE", driver)
     monkeypatch.setitem(sys.modules, "sparsekern._cuda", None)  # as where it is left out
-    library._clear_modules()
-    library._load_module.cache_clear()
+    backends.forget_modules()
     try:
         assert main(["info"]) == 0
     finally:
         monkeypatch.undo()
-        library._load_module.cache_clear()
-        library._clear_modules()
+        backends.forget_modules()
     printed = " ".join(capsys.readouterr().out.split())
     assert f"sparsekern._cuda: missing: {line}" in printed
 
@@ -280,7 +278,7 @@ def test_the_kernels_under_test_are_there_where_a_compiler_is():
     """An install goes on without them; its tests must not."""
     if shutil.which("g++") is None:
         pytest.skip("no g++: install it and sparsekern again to test the compiled kernels")
-    module, reason = library.native_module("cpu")
+    module, reason = modules.native_module("cpu")
     assert module is not None, reason
 
 

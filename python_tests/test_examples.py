@@ -15,14 +15,14 @@ import sparsekern.ops
 import sparsekern.optim
 
 # their imports need what an extra installs, or a GPU
-ELSEWHERE = ("sparsekern.__main__", "sparsekern._native", "sparsekern._cuda", "sparsekern.kernels")
+ELSEWHERE = ("sparsekern.__main__", "sparsekern._native", "sparsekern._cuda")
 # facts about this machine; one line of PyTorch, which its docstring gives
 WITHOUT = {"describe", "codes_to_dense"}
 
 MODULES = [
     found.name
     for found in pkgutil.walk_packages(sparsekern.__path__, "sparsekern.")
-    if not found.name.startswith(ELSEWHERE)
+    if not found.name.startswith(ELSEWHERE) and ".triton" not in found.name
 ]
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sparsekern
-from sparsekern.native import KEPT_FROM
+from sparsekern.dispatch.launch import KEPT_FROM
 from sparsekern.ops import batch_norm, codes_to_dense
 from sparsekern.ops.batch_topk import batch_mask
 from sparsekern.ops.topk import mask_with_codes

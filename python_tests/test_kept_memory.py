@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import sparsekern
-from sparsekern.dispatch import library
+from sparsekern.dispatch import modules
 from sparsekern.dispatch.kept_memory import LIMIT, kept_bytes
-from sparsekern.native import KEPT_FROM, new_output
+from sparsekern.dispatch.launch import KEPT_FROM, new_output
 
-native, reason = library.native_module("cpu")
+native, reason = modules.native_module("cpu")
 pytestmark = pytest.mark.skipif(native is None, reason=str(reason))
 
 COUNT = KEPT_FROM // 4

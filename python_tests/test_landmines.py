@@ -99,7 +99,7 @@ def test_both_index_dtypes_give_every_gradient(target, counted, indices_dtype):
 
 
 def test_selections_of_slices_never_merge_an_index_twice(target, monkeypatch):
-    from sparsekern.ops import linear_slices
+    from sparsekern.ops.linear_topk import slices as linear_slices
 
     monkeypatch.setattr(linear_slices, "SMALLEST_SLICE", 8)
     monkeypatch.setattr(linear_slices, "BUFFER_ELEMENTS", 8)

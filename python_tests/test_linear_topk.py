@@ -9,7 +9,7 @@ from conftest import FLOATS
 
 import sparsekern
 from sparsekern import testing
-from sparsekern.ops import linear_slices
+from sparsekern.ops.linear_topk import slices as linear_slices
 
 F = torch.nn.functional
 

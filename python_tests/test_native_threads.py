@@ -11,13 +11,13 @@ from processes import spawn
 
 import sparsekern
 from sparsekern import testing
-from sparsekern.dispatch import library
+from sparsekern.dispatch import modules
 from sparsekern.ops import batch_norm, threshold_codes, threshold_relu
-from sparsekern.ops.adam import adam_step
+from sparsekern.ops.adam_step import adam_step
 
 
 def native_cpu():
-    module, reason = library.native_module("cpu")
+    module, reason = modules.native_module("cpu")
     if module is None:
         pytest.skip(reason)
     return module
@@ -106,7 +106,7 @@ import multiprocessing, os, sys, torch, sparsekern
 sys.path.insert(0, {folder!r})
 import test_native_threads as tests
 torch.set_num_threads(2)
-module = sparsekern.dispatch.library.native_module("cpu")[0]
+module = sparsekern.dispatch.modules.native_module("cpu")[0]
 module.set_nanoseconds_per_thread(1)
 calls = tests.work(16, 1024)  # torch itself uses threads from 32768 elements on
 def bytes_of(call):  # without torch, whose own threads hang in a forked child
@@ -149,7 +149,7 @@ EXHAUSTED = """
 import resource, sys, torch, sparsekern
 from sparsekern.ops import threshold_codes, threshold_relu
 torch.set_num_threads(2)
-module = sparsekern.dispatch.library.native_module("cpu")[0]
+module = sparsekern.dispatch.modules.native_module("cpu")[0]
 module.set_nanoseconds_per_thread(1)
 x = torch.randn(1, 2, 4_000_000)
 calls = {

@@ -26,7 +26,9 @@ import importlib, pkgutil, sys
 sys.modules.update(dict.fromkeys({hidden!r}))  # None means: not there
 import sparsekern
 for module in pkgutil.walk_packages(sparsekern.__path__, "sparsekern."):
-    if not module.name.startswith(("sparsekern.kernels.", "sparsekern.__main__", "sparsekern._")):
+    if "triton" not in module.name and not module.name.startswith(
+        ("sparsekern.__main__", "sparsekern._")
+    ):
         importlib.import_module(module.name)
 """
 

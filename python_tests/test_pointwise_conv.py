@@ -12,7 +12,7 @@ from test_sparse_matmul import DTYPE_PAIRS, PAIR_IDS, double
 
 import sparsekern
 from sparsekern import testing
-from sparsekern.ops.pointwise_conv import (
+from sparsekern.ops.pointwise_conv.reference import (
     pointwise_conv_backward_reference,
     pointwise_conv_reference,
 )

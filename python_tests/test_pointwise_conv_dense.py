@@ -10,7 +10,7 @@ import torch
 from test_pointwise_conv import CASES, make
 
 import sparsekern
-from sparsekern.ops.pointwise_conv import ELEMENTS_PER_CODE
+from sparsekern.ops.pointwise_conv.dense import ELEMENTS_PER_CODE
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if 0 not in case[0]])

@@ -9,7 +9,10 @@ from conftest import FLOATS
 
 import sparsekern
 from sparsekern import testing
-from sparsekern.ops.sparse_matmul import sparse_matmul_backward_reference, sparse_matmul_reference
+from sparsekern.ops.sparse_matmul.reference import (
+    sparse_matmul_backward_reference,
+    sparse_matmul_reference,
+)
 
 DTYPE_PAIRS = [(dtype, dtype) for dtype in FLOATS] + [
     (torch.bfloat16, torch.float32),

@@ -8,7 +8,7 @@ from conftest import FLOATS
 
 import sparsekern
 from sparsekern import testing
-from sparsekern.ops.threshold import channel_threshold_reference
+from sparsekern.ops.channel_threshold.reference import channel_threshold_reference
 
 # Slow targets (a host thread per CUDA thread, an interpreter) take part of the sweep, dealt evenly.
 THINNING = {"cuda-emulation": 5, "triton-interpreter": 61}

@@ -11,8 +11,12 @@ from test_threshold import FILLS, LAYOUTS, SHAPES, lay_out, numbers
 
 import sparsekern
 from sparsekern import testing
-from sparsekern.dispatch import library
-from sparsekern.ops.threshold_relu import threshold_codes_reference, threshold_relu_reference
+from sparsekern.dispatch import operations
+from sparsekern.ops.threshold_relu import native
+from sparsekern.ops.threshold_relu.reference import (
+    threshold_codes_reference,
+    threshold_relu_reference,
+)
 
 # Slow targets (a host thread per CUDA thread, an interpreter) take part of the sweep, dealt evenly.
 THINNING = {"cuda-emulation": 3, "triton-interpreter": 11}
@@ -58,7 +62,7 @@ def expected(x, threshold, scale, shift, dim, cut=False):
 
 
 def has_codes(target):
-    return not library._operations["threshold_codes"].missing(target.backend, target.device)
+    return not operations.operations["threshold_codes"].missing(target.backend, target.device)
 
 
 def check(name, target, x, normalized, dim):
@@ -145,7 +149,7 @@ def test_more_codes_than_there_is_room_for(target):
         threshold = torch.full(shape[1:2], 0.1, device=target.device)
         codes = sparsekern.threshold_codes(x, threshold)
         dense, active, counts = expected(x, threshold, None, None, 1)
-        assert len(codes.values) > sparsekern.native.threshold.LEAST_ROOM
+        assert len(codes.values) > native.LEAST_ROOM
         testing.assert_same("indices", codes.indices, active.flatten().nonzero().flatten())
         testing.assert_same("values", codes.values, dense[active])
         testing.assert_same("counts", codes.counts, counts)

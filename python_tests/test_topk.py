@@ -13,7 +13,8 @@ from conftest import FLOATS
 import sparsekern
 from sparsekern import testing
 from sparsekern.ops import codes_to_dense
-from sparsekern.ops.topk import mask_with_codes, topk_mask_reference, topk_reference
+from sparsekern.ops.topk import mask_with_codes
+from sparsekern.ops.topk.reference import topk_mask_reference, topk_reference
 
 # Slow targets (a host thread per CUDA thread, an interpreter) take part of the sweep, dealt evenly.
 THINNING = {"cuda-emulation": 7, "triton-interpreter": 9}
@@ -248,7 +249,7 @@ def test_any_row(data):
 
 
 def native_cpu():
-    module, reason = sparsekern.dispatch.library.native_module("cpu")
+    module, reason = sparsekern.dispatch.modules.native_module("cpu")
     if module is None:
         pytest.skip(reason)
     return module

@@ -189,7 +189,7 @@ def test_nothing_to_count(target):
 
 
 def test_no_parameters_to_step():
-    from sparsekern.ops.adam import adam_step
+    from sparsekern.ops.adam_step import adam_step
 
     for shape in ((0, 4), (4, 0), (0,)):
         adam_step(*(f(*shape) for _ in range(4)), lr=0.1, step=1, unit_rows=len(shape) == 2)

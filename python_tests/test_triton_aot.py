@@ -25,16 +25,16 @@ import torch
 
 triton = pytest.importorskip("triton", reason="the Triton kernels need triton: pip install triton")
 
-from sparsekern.kernels import (  # noqa: E402
-    activity,
-    adam,
-    keys,
-    sparse_matmul,
-    threshold,
-    topk,
-    topk_finish,
-    topk_stream,
-)
+from sparsekern.ops import triton_keys as keys  # noqa: E402
+from sparsekern.ops.adam_step import triton as adam  # noqa: E402
+from sparsekern.ops.channel_threshold import triton as channel_threshold  # noqa: E402
+from sparsekern.ops.codes_to_dense import triton as codes_to_dense  # noqa: E402
+from sparsekern.ops.count_active import triton as count_active  # noqa: E402
+from sparsekern.ops.sparse_matmul import triton as sparse_matmul  # noqa: E402
+from sparsekern.ops.threshold_relu import triton as threshold_relu  # noqa: E402
+from sparsekern.ops.topk import triton as topk  # noqa: E402
+from sparsekern.ops.topk import triton_finish as topk_finish  # noqa: E402
+from sparsekern.ops.topk import triton_stream as topk_stream  # noqa: E402
 
 pytestmark = pytest.mark.compiles
 TARGETS = {
@@ -137,10 +137,10 @@ def adam_case(kernel: Any, size: str, warps: int) -> Case:
 def digits_case(dtype: torch.dtype, channels: int, inner: int, top: bool) -> Case:
     """A pass over [outer, channels, inner]; the sizes of a program's part may pass 2^31."""
     constants = {name: value for name, value in float_constants(dtype).items() if name != "ABS"}
-    bits, slots = threshold.digit_block(channels, inner)
+    bits, slots = channel_threshold.digit_block(channels, inner)
     constants |= {
-        "TOP": top, "BITS": bits, "SLOTS": slots, "LONG": inner >= threshold.BLOCK,
-        "BLOCK": threshold.BLOCK,
+        "TOP": top, "BITS": bits, "SLOTS": slots, "LONG": inner >= channel_threshold.BLOCK,
+        "BLOCK": channel_threshold.BLOCK,
     }  # fmt: skip
     if inner == 1:
         constants["inner"] = 1
@@ -148,7 +148,7 @@ def digits_case(dtype: torch.dtype, channels: int, inner: int, top: bool) -> Cas
         "x": bits_pointer(dtype), "prefixes": "*i32", "counts": "*i64", "size": "i64",
         "part": "i64",
     }  # fmt: skip
-    return Case(threshold.digits_kernel, pointers, constants, 8, registers=112)
+    return Case(channel_threshold.digits_kernel, pointers, constants, 8, registers=112)
 
 
 def extend_case(dtype: torch.dtype, bits: int, top: bool) -> Case:
@@ -157,17 +157,17 @@ def extend_case(dtype: torch.dtype, bits: int, top: bool) -> Case:
         "counts": "*i64", "prefixes": "*i32", "wanted": "*i64", "thresholds": bits_pointer(dtype),
     }  # fmt: skip
     constants |= {"TOP": top, "LAST": not top, "BITS": bits}
-    return Case(threshold.extend_kernel, pointers, constants, 4)
+    return Case(channel_threshold.extend_kernel, pointers, constants, 4)
 
 
 def threshold_relu_case(columns: int, dtype: str, runs: bool, normalized: bool) -> Case:
-    rows, side = threshold.tile_block(columns)
+    rows, side = threshold_relu.tile_block(columns)
     constants = {"NORMALIZED": normalized, "RUNS": runs, "ROWS": rows, "COLUMNS": side}
     if not runs:
         constants["inner"] = 1
     pointers = {name: "*fp32" for name in ("threshold", "scale", "shift")}
     pointers |= {"x": f"*{dtype}", "y": f"*{dtype}", "counts": "*i64"}
-    return Case(threshold.threshold_relu_kernel, pointers, constants, 8)
+    return Case(threshold_relu.threshold_relu_kernel, pointers, constants, 8)
 
 
 def backward_case(d: int, values: str, weight: str, row_major: bool = True) -> Case:
@@ -199,9 +199,9 @@ CASES = {
     "finish 20 float32, sorted": finish_case(20, torch.float32, True),
     "finish 64 float32, masked": finish_case(64, torch.float32, False),
     "scatter 16-bit": Case(
-        topk.scatter_kernel,
+        codes_to_dense.scatter_kernel,
         {"values": "*i16", "indices": "*i64", "dense": "*i16"},
-        {"BLOCK": topk.SCATTER_BLOCK},
+        {"BLOCK": codes_to_dense.SCATTER_BLOCK},
         4,
     ),
     "forward bfloat16": forward_case(4096, "bf16", "bf16"),
@@ -222,9 +222,9 @@ CASES = {
     "threshold_relu float32, 49": threshold_relu_case(49, "fp32", True, False),
     "threshold_relu float32, rows": threshold_relu_case(64, "fp32", False, True),
     "count_active bfloat16": Case(
-        activity.count_active_kernel,
+        count_active.count_active_kernel,
         {"indices": "*i64", "values": "*bf16", "counts": "*i64"},
-        {"HAS_VALUES": True, "BLOCK": activity.BLOCK},
+        {"HAS_VALUES": True, "BLOCK": count_active.BLOCK},
         4,
     ),
 }

@@ -7,8 +7,8 @@ import torch
 
 import sparsekern
 from sparsekern import Transposition, testing
+from sparsekern.ops.codes_to_dense import codes_to_dense
 from sparsekern.ops.linear_at import vector_at
-from sparsekern.ops.topk import codes_to_dense
 
 N = 20
 

@@ -12,7 +12,9 @@ try:
 except ModuleNotFoundError as error:
     raise _torch_missing(error) from None
 
-from .dispatch.library import BackendUnavailableError, backend, describe, empty_cache
+from .dispatch.backends import BackendUnavailableError, backend
+from .dispatch.information import describe
+from .dispatch.kept_memory import empty_cache
 from .nn import BatchTopK, DeadNeuronCounter, JumpReLU, SparseLinear, SpatialSparsity, TopK
 from .ops import (
     ChannelCodes,

@@ -16,6 +16,12 @@ RENAMED = {
     "metrics": "measures.activity",
     "motif_errors": "measures.motif_errors",
     "motif_perturbation": "measures.motif_perturbation",
+    "ops.activity": "ops.count_active",
+    "ops.adam": "ops.adam_step",
+    "ops.linear_checks": "ops.linear_topk.checks",
+    "ops.linear_slices": "ops.linear_topk.slices",
+    "ops.threshold": "ops.channel_threshold",
+    "ops.transposition": "ops.transpose_codes",
     "models.sae": "sae.model",
     **{
         f"models.{part}": f"sae.{part}"

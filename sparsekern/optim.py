@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .ops.adam import adam_step
+from .ops.adam_step import adam_step
 from .ops.checks import FLOATING
 
 SHORT = (torch.bfloat16, torch.float16)

@@ -74,7 +74,15 @@ def kept_bytes() -> int:
         return sum(_storages[at].nbytes() for at in range(len(_storages)) if _free(at))
 
 
-def release() -> None:
-    """Give freed storages back to the system."""
+def empty_cache() -> None:
+    """Give the memory of freed large outputs on the CPU back to the system.
+
+    Outputs of 32 MiB and more leave theirs, up to 2 GiB, to the next ones of the same sizes.
+    torch.cuda.empty_cache() is the same for GPUs.
+
+    Example:
+        >>> import sparsekern
+        >>> sparsekern.empty_cache()
+    """
     with _lock:
         _drop_free()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.activity import count_active
-from ..ops.topk import codes_to_dense
+from ..ops.codes_to_dense import codes_to_dense
+from ..ops.count_active import count_active
 
 DEAD_THRESHOLDS = (1e-4, 1e-3, 1e-2)
 

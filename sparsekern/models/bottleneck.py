@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ..nn import DeadNeuronCounter, TopK
 from ..ops.checks import check_same_dtype
+from ..ops.codes_to_dense import codes_to_dense
 from ..ops.exported import exported
 from ..ops.linear_topk import linear_topk
 from ..ops.sparse_matmul import sparse_matmul
-from ..ops.topk import codes_to_dense
 from ..sae.decoding import dense_product
 from ..sae.normalisation import BatchNorm1d
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
-from ..ops.activity import count_active
 from ..ops.batch_topk import batch_mask, check_share, kept_in_all
 from ..ops.checks import check_floating
+from ..ops.codes import Codes
+from ..ops.count_active import count_active
 from ..ops.jumprelu import at_most
-from ..ops.topk import Codes
 from .averages import in_its_dtype
 from .codes import codes_where
 from .counter import DeadNeuronCounter, check_counter

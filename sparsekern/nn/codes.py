@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..ops.topk import Codes, topk
+from ..ops.codes import Codes
+from ..ops.topk import topk
 
 
 def codes_where(dense: torch.Tensor, wanted: torch.Tensor) -> Codes:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..ops.activity import count_active
 from ..ops.checks import check_codes, check_count, check_floating
+from ..ops.count_active import count_active
 from .recomputation import recomputing, take
 
 

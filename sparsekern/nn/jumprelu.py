@@ -10,8 +10,8 @@ from torch import nn
 
 from ..ops.batch_topk import check_share, kept_in_all
 from ..ops.checks import check_above_zero, check_count, check_floating
+from ..ops.codes import Codes
 from ..ops.jumprelu import at_most, in_band, jumprelu, step
-from ..ops.topk import Codes
 from .batch_topk import value_at_rank
 from .codes import codes_where
 

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.batch_norm import batch_norm, quicker_than_torch
+from ..ops.channel_threshold import channel_threshold, check_density
 from ..ops.channels import check_channels
 from ..ops.checks import check_count
-from ..ops.threshold import channel_threshold, check_density
 from ..ops.threshold_relu import ChannelCodes, threshold_codes, threshold_relu
 from ..ops.topk import topk
 from .averages import in_its_dtype

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..ops.activity import count_active
 from ..ops.checks import check_count
-from ..ops.topk import Codes, codes_to_dense, mask_with_codes, topk
+from ..ops.codes import Codes
+from ..ops.codes_to_dense import codes_to_dense
+from ..ops.count_active import count_active
+from ..ops.topk import mask_with_codes, topk
 from .counter import DeadNeuronCounter, check_counter
 from .saved_k import SavedK
 

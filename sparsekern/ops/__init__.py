@@ -1,18 +1,21 @@
-"""What each operation means: checks, reference and gradient, one file per stem."""
+"""The operations, a folder each: definition and public function (`__init__`), reference, what torch
+knows of it (`operation`), calls of the compiled kernels (`native`), Triton kernels (`triton`)."""
 
-from .activity import count_active
-from .adam import adam_step
+from .adam_step import adam_step
 from .batch_norm import batch_norm
 from .batch_topk import batch_topk
+from .channel_threshold import channel_threshold
+from .codes import Codes, CountedCodes, TransposedCodes, Transposition
+from .codes_to_dense import codes_to_dense
+from .count_active import count_active
 from .jumprelu import jumprelu, step
 from .linear_at import linear_at
-from .linear_topk import TransposedCodes, linear_topk
+from .linear_topk import linear_topk
 from .pointwise_conv import pointwise_conv
 from .sparse_matmul import sparse_matmul
-from .threshold import channel_threshold
 from .threshold_relu import ChannelCodes, threshold_codes, threshold_relu
-from .topk import Codes, CountedCodes, codes_to_dense, topk, topk_mask
-from .transposition import Transposition, transpose_codes
+from .topk import topk, topk_mask
+from .transpose_codes import transpose_codes
 
 __all__ = [
     "ChannelCodes",

@@ -7,7 +7,7 @@ inner = H * W; channels last, [B, H, W, C] or torch.channels_last, is outer = B 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -62,7 +62,7 @@ def check_constants(op: str, x: torch.Tensor, dim: int, **tensors: torch.Tensor 
     check_same_device(op, x=x, **tensors)
 
 
-def constants(kind: torch.dtype, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+def constants(kind: torch.dtype, *tensors: torch.Tensor | None) -> list[Any]:
     """Numbers per channel as the kernels take them: contiguous, in the dtype they compute in."""
     return [None if tensor is None else tensor.to(kind).contiguous() for tensor in tensors]
 

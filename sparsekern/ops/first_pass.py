@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from ..dispatch import library
+from ..dispatch.operations import define
 
 backward_pass = torch._C._current_graph_task_id
 NO_PASS = -1
@@ -36,7 +36,7 @@ def _fake(like: torch.Tensor) -> torch.Tensor:
     return like.new_empty((), dtype=torch.bool)
 
 
-_first_pass = library.define(
+_first_pass = define(
     "first_pass",
     "(Tensor like) -> Tensor",
     reference=first_pass_reference,

@@ -15,10 +15,12 @@ from __future__ import annotations
 import torch
 
 from .checks import autocasting, check_codes
-from .linear_checks import check_layer
-from .linear_topk import _autocast, _centred
-from .sparse_matmul import _sparse_matmul_backward
-from .transposition import Transposition, check_transposition
+from .codes import Transposition
+from .linear_topk.checks import check_layer
+from .linear_topk.operation import autocast_layer
+from .linear_topk.reference import centred
+from .sparse_matmul.operation import sparse_matmul_backward
+from .transpose_codes.checks import check_transposition
 
 
 def linear_at(
@@ -74,7 +76,7 @@ def linear_at(
     check_transposition(op, transposition, indices, weight.shape[0])
     if autocasting(x) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias, _, pre_bias, scale = _autocast(
+        x, weight, bias, _, pre_bias, scale = autocast_layer(
             (x, weight, bias, None, pre_bias, scale), dtype
         )
         with torch.autocast(x.device.type, enabled=False):
@@ -91,7 +93,7 @@ def _at(
     scale: torch.Tensor | None,
     transposition: Transposition | None,
 ) -> torch.Tensor:
-    scores = _dots(_centred(x, pre_bias), weight, indices, transposition)
+    scores = _dots(centred(x, pre_bias), weight, indices, transposition)
     if bias is not None:
         scores = scores + vector_at(bias.to(x.dtype), indices, transposition)
     if scale is not None:
@@ -108,7 +110,7 @@ def _dots(
     """rows [..., D], dictionary [N, D], indices [..., k] -> rows . dictionary[indices]."""
     grouped = transposition or (None, None)
     shape = rows.new_empty(indices.shape)  # of the result; its content is not read
-    return _sparse_matmul_backward(rows, shape, indices, dictionary, True, False, *grouped)[0]
+    return sparse_matmul_backward(rows, shape, indices, dictionary, True, False, *grouped)[0]
 
 
 def vector_at(

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.checks import autocasting, check_weight_dtype
+from ..ops.codes import Transposition
 from ..ops.linear_at import vector_at
 from ..ops.sparse_matmul import sparse_matmul
-from ..ops.transposition import Transposition
 from .encoding import Encoding, sizes_are_fixed
 
 

@@ -27,12 +27,13 @@ from torch._subclasses import FakeTensor
 
 from ..nn import BatchTopK, JumpReLU, TopK
 from ..nn.codes import traced_or_vmapped
-from ..ops.batch_topk import batch_topk, first_of_list, kept_in_all
+from ..ops.batch_topk import batch_topk, kept_in_all
+from ..ops.batch_topk.candidates import first_of_list
+from ..ops.codes import Codes, TransposedCodes, Transposition
 from ..ops.jumprelu import at_most, jumprelu, step
 from ..ops.linear_at import linear_at, vector_at
-from ..ops.linear_topk import TransposedCodes, linear_topk
-from ..ops.topk import Codes
-from ..ops.transposition import Transposition, transpose_codes
+from ..ops.linear_topk import linear_topk
+from ..ops.transpose_codes import transpose_codes
 
 # Dense scores win when rows need more than one latent in so many; measured on a CPU.
 NARROWEST = 8

@@ -8,7 +8,7 @@ A domain draws samples without end. Sample number i of stream ``seed`` is a pure
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -149,45 +149,3 @@ def check_parameters(domain: MotifDomain, *rules: tuple[str, bool, str]) -> None
             raise ValueError(
                 f"{type(domain).__name__}: {parameter} {rule}, got {getattr(domain, parameter)!r}"
             )
-
-
-def motif_domain(name: str, **options: Any) -> MotifDomain:
-    """A domain by name.
-
-    * ``"tiny"``: 28 x 28 images with four kinds of digits on a circle, for minutes on one core;
-    * ``"digit-circle"``: 100 x 100 images with ten kinds of digits on a circle;
-    * ``"latex"``: 120 x 360 images of formulas;
-    * ``"audio"``: spectrograms of 15 s with spoken digits.
-
-    Args:
-        name: one of these.
-        options: parameters of :class:`~.digit_circle.DigitCircle` (the first two),
-            :class:`~.latex_formulas.LatexFormulas`, :class:`~.spoken_digits.SpokenDigits`.
-
-    Raises:
-        ValueError: there is no such domain, or a parameter is not possible.
-        TypeError: there is no such parameter.
-
-    Example:
-        >>> domain = motif_domain("tiny")
-        >>> inputs, labels, motifs = domain.batch(seed=0, first=0, count=32)
-        >>> inputs.shape, labels.shape, motifs.shape
-        (torch.Size([32, 1, 28, 28]), torch.Size([32, 4]), torch.Size([32, 4, 5]))
-        >>> [domain.label_symbols[number] for number in labels[3].tolist()]
-        ['0', '4', '7', '1']
-    """
-    # Here, because their classes are built on the one above.
-    from .digit_circle import TINY, DigitCircle
-    from .latex_formulas import LatexFormulas
-    from .spoken_digits import SpokenDigits
-
-    makers: dict[str, Any] = {
-        "tiny": lambda **changes: DigitCircle(**{**TINY, **changes}),
-        "digit-circle": DigitCircle,
-        "latex": LatexFormulas,
-        "audio": SpokenDigits,
-    }
-    if name not in makers:
-        raise ValueError(f"motif_domain: name must be one of {', '.join(makers)}, got {name!r}")
-    made: MotifDomain = makers[name](**options)
-    return made

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from ... import backend
-from ...data.motifs.domain import MotifDomain, motif_domain
+from ...data.motifs.domain import MotifDomain
+from ...data.motifs.domains import motif_domain
 from ...training import RunFolder, train
 from ...training.runs import write_atomically
 from ..configs import (

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...measures.activity import UnitActivity
 from ...measures.disentanglement import Gap, mig, mig_monte_carlo, selectivity
 from ...models.vae_sae import VAESAE, vae_sae_loss
-from ...ops.topk import codes_to_dense
+from ...ops.codes_to_dense import codes_to_dense
 from .images import Part, pixels
 
 BATCH = 256

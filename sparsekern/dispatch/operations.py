@@ -1,0 +1,194 @@
+"""Operations: what torch knows of them, and which implementation serves a call.
+
+An operation is defined once (`Operation`), with one reference and any number of implementations.
+The choice among them is made at each call from the device and dtype of its first tensor, never at
+import, so that one process can use several devices and `backend(...)` can force a choice for a
+while. This is the only file that knows torch.library.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from .autograd import raise_versions, recording_kernel, versioning_kernel, without_views
+from .backends import PREFERRED, BackendUnavailableError, forced_backend, new_choices
+from .fast_path import device_type_of, dispatcher_has_nothing_to_do
+from .modules import native_module, stand_ins, why_no_triton
+
+NAMESPACE = "sparsekern"
+
+_definitions = torch.library.Library(NAMESPACE, "DEF")
+operations: dict[str, Operation] = {}
+
+
+@dataclass
+class Operation:
+    """One torch operation: its schema, its reference, and how else it can be computed.
+
+    `implementations` maps a backend name to a function of the operation's arguments; `cpu_only`
+    says that the native one has no CUDA kernel, `owned` that none of its outputs is a view;
+    `mutated` are the places of arguments that change.
+    """
+
+    name: str
+    schema: str
+    reference: Callable[..., Any]
+    implementations: dict[str, Callable[..., Any]]
+    cpu_only: bool = False
+    owned: bool = False
+    mutated: list[int] = field(default_factory=list)
+    choices: dict[tuple[str, torch.dtype], Callable[..., Any]] = field(default_factory=new_choices)
+
+    def missing(self, name: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
+        """Why backend `name` cannot serve tensors of this device and dtype; empty when it can."""
+        if name == "reference":
+            return ""
+        if name not in self.implementations:
+            return f"{self.name} has no {name} implementation"
+        reason = why_no_triton(device_type) if name == "triton" else native_module(device_type)[1]
+        if reason:
+            return reason
+        on_cpu = name == "native" and device_type == "cpu" and device_type not in stand_ins
+        if self.cpu_only and not on_cpu:
+            return f"{self.name} has kernels for the CPU only"
+        if dtype == torch.float64 and not on_cpu:
+            return "float64 is served by the reference and the CPU kernels only"
+        return ""
+
+    def choose(self, device_type: str, dtype: torch.dtype) -> tuple[str, str]:
+        """The backend that serves a call, and the reason."""
+        if forced := forced_backend():
+            if reason := self.missing(forced, device_type, dtype):
+                raise BackendUnavailableError(
+                    f"{self.name}: backend '{forced}' was asked for but cannot run on "
+                    f"{device_type}: {reason}"
+                )
+            return forced, "forced"
+        reasons: list[str] = []
+        for name in PREFERRED.get(device_type, ()):
+            if not (reason := self.missing(name, device_type, dtype)):
+                return name, "; ".join(reasons) or "first choice"
+            reasons.append(f"no {name}: {reason}")
+        return "reference", "; ".join(reasons) or f"no kernels for {device_type}"
+
+    def __call__(self, *args: Any) -> Any:
+        first = args[0]
+        key = (device_type_of(first), first.dtype)
+        function = self.choices.get(key)
+        if function is None:
+            name, _ = self.choose(key[0], _ranked_dtype(first.dtype))
+            function = self.reference if name == "reference" else self.implementations[name]
+            if name != "native" or not self.owned:
+                function = without_views(function)
+            self.choices[key] = function
+        return function(*args)
+
+
+def _ranked_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that decides the choice: integer tensors (indices) are served wherever float32
+    is."""
+    return dtype if dtype.is_floating_point else torch.float32
+
+
+def define(
+    name: str,
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    implementations: dict[str, Callable[..., Any]],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+    vmap: Callable[..., Any] | None = None,
+    autocast: Callable[..., Any] | None = None,
+    check: Callable[..., object] | None = None,
+    cpu_only: bool = False,
+    owned: bool = False,
+) -> Callable[..., Any]:
+    """Register one operation with torch and return it.
+
+    name: inside the namespace. schema: torch's, without the name. reference, implementations:
+    functions of the schema's positional arguments. fake: shapes and dtypes only. backward,
+    setup_context: the one gradient that every backend shares. vmap: as in
+    torch.library.register_vmap. autocast: maps (arguments, dtype) to the arguments to use inside an
+    autocast region. check: raises for arguments that the implementations must not see; the public
+    function's own checks may spare it where the dispatcher is skipped. cpu_only: there is no kernel
+    for GPUs. owned: no output of the native implementation is a view (one that is will be replaced
+    otherwise, which small calls notice).
+    """
+    operation = Operation(name, schema, reference, implementations, cpu_only, owned)
+    operations[name] = operation
+    qualified = f"{NAMESPACE}::{name}"
+    _definitions.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    _definitions.impl(name, _checked(operation, check), "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake, lib=_definitions)
+    if vmap is not None:
+        torch.library.register_vmap(qualified, vmap, lib=_definitions)
+    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    if backward is not None:
+        kernel = recording_kernel(name, overload, backward, setup_context)
+        _definitions.impl(name, kernel, "Autograd", with_keyset=True)
+    arguments = enumerate(overload._schema.arguments)
+    operation.mutated = [at for at, a in arguments if a.alias_info and a.alias_info.is_write]
+    if operation.mutated:
+        kernel = versioning_kernel(overload, operation.mutated)
+        _definitions.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
+    if autocast is not None:
+        for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+            _definitions.impl(name, _autocast_rule(overload, autocast, device_type), key)
+    return _entrance(operation, overload)
+
+
+def _checked(operation: Operation, check: Callable[..., object] | None) -> Callable[..., Any]:
+    if check is None:
+        return operation
+
+    def run(*args: Any) -> Any:
+        check(*args)
+        return operation(*args)
+
+    return run
+
+
+def differentiating() -> bool:
+    """In a backward pass: whether its own derivative is wanted, in either mode."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+
+
+def unknown_size() -> Any:
+    """In a fake: the size of a dimension that depends on the data."""
+    return torch.library.get_ctx().new_dynamic_size()
+
+
+def _entrance(operation: Operation, overload: Callable[..., Any]) -> Callable[..., Any]:
+    """What the public functions call: the implementation itself where torch's dispatcher has
+    nothing to do, else the overload.
+    """
+
+    @functools.wraps(overload)
+    def call(*args: Any) -> Any:
+        if not dispatcher_has_nothing_to_do(args):
+            return overload(*args)
+        outputs = operation(*args)
+        if operation.mutated:
+            raise_versions(operation.mutated, args)
+        return outputs
+
+    return call
+
+
+def _autocast_rule(
+    overload: Callable[..., Any], cast: Callable[..., Any], device_type: str
+) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        cast_args = cast(args, torch.get_autocast_dtype(device_type))
+        with torch.autocast(device_type, enabled=False):
+            return overload(*cast_args)
+
+    return run

@@ -1,0 +1,40 @@
+"""Calls of the native Adam step, for the CPU and for CUDA."""
+
+from __future__ import annotations
+
+import torch
+
+from ...dispatch.launch import launch
+
+
+def adam_step(
+    parameter: torch.Tensor,
+    grad: torch.Tensor,
+    mean: torch.Tensor,
+    square: torch.Tensor,
+    step_size: float,
+    new_mean: float,
+    beta2: float,
+    new_square: float,
+    root_scale: float,
+    eps: float,
+    weight_decay: float,
+    unit_rows: bool,
+) -> None:
+    """Contiguous float32 tensors of one shape ([rows, d] with unit_rows); all but grad change."""
+    d = parameter.shape[-1] if parameter.dim() else 1
+    launch(
+        "adam_step",
+        parameter,
+        *(tensor.data_ptr() for tensor in (parameter, grad, mean, square)),
+        parameter.numel() // d,
+        d,
+        step_size,
+        new_mean,
+        beta2,
+        new_square,
+        root_scale,
+        eps,
+        weight_decay,
+        unit_rows,
+    )

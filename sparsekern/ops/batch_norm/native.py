@@ -1,0 +1,70 @@
+"""Calls of the native batch normalisation, for the CPU."""
+
+from __future__ import annotations
+
+import torch
+
+from ...dispatch.launch import DTYPE_TAGS, launch, new_output, pointer
+
+
+def batch_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    wide: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [outer, C, inner], weight and bias [C] in `wide`, its sums' dtype, contiguous -> z like x,
+    mean and variance [C] in `wide`."""
+    outer, channels, inner = x.shape
+    z = new_output(x, outer, channels, inner)
+    mean, var = x.new_empty(channels, dtype=wide), x.new_empty(channels, dtype=wide)
+    launch(
+        "batch_norm",
+        x,
+        x.data_ptr(),
+        DTYPE_TAGS[x.dtype],
+        outer,
+        channels,
+        inner,
+        pointer(weight),
+        pointer(bias),
+        eps,
+        z.data_ptr(),
+        mean.data_ptr(),
+        var.data_ptr(),
+    )
+    return z, mean, var
+
+
+def batch_norm_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """grad and x [outer, C, inner] of one dtype, the others [C] in its sums' dtype, contiguous ->
+    gradients of x, weight and bias."""
+    outer, channels, inner = x.shape
+    grad_x = new_output(x, outer, channels, inner)
+    grad_weight, grad_bias = torch.empty_like(mean), torch.empty_like(mean)
+    launch(
+        "batch_norm_backward",
+        x,
+        grad.data_ptr(),
+        x.data_ptr(),
+        DTYPE_TAGS[x.dtype],
+        outer,
+        channels,
+        inner,
+        pointer(weight),
+        mean.data_ptr(),
+        var.data_ptr(),
+        eps,
+        grad_x.data_ptr(),
+        grad_weight.data_ptr(),
+        grad_bias.data_ptr(),
+    )
+    return grad_x, grad_weight, grad_bias

@@ -1,0 +1,48 @@
+"""Sparse codes: what a selection returns and a product takes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .exported import exported
+
+
+@exported("sparsekern.ops.topk.Codes")
+class Codes(NamedTuple):
+    """Sparse codes: values [..., k] and indices int64 [..., k]."""
+
+    values: torch.Tensor
+    indices: torch.Tensor
+
+
+class CountedCodes(NamedTuple):
+    """Sparse codes with counts int64 [n]: how many rows each latent fired in."""
+
+    values: torch.Tensor
+    indices: torch.Tensor
+    counts: torch.Tensor
+
+
+@exported("sparsekern.ops.transposition.Transposition")
+class Transposition(NamedTuple):
+    """Codes grouped by latent: positions[offsets[i] : offsets[i + 1]] are the flat positions of the
+    codes with index i, ascending. offsets int64 [N + 1], positions int32 [codes]."""
+
+    offsets: torch.Tensor
+    positions: torch.Tensor
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """How often each latent is selected: int64 [N]."""
+        return self.offsets.diff()
+
+
+@exported("sparsekern.ops.linear_topk.TransposedCodes")
+class TransposedCodes(NamedTuple):
+    """Sparse codes with their transposition, for the products that share these indices."""
+
+    values: torch.Tensor
+    indices: torch.Tensor
+    transposition: Transposition

@@ -1,0 +1,70 @@
+"""What torch knows of codes_to_dense: shapes, gradient, batches, and which kernels serve it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ...dispatch.operations import define
+from ..batching import leading_dimensions
+from ..checks import check_codes, check_range, check_size
+from . import native
+from .reference import codes_to_dense_reference
+
+
+def _check(values: torch.Tensor, indices: torch.Tensor, n: int) -> None:
+    check_codes("codes_to_dense", values, indices)
+    check_size("codes_to_dense", "n", n)
+
+
+def _triton() -> Any:
+    from . import triton  # at the first call that it serves: it needs the package triton
+
+    return triton
+
+
+def _rows(kernel: Any) -> Any:
+    """A kernel of contiguous matrices, for any leading dimensions and strides."""
+
+    def run(values: torch.Tensor, indices: torch.Tensor, n: int) -> torch.Tensor:
+        check_range("codes_to_dense", indices, n)
+        if values.numel() == 0:
+            return codes_to_dense_reference(values, indices, n)
+        k = values.shape[-1]
+        dense = kernel(
+            values.reshape(-1, k).contiguous(), indices.reshape(-1, k).long().contiguous(), n
+        )
+        return dense.view(*values.shape[:-1], n)
+
+    return run
+
+
+def _fake(values: torch.Tensor, indices: torch.Tensor, n: int) -> torch.Tensor:
+    return values.new_empty(*values.shape[:-1], n)
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _backward(ctx: Any, grad: torch.Tensor) -> Any:
+    (indices,) = ctx.saved_tensors
+    return grad.gather(-1, indices.long()), None, None
+
+
+codes_to_dense: Callable[..., Any] = define(
+    "codes_to_dense",
+    "(Tensor values, Tensor indices, SymInt n) -> Tensor",
+    reference=codes_to_dense_reference,
+    implementations={
+        "native": _rows(native.codes_to_dense),
+        "triton": _rows(lambda *args: _triton().codes_to_dense(*args)),
+    },
+    fake=_fake,
+    check=_check,
+    setup_context=_setup,
+    backward=_backward,
+    vmap=leading_dimensions(lambda: codes_to_dense, 2),
+)

@@ -1,0 +1,29 @@
+"""Calls of the native counting kernel, for the CPU and for CUDA."""
+
+from __future__ import annotations
+
+import torch
+
+from ...dispatch.launch import DTYPE_TAGS, INDEX_TAGS, launch, pointer
+from ..checks import bad_index, check_range
+
+
+def count_active(indices: torch.Tensor, n: int, values: torch.Tensor | None) -> torch.Tensor:
+    """indices [codes], values [codes] or None, contiguous -> counts int64 [n]."""
+    if indices.device.type != "cpu":
+        check_range("count_active", indices, n)
+    counts = indices.new_zeros(n, dtype=torch.int64)
+    wrong = launch(
+        "count_active",
+        indices,
+        indices.data_ptr(),
+        INDEX_TAGS[indices.dtype],
+        indices.numel(),
+        pointer(values),
+        0 if values is None else DTYPE_TAGS[values.dtype],
+        n,
+        counts.data_ptr(),
+    )
+    if wrong >= 0:
+        raise bad_index("count_active", indices, wrong, n)
+    return counts

@@ -1,0 +1,133 @@
+"""The k largest outputs of a linear layer, without the outputs: the encoder of a sparse
+autoencoder.
+
+Definition:
+
+    scores = ((x - pre_bias) @ weight.T + bias) * scale         [B, N], never stored
+    values, indices = topk(scores, k), then ReLU on the values
+
+Gradient, with m = 1 where ReLU let a value pass and g = m * d values * scale[indices]:
+
+    d weight[i]  = sum over codes (b, j) with index i of g[b, j] * (x[b] - pre_bias)
+    d bias[i]    = sum over codes (b, j) with index i of g[b, j]
+    d x[b]       = sum_j g[b, j] * weight[indices[b, j]]
+    d pre_bias   = -sum_b d x[b]
+    d scale[i]   = sum over codes (b, j) with index i of g[b, j] * scores[b, i] / scale[i]^2
+
+These are the products of sparse_matmul, so every backend shares them and a second derivative
+exists.
+
+How the scores are never stored: see linear_slices.py.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+
+from ..checks import check_count
+from ..codes import Codes, TransposedCodes, Transposition
+from . import operation
+from .checks import check_groups, check_layer
+
+__all__ = ["TransposedCodes", "linear_topk"]
+
+
+Tensor = torch.Tensor
+Maybe = torch.Tensor | None
+
+
+@overload
+def linear_topk(
+    x: Tensor, weight: Tensor, bias: Maybe, k: int, *, pre_bias: Maybe = ..., scale: Maybe = ...,
+    latents: Maybe = ..., groups: int = ..., relu: bool = ..., sorted: bool = ...,
+    return_transposition: Literal[False] = ...,
+) -> Codes: ...  # fmt: skip
+
+
+@overload
+def linear_topk(
+    x: Tensor, weight: Tensor, bias: Maybe, k: int, *, pre_bias: Maybe = ..., scale: Maybe = ...,
+    latents: Maybe = ..., groups: int = ..., relu: bool = ..., sorted: bool = ...,
+    return_transposition: Literal[True],
+) -> TransposedCodes: ...  # fmt: skip
+
+
+def linear_topk(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    k: int,
+    *,
+    pre_bias: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    latents: torch.Tensor | None = None,
+    groups: int = 1,
+    relu: bool = True,
+    sorted: bool = False,
+    return_transposition: bool = False,
+) -> Codes | TransposedCodes:
+    """Return the codes of the k largest scores of a linear layer, never storing all scores.
+
+    Equivalent PyTorch::
+
+        scores = F.linear(x - pre_bias, weight, bias) * scale
+        values, indices = scores.topk(k)
+        values = values.relu()
+
+    Args:
+        x: [..., D] float32, bfloat16, float16 or float64.
+        weight: [N, D] of x's dtype, or float32 with a 16-bit x (it is then rounded slice by slice,
+            and its gradient is float32).
+        bias: [N] of weight's dtype, or None.
+        k: how many to keep, 1..N (or 1..len(latents)).
+        pre_bias: [D] of weight's dtype, subtracted from x; None subtracts nothing.
+        scale: [N] of weight's dtype, positive: factors of the scores, such as the norms of the
+            decoder's rows. The values returned are scaled, too.
+        latents: [M] int64, ascending: only these are computed and selected from (dead latents, for
+            an auxiliary loss). Indices still count all N.
+        groups: select in so many groups of consecutive latents separately, k / groups from each;
+            divides k and N, and excludes `latents`. The codes come group by group.
+        relu: set selected values <= 0 to zero; their slots and indices stay, without gradient.
+        sorted: True gives the largest first (of a group); False gives ascending indices, which is
+            cheaper and the order in which `sparse_matmul` reads the dictionary best.
+        return_transposition: also return the transposition of the indices, which this operation's
+            backward pass needs anyway, to be given to `sparse_matmul`.
+
+    Returns:
+        Codes(values, indices): values [..., k] of x's dtype, differentiable (twice and more) with
+        respect to x, weight, bias, pre_bias and scale; indices [..., k] int64. With
+        return_transposition, TransposedCodes(values, indices, transposition).
+
+    Raises:
+        TypeError: a dtype that does not fit, or k is not an integer.
+        ValueError: shapes or devices that do not fit, or k is out of range.
+        IndexError: an element of latents outside 0..N-1.
+
+    Note:
+        Ranked are the scores in x's dtype, as the dense expression has them; products may differ
+        from it in the last bits, so that scores that close may change places. Equal scores are
+        ordered by index. Memory: buffers of at most 7 Mi scores (and as many weights, where they
+        have to be converted or gathered), and k codes per slice of latents; never [B, N], and
+        never [B, k, D] in the backward pass.
+
+    Example:
+        >>> import torch, sparsekern
+        >>> x = torch.tensor([[1.0, -2.0]])
+        >>> weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> values, indices = sparsekern.linear_topk(x, weight, None, 2)
+        >>> values.tolist(), indices.tolist()
+        ([[1.0, 0.0]], [[0, 2]])
+    """
+    check_layer("linear_topk", x, weight, bias, pre_bias, scale, latents)
+    width = weight.shape[0] if latents is None else latents.shape[0]
+    what = "the number of latents" if latents is None else "the size of latents"
+    k = check_count("linear_topk", "k", k, width, what)
+    groups = check_groups(groups, k, width, latents)
+    values, indices, *transposition = operation.linear_topk(
+        x, weight, bias, k, pre_bias, scale, latents, groups, relu, sorted, return_transposition
+    )
+    if return_transposition:
+        return TransposedCodes(values, indices, Transposition(*transposition))
+    return Codes(values, indices)

@@ -1,0 +1,177 @@
+"""What torch knows of linear_topk: shapes, gradient, batches, autocast, and what serves it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ...dispatch.operations import define
+from ..batching import one_by_one
+from ..checks import check_count
+from ..layout import matrix_of
+from ..sparse_matmul.operation import sparse_matmul, sparse_matmul_backward
+from ..topk import native
+from ..topk.operation import passed_by_relu
+from ..transpose_codes.operation import transpose_codes
+from .checks import check_groups, check_latents, check_layer
+from .reference import centred, linear_topk_reference, transposed
+from .slices import Layer, Selection, rows_at_once, select_rows
+
+
+def _check(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    k: int,
+    pre_bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    latents: torch.Tensor | None,
+    groups: int,
+    *_: Any,
+) -> None:
+    check_layer("linear_topk", x, weight, bias, pre_bias, scale, latents)
+    width = weight.shape[0] if latents is None else latents.shape[0]
+    check_groups(groups, check_count("linear_topk", "k", k, width, "the latents"), width, latents)
+
+
+def _triton_topk(*args: Any) -> Any:
+    from ..topk import triton  # at the first call that it serves: it needs the package triton
+
+    return triton.topk(*args)
+
+
+def _slices(select: Any) -> Any:
+    """The operation with a backend's top-k of matrices."""
+
+    def run(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        k: int,
+        pre_bias: torch.Tensor | None,
+        scale: torch.Tensor | None,
+        latents: torch.Tensor | None,
+        groups: int,
+        relu: bool,
+        sorted: bool,
+        transpose: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        if x.numel() == 0:
+            return linear_topk_reference(
+                x, weight, bias, k, pre_bias, scale, latents, groups, relu, sorted, transpose
+            )
+        check_latents(latents, weight.shape[0])
+        rows = centred(x.reshape(-1, x.shape[-1]), pre_bias).contiguous()
+        values = rows.new_empty(len(rows), k)
+        indices = rows.new_empty(len(rows), k, dtype=torch.int64)
+        layer = Layer(weight, bias, scale, latents, rows.dtype)
+        selection = Selection(k, groups, relu, sorted, select)
+        step = rows_at_once(k)
+        for first in range(0, len(rows), step):
+            part = slice(first, first + step)
+            select_rows(layer, rows[part], selection, values[part], indices[part])
+        if latents is not None:
+            indices = latents[indices]
+        if x.dim() != 2:
+            shape = (*x.shape[:-1], k)
+            values, indices = values.view(shape), indices.view(shape)
+        return values, indices, *transposed(indices, weight.shape[0], transpose)
+
+    return run
+
+
+def _fake(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    k: int,
+    pre_bias: Any,
+    scale: Any,
+    latents: Any,
+    groups: int,
+    relu: bool,
+    sorted: bool,
+    transpose: bool,
+) -> Any:
+    values = x.new_empty(*x.shape[:-1], k)
+    indices = values.new_empty(values.shape, dtype=torch.int64)
+    offsets = indices.new_empty(weight.shape[0] + 1 if transpose else 0)
+    positions = indices.new_empty(indices.numel() if transpose else 0, dtype=torch.int32)
+    return values, indices, offsets, positions
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, bias, _, pre_bias, scale, _, _, relu, _, ctx.transposed = inputs
+    values, indices, *transposition = output
+    ctx.mark_non_differentiable(indices, *transposition)
+    passed = passed_by_relu(values) if relu else None
+    if not ctx.needs_input_grad[5]:  # scale
+        values = None
+    ctx.save_for_backward(x, weight, bias, pre_bias, scale, values, passed, indices, *transposition)
+
+
+def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
+    x, weight, bias, pre_bias, scale, values, passed, indices, *transposition = ctx.saved_tensors
+    need_x, need_weight, need_bias, _, need_pre_bias, need_scale, *_ = ctx.needs_input_grad
+    d_x = d_weight = d_bias = d_pre_bias = d_scale = None
+    if not ctx.transposed and (need_weight or need_bias or need_scale):
+        transposition = list(transpose_codes(indices, weight.shape[0]))
+    elif not ctx.transposed:
+        transposition = [None, None]
+
+    def per_latent(terms: torch.Tensor, features: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return sparse_matmul_backward(features, terms, indices, like, False, True, *transposition)[
+            1
+        ]
+
+    def total(terms: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        ones = terms.new_ones(*terms.shape[:-1], 1)
+        return per_latent(terms, ones, like.unsqueeze(1)).squeeze(1)
+
+    g = grad if passed is None else torch.where(passed, grad, 0)
+    if need_scale:
+        factors = scale[indices]
+        if passed is not None:  # a score of scale zero is zero, and passes nothing on
+            factors = torch.where(passed, factors, 1)
+        d_scale = total((g * (values / factors)).to(x.dtype), scale)
+    if scale is not None:
+        g = (g * scale[indices]).to(x.dtype)
+    if need_weight:
+        d_weight = per_latent(g, centred(x, pre_bias), weight)
+    if need_bias:
+        d_bias = total(g, bias)
+    if need_x or need_pre_bias:
+        d_x = sparse_matmul(g, indices, weight, None, *transposition)
+        if need_pre_bias:
+            d_pre_bias = -matrix_of(d_x).sum(0, dtype=pre_bias.dtype)
+    return d_x if need_x else None, d_weight, d_bias, None, d_pre_bias, d_scale, *[None] * 5
+
+
+def autocast_layer(args: Any, dtype: torch.dtype) -> Any:
+    x, weight, bias, k, pre_bias, scale, *rest = args
+    if torch.float64 in (x.dtype, weight.dtype):  # as torch.matmul: autocast leaves float64 alone
+        return args
+    if weight.dtype not in (torch.float32, dtype):
+        weight, bias, pre_bias, scale = (
+            None if tensor is None else tensor.to(dtype)
+            for tensor in (weight, bias, pre_bias, scale)
+        )
+    return x.to(dtype), weight, bias, k, pre_bias, scale, *rest
+
+
+linear_topk: Callable[..., Any] = define(
+    "linear_topk",
+    "(Tensor x, Tensor weight, Tensor? bias, SymInt k, Tensor? pre_bias, Tensor? scale,"
+    " Tensor? latents, SymInt groups, bool relu, bool sorted, bool transpose)"
+    " -> (Tensor values, Tensor indices, Tensor offsets, Tensor positions)",
+    reference=linear_topk_reference,
+    implementations={"native": _slices(native.topk), "triton": _slices(_triton_topk)},
+    fake=_fake,
+    check=_check,
+    setup_context=_setup,
+    backward=_backward,
+    vmap=one_by_one(lambda: linear_topk),
+    autocast=autocast_layer,
+)

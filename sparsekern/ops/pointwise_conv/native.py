@@ -1,0 +1,119 @@
+"""Calls of the native sparse 1x1 convolution, for the CPU and for CUDA.
+
+The kernels of the CPU take the codes in any order. Those of CUDA find the codes of a site, or of a
+channel, next to each other: the codes are grouped here, by a stable sort, so that sums keep their
+order.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...dispatch.launch import (
+    DTYPE_TAGS,
+    INDEX_TAGS,
+    launch,
+    module_for,
+    new_output,
+    pointer,
+    workspace,
+)
+from ..channels import channels_of
+
+
+def pointwise_conv(
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    outer: int,
+    inner: int,
+) -> torch.Tensor:
+    """values, indices [M], weight [E, C] of any strides, bias [E] of its dtype -> out
+    [outer, E, inner]."""
+    outputs, channels = weight.shape
+    if _wants_groups(values):
+        sites = indices.long() // max(channels * inner, 1) * inner + indices % max(inner, 1)
+        order = _order(sites, outer * inner, indices, outer * channels * inner)
+        values, indices = values[order], indices[order]
+    out = new_output(values, outer, outputs, inner)
+    scratch = workspace("pointwise_conv_workspace", values, len(values), outer, outputs, inner)
+    launch(
+        "pointwise_conv",
+        values,
+        values.data_ptr(),
+        DTYPE_TAGS[values.dtype],
+        indices.data_ptr(),
+        INDEX_TAGS[indices.dtype],
+        len(values),
+        outer,
+        channels,
+        inner,
+        weight.data_ptr(),
+        DTYPE_TAGS[weight.dtype],
+        outputs,
+        weight.stride(0),
+        weight.stride(1),
+        pointer(bias),
+        out.data_ptr(),
+        pointer(scratch),
+    )
+    return out
+
+
+def pointwise_conv_backward(
+    grad: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """grad [outer, E, inner] contiguous, values, indices [M], weight [E, C] -> gradients of values
+    [M], weight [E, C] and bias [E]."""
+    outer, outputs, inner = grad.shape
+    channels = weight.shape[1]
+    order = None
+    if _wants_groups(values):
+        found = channels_of(indices.long(), max(channels, 1), max(inner, 1))
+        order = _order(found, channels, indices, outer * channels * inner)
+        values, indices = values[order], indices[order]
+    grad_values = torch.empty_like(values)
+    grad_weight = weight.new_empty(outputs, channels)
+    grad_bias = weight.new_empty(outputs)
+    scratch = workspace(
+        "pointwise_conv_backward_workspace", values, len(values), outer, channels, inner, outputs
+    )
+    launch(
+        "pointwise_conv_backward",
+        grad,
+        grad.data_ptr(),
+        DTYPE_TAGS[values.dtype],
+        values.data_ptr(),
+        indices.data_ptr(),
+        INDEX_TAGS[indices.dtype],
+        len(values),
+        outer,
+        channels,
+        inner,
+        weight.data_ptr(),
+        DTYPE_TAGS[weight.dtype],
+        outputs,
+        weight.stride(0),
+        weight.stride(1),
+        grad_values.data_ptr(),
+        grad_weight.data_ptr(),
+        grad_bias.data_ptr(),
+        pointer(scratch),
+    )
+    if order is not None:
+        grad_values = torch.empty_like(grad_values).scatter_(0, order, grad_values)
+    return grad_values, grad_weight, grad_bias
+
+
+def _wants_groups(values: torch.Tensor) -> bool:
+    return getattr(module_for(values), "GROUPED_CODES", False)
+
+
+def _order(keys: torch.Tensor, limit: int, indices: torch.Tensor, size: int) -> torch.Tensor:
+    """The codes by ascending key below `limit`, those of one key as they come, and last the ones
+    whose index lies outside 0..size-1."""
+    keys = torch.where((indices >= 0) & (indices < size), keys, limit)
+    if limit < 2**31:  # half as many passes of a radix sort
+        keys = keys.int()
+    return keys.argsort(stable=True)

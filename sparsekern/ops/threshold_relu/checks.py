@@ -1,0 +1,35 @@
+"""What the arguments of threshold_relu and threshold_codes must fulfil."""
+
+from __future__ import annotations
+
+import torch
+
+from ..channels import check_channels, check_constants
+
+
+def check_threshold(
+    op: str,
+    x: torch.Tensor,
+    threshold: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    channel_dim: int,
+) -> tuple[int, torch.Tensor]:
+    """The dimension of the channels, and the threshold as a constant."""
+    dim = check_channels(op, x, channel_dim)
+    if (scale is None) != (shift is None):
+        given, missing = ("shift", "scale") if scale is None else ("scale", "shift")
+        raise ValueError(f"{op}: {given} needs {missing}, got {given} alone")
+    check_constants(op, x, dim, threshold=threshold, scale=scale, shift=shift)
+    return dim, threshold.detach()
+
+
+def check_arguments(
+    x: torch.Tensor,
+    threshold: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    channel_dim: int,
+) -> None:
+    """What torch.ops hands over."""
+    check_threshold("threshold_relu", x, threshold, scale, shift, channel_dim)

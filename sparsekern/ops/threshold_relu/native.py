@@ -1,0 +1,78 @@
+"""Calls of the native kernels of threshold_relu and threshold_codes, for the CPU and for CUDA."""
+
+from __future__ import annotations
+
+import torch
+
+from ...dispatch.launch import DTYPE_TAGS, launch, new_output, pointer, workspace
+
+# Room for codes at first: one element of so many. Where more are active, a second call has room for
+# all of them.
+ELEMENTS_PER_CODE = 64
+LEAST_ROOM = 1024
+
+
+def threshold_relu(
+    x: torch.Tensor,
+    threshold: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [outer, C, inner] and constants [C] in its sums' dtype, contiguous -> y like x, counts
+    int64 [C]."""
+    outer, channels, inner = x.shape
+    y = new_output(x, outer, channels, inner)
+    counts = x.new_zeros(channels, dtype=torch.int64)
+    launch(
+        "threshold_relu",
+        x,
+        x.data_ptr(),
+        DTYPE_TAGS[x.dtype],
+        outer,
+        channels,
+        inner,
+        threshold.data_ptr(),
+        pointer(scale),
+        pointer(shift),
+        y.data_ptr(),
+        counts.data_ptr(),
+    )
+    return y, counts
+
+
+def threshold_codes(
+    x: torch.Tensor,
+    threshold: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x [outer, C, inner] and constants [C] in its sums' dtype, contiguous -> values [M], flat
+    indices int64 [M], ascending, counts int64 [C]. The host waits for M."""
+    outer, channels, inner = x.shape
+    tag = DTYPE_TAGS[x.dtype]
+    scratch = workspace("threshold_codes_workspace", x, outer, channels, inner, tag)
+    room = min(x.numel(), max(LEAST_ROOM, x.numel() // ELEMENTS_PER_CODE))
+    while True:
+        values, indices = x.new_empty(room), x.new_empty(room, dtype=torch.int64)
+        counts = x.new_zeros(channels, dtype=torch.int64)
+        launch(
+            "threshold_codes",
+            x,
+            x.data_ptr(),
+            tag,
+            outer,
+            channels,
+            inner,
+            threshold.data_ptr(),
+            pointer(scale),
+            pointer(shift),
+            room,
+            values.data_ptr(),
+            indices.data_ptr(),
+            counts.data_ptr(),
+            pointer(scratch),
+        )
+        count = int(counts.sum())
+        if count <= room:
+            return values[:count], indices[:count], counts
+        room = count

@@ -1,0 +1,136 @@
+"""What torch knows of top-k: shapes, gradients, batches, and which kernels serve it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ...dispatch.operations import define
+from ..batching import counted_rows
+from ..checks import check_count, check_row
+from ..codes_to_dense.operation import codes_to_dense
+from . import native
+from .reference import topk_mask_reference, topk_reference
+
+# -- kernels take matrices -------------------------------------------------------------------------
+
+
+def _triton() -> Any:
+    from . import triton  # at the first call that it serves: it needs the package triton
+
+    return triton
+
+
+def _rows(kernel: Any, reference: Any, name: str, *, contiguous: bool) -> Any:
+    """A kernel of non-empty matrices, for any leading dimensions. contiguous: it takes these by
+    itself where x is contiguous."""
+
+    def run(x: torch.Tensor, k: int, *options: Any) -> Any:
+        if x.numel() == 0:
+            return reference(x, k, *options)
+        check_count(name, "k", k, x.shape[-1], "the size of the last dimension")
+        check_row(name, x, x.shape[-1])
+        if x.dim() == 2 or (contiguous and x.is_contiguous()):
+            return kernel(x, k, *options)
+        *rows, counts = kernel(x.reshape(-1, x.shape[-1]), k, *options)
+        return *(t.view(*x.shape[:-1], t.shape[-1]).detach() for t in rows), counts
+
+    return run
+
+
+# -- shapes without data ---------------------------------------------------------------------------
+
+
+def _topk_fake(x: torch.Tensor, k: int, sorted: bool, relu: bool, abs: bool, count: bool) -> Any:
+    values = x.new_empty(*x.shape[:-1], k)
+    counts = x.new_empty(x.shape[-1] if count else 0, dtype=torch.int64)
+    return values, torch.empty_like(values, dtype=torch.int64), counts
+
+
+def _topk_mask_fake(x: torch.Tensor, k: int, relu: bool, abs: bool, count: bool) -> Any:
+    return x.new_empty(x.shape), *_topk_fake(x, k, False, relu, abs, count)
+
+
+# -- gradients, shared by every backend ------------------------------------------------------------
+
+
+def _setup_topk(ctx: Any, inputs: Any, output: Any) -> None:
+    x, _, _, relu, _, _ = inputs
+    values, indices, _ = output
+    ctx.n = x.shape[-1]
+    ctx.save_for_backward(indices, passed_by_relu(values) if relu else None)
+
+
+def _topk_backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
+    indices, passed = ctx.saved_tensors
+    return _grad_to_dense(grad, indices, passed, ctx.n), None, None, None, None, None
+
+
+def _setup_topk_mask(ctx: Any, inputs: Any, output: Any) -> None:
+    x, _, relu, _, _ = inputs
+    _, values, indices, _ = output
+    ctx.n = x.shape[-1]
+    ctx.save_for_backward(indices, passed_by_relu(values) if relu else None)
+
+
+def _topk_mask_backward(
+    ctx: Any, grad_masked: torch.Tensor, grad_values: torch.Tensor, *_: Any
+) -> Any:
+    indices, passed = ctx.saved_tensors
+    grad = grad_masked.gather(-1, indices) + grad_values
+    return _grad_to_dense(grad, indices, passed, ctx.n), None, None, None, None
+
+
+def passed_by_relu(values: torch.Tensor) -> torch.Tensor:
+    """Where values after ReLU have a gradient. Backward passes keep this and not the values, which
+    the caller may change in place."""
+    return values != 0  # above zero or NaN
+
+
+def _grad_to_dense(
+    grad: torch.Tensor, indices: torch.Tensor, passed: torch.Tensor | None, n: int
+) -> torch.Tensor:
+    if passed is not None:  # ReLU: a slot that ended at zero passes nothing on
+        grad = torch.where(passed, grad, 0)
+    return codes_to_dense(grad, indices, n)
+
+
+topk: Callable[..., Any] = define(
+    "topk",
+    "(Tensor x, SymInt k, bool sorted, bool relu, bool abs, bool count)"
+    " -> (Tensor values, Tensor indices, Tensor counts)",
+    reference=topk_reference,
+    implementations={
+        "native": _rows(native.topk, topk_reference, "topk", contiguous=True),
+        "triton": _rows(
+            lambda *args: _triton().topk(*args), topk_reference, "topk", contiguous=False
+        ),
+    },
+    fake=_topk_fake,
+    setup_context=_setup_topk,
+    backward=_topk_backward,
+    vmap=counted_rows(lambda: topk),
+    owned=True,
+)
+topk_mask: Callable[..., Any] = define(
+    "topk_mask",
+    "(Tensor x, SymInt k, bool relu, bool abs, bool count)"
+    " -> (Tensor masked, Tensor values, Tensor indices, Tensor counts)",
+    reference=topk_mask_reference,
+    implementations={
+        "native": _rows(native.topk_mask, topk_mask_reference, "topk_mask", contiguous=True),
+        "triton": _rows(
+            lambda *args: _triton().topk_mask(*args),
+            topk_mask_reference,
+            "topk_mask",
+            contiguous=False,
+        ),
+    },
+    fake=_topk_mask_fake,
+    setup_context=_setup_topk_mask,
+    backward=_topk_mask_backward,
+    vmap=counted_rows(lambda: topk_mask),
+    owned=True,
+)

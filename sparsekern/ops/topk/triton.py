@@ -1,0 +1,203 @@
+"""The k largest of each row, as codes or as a masked dense row.
+
+`select_kernel` finds the columns of the k largest: one program owns one row of up to REGISTER_ROW
+elements (several rows, when they are short), reads it once, coalesced where its columns are, and
+keeps it in registers as ordered integer keys. It bisects on the key for the k-th largest (each
+step counts in registers), takes equal keys by lowest index with one prefix sum, and writes the k
+columns in ascending order. Bound by the one read as long as its 16 to 32 counts stay below it.
+
+Longer rows are cut into slices, whose k largest are the candidates of a further level: still one
+read of the data, and as many programs as there are slices. Where k is so large that a level need
+not halve the row, `topk_stream` reads the row several times instead. `topk_finish` turns columns
+into codes: in a launch of its own, since threads cannot hand each other data in global memory
+inside one on every architecture.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ...dispatch.launch import device_of
+from ..triton_keys import bits_of, ordered_key
+from .triton_finish import finish_codes
+from .triton_stream import stream_columns
+
+# Longest row one program keeps in registers, with 16 warps of 60 to 75 registers a thread: at most
+# 64 (it depends on the compiler) let a second program load on a multiprocessor while one searches.
+# More than 32767 would overflow the two 16-bit counters that share one prefix sum.
+REGISTER_ROW = 8192
+# Keys a warp holds: 16 a thread, since prefix sums and addresses take as much again each.
+KEYS_PER_WARP = 512
+# Elements that short rows are gathered up to, for one warp, and the most rows of such a program:
+# each costs addresses and counters.
+SHORT_ROWS = 512
+MOST_ROWS = 16
+# Programs that fill a large GPU twice; fewer rows than this are cut into slices of at least
+# MIN_SLICE elements.
+MANY_PROGRAMS = 264
+MIN_SLICE = 4096
+# Slices begin at multiples of this: Triton then knows that wide loads are aligned.
+ALIGNMENT = 16
+# Steps of the search between two tests whether it has ended; further steps change nothing.
+STEPS_PER_TEST = tl.constexpr(2)
+
+
+@triton.jit
+def kth_key(key, k, INFINITY: tl.constexpr, ROWS: tl.constexpr):
+    """For each row of key [ROWS, N], a t with #{key > t} < k <= #{key >= t}, by bisection.
+
+    Invariant: #{key >= low} >= k > #{key >= high}. A step that counts exactly k ends the search of
+    its row.
+    """
+    low = tl.full([ROWS], -INFINITY, tl.int32)
+    high = tl.full([ROWS], INFINITY + 2, tl.int32)
+    while tl.max((low + 1 < high).to(tl.int32), axis=0) > 0:
+        for _ in tl.static_range(STEPS_PER_TEST):
+            # Their mean, rounded down, without overflow.
+            middle = (low & high) + ((low ^ high) >> 1)
+            count = tl.sum((key >= middle[:, None]).to(tl.int32), axis=1)
+            high = tl.where(count > k, high, tl.where(count == k, middle + 1, middle))
+            low = tl.where(count >= k, middle, low)
+    return low
+
+
+@triton.jit
+def select_kernel(
+    x,  # [rows, all] bits, any strides
+    candidates,  # [rows, n] int32 when LISTED: the columns of x to select from, ascending
+    taken,  # [rows, slices, k] int32
+    rows,
+    n,
+    k,
+    slices,
+    length,
+    row_stride,
+    col_stride,
+    list_stride,
+    MAGNITUDE: tl.constexpr,
+    INFINITY: tl.constexpr,
+    ABS: tl.constexpr,
+    LISTED: tl.constexpr,
+    UNIT_STRIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """taken[r, s] = columns of the k largest of x[r, s * length : (s + 1) * length], ascending.
+
+    With t the k-th largest key, these are the elements with key > t and, of those with key = t,
+    the first k - #{key > t}.
+    """
+    part = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    row = part // slices
+    begin = part % slices * length
+    k_here = tl.minimum(k, n - begin).to(tl.int32)  # the last slice may be shorter than k
+    columns = tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (columns < length)[None, :]  # [ROWS, BLOCK]
+    inside = inside & (begin[:, None] + columns[None, :] < n)
+    listed = candidates + (row * list_stride + begin)[:, None] + columns[None, :]
+    if LISTED:
+        source = tl.load(listed, mask=inside, other=0).to(tl.int64)
+        elements = x + (row * row_stride)[:, None] + source * col_stride
+    elif UNIT_STRIDE:
+        elements = x + (row * row_stride + begin)[:, None] + columns[None, :]
+    else:
+        elements = x + (row * row_stride + begin * col_stride)[:, None]
+        elements = elements + (columns.to(tl.int64) * col_stride)[None, :]
+
+    bits = tl.load(elements, mask=inside, other=0).to(tl.int32)
+    key = tl.where(inside, ordered_key(bits, MAGNITUDE, INFINITY, ABS), -INFINITY - 1)
+
+    threshold = kth_key(key, k_here, INFINITY, ROWS)[:, None]
+    wanted = (k_here - tl.sum((key > threshold).to(tl.int32), axis=1))[:, None]
+    ranks = (key > threshold).to(tl.int32) + ((key == threshold).to(tl.int32) << 16)
+    ranks = tl.cumsum(ranks, axis=1)  # two counters, each with the element itself
+    take = (key > threshold) | ((key == threshold) & ((ranks >> 16) <= wanted))
+    place = (ranks & 0xFFFF) + tl.minimum(ranks >> 16, wanted) - 1
+    place = tl.where(take, place, -1)  # one number to carry to the threads that store, not two
+
+    if LISTED:  # read again, from the cache, rather than held in registers all along
+        latents = tl.load(listed, mask=take, other=0)
+    else:
+        latents = begin.to(tl.int32)[:, None] + columns[None, :]
+    tl.store(taken + (part * k)[:, None] + place, latents, mask=place >= 0)
+
+
+def row_block(n: int) -> tuple[int, int, int]:
+    """(rows, columns, warps) of one program for rows of n elements, at most REGISTER_ROW."""
+    columns = max(16, triton.next_power_of_2(n))
+    rows = max(1, min(MOST_ROWS, SHORT_ROWS // columns))
+    return rows, columns, max(1, columns // KEYS_PER_WARP)
+
+
+def slice_length(rows: int, n: int, k: int) -> int:
+    """Length of the slices that a row is cut into, n where one program takes it whole."""
+    even = triton.cdiv(n, max(1, MANY_PROGRAMS // rows))
+    length = min(REGISTER_ROW, max(even, MIN_SLICE, 4 * k))
+    return triton.cdiv(length, ALIGNMENT) * ALIGNMENT if length < n else n
+
+
+def topk(
+    x: torch.Tensor, k: int, sorted: bool, relu: bool, abs: bool, count: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(values [rows, k], indices int64 [rows, k], counts int64 [n] or [0]); x has any strides."""
+    with device_of(x):
+        columns = _select_columns(x, k, abs)
+        return finish_codes(x, columns, sorted, relu, abs, count, None)
+
+
+def topk_mask(
+    x: torch.Tensor, k: int, relu: bool, abs: bool, count: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(masked [rows, n], values [rows, k], indices int64 [rows, k], counts), by ascending index."""
+    masked = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    with device_of(x):
+        columns = _select_columns(x, k, abs)
+        return masked, *finish_codes(x, columns, False, relu, abs, count, masked)
+
+
+def _select_columns(x: torch.Tensor, k: int, abs: bool) -> torch.Tensor:
+    """Columns int32 [rows, k] of the k largest of each row of x, ascending."""
+    rows, n = x.shape
+    if n > REGISTER_ROW and 2 * k > REGISTER_ROW:
+        return stream_columns(x, k, abs)
+    candidates = None
+    while (length := slice_length(rows, n, k)) < n:
+        slices = triton.cdiv(n, length)
+        candidates = _launch_select(x, candidates, n, k, length, abs)
+        n = (slices - 1) * k + min(k, n - (slices - 1) * length)
+        candidates = candidates[:, :n]  # only a last slice shorter than k leaves a rest
+    return _launch_select(x, candidates, n, k, n, abs)
+
+
+def _launch_select(
+    x: torch.Tensor, candidates: torch.Tensor | None, n: int, k: int, length: int, abs: bool
+) -> torch.Tensor:
+    """One level: the columns [rows, slices * k] of the k largest of each slice of n elements."""
+    rows = x.shape[0]
+    slices = triton.cdiv(n, length)
+    bits = bits_of(x.dtype)
+    taken = torch.empty(rows, slices * k, dtype=torch.int32, device=x.device)
+    block_rows, columns, warps = row_block(length)
+    select_kernel[(triton.cdiv(rows * slices, block_rows),)](
+        x.view(bits.integer),
+        taken if candidates is None else candidates,
+        taken,
+        rows,
+        n,
+        k,
+        slices,
+        length,
+        *x.stride(),
+        0 if candidates is None else candidates.stride(0),
+        MAGNITUDE=bits.magnitude,
+        INFINITY=bits.infinity,
+        ABS=abs,
+        LISTED=candidates is not None,
+        UNIT_STRIDE=x.stride(1) == 1,
+        ROWS=block_rows,
+        BLOCK=columns,
+        num_warps=warps,
+    )
+    return taken

@@ -1,0 +1,66 @@
+"""What a transposition that somebody hands over must fulfil."""
+
+from __future__ import annotations
+
+import torch
+
+from ..checks import check_same_device, debug_checks
+from ..codes import Transposition
+from .reference import transpose_codes_reference
+
+
+def check_transposition(
+    op: str, transposition: Transposition | None, indices: torch.Tensor, n: int
+) -> None:
+    """The dtypes, sizes and devices of a transposition of these indices. What it holds is checked
+    where it is used, since it may change until then."""
+    if transposition is None:
+        return
+    if not isinstance(transposition, tuple) or len(transposition) != 2:
+        raise TypeError(
+            f"{op}: transposition must be a Transposition, got {type(transposition).__name__}"
+        )
+    check_grouping(op, *transposition, indices, n)
+
+
+def check_grouping(
+    op: str, offsets: torch.Tensor, positions: torch.Tensor, indices: torch.Tensor, n: int
+) -> None:
+    """offsets int64 [n + 1] and positions int32 [codes], on the device of the indices."""
+    for name, tensor, dtype, size in (
+        ("offsets", offsets, torch.int64, n + 1),
+        ("positions", positions, torch.int32, indices.numel()),
+    ):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(
+                f"{op}: transposition.{name} must be a tensor, got {type(tensor).__name__}"
+            )
+        if tensor.dtype != dtype:
+            raise TypeError(f"{op}: transposition.{name} must be {dtype}, got {tensor.dtype}")
+        if tensor.dim() != 1 or tensor.shape[0] != size:
+            raise ValueError(
+                f"{op}: transposition must come from transpose_codes(indices, {n}), so its {name} "
+                f"have size [{size}], got {list(tensor.shape)}"
+            )
+    parts = {"transposition.offsets": offsets, "transposition.positions": positions}
+    check_same_device(op, indices=indices, **parts)
+
+
+def not_grouped(op: str) -> ValueError:
+    """The error for a transposition of other indices."""
+    return ValueError(
+        f"{op}: transposition must be transpose_codes(indices, n) of these very indices, got one "
+        "that does not group them by latent (were they, or it, changed since?)"
+    )
+
+
+def check_grouped(
+    op: str, offsets: torch.Tensor, positions: torch.Tensor, indices: torch.Tensor, n: int
+) -> None:
+    """That they are the transposition of the indices: always on the CPU; on other devices, where it
+    synchronises, only in debug mode."""
+    if indices.device.type != "cpu" and not debug_checks():
+        return
+    right = transpose_codes_reference(indices, n)
+    if not (torch.equal(offsets, right[0]) and torch.equal(positions, right[1])):
+        raise not_grouped(op)

@@ -1,0 +1,36 @@
+"""Calls of the native counting sort of codes, for the CPU and for CUDA."""
+
+from __future__ import annotations
+
+import torch
+
+from ...dispatch.launch import INDEX_TAGS, launch, pointer, workspace
+from ..checks import bad_index
+
+
+def transpose_codes(indices: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """indices [...] -> offsets int64 [n + 1] and positions int32 [codes]: the codes grouped by
+    latent, in order."""
+    count = indices.numel()
+    if count >= 2**31:
+        raise ValueError(
+            "sparse_matmul: one call takes fewer than 2^31 codes in its backward pass, "
+            f"got {count}; split the batch"
+        )
+    offsets = indices.new_empty(n + 1, dtype=torch.int64)
+    positions = indices.new_empty(count, dtype=torch.int32)
+    scratch = workspace("transpose_workspace", indices, count, n)
+    wrong = launch(
+        "transpose_codes",
+        indices,
+        indices.data_ptr(),
+        INDEX_TAGS[indices.dtype],
+        count,
+        n,
+        offsets.data_ptr(),
+        positions.data_ptr(),
+        pointer(scratch),
+    )
+    if wrong >= 0:
+        raise bad_index("sparse_matmul", indices, wrong, n)
+    return offsets, positions
