@@ -1,6 +1,6 @@
 """Build the two native modules with ninja. Needs a C++ compiler; torch is not needed to build.
 
-sparsekern._native  C++ for the CPU: each file of csrc/cpu is compiled once per instruction set.
+sparsekern._native  C++ for the CPU: csrc/cpu, most of it compiled once per instruction set.
 sparsekern._cuda    CUDA C++: built when nvcc is found and an NVIDIA GPU is visible, or on request,
 which needs no GPU. No CUDA build of torch is needed.
 
@@ -58,7 +58,6 @@ CUDA_ARCHS = ("80", "90", "100")
 GPU_FILES = ("/dev/nvidia[0-9]*", "/proc/driver/nvidia/gpus/*")
 WSL_NVIDIA_SMI = "/usr/lib/wsl/lib/nvidia-smi"
 NVIDIA_SMI_SECONDS = 60  # it starts the driver, and may hang with it
-PROGRAMS = {path.name for path in (CSRC / "cpu").glob("driver*.cpp")}  # stand-alone test programs
 REPORT = "_build_report.json"
 REPORTED = 300  # characters of a compiler's message in the build report
 # what a wheel lacks, pip would take from its cache again
@@ -331,9 +330,7 @@ def sources(*patterns: str) -> list[pathlib.Path]:
 
 
 def build_native(folder: pathlib.Path, target: str) -> str:
-    found = [
-        source for source in sources("cpu/*.cpp", "bindings_cpu.cpp") if source.name not in PROGRAMS
-    ]
+    found = sources("cpu/**/*.cpp", "bindings_cpu.cpp")
     command = compiler()
     file = NinjaFile(folder)
     x86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -363,7 +360,7 @@ def build_native(folder: pathlib.Path, target: str) -> str:
 
 
 def build_cuda(folder: pathlib.Path, target: str) -> str:
-    kernels, (bindings,) = sources("cuda/*.cu"), sources("bindings_cuda.cpp")
+    kernels, (bindings,) = sources("cuda/**/*.cu"), sources("bindings_cuda.cpp")
     path = nvcc()
     compiler()  # nvcc needs one
     archs = cuda_archs(path)

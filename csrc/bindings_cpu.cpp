@@ -10,8 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "cpu/common/threads.h"
 #include "cpu/dispatch.h"
-#include "cpu/threads.h"
 
 namespace py = pybind11;
 using sparsekern::cpu::KeepDenormals;

@@ -12,14 +12,14 @@
 #include <map>
 #include <string>
 
-#include "cuda/activity.h"
-#include "cuda/adam.h"
-#include "cuda/architectures.h"
-#include "cuda/pointwise_conv.h"
-#include "cuda/sparse_matmul.h"
-#include "cuda/threshold.h"
-#include "cuda/topk.h"
-#include "cuda/transpose.h"
+#include "cuda/adam_step/adam_step.h"
+#include "cuda/channel_threshold/channel_threshold.h"
+#include "cuda/common/architectures.h"
+#include "cuda/count_active/count_active.h"
+#include "cuda/pointwise_conv/pointwise_conv.h"
+#include "cuda/sparse_matmul/sparse_matmul.h"
+#include "cuda/topk/topk.h"
+#include "cuda/transpose_codes/transpose_codes.h"
 
 #ifdef SPARSEKERN_EMULATION
 #define SPARSEKERN_CUDA_MODULE _cuda_emulation

@@ -13,6 +13,7 @@ from setup_file import setup_file
 
 ROOT = pathlib.Path(__file__).parent.parent.resolve()
 CSRC = ROOT / "csrc"
+EMULATION = CSRC / "tests" / "emulation"
 FOLDER = ROOT / "build" / "emulation"
 MODULE = "_cuda_emulation"
 # The kernels read memory as other types, which nvcc lets them do.
@@ -61,11 +62,11 @@ def compiler() -> str:
 
 
 def _kernels() -> list[pathlib.Path]:
-    return sorted((CSRC / "cuda").glob("*.cu"))
+    return sorted((CSRC / "cuda").rglob("*.cu"))
 
 
 def _emulation() -> list[pathlib.Path]:
-    return sorted((CSRC / "emulation").glob("*.cpp"))
+    return sorted(EMULATION.glob("*.cpp"))
 
 
 def _require_sanitizer(sanitizer: str, folder: pathlib.Path) -> None:
@@ -88,7 +89,7 @@ def _build(
     setup = setup_file()
     file = setup.NinjaFile(folder)
     cxx = setup.words([compiler()])
-    includes = [f"-I{file.path(place)}" for place in (CSRC / "emulation" / "include", CSRC)]
+    includes = [f"-I{file.path(place)}" for place in (EMULATION / "include", CSRC)]
     common = setup.words([*COMMON_FLAGS.split(), *includes, *flags])
     file.rule("cxx", f"{cxx} -MMD -MF $out.d {common} $flags -x c++ -c $in -o $out")
     for source in sources:

@@ -267,9 +267,9 @@ def broken_source(folder: pathlib.Path, prefix: str = "") -> dict[str, str]:
     if (compiler := shutil.which("g++")) is None:
         pytest.skip("no g++ on PATH; install it to test a failing compilation")
     copy_sources(folder)
-    for path in (folder / "csrc").glob("*/*.c*"):
+    for path in (folder / "csrc").glob("*/**/*.c*"):
         path.unlink()
-    (folder / "csrc" / "cpu" / "memory.cpp").touch()
+    (folder / "csrc" / "cpu" / "common" / "memory.cpp").touch()
     (folder / "csrc" / "bindings_cpu.cpp").write_text("#error broken on purpose\n")
     return {"CXX": prefix + compiler, "PATH": os.environ["PATH"]}
 

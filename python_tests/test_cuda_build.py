@@ -147,7 +147,7 @@ def test_registers_leave_room_for_two_blocks(compiled: list[Usage]) -> None:
 def test_every_kernel_of_the_sources_is_in_the_table(compiled: list[Usage]) -> None:
     """Else the limits above would hold of what was not looked at."""
     declared = set()
-    for path in (ROOT / "csrc" / "cuda").glob("*.cu*"):
+    for path in (ROOT / "csrc" / "cuda").rglob("*.cu*"):
         text = re.sub(r"__launch_bounds__\([^)]*\)", "", path.read_text())
         names = re.findall(r"__global__\s+void\s+(\w+)\(", text)
         assert len(names) == text.count("__global__"), path

@@ -12,7 +12,9 @@ import pytest
 from setup_file import setup_file
 
 ROOT = pathlib.Path(__file__).parent.parent
-SOURCES = ROOT / "csrc" / "cpu"
+CSRC = ROOT / "csrc"
+SOURCES = CSRC / "cpu"
+PROGRAM = CSRC / "tests" / "cpu"
 CXX = shutil.which("g++")
 # Without optimisation every access is still there to be checked, and compiling takes half as long.
 FLAGS = "-std=c++17 -O0 -g1 -fopenmp -fno-math-errno".split()
@@ -54,7 +56,7 @@ def has_sanitizers(folder: pathlib.Path) -> bool:
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory) -> pathlib.Path:
-    """The path of csrc/cpu/driver.cpp, built with every instruction set and both sanitizers."""
+    """csrc/tests/cpu/driver.cpp, built with every instruction set and both sanitizers."""
     folder = tmp_path_factory.mktemp("sanitizers")
     if not has_sanitizers(folder):
         pytest.skip("g++ cannot link the sanitizers: install libasan and libubsan")
@@ -62,14 +64,15 @@ def driver(tmp_path_factory) -> pathlib.Path:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     sets = names.X86_FLAGS if x86 else {"baseline": ""}
     commands = {}
-    for source in SOURCES.glob("*.cpp"):
-        once = source.name in names.ONCE | names.PROGRAMS
+    for source in [*SOURCES.rglob("*.cpp"), *PROGRAM.glob("*.cpp")]:
+        tests = source.parent == PROGRAM
+        once = tests or source.name in names.ONCE
         for isa, isa_flags in {"once": ""}.items() if once else sets.items():
             target = str(folder / f"{source.stem}.{isa}.o")
             define = [] if once else [f"-DSPARSEKERN_ISA={isa}"]
             define += ["-DSPARSEKERN_X86"] if x86 else []
-            define += ["-O2"] if source.name in names.PROGRAMS else []  # most time goes there
-            flags = [*FLAGS, *SANITIZERS, *isa_flags.split(), *define]
+            define += ["-O2"] if tests else []  # most time goes there
+            flags = [*FLAGS, *SANITIZERS, f"-I{CSRC}", *isa_flags.split(), *define]
             commands[target] = [CXX, *flags, "-c", str(source), "-o", target]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(run, commands.values()))
@@ -91,9 +94,9 @@ def test_top_k_takes_at_most_64_kib_of_stack(tmp_path):
     names = setup_file()
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     for isa, flags in (names.X86_FLAGS if x86 else {"baseline": ""}).items():
-        source, out = SOURCES / "topk.cpp", tmp_path / f"{isa}.o"
+        source, out = SOURCES / "topk" / "topk.cpp", tmp_path / f"{isa}.o"
         optimised = [*names.COMMON_FLAGS.split(), "-fopenmp", *flags.split()]
-        defines = [f"-DSPARSEKERN_ISA={isa}", f"-I{SOURCES.parent}", "-fstack-usage"]
+        defines = [f"-DSPARSEKERN_ISA={isa}", f"-I{CSRC}", "-fstack-usage"]
         run([CXX, *optimised, *defines, "-c", str(source), "-o", str(out)])
         report = out.with_suffix(".su").read_text().splitlines()
         frames = sorted((int(line.split("\t")[1]) for line in report), reverse=True)

@@ -96,7 +96,7 @@ def test_without_the_sources_of_cuda_asking_for_them_is_an_error(tmp_path):
     shutil.rmtree(tmp_path / "csrc" / "cuda")
     run = run_setup(tmp_path, "build", "--build-lib", "lib", SPARSEKERN_BUILD="cuda")
     assert run.returncode != 0 and "Traceback" not in run.stderr
-    missing = tmp_path / "csrc" / "cuda" / "*.cu"
+    missing = tmp_path / "csrc" / "cuda" / "**" / "*.cu"
     assert last_line(run).startswith(f"error: SPARSEKERN_BUILD=cuda: {missing} was not there ")
 
 

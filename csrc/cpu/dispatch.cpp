@@ -1,4 +1,4 @@
-#include "dispatch.h"
+#include "cpu/dispatch.h"
 
 #include <atomic>
 #include <cstring>
@@ -7,22 +7,22 @@
 
 #if defined(SPARSEKERN_X86)
 #define SPARSEKERN_ISA avx2
-#include "activity.h"
-#include "adam.h"
-#include "batch_norm.h"
-#include "pointwise_conv.h"
-#include "sparse_matmul.h"
-#include "threshold.h"
-#include "topk.h"
+#include "cpu/adam_step/adam_step.h"
+#include "cpu/batch_norm/batch_norm.h"
+#include "cpu/channel_threshold/channel_threshold.h"
+#include "cpu/count_active/count_active.h"
+#include "cpu/pointwise_conv/pointwise_conv.h"
+#include "cpu/sparse_matmul/sparse_matmul.h"
+#include "cpu/topk/topk.h"
 #undef SPARSEKERN_ISA
 #define SPARSEKERN_ISA avx512
-#include "activity.h"
-#include "adam.h"
-#include "batch_norm.h"
-#include "pointwise_conv.h"
-#include "sparse_matmul.h"
-#include "threshold.h"
-#include "topk.h"
+#include "cpu/adam_step/adam_step.h"
+#include "cpu/batch_norm/batch_norm.h"
+#include "cpu/channel_threshold/channel_threshold.h"
+#include "cpu/count_active/count_active.h"
+#include "cpu/pointwise_conv/pointwise_conv.h"
+#include "cpu/sparse_matmul/sparse_matmul.h"
+#include "cpu/topk/topk.h"
 #undef SPARSEKERN_ISA
 #endif
 

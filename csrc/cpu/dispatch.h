@@ -2,13 +2,13 @@
 #pragma once
 
 #define SPARSEKERN_ISA baseline
-#include "activity.h"
-#include "adam.h"
-#include "batch_norm.h"
-#include "pointwise_conv.h"
-#include "sparse_matmul.h"
-#include "threshold.h"
-#include "topk.h"
+#include "cpu/adam_step/adam_step.h"
+#include "cpu/batch_norm/batch_norm.h"
+#include "cpu/channel_threshold/channel_threshold.h"
+#include "cpu/count_active/count_active.h"
+#include "cpu/pointwise_conv/pointwise_conv.h"
+#include "cpu/sparse_matmul/sparse_matmul.h"
+#include "cpu/topk/topk.h"
 #undef SPARSEKERN_ISA
 
 namespace sparsekern::cpu {

@@ -1,0 +1,101 @@
+// One step of Adam, and of Adam on rows of norm 1.
+#include "cuda/adam_step/adam_step.h"
+#include "cuda/common/dtypes.cuh"
+
+namespace sparsekern::cuda {
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+// Elements of a thread where rows do not matter: enough loads under way, few blocks.
+constexpr int64_t kPerThread = 8;
+
+struct Matrices {
+  float* parameter;   // [rows, d]
+  const float* grad;  // [rows, d]
+  float* mean;        // [rows, d]
+  float* square;      // [rows, d]
+};
+
+struct Step {
+  float step_size, new_mean, beta2, new_square, root_scale, eps, weight_decay;
+};
+
+// The new parameter; mean and square are written.
+__device__ float step_element(const Matrices& m, const Step& s, int64_t i, float parameter,
+                              float decay) {
+  const float g = m.grad[i] + decay * parameter;
+  const float mean = m.mean[i] + s.new_mean * (g - m.mean[i]);
+  const float square = s.beta2 * m.square[i] + s.new_square * g * g;
+  m.mean[i] = mean;
+  m.square[i] = square;
+  return parameter - s.step_size * mean / (sqrtf(square) * s.root_scale + s.eps);
+}
+
+// parameter -= step_size * mean / (sqrt(square) * root_scale + eps), element by element. Neighbours
+// in a warp take neighbours in memory. Bound by memory: 28 bytes an element.
+__global__ void __launch_bounds__(kThreads) adam_step_kernel(Matrices m, Step s, int64_t count) {
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads * kPerThread + threadIdx.x;
+  for (int64_t u = 0; u < kPerThread; ++u) {
+    const int64_t i = first + u * kThreads;
+    if (i < count) m.parameter[i] = step_element(m, s, i, m.parameter[i], s.weight_decay);
+  }
+}
+
+// The sum of x over the block, in every thread; the same tree every time.
+__device__ float block_sum(float x, float* parts) {
+  const float own = warp_sum(x);
+  __syncthreads();  // the parts of the sum before have been read
+  if (threadIdx.x % kWarp == 0) parts[threadIdx.x / kWarp] = own;
+  __syncthreads();
+  return warp_sum(threadIdx.x % kWarp < kWarps ? parts[threadIdx.x % kWarp] : 0.0f);
+}
+
+// The same for a row of norm 1, by one block: g loses its part along the row, and the row gets norm
+// 1 again. The second and third passes find the row in the L1 or L2 cache. Bound by memory.
+__global__ void __launch_bounds__(kThreads) adam_unit_rows_kernel(Matrices m, Step s, int64_t d) {
+  __shared__ float parts[kWarps];
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * d;
+  float length = 0, product = 0;
+  for (int64_t f = threadIdx.x; f < d; f += kThreads) {
+    const float parameter = m.parameter[begin + f];
+    length += parameter * parameter;
+    product += parameter * m.grad[begin + f];
+  }
+  length = block_sum(length, parts);
+  product = block_sum(product, parts);
+  const float along = length > 0 ? product / length : 0;
+  float moved = 0;
+  for (int64_t f = threadIdx.x; f < d; f += kThreads) {
+    const float old = m.parameter[begin + f];
+    const float parameter = step_element(m, s, begin + f, old, s.weight_decay - along);
+    m.parameter[begin + f] = parameter;
+    moved += parameter * parameter;
+  }
+  moved = block_sum(moved, parts);
+  const float scale = moved > 0 ? 1 / sqrtf(moved) : 1;
+  for (int64_t f = threadIdx.x; f < d; f += kThreads) m.parameter[begin + f] *= scale;
+}
+
+}  // namespace
+
+void adam_step(float* parameter, const float* grad, float* mean, float* square, int64_t rows,
+               int64_t d, float step_size, float new_mean, float beta2, float new_square,
+               float root_scale, float eps, float weight_decay, bool unit_rows,
+               cudaStream_t stream) {
+  const Matrices matrices{parameter, grad, mean, square};
+  const Step step{step_size, new_mean, beta2, new_square, root_scale, eps, weight_decay};
+  if (rows * d == 0) return;
+  if (unit_rows) {
+    launch(adam_unit_rows_kernel, static_cast<unsigned>(rows), kThreads, 0, stream, matrices, step,
+           d);
+    return;
+  }
+  const int64_t per_block = kThreads * kPerThread;
+  const int64_t blocks = (rows * d + per_block - 1) / per_block;
+  launch(adam_step_kernel, static_cast<unsigned>(blocks), kThreads, 0, stream, matrices, step,
+         rows * d);
+}
+
+}  // namespace sparsekern::cuda

@@ -1,0 +1,78 @@
+// Finding the k-th rank by bisection, for a warp and for a block.
+#pragma once
+
+#include "cuda/topk/batch.cuh"
+
+namespace sparsekern::cuda {
+
+// A rank v such that `count` ranks are <= v.
+struct Cut {
+  unsigned value;
+  int count;
+};
+
+// The least v in [low, high] with count(v) >= wanted, or any v on the way there with count(v) <=
+// wanted + slack. count(v), the number of ranks <= v, is at least `wanted` at high.
+template <class Count>
+__device__ Cut bisect(unsigned low, unsigned high, int wanted, int slack, const Count& count) {
+  int at_high = 0;
+  unsigned middle = high;
+  while (true) {
+    const int at_middle = count(middle);
+    if (at_middle >= wanted) {
+      high = middle;
+      at_high = at_middle;
+    } else {
+      low = middle + 1;
+    }
+    if (low >= high || at_high <= wanted + slack) return {high, at_high};
+    middle = low + (high - low) / 2;
+  }
+}
+
+// How many elements at the cut itself are selected, by ascending index; those before it all are.
+template <class Count>
+__device__ int ties_at(const Cut& cut, int wanted, const Count& count) {
+  if (cut.count <= wanted) return 0x7fffffff;
+  return wanted - (cut.value == 0 ? 0 : count(cut.value - 1));
+}
+
+// Sums, minima and maxima over the threads of a block, for all of them. One barrier each: a call
+// writes the half of the slots that the call before the last one read.
+class BlockReduce {
+ public:
+  __device__ int sum(int x) {
+    const unsigned* slots = share(__reduce_add_sync(kFullMask, static_cast<unsigned>(x)));
+    unsigned total = 0;
+    for (int w = 0; w < kBlockWarps; ++w) total += slots[w];
+    return static_cast<int>(total);
+  }
+  __device__ unsigned least(unsigned x) {
+    const unsigned* slots = share(__reduce_min_sync(kFullMask, x));
+    unsigned least = slots[0];
+    for (int w = 1; w < kBlockWarps; ++w) least = slots[w] < least ? slots[w] : least;
+    return least;
+  }
+  __device__ unsigned greatest(unsigned x) { return ~least(~x); }
+
+  // The sum over the warps before this one.
+  __device__ int before_warp(int x) {
+    const unsigned* slots = share(__reduce_add_sync(kFullMask, static_cast<unsigned>(x)));
+    unsigned before = 0;
+    for (int w = 0; w < static_cast<int>(threadIdx.x) / kWarp; ++w) before += slots[w];
+    return static_cast<int>(before);
+  }
+
+ private:
+  __device__ const unsigned* share(unsigned x) {
+    __shared__ unsigned slots[2][kBlockWarps];
+    turn_ ^= 1;
+    if (threadIdx.x % kWarp == 0) slots[turn_][threadIdx.x / kWarp] = x;
+    __syncthreads();
+    return slots[turn_];
+  }
+
+  int turn_ = 0;
+};
+
+}  // namespace sparsekern::cuda

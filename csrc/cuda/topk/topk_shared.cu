@@ -1,0 +1,111 @@
+// Rows that fit shared memory, kStreamedK < k <= kSharedSort: one read of x, then bisection over
+// the row's ranks. Smaller k are better served by the candidates of topk_candidates.cu, which need
+// less shared memory than the row.
+#include "cuda/topk/ordered.cuh"
+
+namespace sparsekern::cuda {
+
+namespace {
+
+constexpr int kGroupsPerThread = 16;  // 4096 groups in a block
+constexpr int kGroups = kGroupsPerThread * kBlockThreads;
+
+// Ranks of a row in shared memory, filled up to whole 16-byte vectors.
+__host__ __device__ inline int whole_vectors(int n) { return (n + 3) / 4 * 4; }
+
+// Row -> ranks, 16 bytes at a time when the row is packed.
+template <class T>
+__device__ void load_ranks(const Batch<T>& batch, const T* row, bool packed, unsigned* ranks) {
+  constexpr int kWidth = kVectorBytes / sizeof(T);
+  const int packs = packed ? batch.n / kWidth : 0;
+#pragma unroll 4
+  for (int p = threadIdx.x; p < packs; p += kBlockThreads) {
+    Pack<T, kWidth> pack;
+    pack.load(row + static_cast<int64_t>(p) * kWidth);
+#pragma unroll
+    for (int c = 0; c < kWidth; c += 4) {
+      *reinterpret_cast<uint4*>(ranks + p * kWidth + c) =
+          uint4{rank_of(pack.item[c], batch.mask), rank_of(pack.item[c + 1], batch.mask),
+                rank_of(pack.item[c + 2], batch.mask), rank_of(pack.item[c + 3], batch.mask)};
+    }
+  }
+#pragma unroll 8
+  for (int i = packs * kWidth + threadIdx.x; i < batch.n; i += kBlockThreads) {
+    ranks[i] = batch.rank(row, i);
+  }
+}
+
+// A proved bound of the k-th rank, k <= kGroups / 2 and n >= kGroups: the k-th of the groups'
+// bests, or a little later. Group g holds the elements g, g + kGroups, ...
+__device__ inline unsigned group_bound(BlockReduce& reduce, const unsigned* ranks, int n, int k) {
+  unsigned best[kGroupsPerThread];
+  unsigned earliest = kNoRank, latest = 0;
+#pragma unroll
+  for (int g = 0; g < kGroupsPerThread; ++g) {
+    best[g] = kNoRank;
+    for (int i = g * kBlockThreads + threadIdx.x; i < n; i += kGroups) {
+      best[g] = ranks[i] < best[g] ? ranks[i] : best[g];
+    }
+    earliest = best[g] < earliest ? best[g] : earliest;
+    latest = best[g] > latest ? best[g] : latest;
+  }
+  const unsigned low = reduce.least(earliest);
+  const unsigned high = reduce.greatest(latest);
+  const auto count_to = [&](unsigned v) {
+    int count = 0;
+#pragma unroll
+    for (int g = 0; g < kGroupsPerThread; ++g) count += best[g] <= v;
+    return reduce.sum(count);
+  };
+  return bisect(low, high, k, k / 8, count_to).value;
+}
+
+// A block owns a row. It reads the row once into up to 128 KiB of shared memory, of which each step
+// of the bisection reads all: 1000 clocks for 32768 elements, 6 to 10 steps below a bound from the
+// groups, up to 30 without it. So one block a multiprocessor for the longest rows, bound by shared
+// memory; four for 8192 elements.
+template <class T>
+__global__ void __launch_bounds__(kBlockThreads)
+    topk_shared_kernel(Batch<T> batch, bool packed, int size) {
+  SPARSEKERN_DYNAMIC_SHARED(unsigned, ranks);
+  const int64_t b = blockIdx.x;
+  const int n = batch.n;
+  Pair* pairs = reinterpret_cast<Pair*>(ranks + whole_vectors(n));
+  load_ranks(batch, batch.row(b), packed, ranks);
+  __syncthreads();
+  BlockReduce reduce;
+  unsigned high = kNoRank - 1;
+  if (n >= kGroups && batch.k <= kGroups / 2) high = group_bound(reduce, ranks, n, batch.k);
+  const auto count_to = [&](unsigned v) {
+    int count = 0;
+#pragma unroll 8
+    for (int i = threadIdx.x; i < n; i += kBlockThreads) count += ranks[i] <= v;
+    return reduce.sum(count);
+  };
+  const Cut cut = bisect(0, high, batch.k, 0, count_to);
+  const int ties = ties_at(cut, batch.k, count_to);
+  take_in_order(
+      reduce, n, cut, ties, [&](int64_t i) { return ranks[i]; },
+      [&](int position, int64_t i, unsigned rank) {
+        pairs[position] = make_pair_of(rank, static_cast<unsigned>(i));
+      });
+  __syncthreads();
+  write_codes<BlockTeam>(batch, b, pairs, size, true);
+}
+
+template <class T>
+void select_shared(const TopkCall& call) {
+  const Batch<T> batch = make_batch<T>(call);
+  const int size = static_cast<int>(power_of_two(call.k));
+  const size_t shared = whole_vectors(batch.n) * sizeof(unsigned) + size * sizeof(Pair);
+  launch(topk_shared_kernel<T>, grid_of(call.rows), kBlockThreads, shared, call.stream, batch,
+         rows_packed<T>(call), size);
+}
+
+}  // namespace
+
+void topk_shared(const TopkCall& call) {
+  visit_dtype(call.dtype, [&](auto tag) { select_shared<decltype(tag)>(call); });
+}
+
+}  // namespace sparsekern::cuda

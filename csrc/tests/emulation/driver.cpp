@@ -1,0 +1,66 @@
+// driver [--quick] [--self-test] [--plant race|race-shuffle|overrun|overrun-global]
+#include "tests/emulation/driver.h"
+
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <string>
+
+namespace sparsekern::emulation {
+
+bool quick = false;
+
+namespace {
+
+int usage() {
+  std::printf(
+      "usage: driver [--quick] [--self-test] [--plant race|race-shuffle|overrun|overrun-global]\n");
+  return 2;
+}
+
+// Runs one list of cases and says how many there were; returns the failures.
+int report(const char* name, int (*check)(int*)) {
+  const auto start = std::chrono::steady_clock::now();
+  int cases = 0, failures = 0;
+  try {
+    failures = check(&cases);
+  } catch (const std::exception& error) {
+    std::printf("%s: %s\n", name, error.what());
+    failures = 1;
+  }
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  std::printf("%s: %d cases, %d failures, %.1f s\n", name, cases, failures, seconds.count());
+  std::fflush(stdout);
+  return failures;
+}
+
+int main_with(int count, char** arguments) {
+  bool only_self_test = false;
+  for (int i = 1; i < count; ++i) {
+    const std::string argument = arguments[i];
+    if (argument == "--quick") {
+      quick = true;
+    } else if (argument == "--self-test") {
+      only_self_test = true;
+    } else if (argument == "--plant" && i + 1 < count) {
+      return plant(arguments[i + 1]) ? 0 : usage();
+    } else {
+      return usage();
+    }
+  }
+  int failures = report("emulation", check_emulation);
+  if (!only_self_test) {
+    failures += report("topk", check_topk);
+    failures += report("products", check_products);
+    failures += report("adam", check_adam);
+    failures += report("threshold", check_threshold);
+    failures += report("pointwise_conv", check_pointwise_conv);
+  }
+  return failures == 0 ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace sparsekern::emulation
+
+int main(int count, char** arguments) { return sparsekern::emulation::main_with(count, arguments); }
