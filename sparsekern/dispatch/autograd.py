@@ -4,6 +4,9 @@ and of arguments that change.
 torch's own registration of such gradients refuses the transforms of torch.func. Here each level of
 transforms records the operation for itself, as it does torch's own operations: on the tensors of
 that level, with the levels below run inside.
+
+This needs private names of torch. Where one is missing `CAN_RECORD` is False, and gradients are
+registered torch's own way.
 """
 
 from __future__ import annotations
@@ -12,43 +15,55 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.autograd.forward_ad import _set_fwd_grad_enabled
-from torch.autograd.function import _SingleLevelFunction
 
-_AFTER = torch._C._after_ADInplaceOrView_keyset
+try:
+    from torch._C import (
+        DispatchKey,
+        _after_ADInplaceOrView_keyset,
+        _any_requires_grad,
+        _are_functorch_transforms_active,
+        _AutoDispatchBelowADInplaceOrView,
+    )
+    from torch._functorch.utils import enable_single_level_autograd_function
+    from torch.autograd.forward_ad import _set_fwd_grad_enabled
+    from torch.autograd.function import _SingleLevelFunction
+
+    CAN_RECORD = hasattr(forward_ad, "_current_level") and hasattr(DispatchKey, "ADInplaceOrView")
+except ImportError:
+    CAN_RECORD = False
 
 
 def recording_kernel(
     name: str,
     overload: Any,
+    arguments: int,
     backward: Callable[..., Any],
     setup_context: Callable[..., None] | None,
 ) -> Callable[..., Any]:
     """The kernel of an operation for torch's dispatch key Autograd.
 
-    backward, setup_context: as those of an autograd.Function. Forward-mode differentiation is
-    refused: its tangents would be lost.
+    arguments: how many it has; those left out are None. backward, setup_context: as those of an
+    autograd.Function. Forward-mode differentiation is refused: its tangents would be lost.
     """
-    defaults = [argument.default_value for argument in overload._schema.arguments]
 
     def run(keys: Any, *args: Any) -> Any:
         # Below the tracking of views, too: results are no views of the tensors they were made from.
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            return overload.redispatch(keys & _AFTER, *args)
+        with _AutoDispatchBelowADInplaceOrView():
+            return overload.redispatch(keys & _after_ADInplaceOrView_keyset, *args)
 
     def forward(ctx: Any, *args: Any) -> Any:
         *inputs, keys = args
-        if torch._C._are_functorch_transforms_active():
+        if _are_functorch_transforms_active():
             # autograd.Function has turned recording off, for the levels below as well.
             with torch.enable_grad(), _set_fwd_grad_enabled(True):
                 outputs = run(keys, *inputs)
         else:
             outputs = run(keys, *inputs)
         if setup_context is not None:
-            # The dispatcher leaves out arguments that equal their default.
-            setup_context(ctx, (*inputs, *defaults[len(inputs) :]), outputs)
+            # The dispatcher leaves out arguments that equal their default, None.
+            left_out = arguments - len(inputs)
+            setup_context(ctx, (*inputs, *[None] * left_out), outputs)
         return outputs
 
     def recorded_backward(ctx: Any, *grads: Any) -> Any:
@@ -77,10 +92,10 @@ def recording_kernel(
     )
 
     def kernel(keys: Any, *args: Any) -> Any:
-        recording = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        recording = torch.is_grad_enabled() and _any_requires_grad(*args)
         if not recording and forward_ad._current_level < 0:
             return run(keys, *args)
-        if torch._C._are_functorch_transforms_active():
+        if _are_functorch_transforms_active():
             with enable_single_level_autograd_function():
                 return function.apply(*args, keys)
         return function.apply(*args, keys)
@@ -93,8 +108,8 @@ def versioning_kernel(overload: Any, mutated: list[int]) -> Callable[..., Any]:
     changed in place."""
 
     def kernel(keys: Any, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            outputs = overload.redispatch(keys & _AFTER, *args)
+        with _AutoDispatchBelowADInplaceOrView():
+            outputs = overload.redispatch(keys & _after_ADInplaceOrView_keyset, *args)
         raise_versions(mutated, args)
         return outputs
 
@@ -114,7 +129,14 @@ def without_views(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         outputs = function(*args)
         if isinstance(outputs, tuple):
-            return tuple(t.detach() if t._is_view() else t for t in outputs)
-        return outputs.detach() if outputs is not None and outputs._is_view() else outputs
+            return tuple(t.detach() if _is_view(t) else t for t in outputs)
+        return outputs.detach() if outputs is not None and _is_view(outputs) else outputs
 
     return run
+
+
+def _is_view(tensor: torch.Tensor) -> bool:
+    try:
+        return tensor._is_view()
+    except AttributeError:  # private in torch
+        return True

@@ -4,6 +4,9 @@ The dispatcher reaches a kernel through several layers of Python, which cost mor
 kernels here. It can be skipped when it would do nothing: no gradient is recorded, and none of the
 keys that it would visit (functorch, autocast, tracing, modes, subclasses, lazy negation, ...) is
 set, neither on a tensor nor on this thread.
+
+torch has only private names for these keys. Where one is missing, or does not show what it should,
+no call skips the dispatcher.
 """
 
 from __future__ import annotations
@@ -14,43 +17,77 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-_keys = torch._C.DispatchKey
-# The keys whose kernels only pass a call on when nothing requires a gradient, and the kernels
-# themselves.
-_PASSED_ON = functools.reduce(
-    lambda keys, key: keys.add(key),
-    (
-        _keys.CPU, _keys.CUDA, _keys.BackendSelect, _keys.ADInplaceOrView, _keys.AutogradCPU,
-        _keys.AutogradCUDA,
-    ),
-    torch._C.DispatchKeySet.from_raw_repr(0),
-).raw_repr()  # fmt: skip
-_STOPS = ~_PASSED_ON
+try:
+    from torch._C import (
+        DispatchKey,
+        DispatchKeySet,
+        _dispatch_keys,
+        _dispatch_tls_local_exclude_set,
+        _dispatch_tls_local_include_set,
+    )
+    from torch._C._autograd import _profiler_enabled
+    from torch.overrides import has_torch_function
+
+    # The keys whose kernels only pass a call on when nothing requires a gradient, and the kernels
+    # themselves.
+    _PASSED_ON = functools.reduce(
+        lambda keys, key: keys.add(key),
+        (
+            DispatchKey.CPU, DispatchKey.CUDA, DispatchKey.BackendSelect,
+            DispatchKey.ADInplaceOrView, DispatchKey.AutogradCPU, DispatchKey.AutogradCUDA,
+        ),
+        DispatchKeySet.from_raw_repr(0),
+    ).raw_repr()  # fmt: skip
+    _STOPS = ~_PASSED_ON
+    _known = hasattr(forward_ad, "_current_level")
+except (ImportError, AttributeError):
+    _known = False
+
 # Of most arguments that are no tensors; asking Tensor's metaclass takes longer.
 _PLAIN = frozenset((bool, int, float, type(None)))
-
-_keys_of = torch._C._dispatch_keys
-_included = torch._C._dispatch_tls_local_include_set
-_excluded = torch._C._dispatch_tls_local_exclude_set
-_overridden = torch.overrides.has_torch_function
-_profiling = torch._C._autograd._profiler_enabled
 
 
 def dispatcher_has_nothing_to_do(args: tuple[Any, ...]) -> bool:
     """True when the dispatcher would hand a call with these arguments straight to the kernel."""
     # Overrides: of tensor subclasses, and of modes.
-    if torch.compiler.is_compiling() or _overridden(args) or _profiling():
+    if not _known or torch.compiler.is_compiling() or has_torch_function(args):
         return False
-    if forward_ad._current_level >= 0:
+    if _profiler_enabled() or forward_ad._current_level >= 0:
         return False
     recording = torch.is_grad_enabled()
-    keys = _included().raw_repr()
+    keys = _dispatch_tls_local_include_set().raw_repr()
     for arg in args:
         if type(arg) not in _PLAIN and isinstance(arg, torch.Tensor):
             if recording and arg.requires_grad:
                 return False
-            keys |= _keys_of(arg).raw_repr()
-    return not keys & ~_excluded().raw_repr() & _STOPS
+            keys |= _dispatch_keys(arg).raw_repr()
+    return not keys & ~_dispatch_tls_local_exclude_set().raw_repr() & _STOPS
+
+
+def _keys_are_shown() -> bool:
+    """Whether the names above tell what they should: no call here may skip the dispatcher."""
+    seen: list[bool] = []
+
+    def look(tensor: torch.Tensor) -> torch.Tensor:
+        seen.append(dispatcher_has_nothing_to_do((tensor,)))
+        return tensor
+
+    try:
+        x = torch.zeros(2, device="cpu")
+        with torch.enable_grad():
+            look(x.clone().requires_grad_())
+        with torch.no_grad():
+            torch.vmap(look)(x)
+            look(torch.complex(x, x).conj().imag)  # negated when it is read
+            look(x.to("meta"))
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                look(x)
+    except (AttributeError, TypeError):
+        return False
+    return len(seen) == 5 and not any(seen)
+
+
+_known = _known and _keys_are_shown()
 
 
 def device_type_of(tensor: torch.Tensor) -> str:

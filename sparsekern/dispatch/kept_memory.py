@@ -37,7 +37,21 @@ def _holders(storages: list[torch.UntypedStorage], at: int) -> tuple[int, int]:
     return sys.getrefcount(storages[at]), torch._C._storage_Use_Count(storages[at]._cdata)
 
 
-_LIST_ALONE = _holders([torch.UntypedStorage(0)], 0)
+def _holders_are_shown() -> bool:
+    """Whether torch's private names tell who holds a storage; else nothing is kept."""
+    try:
+        storages = [torch.UntypedStorage(0)]
+        alone = _holders(storages, 0)
+        tensor = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storages[0])
+        shared = _holders(storages, 0)
+        del tensor
+        return shared != alone == _holders(storages, 0)
+    except (AttributeError, TypeError):
+        return False
+
+
+_known = _holders_are_shown()
+_LIST_ALONE = _holders([torch.UntypedStorage(0)], 0) if _known else None
 
 
 def _free(at: int) -> bool:
@@ -47,6 +61,8 @@ def _free(at: int) -> bool:
 def storage_of(size: int) -> torch.UntypedStorage:
     """A storage of so many bytes, its content undefined. If none of that size is free the sizes
     have changed: then all free ones go."""
+    if not _known:
+        return torch.UntypedStorage(size)
     with _lock:
         for at in range(len(_storages)):
             # One that was resized, or is shared with another process, is not taken again.

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from .autograd import raise_versions, recording_kernel, versioning_kernel, without_views
+from .autograd import CAN_RECORD, raise_versions, recording_kernel, versioning_kernel, without_views
 from .backends import PREFERRED, BackendUnavailableError, forced_backend, new_choices
 from .fast_path import device_type_of, dispatcher_has_nothing_to_do
 from .modules import native_module, stand_ins, why_no_triton
@@ -122,7 +122,9 @@ def define(
     for GPUs. owned: no output of the native implementation is a view (one that is will be replaced
     otherwise, which small calls notice).
     """
-    operation = Operation(name, schema, reference, implementations, cpu_only, owned)
+    arguments = schema[1 : schema.index(") ->")].split(", ")
+    mutated = [at for at, argument in enumerate(arguments) if "!" in argument]
+    operation = Operation(name, schema, reference, implementations, cpu_only, owned, mutated)
     operations[name] = operation
     qualified = f"{NAMESPACE}::{name}"
     _definitions.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -131,13 +133,15 @@ def define(
     if vmap is not None:
         torch.library.register_vmap(qualified, vmap, lib=_definitions)
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
-    if backward is not None:
-        kernel = recording_kernel(name, overload, backward, setup_context)
+    if backward is not None and CAN_RECORD:
+        kernel = recording_kernel(name, overload, len(arguments), backward, setup_context)
         _definitions.impl(name, kernel, "Autograd", with_keyset=True)
-    arguments = enumerate(overload._schema.arguments)
-    operation.mutated = [at for at, a in arguments if a.alias_info and a.alias_info.is_write]
-    if operation.mutated:
-        kernel = versioning_kernel(overload, operation.mutated)
+    elif backward is not None:
+        torch.library.register_autograd(
+            qualified, backward, setup_context=setup_context, lib=_definitions
+        )
+    if mutated and CAN_RECORD:
+        kernel = versioning_kernel(overload, mutated)
         _definitions.impl(name, kernel, "ADInplaceOrView", with_keyset=True)
     if autocast is not None:
         for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
@@ -151,14 +155,17 @@ def _checked(operation: Operation, check: Callable[..., object] | None) -> Calla
 
     def run(*args: Any) -> Any:
         check(*args)
-        return operation(*args)
+        outputs = operation(*args)
+        if operation.mutated and not CAN_RECORD:
+            raise_versions(operation.mutated, args)
+        return outputs
 
     return run
 
 
 def differentiating() -> bool:
     """In a backward pass: whether its own derivative is wanted, in either mode."""
-    return torch.is_grad_enabled() or forward_ad._current_level >= 0
+    return torch.is_grad_enabled() or getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def unknown_size() -> Any:

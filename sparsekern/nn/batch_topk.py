@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 
+from ..dispatch.transforms import unwrapped
 from ..ops.batch_topk import batch_mask, check_share, kept_in_all
 from ..ops.checks import check_floating
 from ..ops.codes import Codes
@@ -31,6 +31,8 @@ LARGEST_CHANGE = 2.0
 # A change of k by more than this share between two batches is no trend: earlier ones are forgotten.
 JUMP_OF_K = 0.1
 
+# private in torch; without it compiled code does not look
+_assert_async = getattr(torch, "_assert_async", None)
 _UNSET = (
     "BatchTopK: threshold must be set before evaluation, by a batch in training mode with a "
     "positive activation or from a state_dict that has it, got nan"
@@ -212,12 +214,11 @@ class BatchTopK(SavedK):
         """The threshold, 0-d; raises where it was never set, for which the host waits at most
         once."""
         if torch.compiler.is_compiling():
-            torch._assert_async(~self.threshold.isnan(), _UNSET)
+            if _assert_async is not None:
+                _assert_async(~self.threshold.isnan(), _UNSET)
         elif not self._known and not self.threshold.is_meta:
-            threshold = self.threshold
-            while is_functorch_wrapped_tensor(threshold):  # of models together: all of theirs
-                threshold = get_unwrapped(threshold)
-            if bool(threshold.isnan().any()):
+            # of models together: all of theirs
+            if bool(unwrapped(self.threshold).isnan().any()):
                 raise RuntimeError(_UNSET)
             self._known = self.threshold.is_cuda
         return self.threshold

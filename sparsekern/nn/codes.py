@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..dispatch.transforms import traced_or_vmapped
 from ..ops.codes import Codes
 from ..ops.topk import topk
 
@@ -25,14 +26,3 @@ def codes_where(dense: torch.Tensor, wanted: torch.Tensor) -> Codes:
         width = int(wanted.sum(-1).max()) if wanted.numel() else 0
     indices = topk(wanted.to(dense.dtype), max(width, 1), sorted=False).indices
     return Codes(dense.gather(-1, indices), indices)
-
-
-def traced_or_vmapped() -> bool:
-    """Whether what is computed here will be, or is, that of other numbers, too: while code is
-    traced (torch.jit.trace), and under vmap, around other transforms or inside them."""
-    if torch.compiler.is_compiling():
-        return False
-    if torch.jit.is_tracing():
-        return True
-    transforms = torch._C._functorch.get_interpreter_stack() or ()
-    return any(it.key() == torch._C._functorch.TransformType.Vmap for it in transforms)

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..ops.checks import check_codes, check_count, check_floating
 from ..ops.count_active import count_active
 from .recomputation import recomputing, take
+from .wrappers import in_join
 
 
 class _Alone(NamedTuple):
@@ -161,7 +161,7 @@ class DeadNeuronCounter(nn.Module):
         self._meet(alone.base.to(base.device), alone.since.to(base.device), alone.rows)
 
     def _counts_alone(self) -> bool:
-        return self._no_sync or (not torch.compiler.is_compiling() and _in_join())
+        return self._no_sync or (not torch.compiler.is_compiling() and in_join())
 
     def _count_alone(self, fired: torch.Tensor, rows: int) -> None:
         count = self.rows_since_fired
@@ -238,13 +238,6 @@ class DeadNeuronCounter(nn.Module):
 
 def _in_a_group() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _in_join() -> bool:
-    """Whether this is the forward pass of a DistributedDataParallel whose processes may have
-    different numbers of batches: what is sent there must be what torch expects."""
-    wrapper = DistributedDataParallel._get_active_ddp_module()
-    return wrapper is not None and wrapper._join_config.enable
 
 
 def check_counter(layer: str, counter: DeadNeuronCounter | None) -> DeadNeuronCounter | None:

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dispatch.transforms import is_wrapped
 from ..ops.first_pass import NO_PASS, backward_pass, first_pass
 
 REMEMBERED = 64
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def recomputing() -> bool:
@@ -60,7 +60,7 @@ class RecentStates:
 
     def remember(self, key: Tensor, state: Tensor) -> None:
         """Of a first pass: its key and the state it used, both of a shape that stays."""
-        if not (torch.compiler.is_compiling() or _is_wrapped(key)):
+        if not (torch.compiler.is_compiling() or is_wrapped(key)):
             self._passes.append((key.detach().clone(), state.detach().clone()))
 
     @torch.no_grad()

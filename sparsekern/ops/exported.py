@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torch.utils import _pytree
+try:
+    from torch.utils._pytree import _register_namedtuple as register_name
+except ImportError:  # then torch.export.save refuses models that return them
+
+    def register_name(cls: type[Any], *, serialized_type_name: str) -> None:
+        """Do nothing."""
+
 
 Named = TypeVar("Named", bound=tuple[Any, ...])
 
@@ -17,7 +23,7 @@ def exported(name: str) -> Callable[[type[Named]], type[Named]]:
     """
 
     def register(kind: type[Named]) -> type[Named]:
-        _pytree._register_namedtuple(kind, serialized_type_name=name)
+        register_name(kind, serialized_type_name=name)
         return kind
 
     return register

@@ -23,10 +23,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 
+from ..dispatch.transforms import is_fake, traced_or_vmapped
 from ..nn import BatchTopK, JumpReLU, TopK
-from ..nn.codes import traced_or_vmapped
 from ..ops.batch_topk import batch_topk, kept_in_all
 from ..ops.batch_topk.candidates import first_of_list
 from ..ops.codes import Codes, TransposedCodes, Transposition
@@ -234,7 +233,7 @@ def check_activation(layer: nn.Module, latents: int) -> None:
 def sizes_are_fixed(x: Tensor) -> bool:
     """Whether no size may follow from the numbers in x: in compiled code, while a CUDA graph is
     captured, and where there are none or they are not the only ones."""
-    if torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
+    if torch.compiler.is_compiling() or is_fake(x):
         return True
     if traced_or_vmapped():
         return True

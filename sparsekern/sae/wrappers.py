@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..nn.recomputation import recomputing
+from ..nn.wrappers import active_wrapper
 
 # The first calls search for a wrapper each, later ones those whose number is a power of two.
 SEARCHES = 16
@@ -43,7 +44,7 @@ class Wrapper:
             return module
         if not (module.training and torch.is_grad_enabled() and _others()) or recomputing():
             return None
-        if DistributedDataParallel._get_active_ddp_module() is not None:
+        if active_wrapper() is not None:
             return None
         found = self._known() if self._known is not None else None
         self._asked += 1

@@ -25,6 +25,10 @@ PADDING_MASKS = (
 )  # fmt: skip
 
 # Layers of torch whose `batch_first` says where their outputs have the sequences.
+CONVOLUTIONS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 SEQUENCE_LAYERS = (
     nn.RNNBase, nn.MultiheadAttention, nn.Transformer, nn.TransformerEncoder,
     nn.TransformerDecoder, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer,
@@ -177,10 +181,10 @@ def _arrangement(module: nn.Module, hook_point: str) -> Callable[[Tensor], Tenso
     names = hook_point.split(".") if hook_point else []
     around = [module.get_submodule(".".join(names[:n])) for n in range(len(names) + 1)]
     layer = around[-1]
-    if isinstance(layer, nn.modules.conv._ConvNd):
+    if isinstance(layer, CONVOLUTIONS):
         channels = -1 - len(layer.kernel_size)  # also of an input without a batch
         return lambda output: output.movedim(channels, -1)
-    if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+    if isinstance(layer, BATCH_NORMS):
         return lambda output: output.movedim(1, -1)
     if any(isinstance(m, SEQUENCE_LAYERS) and not _batch_first(m) for m in around):
         return lambda output: output.transpose(0, 1) if output.dim() == 3 else output
