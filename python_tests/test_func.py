@@ -29,16 +29,14 @@ SPARSE, PLACES = normal(4), torch.tensor([3, 20, 11, 4])
 FEW = 1  # so few that the convolution stays sparse
 
 
-def decoded(codes):
-    return sparsekern.sparse_matmul(
-        codes.values, codes.indices, WEIGHT, transposition=codes.transposition
-    )
+def decoded(codes, transposition):
+    return sparsekern.sparse_matmul(*codes, WEIGHT, transposition=transposition)
 
 
 CASES = {
     "topk": (lambda x: sparsekern.topk(x, 3).values, X),
     "topk, relu": (lambda x: sparsekern.topk(x, 6, relu=True).values, X),
-    "topk, counts": (lambda x: sparsekern.topk(x, 3, return_counts=True).values, X),
+    "topk, counts": (lambda x: sparsekern.topk_counts(x, 3)[0].values, X),
     "topk_mask": (lambda x: sparsekern.topk_mask(x, 6, relu=True), X),
     "batch_topk": (lambda x: sparsekern.batch_topk(x, 6, relu=True), X),
     "linear_topk": (
@@ -46,7 +44,7 @@ CASES = {
         X, ENCODER, BIAS, BIAS.flip(0), SCALE,
     ),
     "linear_topk, transposed": (
-        lambda x, w: decoded(sparsekern.linear_topk(x, w, None, 6, return_transposition=True)),
+        lambda x, w: decoded(*sparsekern.linear_topk_transposed(x, w, None, 6)),
         X, ENCODER,
     ),
     "linear_at": (

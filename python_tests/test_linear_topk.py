@@ -147,9 +147,7 @@ def test_second_derivatives(target):
 def test_the_transposition_is_shared(target):
     x, weight = torch.randn(6, 5, device=target.device), torch.randn(30, 5, device=target.device)
     weight.requires_grad_()
-    values, indices, transposition = sparsekern.linear_topk(
-        x, weight, None, 4, return_transposition=True
-    )
+    (values, indices), transposition = sparsekern.linear_topk_transposed(x, weight, None, 4)
     again = sparsekern.transpose_codes(indices, 30)
     testing.assert_same("offsets", transposition.offsets, again.offsets)
     testing.assert_same("positions", transposition.positions, again.positions)
@@ -210,10 +208,8 @@ def test_compiled_equals_eager(target):
     weight.requires_grad_()
 
     def step(x, weight):
-        codes = sparsekern.linear_topk(x, weight, None, 3, return_transposition=True)
-        out = sparsekern.sparse_matmul(
-            codes.values, codes.indices, weight, transposition=codes.transposition
-        )
+        (values, indices), grouped = sparsekern.linear_topk_transposed(x, weight, None, 3)
+        out = sparsekern.sparse_matmul(values, indices, weight, transposition=grouped)
         return (out - x).square().sum()
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")

@@ -67,10 +67,11 @@ def test_kinds_of_codes():
     x = torch.randn(5, 9)
     values, indices = sparsekern.topk(x, 3, relu=True)
     expected = layer((values, indices))
-    counted = sparsekern.topk(x, 3, relu=True, return_counts=True)
-    transposed = sparsekern.TransposedCodes(values, indices, sparsekern.transpose_codes(indices, 9))
-    for codes in (sparsekern.Codes(values, indices), counted, transposed):
+    counted, _ = sparsekern.topk_counts(x, 3, relu=True)
+    for codes in (sparsekern.Codes(values, indices), counted):
         testing.assert_same(type(codes).__name__, layer(codes), expected)
+    transposition = sparsekern.transpose_codes(indices, 9)
+    testing.assert_same("transposed", layer(codes, transposition), expected)
     for wrong in ((values,), (values, indices, values), [values, indices], None):
         with pytest.raises(TypeError, match=r"^SparseLinear: codes must be a pair"):
             layer(wrong)

@@ -109,7 +109,6 @@ class BatchTopK(SavedK):
     ) -> None:
         super().__init__()
         _check_momentum(momentum)
-        self._exponent: int | None = None
         self.k = k
         self.momentum = momentum
         self.counter = check_counter("BatchTopK", counter)
@@ -124,20 +123,12 @@ class BatchTopK(SavedK):
     @property
     def k(self) -> int | float:
         """How many entries a row keeps on average."""
-        width = self._kept.shape[1]
-        return width if self._exponent is None else width * 2.0**self._exponent
+        kept: int | float = self._kept_k()
+        return kept
 
     @k.setter
     def k(self, k: int | float) -> None:
-        k = check_share("BatchTopK", "k", k, 2**31 - 1, "the largest index")
-        # The width of an empty tensor, so that torch.compile sees it change (see TopK.k): k itself,
-        # or the 53 bits of a float, whose exponent changes only where k is halved or doubled.
-        self._exponent = None
-        if isinstance(k, float):
-            fraction, exponent = math.frexp(k)
-            k, self._exponent = int(fraction * 2**53), exponent - 53
-        self._k_was_set = "_kept" in vars(self)
-        self._kept = torch.empty(0, k)
+        self._keep(check_share("BatchTopK", "k", k, 2**31 - 1, "the largest index"))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., n] -> [..., n], dense."""

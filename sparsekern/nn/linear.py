@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
 from ..ops.checks import autocasting, check_count, check_floating
+from ..ops.codes import Transposition
 from ..ops.sparse_matmul import sparse_matmul
 
 
@@ -90,18 +89,21 @@ class SparseLinear(nn.Module):
         """[N, D]: row i is latent i's direction; a view of the weight where it is [D, N]."""
         return self.weight.t() if self._transposed else self.weight
 
-    def forward(self, codes: Any) -> torch.Tensor:
-        """Codes (values [..., K], indices [..., K]), or a dense tensor [..., N], -> [..., D]."""
+    def forward(
+        self,
+        codes: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
+        transposition: Transposition | None = None,
+    ) -> torch.Tensor:
+        """Codes (values [..., K], indices [..., K]), with the transposition of their indices if it
+        is known, or a dense tensor [..., N], -> [..., D]."""
         if isinstance(codes, torch.Tensor):
             return self._dense(codes)
-        transposition = getattr(codes, "transposition", None)
-        named = hasattr(codes, "values") and hasattr(codes, "indices")
-        if not isinstance(codes, tuple) or (len(codes) != 2 and not named):
+        if not isinstance(codes, tuple) or len(codes) != 2:
             raise TypeError(
                 "SparseLinear: codes must be a pair (values, indices) or a dense tensor, "
                 f"got {type(codes).__name__}"
             )
-        values, indices = codes[:2]
+        values, indices = codes
         return sparse_matmul(
             values, indices, self.dictionary, self.bias, transposition=transposition
         )

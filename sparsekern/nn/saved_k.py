@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -18,6 +19,26 @@ class SavedK(nn.Module):
 
     k: Any
     _k_was_set = False
+    _kept: Tensor
+    _exponent: int | None = None
+
+    def _keep(self, k: int | float) -> None:
+        """Hold k as the width of an empty tensor.
+
+        torch.compile takes the numbers of modules as constants, and would compile again for every k
+        of a schedule; sizes it follows. A float is held as the 53 bits of its fraction, whose
+        exponent, a constant, changes only where k is halved or doubled.
+        """
+        self._k_was_set = "_kept" in vars(self)
+        self._exponent = None
+        if isinstance(k, float):
+            fraction, exponent = math.frexp(k)
+            k, self._exponent = int(fraction * 2**53), exponent - 53
+        self._kept = torch.empty(0, k)
+
+    def _kept_k(self) -> Any:
+        width = self._kept.shape[1]
+        return width if self._exponent is None else width * 2.0**self._exponent
 
     @property
     def current_k(self) -> Tensor:

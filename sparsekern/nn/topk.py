@@ -99,17 +99,15 @@ class TopK(SavedK):
     @property
     def k(self) -> int:
         """How many entries a row keeps."""
-        return self._kept.shape[1]
+        kept: int = self._kept_k()
+        return kept
 
     @k.setter
     def k(self, k: int) -> None:
-        # The width of an empty tensor: torch.compile takes the integers of modules as constants,
-        # and would compile again for every k of a schedule.
         k = check_count("TopK", "k", k, 2**31 - 1, "the largest index")
         if k % self.groups:
             raise ValueError(f"TopK: k must be a multiple of groups = {self.groups}, got {k}")
-        self._k_was_set = "_kept" in vars(self)
-        self._kept = torch.empty(0, k)
+        self._keep(k)
 
     @property
     def _fused_relu(self) -> bool:

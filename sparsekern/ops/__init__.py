@@ -5,23 +5,21 @@ from .adam_step import adam_step
 from .batch_norm import batch_norm
 from .batch_topk import batch_topk
 from .channel_threshold import channel_threshold
-from .codes import Codes, CountedCodes, TransposedCodes, Transposition
+from .codes import Codes, Transposition
 from .codes_to_dense import codes_to_dense
 from .count_active import count_active
 from .jumprelu import jumprelu, step
 from .linear_at import linear_at
-from .linear_topk import linear_topk
+from .linear_topk import linear_topk, linear_topk_transposed
 from .pointwise_conv import pointwise_conv
 from .sparse_matmul import sparse_matmul
 from .threshold_relu import ChannelCodes, threshold_codes, threshold_relu
-from .topk import topk, topk_mask
+from .topk import topk, topk_counts, topk_mask
 from .transpose_codes import transpose_codes
 
 __all__ = [
     "ChannelCodes",
     "Codes",
-    "CountedCodes",
-    "TransposedCodes",
     "Transposition",
     "adam_step",
     "batch_norm",
@@ -32,12 +30,14 @@ __all__ = [
     "jumprelu",
     "linear_at",
     "linear_topk",
+    "linear_topk_transposed",
     "pointwise_conv",
     "sparse_matmul",
     "step",
     "threshold_codes",
     "threshold_relu",
     "topk",
+    "topk_counts",
     "topk_mask",
     "transpose_codes",
 ]

@@ -17,14 +17,6 @@ class Codes(NamedTuple):
     indices: torch.Tensor
 
 
-class CountedCodes(NamedTuple):
-    """Sparse codes with counts int64 [n]: how many rows each latent fired in."""
-
-    values: torch.Tensor
-    indices: torch.Tensor
-    counts: torch.Tensor
-
-
 @exported("sparsekern.ops.transposition.Transposition")
 class Transposition(NamedTuple):
     """Codes grouped by latent: positions[offsets[i] : offsets[i + 1]] are the flat positions of the
@@ -37,12 +29,3 @@ class Transposition(NamedTuple):
     def counts(self) -> torch.Tensor:
         """How often each latent is selected: int64 [N]."""
         return self.offsets.diff()
-
-
-@exported("sparsekern.ops.linear_topk.TransposedCodes")
-class TransposedCodes(NamedTuple):
-    """Sparse codes with their transposition, for the products that share these indices."""
-
-    values: torch.Tensor
-    indices: torch.Tensor
-    transposition: Transposition

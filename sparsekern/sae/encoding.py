@@ -28,10 +28,10 @@ from ..dispatch.transforms import is_fake, traced_or_vmapped
 from ..nn import BatchTopK, JumpReLU, TopK
 from ..ops.batch_topk import batch_topk, kept_in_all
 from ..ops.batch_topk.candidates import first_of_list
-from ..ops.codes import Codes, TransposedCodes, Transposition
+from ..ops.codes import Codes, Transposition
 from ..ops.jumprelu import at_most, jumprelu, step
 from ..ops.linear_at import linear_at, vector_at
-from ..ops.linear_topk import linear_topk
+from ..ops.linear_topk import linear_topk, linear_topk_transposed
 from ..ops.transpose_codes import transpose_codes
 
 # Dense scores win when rows need more than one latent in so many; measured on a CPU.
@@ -54,21 +54,24 @@ class Scores:
         """How many scores a row has."""
         return len(self.weight)
 
-    def topk(self, k: int, *, groups: int = 1, latents: Tensor | None = None) -> TransposedCodes:
-        """The k largest of each row, ascending indices, with ReLU."""
-        return linear_topk(
+    def topk(
+        self, k: int, *, groups: int = 1, latents: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Transposition]:
+        """The k largest of each row, ascending indices, with ReLU: values, indices, and the
+        transposition of these."""
+        codes, transposition = linear_topk_transposed(
             self.x, self.weight, self.bias, k, pre_bias=self.pre_bias, scale=self.scale,
-            groups=groups, latents=latents, return_transposition=True,
+            groups=groups, latents=latents,
         )  # fmt: skip
+        return *codes, transposition
 
     @torch.no_grad()
     def largest(self, k: int) -> Codes:
         """The k largest of each row, largest first, without gradients."""
-        codes = linear_topk(
+        return linear_topk(
             self.x, self.weight, self.bias, k, pre_bias=self.pre_bias, scale=self.scale,
             relu=False, sorted=True,
         )  # fmt: skip
-        return Codes(*codes)
 
     def at(self, indices: Tensor, transposition: Transposition) -> Tensor:
         """The scores of some latents of each row."""
@@ -245,8 +248,7 @@ def _nothing(like: Tensor) -> Tensor:
 
 
 def _topk(layer: TopK, scores: Scores, _: Width) -> Encoding:
-    codes = scores.topk(layer.k, groups=layer.groups)
-    return Encoding(*codes, _nothing(scores.x))
+    return Encoding(*scores.topk(layer.k, groups=layer.groups), _nothing(scores.x))
 
 
 def _relu(_: nn.ReLU, scores: Scores, width: Width) -> Encoding:

@@ -22,36 +22,16 @@ How the scores are never stored: see linear_slices.py.
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any
 
 import torch
 
 from ..checks import check_count
-from ..codes import Codes, TransposedCodes, Transposition
+from ..codes import Codes, Transposition
 from . import operation
 from .checks import check_groups, check_layer
 
-__all__ = ["TransposedCodes", "linear_topk"]
-
-
-Tensor = torch.Tensor
-Maybe = torch.Tensor | None
-
-
-@overload
-def linear_topk(
-    x: Tensor, weight: Tensor, bias: Maybe, k: int, *, pre_bias: Maybe = ..., scale: Maybe = ...,
-    latents: Maybe = ..., groups: int = ..., relu: bool = ..., sorted: bool = ...,
-    return_transposition: Literal[False] = ...,
-) -> Codes: ...  # fmt: skip
-
-
-@overload
-def linear_topk(
-    x: Tensor, weight: Tensor, bias: Maybe, k: int, *, pre_bias: Maybe = ..., scale: Maybe = ...,
-    latents: Maybe = ..., groups: int = ..., relu: bool = ..., sorted: bool = ...,
-    return_transposition: Literal[True],
-) -> TransposedCodes: ...  # fmt: skip
+__all__ = ["linear_topk", "linear_topk_transposed"]
 
 
 def linear_topk(
@@ -66,8 +46,7 @@ def linear_topk(
     groups: int = 1,
     relu: bool = True,
     sorted: bool = False,
-    return_transposition: bool = False,
-) -> Codes | TransposedCodes:
+) -> Codes:
     """Return the codes of the k largest scores of a linear layer, never storing all scores.
 
     Equivalent PyTorch::
@@ -92,13 +71,10 @@ def linear_topk(
         relu: set selected values <= 0 to zero; their slots and indices stay, without gradient.
         sorted: True gives the largest first (of a group); False gives ascending indices, which is
             cheaper and the order in which `sparse_matmul` reads the dictionary best.
-        return_transposition: also return the transposition of the indices, which this operation's
-            backward pass needs anyway, to be given to `sparse_matmul`.
 
     Returns:
         Codes(values, indices): values [..., k] of x's dtype, differentiable (twice and more) with
-        respect to x, weight, bias, pre_bias and scale; indices [..., k] int64. With
-        return_transposition, TransposedCodes(values, indices, transposition).
+        respect to x, weight, bias, pre_bias and scale; indices [..., k] int64.
 
     Raises:
         TypeError: a dtype that does not fit, or k is not an integer.
@@ -120,14 +96,69 @@ def linear_topk(
         >>> values.tolist(), indices.tolist()
         ([[1.0, 0.0]], [[0, 2]])
     """
-    check_layer("linear_topk", x, weight, bias, pre_bias, scale, latents)
+    values, indices, _, _ = operation.linear_topk(
+        *_checked("linear_topk", x, weight, bias, k, pre_bias, scale, latents, groups),
+        relu, sorted, False,
+    )  # fmt: skip
+    return Codes(values, indices)
+
+
+def linear_topk_transposed(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    k: int,
+    *,
+    pre_bias: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    latents: torch.Tensor | None = None,
+    groups: int = 1,
+    relu: bool = True,
+    sorted: bool = False,
+) -> tuple[Codes, Transposition]:
+    """Return the codes of `linear_topk` and the transposition of their indices.
+
+    Equivalent PyTorch::
+
+        codes = sparsekern.linear_topk(x, weight, bias, k)
+        transposition = sparsekern.transpose_codes(codes.indices, len(weight))
+
+    The backward pass of `linear_topk` needs the transposition anyway: made here, it serves a
+    `sparse_matmul` with the same indices, too. Arguments, errors and codes are those of
+    `linear_topk`.
+
+    Returns:
+        Codes(values, indices), and the Transposition(offsets, positions) of the indices.
+
+    Example:
+        >>> import torch, sparsekern
+        >>> x, weight = torch.tensor([[1.0, 2.0]]), torch.eye(2)
+        >>> codes, transposition = sparsekern.linear_topk_transposed(x, weight, None, 1)
+        >>> codes.indices.tolist(), transposition.offsets.tolist()
+        ([[1]], [0, 0, 1])
+    """
+    values, indices, *transposition = operation.linear_topk(
+        *_checked("linear_topk_transposed", x, weight, bias, k, pre_bias, scale, latents, groups),
+        relu, sorted, True,
+    )  # fmt: skip
+    return Codes(values, indices), Transposition(*transposition)
+
+
+def _checked(
+    op: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    k: int,
+    pre_bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    latents: torch.Tensor | None,
+    groups: int,
+) -> tuple[Any, ...]:
+    """The arguments of the operation, all of them found to fit."""
+    check_layer(op, x, weight, bias, pre_bias, scale, latents)
     width = weight.shape[0] if latents is None else latents.shape[0]
     what = "the number of latents" if latents is None else "the size of latents"
-    k = check_count("linear_topk", "k", k, width, what)
-    groups = check_groups(groups, k, width, latents)
-    values, indices, *transposition = operation.linear_topk(
-        x, weight, bias, k, pre_bias, scale, latents, groups, relu, sorted, return_transposition
-    )
-    if return_transposition:
-        return TransposedCodes(values, indices, Transposition(*transposition))
-    return Codes(values, indices)
+    k = check_count(op, "k", k, width, what)
+    groups = check_groups(op, groups, k, width, latents)
+    return x, weight, bias, k, pre_bias, scale, latents, groups

@@ -55,11 +55,10 @@ def check_layer(
     )
 
 
-def check_groups(groups: int, k: int, width: int, latents: torch.Tensor | None) -> int:
+def check_groups(op: str, groups: int, k: int, width: int, latents: torch.Tensor | None) -> int:
     """A number of groups that divides k and the width."""
     if groups == 1:
         return 1
-    op = "linear_topk"
     groups = check_count(op, "groups", groups, k, "k")
     if k % groups or width % groups:
         raise ValueError(

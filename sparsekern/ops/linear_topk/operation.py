@@ -33,7 +33,8 @@ def _check(
 ) -> None:
     check_layer("linear_topk", x, weight, bias, pre_bias, scale, latents)
     width = weight.shape[0] if latents is None else latents.shape[0]
-    check_groups(groups, check_count("linear_topk", "k", k, width, "the latents"), width, latents)
+    k = check_count("linear_topk", "k", k, width, "the latents")
+    check_groups("linear_topk", groups, k, width, latents)
 
 
 def _triton_topk(*args: Any) -> Any:

@@ -13,36 +13,13 @@ so that every backend shares them and a second derivative exists.
 
 from __future__ import annotations
 
-from typing import Literal, overload
-
 import torch
 
 from ..checks import check_count, check_floating
-from ..codes import Codes, CountedCodes
+from ..codes import Codes
 from . import operation
 
-__all__ = ["Codes", "CountedCodes", "mask_with_codes", "topk", "topk_mask"]
-
-
-@overload
-def topk(
-    x: torch.Tensor, k: int, *, sorted: bool = ..., relu: bool = ..., abs: bool = ...,
-    return_counts: Literal[False] = ...,
-) -> Codes: ...  # fmt: skip
-
-
-@overload
-def topk(
-    x: torch.Tensor, k: int, *, sorted: bool = ..., relu: bool = ..., abs: bool = ...,
-    return_counts: Literal[True],
-) -> CountedCodes: ...  # fmt: skip
-
-
-@overload
-def topk(
-    x: torch.Tensor, k: int, *, sorted: bool = ..., relu: bool = ..., abs: bool = ...,
-    return_counts: bool,
-) -> Codes | CountedCodes: ...  # fmt: skip
+__all__ = ["Codes", "mask_with_codes", "topk", "topk_counts", "topk_mask"]
 
 
 def topk(
@@ -52,8 +29,7 @@ def topk(
     sorted: bool = True,
     relu: bool = False,
     abs: bool = False,
-    return_counts: bool = False,
-) -> Codes | CountedCodes:
+) -> Codes:
     """Return the k largest values of the last dimension and their indices.
 
     Equivalent PyTorch, but with one definite answer for equal values::
@@ -68,12 +44,10 @@ def topk(
         sorted: True gives the largest first; False gives ascending indices, which is cheaper.
         relu: set selected values <= 0 to zero after the selection; their slots and indices stay.
         abs: select by magnitude; the values returned keep their sign.
-        return_counts: also count, in the same kernel, in how many rows each latent fired (was
-            selected with a value other than zero).
 
     Returns:
         Codes(values, indices): values [..., k] of x's dtype, differentiable with respect to x;
-        indices [..., k] int64. With return_counts, CountedCodes adds counts [n] int64.
+        indices [..., k] int64.
 
     Raises:
         TypeError: x is not floating point, or k is not an integer.
@@ -92,8 +66,36 @@ def topk(
     """
     check_floating("topk", "x", x)
     k = check_count("topk", "k", k, x.shape[-1], "the size of the last dimension")
-    values, indices, counts = operation.topk(x, k, sorted, relu, abs, return_counts)
-    return CountedCodes(values, indices, counts) if return_counts else Codes(values, indices)
+    values, indices, _ = operation.topk(x, k, sorted, relu, abs, False)
+    return Codes(values, indices)
+
+
+def topk_counts(
+    x: torch.Tensor, k: int, *, sorted: bool = True, relu: bool = False, abs: bool = False
+) -> tuple[Codes, torch.Tensor]:
+    """Return the codes of `topk` and, from the same kernel, how often each latent fired.
+
+    Equivalent PyTorch::
+
+        codes = sparsekern.topk(x, k)
+        counts = torch.bincount(codes.indices[codes.values != 0], minlength=x.shape[-1])
+
+    Arguments, errors and the order of the codes are those of `topk`.
+
+    Returns:
+        Codes(values, indices), and counts int64 [n]: in how many rows each latent was selected with
+        a value other than zero.
+
+    Example:
+        >>> import torch, sparsekern
+        >>> codes, counts = sparsekern.topk_counts(torch.tensor([[3.0, 0.0], [2.0, 5.0]]), 1)
+        >>> codes.indices.tolist(), counts.tolist()
+        ([[0], [1]], [1, 1])
+    """
+    check_floating("topk_counts", "x", x)
+    k = check_count("topk_counts", "k", k, x.shape[-1], "the size of the last dimension")
+    values, indices, counts = operation.topk(x, k, sorted, relu, abs, True)
+    return Codes(values, indices), counts
 
 
 def topk_mask(x: torch.Tensor, k: int, *, relu: bool = False, abs: bool = False) -> torch.Tensor:
