@@ -4,6 +4,8 @@
     python bench/run.py --only topk         lines whose text contains "topk"
     python bench/run.py --dry-run           print, append nothing
 
+New rows also go into the tables and figures of the README and the documentation (bench/pages.py).
+
 Lines whose peer is not installed are left out, and so are those of bench/activations.py.
 Exit codes: 0 done, 1 a kernel failed its check (it got no time), 2 nothing to measure.
 """
@@ -16,6 +18,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import pages
 import torch
 from checkout import RESULTS, sparsekern
 from measure import Effort
@@ -51,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             refused += row["refused"] is not None
         if workload.device == "cuda":
             torch.cuda.empty_cache()
+    if not options.dry_run and options.results == RESULTS:
+        pages.main([])
     _say(f"{len(groups)} workloads in {time.monotonic() - began:.0f} s")
     return 1 if refused else 0
 

@@ -1,7 +1,9 @@
 """Reprint the speed table from the newest committed row of each of its lines.
 
     python bench/table.py               for the terminal
-    python bench/table.py --markdown    for the README; hard inputs are shown by their worst case
+    python bench/table.py --markdown    as Markdown; hard inputs are shown by their worst case
+
+bench/pages.py writes the tables of the documentation.
 
 Exit codes: 0 every measured line reaches its bar, 1 one does not, or a line of the CPU has no row.
 GPU lines without a row are shown as not measured and do not count.

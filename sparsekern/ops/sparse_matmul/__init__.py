@@ -67,9 +67,8 @@ def sparse_matmul(
     Note:
         Sums run in float32 (float64 for float64). The weight gradient and the value gradient come
         from one latent-major pass over a counting-sort transposition of the codes, without float
-        atomics: the same bits for every thread count and run. Memory: O(B K) integers, never [B, K,
-            D] or [B, N]. Under autocast the values
-        are cast and the weight is read as it is.
+        atomics: the same bits for every thread count and run. Memory: O(B K) integers, never
+        [B, K, D] or [B, N]. Under autocast the values are cast and the weight is read as it is.
 
     Example:
         >>> import torch, sparsekern
