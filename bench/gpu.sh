@@ -13,11 +13,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
 readonly OUT_FOLDER=${1:-${OUT:-bench/out}}
 readonly TOTAL_SECONDS=525
-readonly TESTS=(python_tests/test_topk.py python_tests/test_sparse_matmul.py
-  python_tests/test_activity.py python_tests/test_nn.py python_tests/test_layers.py
-  python_tests/test_batch_topk.py python_tests/test_linear_topk.py python_tests/test_linear_at.py
-  python_tests/test_adam.py python_tests/test_sae.py python_tests/test_torch_ops.py
-  python_tests/test_untrusted_codes.py python_tests/test_finite.py)
+readonly TESTS=(python_tests/ops/test_{topk,sparse_matmul,count_active,batch_topk,linear_topk,linear_at}.py
+  python_tests/ops/test_{adam_step,torch_ops,untrusted_codes}.py python_tests/nn/test_{nn,layers}.py
+  python_tests/sae/test_sae.py python_tests/training/test_finite.py)
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 MPLBACKEND=Agg
 
 mkdir -p "$OUT_FOLDER" || exit 2

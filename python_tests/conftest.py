@@ -197,6 +197,18 @@ def pytest_report_header() -> list[str]:
     return lines
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand the counts of a worker process (pytest-xdist) to the one that prints them."""
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["cases"] = dict(_cases)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object, error: object) -> None:
+    """Add up the counts of a worker process that has ended (one that crashed has none)."""
+    _cases.update(getattr(node, "workeroutput", {}).get("cases", {}))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     tests: collections.Counter[str] = collections.Counter()
     for report in terminalreporter.stats.get("passed", []):

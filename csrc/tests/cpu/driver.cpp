@@ -1,5 +1,5 @@
 // Runs every CPU function, on every instruction set of this build that this CPU has, against plain
-// loops in double. Needs no Python: python_tests/test_native_sanitizers.py builds it with
+// loops in double. Needs no Python: python_tests/native/test_sanitizers.py builds it with
 // AddressSanitizer and UndefinedBehaviorSanitizer. Prints the cases per function; returns 1 after a
 // mismatch.
 //

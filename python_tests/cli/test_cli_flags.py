@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_training import one_thread
+from one_thread import one_thread
 
 from sparsekern.cli.command import _parser, main
 from sparsekern.data import write_activations

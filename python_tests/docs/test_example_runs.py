@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from one_thread import one_thread
 from safetensors.torch import load_file
-from test_training import one_thread
 
 from sparsekern.data import synthetic
 
 __all__ = ["one_thread"]  # a fixture
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")

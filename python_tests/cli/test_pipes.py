@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import one_thread
+from one_thread import one_thread
 
 import sparsekern
 from sparsekern.cli.command import main

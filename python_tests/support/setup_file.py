@@ -5,7 +5,7 @@ import importlib.util
 import pathlib
 import types
 
-ROOT = pathlib.Path(__file__).parent.parent.resolve()
+ROOT = pathlib.Path(__file__).parents[2].resolve()
 
 
 @functools.cache

@@ -5,7 +5,8 @@ import signal
 
 import pytest
 import torch
-from test_training import CONFIG, Noisy, complete, one_thread, resume, start
+from one_thread import one_thread
+from test_training import CONFIG, Noisy, complete, resume, start
 
 from sparsekern.training import TrainingError, checkpoints
 from sparsekern.training.finite import not_finite_names

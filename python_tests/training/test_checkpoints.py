@@ -5,7 +5,8 @@ import os
 
 import pytest
 import torch
-from test_training import STEPS, Noisy, assert_same_run, complete, one_thread, resume, start
+from one_thread import one_thread
+from test_training import STEPS, Noisy, assert_same_run, complete, resume, start
 
 from sparsekern import _system
 from sparsekern.training import CheckpointError, RunError, RunFolder, checkpoints, runs

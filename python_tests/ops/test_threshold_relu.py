@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from conftest import FLOATS
-from test_threshold import FILLS, LAYOUTS, SHAPES, lay_out, numbers
+from test_channel_threshold import FILLS, LAYOUTS, SHAPES, lay_out, numbers
 
 import sparsekern
 from sparsekern import testing

@@ -11,7 +11,7 @@ import subprocess
 import pytest
 from setup_file import setup_file
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 CSRC = ROOT / "csrc"
 SOURCES = CSRC / "cpu"
 PROGRAM = CSRC / "tests" / "cpu"

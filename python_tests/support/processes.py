@@ -10,12 +10,14 @@ import sparsekern
 
 def spawn(*arguments: str, threads: int = 1) -> subprocess.Popen[str]:
     """A Python process that imports the package that these tests import (not the source tree of the
-    current folder, which may have no compiled code) and uses so many threads."""
+    current folder, which may have no compiled code), finds what tests share, and uses so many
+    threads."""
     here = str(Path(sparsekern.__file__).resolve().parent.parent)
+    folders = os.pathsep.join([here, str(Path(__file__).resolve().parent)])
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=here,
-        env={**os.environ, "PYTHONPATH": here, "OMP_NUM_THREADS": str(threads)},
+        env={**os.environ, "PYTHONPATH": folders, "OMP_NUM_THREADS": str(threads)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

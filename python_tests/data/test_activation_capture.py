@@ -472,7 +472,7 @@ def test_the_example_runs_with_what_transformers_offers(tmp_path, monkeypatch, c
     (tmp_path / "text.txt").write_text("a few words\nand\n" * 50)
     path = str(tmp_path / "a.h5")
     monkeypatch.setattr(sys, "argv", ["", "model", str(tmp_path / "text.txt"), path])
-    runpy.run_path(str(Path(__file__).parents[1] / "examples" / "capture_tokens.py"))
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "capture_tokens.py"))
     assert capsys.readouterr().out == "200 tokens of 100 lines\n"
     assert origins(path)[2] == [4, 6, 8, 6] * 50
     assert origins(path)[0][-4:] == [98, 98, 98, 99]

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 SETTINGS = ("CXX", "CUDA_HOME", "SPARSEKERN_BUILD", "SPARSEKERN_CUDA_ARCHS")
 # These run in any folder, and fail where a file or folder that they are given is not there. The
 # first one writes an empty file after -o, the second one knows options and fails.

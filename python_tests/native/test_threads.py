@@ -104,7 +104,7 @@ def test_much_work_is_divided(two_threads):
 FORKED = """
 import multiprocessing, os, sys, torch, sparsekern
 sys.path.insert(0, {folder!r})
-import test_native_threads as tests
+import test_threads as tests
 torch.set_num_threads(2)
 module = sparsekern.dispatch.modules.native_module("cpu")[0]
 module.set_nanoseconds_per_thread(1)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from one_thread import one_thread
 from processes import spawn
-from test_training import one_thread
 
 import sparsekern
 from sparsekern.cli.command import main

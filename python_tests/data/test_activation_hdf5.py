@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import corrupted_files
 import h5py
 import numpy as np
 import pytest
@@ -209,7 +210,7 @@ def test_chunks_are_looked_up_in_a_table_made_at_opening(folder):
 
 
 def test_randomly_corrupted_files_are_read_or_refused(tmp_path):
-    script = Path(__file__).with_name("corrupted_files.py")
+    script = Path(corrupted_files.__file__)
     run = subprocess.run(
         [sys.executable, script, tmp_path, "0", "63"], capture_output=True, text=True, timeout=300
     )

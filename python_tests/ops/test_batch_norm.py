@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FLOATS, TARGETS, activated
-from test_threshold import LAYOUTS, lay_out
+from test_channel_threshold import LAYOUTS, lay_out
 
 import sparsekern
 from sparsekern import testing

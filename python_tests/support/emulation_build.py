@@ -11,7 +11,7 @@ import types
 
 from setup_file import setup_file
 
-ROOT = pathlib.Path(__file__).parent.parent.resolve()
+ROOT = pathlib.Path(__file__).parents[2].resolve()
 CSRC = ROOT / "csrc"
 EMULATION = CSRC / "tests" / "emulation"
 FOLDER = ROOT / "build" / "emulation"

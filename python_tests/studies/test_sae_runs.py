@@ -11,7 +11,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from test_training import one_thread
+from one_thread import one_thread
 
 from sparsekern.cli.command import main
 from sparsekern.data import write_activations

@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from one_thread import one_thread
 from processes import spawn
-from test_training import one_thread
 
 from sparsekern import SpatialSparsity
 from sparsekern.cli.command import main

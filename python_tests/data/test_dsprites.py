@@ -124,7 +124,7 @@ def test_the_window_loses_no_pixel():
 
 @pytest.fixture
 def frames():
-    default = pathlib.Path(__file__).parents[2] / "shared" / "data" / "dsprites_frames.npz"
+    default = pathlib.Path(__file__).parents[3] / "shared" / "data" / "dsprites_frames.npz"
     path = pathlib.Path(os.environ.get("DSPRITES_FRAMES", default))
     if not path.is_file():
         pytest.skip(

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from test_training import one_thread
+from one_thread import one_thread
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
 import sparsekern

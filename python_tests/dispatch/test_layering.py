@@ -7,7 +7,7 @@ import pathlib
 import sys
 
 import pytest
-from imports import read_package
+from package_imports import read_package
 
 import sparsekern
 

@@ -99,15 +99,6 @@ def assert_same_run(folder, complete):
         assert torch.equal(ours[name], tensor), name
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These models are too small to share out, and other tests may keep the other cores busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def complete(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "complete"

@@ -157,7 +157,7 @@ FRAMES = (
 
 @pytest.fixture
 def frames() -> np.ndarray:
-    default = pathlib.Path(__file__).parents[2] / "shared" / "data" / "shapes3d_frames.npz"
+    default = pathlib.Path(__file__).parents[3] / "shared" / "data" / "shapes3d_frames.npz"
     path = pathlib.Path(os.environ.get("SHAPES3D_FRAMES", default))
     if not path.is_file():
         pytest.skip(
