@@ -205,14 +205,17 @@ def ratios(lines: Sequence[Line]) -> str:
         if line.row and not line.row["refused"] and line.target.peer != ITSELF:
             work = line.target.workload
             groups.setdefault((work.op, work.mode, line.target.peer), []).append(line.row["ratio"])
-    left, right, step, top = 216, 470, 40, 64
-    low, high = math.log10(0.5), math.log10(200)
+    left, right, step, top = 228, 470, 40, 80
+    low, high = math.log10(0.6), math.log10(200)
 
     def place(ratio: float) -> float:
         return left + (right - left) * (math.log10(ratio) - low) / (high - low)
 
     bottom = top + step * len(groups)
-    parts = [written(0, 18, "Peer's time / our time, a dot for each case", "head")]
+    parts = [
+        written(0, 18, "Peer's time / our time, a dot for each case", "head"),
+        written(0, 36, "operation, and below it what it is compared with", "faint"),
+    ]
     for tick in (1, 10, 100):
         x = place(tick)
         parts.append(
@@ -223,7 +226,7 @@ def ratios(lines: Sequence[Line]) -> str:
         y = top + step * at
         name = op if mode in ("forward", "forward+backward+optimizer") else f"{op}, {mode}"
         parts.append(written(0, y, name.replace("forward+backward", "with gradient")))
-        parts.append(written(0, y + 15, f"against {peer}", "faint"))
+        parts.append(written(0, y + 15, peer, "faint"))
         for value in values:
             parts.append(f'<circle class="ours" cx="{place(value):.1f}" cy="{y}" r="5"/>')
     return drawing(480, bottom, "Ratios of the speed table", parts)

@@ -32,13 +32,16 @@ nitpick_ignore_regex = [("py:(class|exc|obj)", r".*")]
 html_theme = "pydata_sphinx_theme"
 html_title = "sparsekern"
 html_static_path = ["style"]
+templates_path = ["style"]
 html_css_files = ["site.css"]
 html_show_sourcelink = False
 html_copy_source = False
-html_sidebars = {"**": ["globaltoc.html"]}
+html_sidebars = {"**": ["all-pages.html"]}
 html_theme_options = {
     "logo": {"text": "sparsekern"},
     "navbar_center": [],
+    "navbar_persistent": [],
+    "navbar_end": ["search-button-field", "theme-switcher"],
     "show_prev_next": True,
     "footer_start": [],
     "footer_end": [],
