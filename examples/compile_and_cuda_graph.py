@@ -51,4 +51,5 @@ else:
         recorded = gradients(loss_of(x))
     x.copy_(torch.randn_like(x))
     graph.replay()
-    print(f"recorded as a CUDA graph; gradients are the same: {same(gradients(loss_of(x)), recorded)}")
+    agree = same(gradients(loss_of(x)), recorded)
+    print(f"recorded as a CUDA graph; gradients are the same: {agree}")

@@ -72,7 +72,7 @@ def test_an_autoencoder_of_a_modules_activations(tmp_path, monkeypatch, capsys):
 
 
 def test_a_language_model_is_steered(monkeypatch, capsys):
-    text = printed("steer.py", monkeypatch, capsys, "--steps", 100)
+    text = printed("steer.py", monkeypatch, capsys, "--steps", 60)
     fires = [float(share) for share in re.findall(r"([\d.]+)% of", text)]
     assert fires[0] > 5 * fires[1]  # on digits, on others
     shares = dict(re.findall(r"^-- (.*): (\d+)% digits$", text, re.MULTILINE))
