@@ -186,6 +186,28 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(owner, name, poison)
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what compiles, and what is slow on its target; files with slow tests come first,
+    so that none of them is what a last worker is left with."""
+    for item in items:
+        if item.get_closest_marker("compiles") or _slow_on_its_target(item):
+            item.add_marker(pytest.mark.slow)
+    files = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in files)
+
+
+def _slow_on_its_target(item: pytest.Item) -> bool:
+    """Whether a mark slow_on(target's name, dtypes...) applies: with these dtypes, or with any."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    chosen, values = parameters.get("target"), tuple(parameters.values())
+    for mark in item.iter_markers("slow_on"):
+        name, *dtypes = mark.args
+        if chosen and chosen.name == name and (not dtypes or any(v in values for v in dtypes)):
+            return True
+    return False
+
+
 def pytest_report_header() -> list[str]:
     source = pathlib.Path(sparsekern.__file__).parent
     lines = [

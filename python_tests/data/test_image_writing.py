@@ -35,6 +35,7 @@ dsprites.write(sys.argv[1], int(sys.argv[2]), seed=5, chunk_rows=3)
 """
 
 
+@pytest.mark.slow
 def test_kills_at_any_moment_change_nothing(tmp_path):
     count, wait = 600, random.Random(int(time.time()))
     expected, path = tmp_path / "undisturbed.npz", tmp_path / "d.npz"

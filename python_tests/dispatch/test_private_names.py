@@ -126,6 +126,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_the_package_works_without_any_of_them():
     names = private_names() + OF_OBJECTS
     assert {"torch._C:_dispatch_keys", "torch.autograd.forward_ad:_current_level"} <= set(names)

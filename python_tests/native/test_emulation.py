@@ -10,7 +10,7 @@ import subprocess
 import emulation_build
 import pytest
 
-pytestmark = pytest.mark.compiles
+pytestmark = [pytest.mark.compiles, pytest.mark.sanitizer]
 # A container may forbid the tracing that the leak check needs; leaks are not what we look for.
 OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
 SECONDS = 600

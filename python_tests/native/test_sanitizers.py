@@ -35,6 +35,7 @@ FUNCTIONS = (
 
 pytestmark = [
     pytest.mark.compiles,
+    pytest.mark.sanitizer,
     pytest.mark.skipif(CXX is None, reason="no g++: install it to run the C++ kernels"),
     pytest.mark.skipif(not SOURCES.exists(), reason="no csrc/cpu: run from a source checkout"),
 ]

@@ -69,6 +69,7 @@ UNEQUAL = (
 )
 
 
+@pytest.mark.slow_on("triton-interpreter", torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_equals_the_reference(target, counted, dtype):
     cases = [(fill, size) for size in SIZES for fill in testing.FILLS]

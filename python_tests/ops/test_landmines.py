@@ -109,6 +109,7 @@ def test_selections_of_slices_never_merge_an_index_twice(target, monkeypatch):
     testing.assert_same("all equal", indices, torch.arange(20).expand(3, 20))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["row-major", "column-major"])
 def test_dictionaries_beyond_two_to_the_31_elements(kind):
     """Offsets need 64 bits. Only the rows that are read are touched, so little memory is used."""

@@ -47,6 +47,7 @@ def sliced(request, monkeypatch):
 SIZES = [(1, 3, 7, 1), (4, 5, 40, 3), (7, 6, 33, 33), (3, 4, 65, 12), (12, 2, 50, 49), (5, 1, 9, 2)]
 
 
+@pytest.mark.slow_on("triton-interpreter")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_codes_equal_the_dense_layers(target, counted, sliced, dtype):
     for rows, d, n, k in SIZES:

@@ -76,6 +76,7 @@ def check_gradients(case, values, indices, weight, bias):
         assert grads[1].stride() == weight.stride(), "the gradient keeps the layout of nn.Linear"
 
 
+@pytest.mark.slow_on("triton-interpreter")
 @pytest.mark.parametrize(("dtype", "weight_dtype"), DTYPE_PAIRS, ids=PAIR_IDS)
 def test_product_and_gradients(target, counted, dtype, weight_dtype):
     for case in testing.PRODUCT_CASES:
@@ -197,6 +198,7 @@ def test_linear_decoder_trains_in_place(target):
 # -- torch's own machinery -------------------------------------------------------------------------
 
 
+@pytest.mark.slow_on("triton-interpreter")
 def test_operator_registration(target):
     for name in ("usual", "nn.Linear weight", "padded rows"):
         values, indices, weight, bias = CASES[name].make(torch.float32, device=target.device)

@@ -29,6 +29,7 @@ def sweep(target, offset=0):
     return cases[offset :: THINNING.get(target.name, 1)]
 
 
+@pytest.mark.slow_on("triton-interpreter")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_codes_equal_the_reference(target, counted, dtype):
     for number, case in enumerate(sweep(target, FLOATS.index(dtype))):
@@ -46,6 +47,7 @@ def test_codes_equal_the_reference(target, counted, dtype):
         counted()
 
 
+@pytest.mark.slow_on("triton-interpreter", torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_masks_equal_the_reference(target, counted, dtype):
     for number, case in enumerate(sweep(target, 3 + FLOATS.index(dtype))):
@@ -88,6 +90,7 @@ def test_float64(target, counted):
         counted()
 
 
+@pytest.mark.slow_on("triton-interpreter")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("k", [600, 3000])
 def test_large_k_is_sorted(target, counted, dtype, k):

@@ -211,6 +211,7 @@ def test_compiled_step_equals_eager():
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.slow_on("triton-interpreter")
 def test_training_lowers_the_loss_on_every_backend(target):
     torch.manual_seed(0)
     directions = F.normalize(torch.randn(24, 12), dim=1)

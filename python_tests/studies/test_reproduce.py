@@ -154,6 +154,8 @@ def test_a_reproduction_has_its_cells_and_a_report(complete):
     assert topk["untrained"]["l0"] > 4
 
 
+@pytest.mark.slow
+@pytest.mark.study
 def test_finished_cells_are_kept_and_arms_can_be_added(complete, capsys, tmp_path, monkeypatch):
     """From a folder in which another package of this name lies, which is not to be taken."""
     (tmp_path / "sparsekern.py").write_text("raise SystemExit('the wrong package')")
@@ -244,6 +246,8 @@ def test_a_damaged_request(complete, tmp_path, capsys):
     assert "reproduction.json is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.study
 def test_failed_cells_are_told_and_the_others_finish(tmp_path, capsys):
     """A data file whose images are not what its head promises."""
     sprites = dsprites.rendered(104, seed=0)
@@ -259,6 +263,8 @@ def test_failed_cells_are_told_and_the_others_finish(tmp_path, capsys):
     assert "dsprites-fixed-0" in (folder / "report.md").read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.study
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_killed_and_started_again_it_ends_with_the_same_results(complete, tmp_path, number):
     folder = tmp_path / "report"

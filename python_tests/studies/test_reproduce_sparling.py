@@ -122,6 +122,8 @@ def test_a_report_says_what_the_cells_measured(complete):
         assert len(list(csv.DictReader(file))) == 6
 
 
+@pytest.mark.slow
+@pytest.mark.study
 def test_killed_and_started_again_it_ends_with_the_same_results(complete, tmp_path):
     """Interruptions by other signals are those of test_reproduce.py."""
     folder = tmp_path / "report"

@@ -127,6 +127,8 @@ def end_after(monkeypatch, steps):
     monkeypatch.setattr(sae.SAETask, "backward", counted)
 
 
+@pytest.mark.slow
+@pytest.mark.study
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_activation_trains_and_resumes(activations, tmp_path, name, monkeypatch):
     changes = {**ACTIVATIONS[name], "auxk": 0}
@@ -163,6 +165,8 @@ def wait_for_steps(process, metrics):
         sizes.add(metrics.stat().st_size if metrics.exists() else 0)
 
 
+@pytest.mark.slow
+@pytest.mark.study
 def test_kills_at_random_moments_cost_nothing_but_time(activations, tmp_path):
     """A chain of runs, each killed at a random moment and resumed, ends with the same bits as one
     that was left alone; in between, every file opens."""

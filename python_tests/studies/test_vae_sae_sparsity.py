@@ -43,6 +43,8 @@ def test_l0_follows_where_only_a_strong_penalty_acts():
     assert max(map(abs, lags[44:])) < 0.05
 
 
+@pytest.mark.slow
+@pytest.mark.study
 def test_a_target_out_of_reach_does_not_wind_it_up():
     """However long L0 stayed below the target, it takes as long to follow the next one."""
     finals = []

@@ -349,6 +349,7 @@ def wait_for_step(process, folder, step):
     raise AssertionError(f"no checkpoint of step {step} within three minutes")
 
 
+@pytest.mark.slow
 def test_a_process_killed_twice_and_interrupted_once(complete, tmp_path):
     folder = tmp_path / "run"
     for step, number in ((2, signal.SIGKILL), (6, signal.SIGINT), (8, signal.SIGKILL)):
