@@ -40,12 +40,8 @@ html_sidebars = {"**": ["all-pages.html"]}
 html_theme_options = {
     "logo": {"text": "sparsekern"},
     "navbar_center": [],
-    "navbar_persistent": [],
-    "navbar_end": ["search-button-field", "theme-switcher"],
-    "show_prev_next": True,
     "footer_start": [],
     "footer_end": [],
-    "article_footer_items": ["prev-next"],
     "secondary_sidebar_items": ["page-toc"],
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",

@@ -54,7 +54,7 @@ print(
     f"latent {latent} fires on {rates[0][latent]:.0%} of digits, {rates[1][latent]:.1%} of others"
 )
 
-strength = 2 * float(values[indices == latent].max())
+strength = 4 * float(values[indices == latent].max())
 direction = model.dictionary[latent].detach()
 for name, push in (("as it is", 0.0), ("steered", strength)):
     handle = block.register_forward_hook(

@@ -76,7 +76,7 @@ def test_a_language_model_is_steered(monkeypatch, capsys):
     fires = [float(share) for share in re.findall(r"([\d.]+)% of", text)]
     assert fires[0] > 5 * fires[1]  # on digits, on others
     shares = dict(re.findall(r"^-- (.*): (\d+)% digits$", text, re.MULTILINE))
-    assert int(shares["steered"]) > 2 * int(shares["as it is"])
+    assert int(shares["steered"]) >= int(shares["as it is"]) + 3
 
 
 @pytest.mark.compiles
