@@ -80,7 +80,7 @@ def measured(lines: Iterable[Line], op: str, mode: str, peer: str) -> list[Line]
 
 def spread(ratios: Sequence[float]) -> str:
     """The least and the largest ratio, or the only one."""
-    least, largest = f"{min(ratios):.1f}", f"{max(ratios):.1f}"
+    least, largest = (f"{ratio:.{1 if ratio < 10 else 0}f}" for ratio in (min(ratios), max(ratios)))
     return f"{least}x" if least == largest else f"{least}x to {largest}x"
 
 
