@@ -3,19 +3,21 @@
     python bench/pages.py           after new rows; bench/run.py does it, too
     python bench/pages.py --check   change nothing; exit code 1 where something is out of date
 
-The tables stand between marks in README.md and docs/benchmarks.md, the figures in docs/figures.
+The tables stand between marks in README.md, docs/benchmarks.md and docs/studies.md, the figures in
+docs/figures.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import csv
 import re
+import statistics
 import sys
 from collections.abc import Iterable, Sequence
-from html import escape
 from pathlib import Path
 
+from figures import dead_units, motif_errors, ratios, training_step
 from rows import load
 from table import Line, newest, origins, provenance
 from targets import CPU_TARGETS, GPU_TARGETS, ITSELF
@@ -47,20 +49,24 @@ SECTIONS = (
     ("Sparsity in space", ("channel_threshold", "SpatialSparsity", "pointwise_conv")),
     ("Reading activations", ("ActivationStore",)),
 )
-STEP = ("SparseAutoencoder", 1024, 768, 16384, 32)
-STEP_PEERS = ("eai-sparsify", "dictionary-learning", "sae-lens")
 
-# Dark mode: that of the system where the figure is a picture, that of the site where it is a part
-# of a page (docs/style/site.css).
-STYLE = """\
-<style>
-.rows{--ink:#1f2328;--faint:#59636e;--ours:#0b7285;--other:#868e96;--line:#d1d9e0}
-@media(prefers-color-scheme:dark){
-.rows{--ink:#e6edf3;--faint:#9da7b1;--ours:#3bc9db;--other:#868e96;--line:#3d444d}}
-.rows{font:14px system-ui,sans-serif}.rows text{fill:var(--ink)}
-.rows .faint{fill:var(--faint);font-size:12px}.rows .head{font-weight:600}
-.rows .ours{fill:var(--ours)}.rows .other{fill:var(--other)}.rows .axis{stroke:var(--line)}
-</style>"""
+# Arms of the studies, from the worst to the best: name in the rows, in the page, and what it is.
+VAE_SAE_ARMS = (
+    ("fixed", "fixed k", "k = 50 from the first step on"),
+    ("topk", "Top-k", "k falls from 500 to 50"),
+    ("l1", "L1", "steered to 50 active units"),
+    ("auxk", "Top-k and AuxK", "dead units explain the rest"),
+    ("dense", "never sparsified", "all 500 units"),
+    ("homeostasis", "homeostasis", "dead units' biases rise"),
+    ("standardize", "standardized scores", "each unit's, over the batch"),
+)
+SPARLING_ARMS = (
+    ("sparling", "threshold per channel", "the density falls while accuracy holds"),
+    ("l1-1", "L1, weight 1", ""),
+    ("l1-3", "L1, weight 3", ""),
+    ("l1-10", "L1, weight 10", ""),
+    ("l1-30", "L1, weight 30", ""),
+)
 
 
 # -- tables ----------------------------------------------------------------------------------------
@@ -141,95 +147,35 @@ def speed(cpu: Sequence[Line], gpu: Sequence[Line]) -> str:
     return "\n\n".join([*parts, gpu_section(gpu), " ".join(sources)])
 
 
-# -- figures ---------------------------------------------------------------------------------------
+# -- studies ---------------------------------------------------------------------------------------
 
 
-def drawing(width: int, height: int, label: str, parts: Sequence[str]) -> str:
-    """An SVG with the style of all figures."""
-    opening = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="rows" viewBox="0 0 {width} {height}" '
-        f'width="{width}" role="img" aria-label="{escape(label)}">'
-    )
-    return "\n".join([opening, STYLE, *parts, "</svg>\n"])
+def cells_of(results: Path, study: str) -> list[dict[str, str]]:
+    """The committed rows of a study: one for each network trained."""
+    with (results / study / "cells.csv").open() as file:
+        return list(csv.DictReader(file))
 
 
-def written(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
-    """A line of text in a drawing."""
-    kind = f' class="{kind}"' if kind else ""
-    return f'<text x="{x:g}" y="{y:g}"{kind} text-anchor="{anchor}">{escape(text)}</text>'
+def mean(cells: Iterable[dict[str, str]], column: str, scale: float = 1) -> str:
+    """Mean and standard deviation over the seeds."""
+    values = [scale * float(cell[column]) for cell in cells]
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
-def training_step(lines: Sequence[Line]) -> str:
-    """Bars of the time of a training step, ours and the peers', in each precision."""
-    op, rows, features, latents, k = STEP
-    parts = [
-        written(0, 18, "Training step of a sparse autoencoder", "head"),
-        written(0, 38, f"{rows} tokens, {features} features, {latents} latents, k = {k};", "faint"),
-        written(0, 54, "forward and backward, milliseconds: shorter is better", "faint"),
-    ]
-    y, left, right = 84, 140, 400
-    for autocast, title in (("", "float32"), ("bfloat16", "bfloat16 autocast")):
-        found = {
-            line.target.peer: line.row
-            for line in lines
-            if line.row
-            and line.target.peer in STEP_PEERS
-            and line.target.workload.autocast == autocast
-            and line.target.workload.op == op
-        }
-        ours = {row["median_ms"] for row in found.values()}
-        assert len(ours) == 1, f"{title}: measured in one loop, or the bars are of several runs"
-        bars = [("sparsekern", ours.pop())]
-        bars += [(peer, found[peer]["peer_median_ms"]) for peer in STEP_PEERS]
-        longest = max(time for _, time in bars)
-        parts.append(written(0, y, title, "head"))
-        for name, time in bars:
-            y += 26
-            length = max(2.0, (right - left) * time / longest)
-            kind = "ours" if name == "sparsekern" else "other"
-            parts.append(written(0, y, name))
-            parts.append(
-                f'<rect class="{kind}" x="{left}" y="{y - 14}" width="{length:.1f}" height="18"/>'
-            )
-            parts.append(written(left + length + 8, y, f"{time:.0f}"))
-        y += 40
-    cpu = next(line.row for line in lines if line.row)
-    parts.append(written(0, y - 8, f"{cpu['cpu']}, {cpu['threads']} threads", "faint"))
-    return drawing(480, y, "Time of a training step: sparsekern and three libraries", parts)
-
-
-def ratios(lines: Sequence[Line]) -> str:
-    """A dot for each line of the table, by operation and peer, on a logarithmic axis."""
-    groups: dict[tuple[str, str, str], list[float]] = {}
-    for line in lines:
-        if line.row and not line.row["refused"] and line.target.peer != ITSELF:
-            work = line.target.workload
-            groups.setdefault((work.op, work.mode, line.target.peer), []).append(line.row["ratio"])
-    left, right, step, top = 228, 470, 40, 80
-    low, high = math.log10(0.6), math.log10(200)
-
-    def place(ratio: float) -> float:
-        return left + (right - left) * (math.log10(ratio) - low) / (high - low)
-
-    bottom = top + step * len(groups)
-    parts = [
-        written(0, 18, "Peer's time / our time, a dot for each case", "head"),
-        written(0, 36, "operation, and below it what it is compared with", "faint"),
-    ]
-    for tick in (1, 10, 100):
-        x = place(tick)
-        parts.append(
-            f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{top - 14}" y2="{bottom - 10}"/>'
-        )
-        parts.append(written(round(x, 1), top - 20, f"{tick}x", "faint", "middle"))
-    for at, ((op, mode, peer), values) in enumerate(groups.items()):
-        y = top + step * at
-        name = op if mode in ("forward", "forward+backward+optimizer") else f"{op}, {mode}"
-        parts.append(written(0, y, name.replace("forward+backward", "with gradient")))
-        parts.append(written(0, y + 15, peer, "faint"))
-        for value in values:
-            parts.append(f'<circle class="ours" cx="{place(value):.1f}" cy="{y}" r="5"/>')
-    return drawing(480, bottom, "Ratios of the speed table", parts)
+def dead_table(cells: Sequence[dict[str, str]]) -> str:
+    """Dead units and reconstruction of each arm of the VAE-SAE study."""
+    sets = ("dSprites", "Shapes3D")
+    header = [*(f"dead, {name} (%)" for name in sets), *(f"error, {name} (nats)" for name in sets)]
+    text = [f"| | {' | '.join(header)} |", "| --- " * 5 + "|"]
+    for arm, title, _ in VAE_SAE_ARMS:
+        chosen = [
+            [cell for cell in cells if (cell["arm"], cell["dataset"]) == (arm, name.lower())]
+            for name in sets
+        ]
+        columns = [mean(seeds, "dead_never", 100) for seeds in chosen]
+        columns += [mean(seeds, "reconstruction") for seeds in chosen]
+        text.append(f"| {title} | {' | '.join(columns)} |")
+    return "\n".join(text)
 
 
 # -- files -----------------------------------------------------------------------------------------
@@ -249,12 +195,17 @@ def pages(root: Path = ROOT, results: Path = RESULTS) -> dict[Path, str]:
     found = newest(load(results))
     cpu = [Line(target, found.get(target.key)) for target in CPU_TARGETS]
     gpu = [Line(target, found.get(target.key)) for target in GPU_TARGETS]
-    readme, benchmarks = root / "README.md", root / "docs" / "benchmarks.md"
+    vae_sae, sparling = cells_of(results, "vae-sae-small"), cells_of(results, "sparling-tiny")
+    docs = root / "docs"
+    readme, benchmarks, studies = root / "README.md", docs / "benchmarks.md", docs / "studies.md"
     return {
         readme: between_marks(readme.read_text(), "headlines", headlines(cpu)),
         benchmarks: between_marks(benchmarks.read_text(), "speed", speed(cpu, gpu)),
-        root / "docs" / "figures" / "training-step.svg": training_step(cpu),
-        root / "docs" / "figures" / "ratios.svg": ratios(cpu),
+        studies: between_marks(studies.read_text(), "dead units", dead_table(vae_sae)),
+        docs / "figures" / "training-step.svg": training_step(cpu),
+        docs / "figures" / "ratios.svg": ratios(cpu),
+        docs / "figures" / "dead-units.svg": dead_units(VAE_SAE_ARMS, vae_sae),
+        docs / "figures" / "motif-errors.svg": motif_errors(SPARLING_ARMS, sparling),
     }
 
 
