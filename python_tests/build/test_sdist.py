@@ -11,7 +11,7 @@ import pytest
 from builds import CXX, ROOT, build, copy_sources, last_line, report_of, run_setup, write_program
 from setup_file import setup_file
 
-FOLDERS = ("csrc", "python_tests", "sparsekern", ".ci")
+FOLDERS = ("bench", "csrc", "docs", "examples", "python_tests", "sparsekern", ".ci")
 FILES = {
     "CHANGELOG.md",
     "CONTRIBUTING.md",

@@ -71,6 +71,7 @@ def test_an_autoencoder_of_a_modules_activations(tmp_path, monkeypatch, capsys):
     assert set(torch.load(tmp_path / "weights.pt")) >= {"dictionary", "encoder"}
 
 
+@pytest.mark.slow
 def test_a_language_model_is_steered(monkeypatch, capsys):
     text = printed("steer.py", monkeypatch, capsys, "--steps", 60)
     fires = [float(share) for share in re.findall(r"([\d.]+)% of", text)]
