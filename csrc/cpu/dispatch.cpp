@@ -5,24 +5,15 @@
 #include <stdexcept>
 #include <string>
 
+#define SPARSEKERN_ISA baseline
+#include "cpu/kernels.h"
+#undef SPARSEKERN_ISA
 #if defined(SPARSEKERN_X86)
 #define SPARSEKERN_ISA avx2
-#include "cpu/adam_step/adam_step.h"
-#include "cpu/batch_norm/batch_norm.h"
-#include "cpu/channel_threshold/channel_threshold.h"
-#include "cpu/count_active/count_active.h"
-#include "cpu/pointwise_conv/pointwise_conv.h"
-#include "cpu/sparse_matmul/sparse_matmul.h"
-#include "cpu/topk/topk.h"
+#include "cpu/kernels.h"
 #undef SPARSEKERN_ISA
 #define SPARSEKERN_ISA avx512
-#include "cpu/adam_step/adam_step.h"
-#include "cpu/batch_norm/batch_norm.h"
-#include "cpu/channel_threshold/channel_threshold.h"
-#include "cpu/count_active/count_active.h"
-#include "cpu/pointwise_conv/pointwise_conv.h"
-#include "cpu/sparse_matmul/sparse_matmul.h"
-#include "cpu/topk/topk.h"
+#include "cpu/kernels.h"
 #undef SPARSEKERN_ISA
 #endif
 
@@ -30,14 +21,23 @@ namespace sparsekern::cpu {
 
 namespace {
 
-#define SPARSEKERN_KERNELS(isa)                                                                    \
-  Kernels {                                                                                        \
-    #isa, &isa::topk, &isa::codes_to_dense, &isa::sparse_matmul, &isa::transpose_codes,            \
-        &isa::is_transposition, &isa::sparse_matmul_backward, &isa::count_active, &isa::adam_step, \
-        &isa::channel_threshold, &isa::threshold_relu, &isa::threshold_codes,                      \
-        &isa::pointwise_conv, &isa::pointwise_conv_backward, &isa::batch_norm,                     \
-        &isa::batch_norm_backward                                                                  \
-  }
+constexpr Kernels kBaseline = {
+    "baseline",
+#define SPARSEKERN_KERNEL(name, ...) &baseline::name,
+#include "interface/kernels.def"
+};
+#if defined(SPARSEKERN_X86)
+constexpr Kernels kAvx2 = {
+    "avx2",
+#define SPARSEKERN_KERNEL(name, ...) &avx2::name,
+#include "interface/kernels.def"
+};
+constexpr Kernels kAvx512 = {
+    "avx512",
+#define SPARSEKERN_KERNEL(name, ...) &avx512::name,
+#include "interface/kernels.def"
+};
+#endif
 
 constexpr int kMaximumSets = 3;
 
@@ -53,10 +53,10 @@ struct Sets {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512vl");
-    if (avx512) list[count++] = SPARSEKERN_KERNELS(avx512);
-    if (avx2) list[count++] = SPARSEKERN_KERNELS(avx2);
+    if (avx512) list[count++] = kAvx512;
+    if (avx2) list[count++] = kAvx2;
 #endif
-    list[count++] = SPARSEKERN_KERNELS(baseline);
+    list[count++] = kBaseline;
   }
 };
 

@@ -1,35 +1,16 @@
 // The kernels of the best instruction set that this CPU has, chosen when first asked for.
 #pragma once
 
-#define SPARSEKERN_ISA baseline
-#include "cpu/adam_step/adam_step.h"
-#include "cpu/batch_norm/batch_norm.h"
-#include "cpu/channel_threshold/channel_threshold.h"
-#include "cpu/count_active/count_active.h"
-#include "cpu/pointwise_conv/pointwise_conv.h"
-#include "cpu/sparse_matmul/sparse_matmul.h"
-#include "cpu/topk/topk.h"
-#undef SPARSEKERN_ISA
+#include "interface/arguments.h"
 
 namespace sparsekern::cpu {
 
+// One instruction set: its name, and each kernel of interface/kernels.def.
 struct Kernels {
   const char* instruction_set;
-  decltype(&baseline::topk) topk;
-  decltype(&baseline::codes_to_dense) codes_to_dense;
-  decltype(&baseline::sparse_matmul) sparse_matmul;
-  decltype(&baseline::transpose_codes) transpose_codes;
-  decltype(&baseline::is_transposition) is_transposition;
-  decltype(&baseline::sparse_matmul_backward) sparse_matmul_backward;
-  decltype(&baseline::count_active) count_active;
-  decltype(&baseline::adam_step) adam_step;
-  decltype(&baseline::channel_threshold) channel_threshold;
-  decltype(&baseline::threshold_relu) threshold_relu;
-  decltype(&baseline::threshold_codes) threshold_codes;
-  decltype(&baseline::pointwise_conv) pointwise_conv;
-  decltype(&baseline::pointwise_conv_backward) pointwise_conv_backward;
-  decltype(&baseline::batch_norm) batch_norm;
-  decltype(&baseline::batch_norm_backward) batch_norm_backward;
+#define SPARSEKERN_KERNEL(name, Arguments, Result, ...) \
+  Result (*name)(const Arguments& call, int threads);
+#include "interface/kernels.def"
 };
 
 // All sets that this build has and this CPU can run, best first; ends with baseline.

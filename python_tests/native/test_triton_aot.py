@@ -34,7 +34,7 @@ from sparsekern.ops.sparse_matmul import triton as sparse_matmul  # noqa: E402
 from sparsekern.ops.threshold_relu import triton as threshold_relu  # noqa: E402
 from sparsekern.ops.topk import triton as topk  # noqa: E402
 from sparsekern.ops.topk import triton_finish as topk_finish  # noqa: E402
-from sparsekern.ops.topk import triton_stream as topk_stream  # noqa: E402
+from sparsekern.ops.topk import triton_passes as topk_passes  # noqa: E402
 
 pytestmark = pytest.mark.compiles
 TARGETS = {
@@ -90,13 +90,13 @@ def select_case(n: int, dtype: torch.dtype, **changes: Any) -> Case:
     return Case(topk.select_kernel, pointers, constants, warps, registers)
 
 
-def stream_case(dtype: torch.dtype) -> Case:
+def passes_case(dtype: torch.dtype) -> Case:
     constants = {
-        **float_constants(dtype), "WAYS": topk_stream.WAYS, "BLOCK": topk_stream.BLOCK,
+        **float_constants(dtype), "WAYS": topk_passes.WAYS, "BLOCK": topk_passes.BLOCK,
         "col_stride": 1,
     }  # fmt: skip
     pointers = {"x": bits_pointer(dtype), "taken": "*i32"}
-    return Case(topk_stream.stream_kernel, pointers, constants, 4, registers=168)
+    return Case(topk_passes.passes_kernel, pointers, constants, 4, registers=168)
 
 
 def finish_case(k: int, dtype: torch.dtype, ordered: bool) -> Case:
@@ -194,7 +194,7 @@ CASES = {
         4096, torch.float32, UNIT_STRIDE=False, col_stride=None
     ),
     "select 8192 float32, candidates": select_case(8192, torch.float32, LISTED=True),
-    "stream float32": stream_case(torch.float32),
+    "passes float32": passes_case(torch.float32),
     "finish 64 bfloat16, sorted": finish_case(64, torch.bfloat16, True),
     "finish 20 float32, sorted": finish_case(20, torch.float32, True),
     "finish 64 float32, masked": finish_case(64, torch.float32, False),

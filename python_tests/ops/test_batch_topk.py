@@ -18,7 +18,7 @@ from sparsekern.ops import batch_topk as public
 from sparsekern.ops.batch_topk import batch_mask
 from sparsekern.ops.batch_topk.candidates import first_of_list
 from sparsekern.ops.batch_topk.reference import batch_topk_reference
-from sparsekern.ops.order import ordered_key
+from sparsekern.ops.order import key_of
 from sparsekern.ops.topk import native
 
 # Slow targets (a host thread per CUDA thread, an interpreter) take part of the sweep.
@@ -143,9 +143,9 @@ def test_reference_is_the_definition():
 def test_keys_have_the_order_of_the_values(dtype):
     bounds = torch.finfo(dtype)
     ascending = [-torch.inf, bounds.min, -1, -bounds.tiny, 0, bounds.tiny, 1, bounds.max, torch.inf]
-    key = ordered_key(torch.tensor([*ascending, torch.nan], dtype=dtype))
+    key = key_of(torch.tensor([*ascending, torch.nan], dtype=dtype))
     assert (key.diff() > 0).all()
-    equal = ordered_key(torch.tensor([[0.0, -0.0], [torch.nan, -torch.nan]], dtype=dtype))
+    equal = key_of(torch.tensor([[0.0, -0.0], [torch.nan, -torch.nan]], dtype=dtype))
     assert (equal[:, 0] == equal[:, 1]).all()
 
 

@@ -1,8 +1,7 @@
-"""How a compiled kernel is called: outputs are allocated here, pointers and sizes go down.
+"""How a compiled kernel is called: outputs are allocated here, arguments go down by name.
 
-The CPU module and the CUDA module export the same functions with the same arguments, so one
-`native.py` per operation serves both. The last argument is the context: the number of threads on a
-CPU, the stream on a GPU.
+The CPU module and the CUDA module export the same functions of the same arguments, which
+csrc/interface/kernels.def lists, so one `native.py` per operation serves both.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from .backends import BackendUnavailableError
 from .fast_path import device_type_of
 from .modules import native_module
 
+# The numbers of interface/dtypes.h.
 DTYPE_TAGS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 INDEX_TAGS = {torch.int64: 0, torch.int32: 1}
 # From here on malloc of glibc maps a block anew each time, whatever was freed before.
@@ -33,22 +33,75 @@ def module_for(tensor: torch.Tensor) -> ModuleType:
     return module
 
 
-def launch(name: str, tensor: torch.Tensor, *args: Any) -> Any:
-    """Call a function of the compiled module for the tensor's device, with that device's context:
-    torch's thread count on a CPU, the current stream on a GPU."""
-    function = getattr(module_for(tensor), name)
+def launch(name: str, tensor: torch.Tensor, /, **arguments: Any) -> Any:
+    """Call a kernel of the compiled module for the tensor's device, with that device's context:
+    torch's thread count on a CPU, the current stream on a GPU. The arguments are the fields that
+    csrc/interface/kernels.def lists: numbers, addresses, and the operands made below."""
+    module = module_for(tensor)
     if tensor.is_cuda:
         with torch.cuda.device(tensor.device):
-            return function(*args, torch.cuda.current_stream(tensor.device).cuda_stream)
-    return function(*args, torch.get_num_threads())
+            stream = torch.cuda.current_stream(tensor.device).cuda_stream
+            return _call(module, name, tensor, arguments, stream)
+    return _call(module, name, tensor, arguments, torch.get_num_threads())
 
 
-def workspace(name: str, tensor: torch.Tensor, *sizes: int) -> torch.Tensor | None:
-    """Scratch memory of as many bytes as the module's function `name` asks for; a module without
-    that function needs none."""
-    size_of = vars(module_for(tensor)).get(name)
-    size = size_of(*sizes) if size_of else 0
-    return tensor.new_empty(size, dtype=torch.uint8) if size else None
+def _call(
+    module: ModuleType, name: str, tensor: torch.Tensor, arguments: dict[str, Any], context: int
+) -> Any:
+    """Call a kernel, with the scratch memory that it asks for where it asks for any."""
+    kernel = getattr(module, name)
+    workspace_of = vars(module).get(name + "_workspace")
+    if workspace_of is None:
+        return kernel(arguments, context)
+    size = workspace_of(arguments)
+    scratch = tensor.new_empty(size, dtype=torch.uint8) if size else None
+    return kernel(arguments, context, pointer(scratch))
+
+
+# ---- operands: the structs of csrc/interface/operands.h, field by field --------------------------
+
+# Data, dtype, rows, columns, row stride, column stride.
+Matrix = tuple[int, int, int, int, int, int]
+NO_MATRIX: Matrix = (0, 0, 0, 0, 0, 0)
+
+
+def matrix(tensor: torch.Tensor) -> Matrix:
+    """Describe a tensor [rows, columns] of any strides, or [..., columns] contiguous."""
+    if tensor.dim() == 2:
+        return (tensor.data_ptr(), DTYPE_TAGS[tensor.dtype], *tensor.shape, *tensor.stride())
+    columns = tensor.shape[-1]
+    rows = tensor.numel() // columns
+    return (tensor.data_ptr(), DTYPE_TAGS[tensor.dtype], rows, columns, columns, 1)
+
+
+def channel_tensor(tensor: torch.Tensor) -> tuple[int, int, int, int, int]:
+    """Describe a contiguous tensor [outer, channels, inner]: data, dtype and sizes."""
+    return (tensor.data_ptr(), DTYPE_TAGS[tensor.dtype], *tensor.shape)
+
+
+def codes(
+    values: torch.Tensor | None, indices: torch.Tensor | None
+) -> tuple[int, int, int, int, int, int]:
+    """Describe contiguous codes [rows, k], or [k]: values, their dtype, indices, their dtype, rows,
+    k. One of the two may be missing."""
+    present: Any = indices if values is None else values
+    rows, k = present.shape if present.dim() == 2 else (1, present.numel())
+    return (
+        0 if values is None else values.data_ptr(),
+        0 if values is None else DTYPE_TAGS[values.dtype],
+        0 if indices is None else indices.data_ptr(),
+        0 if indices is None else INDEX_TAGS[indices.dtype],
+        rows,
+        k,
+    )
+
+
+def index_list(indices: torch.Tensor) -> tuple[int, int, int]:
+    """Describe contiguous indices without values: data, dtype, count."""
+    return (indices.data_ptr(), INDEX_TAGS[indices.dtype], indices.numel())
+
+
+# ---- results -------------------------------------------------------------------------------------
 
 
 def new_output(like: torch.Tensor, *shape: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 
-def ordered_key(values: torch.Tensor) -> torch.Tensor:
+def key_of(values: torch.Tensor) -> torch.Tensor:
     """Integers in the order of the values: NaN on top, -0 equal to +0. Of values' shape, int64 for
     float64 and int32 for others."""
     wide = values if values.dtype == torch.float64 else values.float()

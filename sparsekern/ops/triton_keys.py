@@ -35,8 +35,8 @@ def bits_of(dtype: torch.dtype) -> Bits:
 
 
 @triton.jit
-def ordered_key(bits, MAGNITUDE: tl.constexpr, INFINITY: tl.constexpr, ABS: tl.constexpr):
-    """int32 with key(a) > key(b) iff a ranks above b: -inf is -INFINITY, NaN is INFINITY + 1."""
+def key_of(bits, MAGNITUDE: tl.constexpr, INFINITY: tl.constexpr, ABS: tl.constexpr):
+    """int32 with key(a) > key(b) iff a comes before b: -inf is -INFINITY, NaN is INFINITY + 1."""
     magnitude = bits & MAGNITUDE
     key = magnitude
     if not ABS:

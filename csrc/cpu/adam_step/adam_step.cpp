@@ -1,10 +1,10 @@
-#include "cpu/adam_step/adam_step.h"
-
+// One step of Adam, and of Adam on rows of norm 1.
 #include <algorithm>
 #include <cmath>
 
 #include "cpu/common/parallel.h"
-#include "cpu/simd/lanes.h"
+#include "cpu/kernels.h"
+#include "cpu/simd/vectors.h"
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
 
@@ -13,10 +13,6 @@ namespace {
 // Elements of a matrix whose rows do not matter that one piece of work takes.
 constexpr int64_t kPiece = 4096;
 constexpr double kNanosecondsPerElement = 0.5;
-
-struct Step {
-  float step_size, new_mean, beta2, new_square, root_scale, eps, weight_decay;
-};
 
 // sum_i a[i] * b[i], in an order that depends on d alone.
 inline float dot(const float* a, const float* b, int64_t d) {
@@ -35,9 +31,9 @@ inline float dot(const float* a, const float* b, int64_t d) {
 
 // The compiler makes vectors of this loop: four streams in, three out, one square root and one
 // division an element. Bound by memory once the matrices leave the caches.
-inline void step_elements(const Step& s, float* __restrict parameter, const float* __restrict grad,
-                          float* __restrict mean, float* __restrict square, int64_t d,
-                          float along) {
+inline void step_elements(const AdamStepArguments& s, float* __restrict parameter,
+                          const float* __restrict grad, float* __restrict mean,
+                          float* __restrict square, int64_t d, float along) {
   const float decay = s.weight_decay - along;
   for (int64_t i = 0; i < d; ++i) {
     const float g = grad[i] + decay * parameter[i];
@@ -50,8 +46,8 @@ inline void step_elements(const Step& s, float* __restrict parameter, const floa
 }
 
 // A row lies in the L1 cache between the three passes over it.
-inline void step_unit_row(const Step& s, float* parameter, const float* grad, float* mean,
-                          float* square, int64_t d) {
+inline void step_unit_row(const AdamStepArguments& s, float* parameter, const float* grad,
+                          float* mean, float* square, int64_t d) {
   const float length = dot(parameter, parameter, d);
   const float along = length > 0 ? dot(grad, parameter, d) / length : 0;
   step_elements(s, parameter, grad, mean, square, d, along);
@@ -62,23 +58,21 @@ inline void step_unit_row(const Step& s, float* parameter, const float* grad, fl
 
 }  // namespace
 
-void adam_step(float* parameter, const float* grad, float* mean, float* square, int64_t rows,
-               int64_t d, float step_size, float new_mean, float beta2, float new_square,
-               float root_scale, float eps, float weight_decay, bool unit_rows, int threads) {
-  const Step step{step_size, new_mean, beta2, new_square, root_scale, eps, weight_decay};
-  const int64_t total = rows * d;
+void adam_step(const AdamStepArguments& call, int threads) {
+  const int64_t d = call.d, total = call.rows * d;
   const int team = useful_threads(threads, kNanosecondsPerElement * static_cast<double>(total));
-  if (unit_rows) {
-    share_out(team, rows, [&](int64_t row) {
+  if (call.unit_rows) {
+    share_out(team, call.rows, [&](int64_t row) {
       const int64_t at = row * d;
-      step_unit_row(step, parameter + at, grad + at, mean + at, square + at, d);
+      step_unit_row(call, call.parameter + at, call.grad + at, call.mean + at, call.square + at, d);
     });
     return;
   }
   share_out(team, (total + kPiece - 1) / kPiece, [&](int64_t piece) {
     const int64_t at = piece * kPiece;
     const int64_t count = std::min(kPiece, total - at);
-    step_elements(step, parameter + at, grad + at, mean + at, square + at, count, 0);
+    step_elements(call, call.parameter + at, call.grad + at, call.mean + at, call.square + at,
+                  count, 0);
   });
 }
 

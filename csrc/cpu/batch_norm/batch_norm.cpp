@@ -1,9 +1,11 @@
 // Batch normalisation: passes over memory with numbers per channel beside them.
-#include "cpu/batch_norm/batch_norm.h"
 
 #include <cmath>
 
+#include "cpu/common/buffer.h"
 #include "cpu/common/channel_sums.h"
+#include "cpu/common/dtypes.h"
+#include "cpu/kernels.h"
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
 
@@ -126,31 +128,26 @@ void backward(const Stored* grad, const Stored* x, const ChannelShape& shape, co
 
 }  // namespace
 
-void batch_norm(const void* x, int dtype, int64_t outer, int64_t channels, int64_t inner,
-                const void* weight, const void* bias, double eps, void* z, void* mean, void* var,
-                int threads) {
-  visit_types(dtype, dtype, [&](auto stored, auto) {
+void batch_norm(const BatchNormArguments& call, int threads) {
+  visit_dtype("batch_norm", call.x.dtype, [&](auto stored) {
     using Stored = decltype(stored);
     using Scalar = typename Sum<Stored>::Scalar;
-    forward(static_cast<const Stored*>(x), ChannelShape{outer, channels, inner},
-            static_cast<const Scalar*>(weight), static_cast<const Scalar*>(bias), eps,
-            static_cast<Stored*>(z), static_cast<Scalar*>(mean), static_cast<Scalar*>(var),
-            threads);
+    forward(static_cast<const Stored*>(call.x.data), shape_of(call.x),
+            static_cast<const Scalar*>(call.weight), static_cast<const Scalar*>(call.bias),
+            call.eps, static_cast<Stored*>(call.z), static_cast<Scalar*>(call.mean),
+            static_cast<Scalar*>(call.var), threads);
   });
 }
 
-void batch_norm_backward(const void* grad, const void* x, int dtype, int64_t outer,
-                         int64_t channels, int64_t inner, const void* weight, const void* mean,
-                         const void* var, double eps, void* grad_x, void* grad_weight,
-                         void* grad_bias, int threads) {
-  visit_types(dtype, dtype, [&](auto stored, auto) {
+void batch_norm_backward(const BatchNormBackwardArguments& call, int threads) {
+  visit_dtype("batch_norm_backward", call.x.dtype, [&](auto stored) {
     using Stored = decltype(stored);
     using Scalar = typename Sum<Stored>::Scalar;
-    backward(static_cast<const Stored*>(grad), static_cast<const Stored*>(x),
-             ChannelShape{outer, channels, inner}, static_cast<const Scalar*>(weight),
-             static_cast<const Scalar*>(mean), static_cast<const Scalar*>(var), eps,
-             static_cast<Stored*>(grad_x), static_cast<Scalar*>(grad_weight),
-             static_cast<Scalar*>(grad_bias), threads);
+    backward(static_cast<const Stored*>(call.grad), static_cast<const Stored*>(call.x.data),
+             shape_of(call.x), static_cast<const Scalar*>(call.weight),
+             static_cast<const Scalar*>(call.mean), static_cast<const Scalar*>(call.var), call.eps,
+             static_cast<Stored*>(call.grad_x), static_cast<Scalar*>(call.grad_weight),
+             static_cast<Scalar*>(call.grad_bias), threads);
   });
 }
 

@@ -1,9 +1,10 @@
 // Thresholds per channel: the elements above a bound that only rises, gathered in one pass.
-#include "cpu/channel_threshold/channel_threshold.h"
-
 #include <type_traits>
 
+#include "cpu/common/buffer.h"
 #include "cpu/common/channels.h"
+#include "cpu/common/dtypes.h"
+#include "cpu/kernels.h"
 #include "cpu/order/digits.h"
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
@@ -191,12 +192,12 @@ void thresholds(const double* x, const ChannelShape& shape, int64_t rank, double
 
 }  // namespace
 
-void channel_threshold(const void* x, int dtype, int64_t outer, int64_t channels, int64_t inner,
-                       int64_t rank, void* out, int threads) {
-  const ChannelShape shape{outer, channels, inner};
-  visit_types(dtype, dtype, [&](auto stored, auto) {
+void channel_threshold(const ChannelThresholdArguments& call, int threads) {
+  const KeepDenormals mode;
+  visit_dtype("channel_threshold", call.x.dtype, [&](auto stored) {
     using Stored = decltype(stored);
-    thresholds(static_cast<const Stored*>(x), shape, rank, static_cast<Stored*>(out), threads);
+    thresholds(static_cast<const Stored*>(call.x.data), shape_of(call.x), call.rank,
+               static_cast<Stored*>(call.thresholds), threads);
   });
 }
 

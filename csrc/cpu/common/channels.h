@@ -8,8 +8,10 @@
 
 #include <cstdint>
 
+#include "cpu/common/buffer.h"
 #include "cpu/common/parallel.h"
-#include "cpu/order/order.h"
+#include "cpu/simd/comparisons.h"
+#include "interface/operands.h"
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
 
@@ -19,6 +21,8 @@ struct ChannelShape {
   int64_t total() const { return outer * channels * inner; }
   int64_t per_channel() const { return outer * inner; }
 };
+
+inline ChannelShape shape_of(const ChannelTensor& x) { return {x.outer, x.channels, x.inner}; }
 
 // How the numbers are spread for vectors of kLanes elements.
 template <int kLanes>

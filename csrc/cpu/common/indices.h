@@ -1,8 +1,7 @@
-// Indices of either integer type: reading one, and checking all before anything is written.
+// Checking indices before anything is written.
 #pragma once
 
 #include <cstdint>
-#include <stdexcept>
 
 #include "cpu/common/parallel.h"
 
@@ -11,14 +10,6 @@ namespace sparsekern::cpu::SPARSEKERN_ISA {
 // Indices checked between two looks at the verdict: 32 KiB of int64, which stay in the L1 cache.
 constexpr int64_t kIndexBlock = 4096;
 constexpr double kNanosecondsPerIndex = 0.25;
-
-// Calls visit(typed pointer) for the type behind the tag.
-template <class Visit>
-auto visit_indices(const void* indices, int index_tag, Visit&& visit) {
-  if (index_tag == 0) return visit(static_cast<const int64_t*>(indices));
-  if (index_tag == 1) return visit(static_cast<const int32_t*>(indices));
-  throw std::runtime_error("the index tag must be 0 (int64) or 1 (int32)");
-}
 
 // Position of the first index outside 0..n-1 in [begin, end), or `end`.
 template <class Index>

@@ -1,9 +1,10 @@
 // How often each latent fired: a histogram of the indices.
-#include "cpu/count_active/count_active.h"
-
+#include "cpu/common/buffer.h"
+#include "cpu/common/dtypes.h"
 #include "cpu/common/indices.h"
 #include "cpu/common/parallel.h"
-#include "cpu/simd/lanes.h"
+#include "cpu/kernels.h"
+#include "cpu/simd/numbers.h"
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
 
@@ -62,19 +63,20 @@ void count(const Index* indices, int64_t count, const Fired& fired, int64_t n, i
 
 }  // namespace
 
-int64_t count_active(const void* indices, int index_tag, int64_t count_of_entries,
-                     const void* values, int dtype, int64_t n, int64_t* counts, int threads) {
-  return visit_indices(indices, index_tag, [&](auto* typed) {
-    const int64_t bad = first_bad_index(typed, count_of_entries, n, threads);
+int64_t count_active(const CountActiveArguments& call, int threads) {
+  const KeepDenormals mode;
+  const Codes& codes = call.codes;
+  return visit_indices("count_active", codes.indices, codes.index_type, [&](auto* indices) {
+    const int64_t bad = first_bad_index(indices, codes.count(), call.n, threads);
     if (bad >= 0) return bad;
-    if (values == nullptr) {
-      count(typed, count_of_entries, Always{}, n, counts, threads);
+    if (codes.values == nullptr) {
+      count(indices, codes.count(), Always{}, call.n, call.counts, threads);
       return bad;
     }
-    visit_types(dtype, dtype, [&](auto value, auto) {
+    visit_dtype("count_active", codes.dtype, [&](auto value) {
       using Values = decltype(value);
-      count(typed, count_of_entries, NotZero<Values>{static_cast<const Values*>(values)}, n, counts,
-            threads);
+      const NotZero<Values> fired{static_cast<const Values*>(codes.values)};
+      count(indices, codes.count(), fired, call.n, call.counts, threads);
     });
     return bad;
   });

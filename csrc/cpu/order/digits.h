@@ -1,13 +1,11 @@
-// Any row, any k, NaN included: the exact k-th key by counting digits, then one pass in index
-// order.
+// The exact k-th key of any row by counting digits, then one pass in index order.
 //
-// Most significant digit first, 11 bits a pass: 3 passes over a row of 32-bit keys, 6 of 64-bit
-// keys. Used for float64, for a row that the streaming pass left because of a NaN, and for rows
-// longer than kShortRow with a k that it does not take: above kStreamedK, or too large for the
-// row's groups (Candidates::suits). Shorter rows with such a k go to select_short (topk.cpp).
+// Most significant digit first, 11 bits a pass: 3 passes over 32-bit keys, 6 over 64-bit keys.
 #pragma once
 
-#include "cpu/order/order.h"
+#include <type_traits>
+
+#include "cpu/order/keys.h"
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
 
@@ -46,7 +44,7 @@ inline ExactBound<Key> kth_by_digits(const KeyAt& key_at, int64_t n, int64_t k) 
 
 // Writes the indices of the first k elements of the total order, ascending.
 template <class Key, class KeyAt>
-inline void select_by_digits(const KeyAt& key_at, int64_t n, int64_t k, int64_t* indices) {
+inline void take_by_digits(const KeyAt& key_at, int64_t n, int64_t k, int64_t* indices) {
   ExactBound<Key> bound = kth_by_digits<Key>(key_at, n, k);
   int64_t count = 0;
   for (int64_t i = 0; i < n && count < k; ++i) {

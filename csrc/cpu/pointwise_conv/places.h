@@ -1,8 +1,8 @@
 // The codes of a sparse 1x1 convolution, ready to be taken row by row, and its weight.
 #pragma once
 
+#include "cpu/common/buffer.h"
 #include "cpu/common/channels.h"
-#include "cpu/common/indices.h"
 #include "cpu/common/parallel.h"
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
@@ -50,12 +50,12 @@ class Places {
 
 // weight [outputs, channels] of any strides.
 template <class Weight>
-struct Matrix {
-  const Weight* data;
-  int64_t stride_output, stride_channel;
+struct StoredWeight {
+  Matrix matrix;
 
   auto operator()(int64_t output, int64_t channel) const {
-    return to_sum(data[output * stride_output + channel * stride_channel]);
+    const int64_t place = output * matrix.row_stride + channel * matrix.column_stride;
+    return to_sum(static_cast<const Weight*>(matrix.data)[place]);
   }
 };
 

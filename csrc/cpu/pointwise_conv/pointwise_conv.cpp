@@ -1,6 +1,6 @@
 // The 1x1 convolution of a sparse tensor: bias everywhere, and what the codes add.
-#include "cpu/pointwise_conv/pointwise_conv.h"
-
+#include "cpu/common/dtypes.h"
+#include "cpu/kernels.h"
 #include "cpu/pointwise_conv/places.h"
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
@@ -10,7 +10,7 @@ namespace {
 // The sums of a row or block, rounded and written past the caches: the output is far larger than
 // they are, and whoever reads it next starts at its front.
 template <class Scalar, class Stored>
-void stream_out(const Scalar* sums, int64_t count, Stored* out) {
+void write_past_caches(const Scalar* sums, int64_t count, Stored* out) {
   constexpr int kLanes = Sum<Stored>::kLanes;
   int64_t i = 0;
   if constexpr (sizeof(Stored) * kLanes == kCacheLineBytes) {  // up to the next whole line
@@ -18,7 +18,7 @@ void stream_out(const Scalar* sums, int64_t count, Stored* out) {
     const int64_t head = misplaced == 0 ? 0 : kLanes - misplaced;
     for (; i < head && i < count; ++i) from_sum(sums[i], out + i);
   }
-  for (; i + kLanes <= count; i += kLanes) stream(out + i, load(sums + i));
+  for (; i + kLanes <= count; i += kLanes) store_past_caches(out + i, load(sums + i));
   for (; i < count; ++i) from_sum(sums[i], out + i);
 }
 
@@ -29,7 +29,7 @@ struct Forward {
   const Stored* values;
   const Places& places;
   ChannelShape shape;
-  Matrix<Weight> weight;
+  StoredWeight<Weight> weight;
   const Weight* bias;
   int64_t outputs;
   Stored* out;
@@ -64,9 +64,9 @@ struct Forward {
         for (const Place* p = places.begin(o); p != places.end(o); ++p) {
           row.get()[p->inner] += value_of(*p) * weight_of(e, p->channel);
         }
-        stream_out(row.get(), shape.inner, out + r * shape.inner);
+        write_past_caches(row.get(), shape.inner, out + r * shape.inner);
       }
-      finish_streams();
+      fence_past_caches();
     });
   }
 
@@ -86,9 +86,9 @@ struct Forward {
           for (const Place* p = places.begin(o); p != places.end(o); ++p) add(*p, block.get());
           sums = block.get();
         }
-        stream_out(sums, size, out + o * size);
+        write_past_caches(sums, size, out + o * size);
       }
-      finish_streams();
+      fence_past_caches();
     });
   }
 
@@ -102,26 +102,24 @@ struct Forward {
 
 }  // namespace
 
-void pointwise_conv(const void* values, int dtype, const void* indices, int index_tag,
-                    int64_t count, int64_t outer, int64_t channels, int64_t inner,
-                    const void* weight, int weight_dtype, int64_t outputs, int64_t stride_output,
-                    int64_t stride_channel, const void* bias, void* out, int threads) {
-  const ChannelShape shape{outer, channels, inner};
-  visit_indices(indices, index_tag, [&](auto* typed) {
-    const Places places(typed, count, shape);
-    visit_types(dtype, weight_dtype, [&](auto stored, auto weight_type) {
-      using Stored = decltype(stored);
-      using Weight = decltype(weight_type);
-      const Forward<Stored, Weight> forward{
-          static_cast<const Stored*>(values),
-          places,
-          shape,
-          {static_cast<const Weight*>(weight), stride_output, stride_channel},
-          static_cast<const Weight*>(bias),
-          outputs,
-          static_cast<Stored*>(out),
-          threads};
-      outputs* inner <= kLargestBlock ? forward.by_blocks() : forward.by_rows();
+void pointwise_conv(const PointwiseConvArguments& call, int threads) {
+  const Codes& codes = call.codes;
+  const Matrix& matrix = call.weight;
+  const ChannelShape shape{call.outer, matrix.columns, call.inner};
+  visit_indices("pointwise_conv", codes.indices, codes.index_type, [&](auto* indices) {
+    const Places places(indices, codes.count(), shape);
+    visit_dtypes("pointwise_conv", codes.dtype, matrix.dtype, [&](auto value, auto weight) {
+      using Stored = decltype(value);
+      using Weight = decltype(weight);
+      const Forward<Stored, Weight> forward{static_cast<const Stored*>(codes.values),
+                                            places,
+                                            shape,
+                                            {matrix},
+                                            static_cast<const Weight*>(call.bias),
+                                            matrix.rows,
+                                            static_cast<Stored*>(call.out),
+                                            threads};
+      matrix.rows* call.inner <= kLargestBlock ? forward.by_blocks() : forward.by_rows();
     });
   });
 }

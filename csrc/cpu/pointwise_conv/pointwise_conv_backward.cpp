@@ -1,7 +1,8 @@
 // The gradients of the 1x1 convolution of a sparse tensor: one pass over the output's gradient for
 // the bias, and what the codes take from it.
+#include "cpu/common/dtypes.h"
+#include "cpu/kernels.h"
 #include "cpu/pointwise_conv/places.h"
-#include "cpu/pointwise_conv/pointwise_conv.h"
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
 
@@ -25,7 +26,7 @@ struct Backward {
   const Places& places;
   int64_t count;
   ChannelShape shape;
-  Matrix<Weight> weight;
+  StoredWeight<Weight> weight;
   int64_t outputs;
   Stored* grad_values;
   Weight* grad_weight;  // [outputs, channels]
@@ -155,31 +156,29 @@ struct Backward {
 
 }  // namespace
 
-void pointwise_conv_backward(const void* grad, int dtype, const void* values, const void* indices,
-                             int index_tag, int64_t count, int64_t outer, int64_t channels,
-                             int64_t inner, const void* weight, int weight_dtype, int64_t outputs,
-                             int64_t stride_output, int64_t stride_channel, void* grad_values,
-                             void* grad_weight, void* grad_bias, int threads) {
-  const ChannelShape shape{outer, channels, inner};
-  visit_indices(indices, index_tag, [&](auto* typed) {
-    const Places places(typed, count, shape);
-    visit_types(dtype, weight_dtype, [&](auto stored, auto weight_type) {
-      using Stored = decltype(stored);
-      using Weight = decltype(weight_type);
-      const Backward<Stored, Weight> backward{
-          static_cast<const Stored*>(grad),
-          static_cast<const Stored*>(values),
-          places,
-          count,
-          shape,
-          {static_cast<const Weight*>(weight), stride_output, stride_channel},
-          outputs,
-          static_cast<Stored*>(grad_values),
-          static_cast<Weight*>(grad_weight),
-          static_cast<Weight*>(grad_bias),
-          threads};
-      outputs* inner <= kLargestBlock ? backward.by_blocks() : backward.by_rows();
-    });
+void pointwise_conv_backward(const PointwiseConvBackwardArguments& call, int threads) {
+  const Codes& codes = call.codes;
+  const Matrix& matrix = call.weight;
+  const ChannelShape shape{call.outer, matrix.columns, call.inner};
+  visit_indices("pointwise_conv_backward", codes.indices, codes.index_type, [&](auto* indices) {
+    const Places places(indices, codes.count(), shape);
+    visit_dtypes(
+        "pointwise_conv_backward", codes.dtype, matrix.dtype, [&](auto value, auto weight) {
+          using Stored = decltype(value);
+          using Weight = decltype(weight);
+          const Backward<Stored, Weight> backward{static_cast<const Stored*>(call.grad),
+                                                  static_cast<const Stored*>(codes.values),
+                                                  places,
+                                                  codes.count(),
+                                                  shape,
+                                                  {matrix},
+                                                  matrix.rows,
+                                                  static_cast<Stored*>(call.grad_values),
+                                                  static_cast<Weight*>(call.grad_weight),
+                                                  static_cast<Weight*>(call.grad_bias),
+                                                  threads};
+          matrix.rows* call.inner <= kLargestBlock ? backward.by_blocks() : backward.by_rows();
+        });
   });
 }
 

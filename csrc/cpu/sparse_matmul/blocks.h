@@ -5,7 +5,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "cpu/simd/lanes.h"
+#include "cpu/simd/vectors.h"
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
 
@@ -79,7 +79,8 @@ void load_block(const Stored* matrix, int64_t stride, int64_t latents, int64_t f
 }
 
 // matrix(i, f) = block[i * width + f] for i < latents and f < features. The lines of a block lie in
-// different pages, where reading a line before overwriting it is slow: streaming saved a fifth.
+// different pages, where reading a line before overwriting it is slow: past the caches saved a
+// fifth.
 template <class Stored, class Scalar>
 void store_block(const Scalar* block, int64_t width, Stored* matrix, int64_t stride,
                  int64_t latents, int64_t features) {
@@ -94,7 +95,7 @@ void store_block(const Scalar* block, int64_t width, Stored* matrix, int64_t str
       for (int f = 0; f < kLanes && feature + f < features; ++f) {
         Stored* p = matrix + (feature + f) * stride + latent;
         if (left >= kLanes) {
-          stream(p, x[f]);
+          store_past_caches(p, x[f]);
         } else {
           store_partial(p, x[f], left);
         }

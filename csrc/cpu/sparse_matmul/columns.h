@@ -2,10 +2,11 @@
 // a torch.nn.Linear. Nothing of size [n, d] is copied.
 #pragma once
 
+#include "cpu/common/buffer.h"
 #include "cpu/common/parallel.h"
-#include "cpu/simd/lanes.h"
+#include "cpu/kernels.h"
+#include "cpu/simd/vectors.h"
 #include "cpu/sparse_matmul/blocks.h"
-#include "cpu/sparse_matmul/sparse_matmul.h"
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
 
@@ -91,6 +92,7 @@ template <class Values, class Weight, class Index>
 void multiply_columns(const Product<Values, Weight, Index>& p, int threads) {
   using Scalar = typename Sum<Values>::Scalar;
   using Entry = typename Pass<Scalar>::Entry;
+  constexpr IndexType kType = sizeof(Index) == sizeof(int64_t) ? kInt64 : kInt32;
   constexpr int64_t kMostEntries = int64_t{1} << 30;  // positions are 32-bit
   int64_t most_rows = p.rows < kRowsPerPass ? p.rows : kRowsPerPass;
   if (p.k > 0 && most_rows > kMostEntries / p.k) most_rows = kMostEntries / p.k + 1;
@@ -105,9 +107,8 @@ void multiply_columns(const Product<Values, Weight, Index>& p, int threads) {
   for (int64_t row = 0; row < p.rows; row += most_rows) {
     const int64_t rows = p.rows - row < most_rows ? p.rows - row : most_rows;
     const Values* values = p.values + row * p.k;
-    const int index_tag = sizeof(Index) == sizeof(int64_t) ? 0 : 1;
-    transpose_codes(p.indices + row * p.k, index_tag, rows * p.k, p.n, offsets.get(),
-                    positions.get(), threads);
+    const IndexList indices{p.indices + row * p.k, kType, rows * p.k};
+    transpose_codes({indices, p.n, offsets.get(), positions.get()}, threads);
     share_out(team, rows * p.k, [&](int64_t e) {
       const int32_t position = positions.get()[e];
       entries.get()[e] = Entry{position / p.k, to_sum(values[position])};

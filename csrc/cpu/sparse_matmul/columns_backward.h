@@ -2,8 +2,9 @@
 // is allocated; the gradient of the dictionary is column-major too.
 #pragma once
 
+#include "cpu/common/buffer.h"
 #include "cpu/common/parallel.h"
-#include "cpu/simd/lanes.h"
+#include "cpu/simd/vectors.h"
 #include "cpu/sparse_matmul/blocks.h"
 #include "cpu/sparse_matmul/gradients.h"
 
@@ -75,7 +76,7 @@ void differentiate_columns(const Gradients<Values, Weight>& p, int threads) {
     for (int64_t e = p.offsets[begin]; e < p.offsets[end] && kDots; ++e) {
       from_sum(dots.get()[e], p.grad_values + p.positions[e]);
     }
-    finish_streams();
+    fence_past_caches();
   });
 }
 

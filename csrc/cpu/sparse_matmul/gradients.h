@@ -1,7 +1,7 @@
 // The inner kernel of both backward passes: the entries of one latent against a range of features.
 #pragma once
 
-#include "cpu/simd/lanes.h"
+#include "cpu/simd/vectors.h"
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
 

@@ -1,13 +1,14 @@
-// Forward: sparse codes times a row-major dictionary. Column-major: sparse_matmul_columns.cpp.
-#include "cpu/sparse_matmul/sparse_matmul.h"
+// Forward: sparse codes times a row-major dictionary. Column-major: columns.h.
 
 #include <algorithm>
 #include <type_traits>
 
+#include "cpu/common/dtypes.h"
 #include "cpu/common/indices.h"
 #include "cpu/common/memory.h"
 #include "cpu/common/parallel.h"
-#include "cpu/simd/lanes.h"
+#include "cpu/kernels.h"
+#include "cpu/simd/vectors.h"
 #include "cpu/sparse_matmul/columns.h"
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
@@ -112,37 +113,37 @@ int64_t multiply_rows(const Product<Values, Weight, Index>& p, int threads) {
 
 }  // namespace
 
-int64_t sparse_matmul(const void* values, int dtype, const void* indices, int index_tag,
-                      int64_t rows, int64_t k, const void* weight, int weight_dtype, int64_t n,
-                      int64_t d, int64_t weight_stride_n, int64_t weight_stride_d, const void* bias,
-                      void* out, int threads) {
-  return visit_indices(indices, index_tag, [&](auto* typed_indices) {
-    using Index = std::remove_const_t<std::remove_pointer_t<decltype(typed_indices)>>;
-    int64_t bad = -1;
-    visit_types(dtype, weight_dtype, [&](auto value, auto weight_value) {
+int64_t sparse_matmul(const SparseMatmulArguments& call, int threads) {
+  const Codes& codes = call.codes;
+  const Matrix& matrix = call.weight;
+  int64_t bad = -1;
+  visit_indices("sparse_matmul", codes.indices, codes.index_type, [&](auto* indices) {
+    using Index = std::remove_const_t<std::remove_pointer_t<decltype(indices)>>;
+    visit_dtypes("sparse_matmul", codes.dtype, matrix.dtype, [&](auto value, auto weight) {
       using Values = decltype(value);
-      using Weight = decltype(weight_value);
-      advise_huge_pages(out, static_cast<size_t>(rows * d) * sizeof(Values));
-      const Product<Values, Weight, Index> product{static_cast<const Values*>(values),
-                                                   typed_indices,
-                                                   rows,
-                                                   k,
-                                                   static_cast<const Weight*>(weight),
-                                                   n,
-                                                   d,
-                                                   weight_stride_n,
-                                                   weight_stride_d,
-                                                   static_cast<const Weight*>(bias),
-                                                   static_cast<Values*>(out)};
-      if (weight_stride_d == 1 || d == 1) {
+      using Weight = decltype(weight);
+      advise_huge_pages(call.out,
+                        static_cast<size_t>(codes.rows * matrix.columns) * sizeof(Values));
+      const Product<Values, Weight, Index> product{static_cast<const Values*>(codes.values),
+                                                   indices,
+                                                   codes.rows,
+                                                   codes.k,
+                                                   static_cast<const Weight*>(matrix.data),
+                                                   matrix.rows,
+                                                   matrix.columns,
+                                                   matrix.row_stride,
+                                                   matrix.column_stride,
+                                                   static_cast<const Weight*>(call.bias),
+                                                   static_cast<Values*>(call.out)};
+      if (product.stride_d == 1 || product.d == 1) {
         bad = multiply_rows(product, threads);
         return;
       }
-      bad = first_bad_index(typed_indices, rows * k, n, threads);
-      if (bad < 0 && rows > 0 && d > 0) multiply_columns(product, threads);
+      bad = first_bad_index(indices, codes.count(), product.n, threads);
+      if (bad < 0 && product.rows > 0 && product.d > 0) multiply_columns(product, threads);
     });
-    return bad;
   });
+  return bad;
 }
 
 }  // namespace sparsekern::cpu::SPARSEKERN_ISA

@@ -2,12 +2,14 @@
 // Column-major: columns_backward.h.
 #include <type_traits>
 
+#include "cpu/common/buffer.h"
+#include "cpu/common/dtypes.h"
 #include "cpu/common/memory.h"
 #include "cpu/common/parallel.h"
-#include "cpu/simd/lanes.h"
+#include "cpu/kernels.h"
+#include "cpu/simd/vectors.h"
 #include "cpu/sparse_matmul/columns_backward.h"
 #include "cpu/sparse_matmul/gradients.h"
-#include "cpu/sparse_matmul/sparse_matmul.h"
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
 
@@ -154,44 +156,42 @@ void differentiate(const Gradients<Values, Weight>& p, int threads) {
 
 }  // namespace
 
-bool sparse_matmul_backward(const void* grad, int dtype, const void* values, int64_t rows,
-                            int64_t k, const void* weight, int weight_dtype, int64_t n, int64_t d,
-                            int64_t weight_stride_n, int64_t weight_stride_d,
-                            const int64_t* offsets, const int32_t* positions, const void* indices,
-                            int index_tag, void* grad_values, void* grad_weight,
-                            int64_t grad_weight_stride_n, int64_t grad_weight_stride_d,
-                            int threads) {
-  if (indices != nullptr &&
-      !is_transposition(indices, index_tag, rows * k, n, offsets, positions, threads)) {
-    return false;
-  }
-  visit_types(dtype, weight_dtype, [&](auto value, auto weight_value) {
-    using Values = decltype(value);
-    using Weight = decltype(weight_value);
-    const Gradients<Values, Weight> p{
-        static_cast<const Values*>(grad),
-        static_cast<const Values*>(values),
-        k,
-        static_cast<const Weight*>(weight),
-        n,
-        d,
-        weight_stride_n,
-        weight_stride_d,
-        offsets,
-        positions,
-        static_cast<Values*>(grad_values),
-        static_cast<Weight*>(grad_weight),
-        grad_weight_stride_n,
-        grad_weight_stride_d,
-    };
-    if (grad_weight != nullptr) {
-      advise_huge_pages(grad_weight, static_cast<size_t>(n * d) * sizeof(Weight));
+bool sparse_matmul_backward(const SparseMatmulBackwardArguments& call, int threads) {
+  const Codes& codes = call.codes;
+  const Matrix &matrix = call.weight, &gradient = call.grad_weight;
+  if (codes.indices != nullptr) {
+    const IndexList indices{codes.indices, codes.index_type, codes.count()};
+    if (!is_transposition({indices, matrix.rows, call.offsets, call.positions}, threads)) {
+      return false;
     }
-    if (grad_values != nullptr && grad_weight != nullptr) {
+  }
+  visit_dtypes("sparse_matmul_backward", codes.dtype, matrix.dtype, [&](auto value, auto weight) {
+    using Values = decltype(value);
+    using Weight = decltype(weight);
+    const Gradients<Values, Weight> p{
+        static_cast<const Values*>(call.grad),
+        static_cast<const Values*>(codes.values),
+        codes.k,
+        static_cast<const Weight*>(matrix.data),
+        matrix.rows,
+        matrix.columns,
+        matrix.row_stride,
+        matrix.column_stride,
+        call.offsets,
+        call.positions,
+        static_cast<Values*>(call.grad_values),
+        static_cast<Weight*>(gradient.data),
+        gradient.row_stride,
+        gradient.column_stride,
+    };
+    if (p.grad_weight != nullptr) {
+      advise_huge_pages(p.grad_weight, static_cast<size_t>(p.n * p.d) * sizeof(Weight));
+    }
+    if (p.grad_values != nullptr && p.grad_weight != nullptr) {
       differentiate<true, true>(p, threads);
-    } else if (grad_values != nullptr) {
+    } else if (p.grad_values != nullptr) {
       differentiate<true, false>(p, threads);
-    } else if (grad_weight != nullptr) {
+    } else if (p.grad_weight != nullptr) {
       differentiate<false, true>(p, threads);
     }
   });

@@ -1,8 +1,10 @@
 // What exceeds the threshold of its channel: with the zeros around it, or without them.
 #include <memory>
 
-#include "cpu/channel_threshold/channel_threshold.h"
+#include "cpu/common/buffer.h"
 #include "cpu/common/channels.h"
+#include "cpu/common/dtypes.h"
+#include "cpu/kernels.h"
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
 
@@ -178,26 +180,25 @@ void codes(const Stored* x, const ChannelShape& shape, const Excess<Stored>& exc
 
 }  // namespace
 
-void threshold_relu(const void* x, int dtype, int64_t outer, int64_t channels, int64_t inner,
-                    const void* threshold, const void* scale, const void* shift, void* y,
-                    int64_t* counts, int threads) {
-  const ChannelShape shape{outer, channels, inner};
-  visit_types(dtype, dtype, [&](auto stored, auto) {
+void threshold_relu(const ThresholdReluArguments& call, int threads) {
+  const KeepDenormals mode;
+  const ChannelShape shape = shape_of(call.x);
+  visit_dtype("threshold_relu", call.x.dtype, [&](auto stored) {
     using Stored = decltype(stored);
-    const Excess<Stored> excess(shape, threshold, scale, shift);
-    relu(static_cast<const Stored*>(x), shape, excess, static_cast<Stored*>(y), counts, threads);
+    const Excess<Stored> excess(shape, call.threshold, call.scale, call.shift);
+    relu(static_cast<const Stored*>(call.x.data), shape, excess, static_cast<Stored*>(call.y),
+         call.counts, threads);
   });
 }
 
-void threshold_codes(const void* x, int dtype, int64_t outer, int64_t channels, int64_t inner,
-                     const void* threshold, const void* scale, const void* shift, int64_t capacity,
-                     void* values, int64_t* indices, int64_t* counts, int threads) {
-  const ChannelShape shape{outer, channels, inner};
-  visit_types(dtype, dtype, [&](auto stored, auto) {
+void threshold_codes(const ThresholdCodesArguments& call, int threads) {
+  const KeepDenormals mode;
+  const ChannelShape shape = shape_of(call.x);
+  visit_dtype("threshold_codes", call.x.dtype, [&](auto stored) {
     using Stored = decltype(stored);
-    const Excess<Stored> excess(shape, threshold, scale, shift);
-    codes(static_cast<const Stored*>(x), shape, excess, capacity, static_cast<Stored*>(values),
-          indices, counts, threads);
+    const Excess<Stored> excess(shape, call.threshold, call.scale, call.shift);
+    codes(static_cast<const Stored*>(call.x.data), shape, excess, call.capacity,
+          static_cast<Stored*>(call.values), call.indices, call.counts, threads);
   });
 }
 

@@ -1,8 +1,9 @@
 // Transposition of codes: a stable counting sort of the flat positions by latent.
+#include "cpu/common/buffer.h"
+#include "cpu/common/dtypes.h"
 #include "cpu/common/indices.h"
 #include "cpu/common/parallel.h"
-#include "cpu/simd/lanes.h"
-#include "cpu/sparse_matmul/sparse_matmul.h"
+#include "cpu/kernels.h"
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
 
@@ -105,25 +106,26 @@ bool list_latents(const Index* indices, int64_t count, int64_t n, const int32_t*
 
 }  // namespace
 
-int64_t transpose_codes(const void* indices, int index_tag, int64_t count, int64_t n,
-                        int64_t* offsets, int32_t* positions, int threads) {
-  return visit_indices(indices, index_tag, [&](auto* typed) {
-    const int64_t bad = first_bad_index(typed, count, n, threads);
+int64_t transpose_codes(const TransposeCodesArguments& call, int threads) {
+  const int64_t count = call.indices.count, n = call.n;
+  return visit_indices("transpose_codes", call.indices.data, call.indices.type, [&](auto* indices) {
+    const int64_t bad = first_bad_index(indices, count, n, threads);
     if (bad >= 0) return bad;
     const int64_t most = n == 0 ? 1 : count / (kEntriesPerLatent * n);
     const int team = useful_threads(most < threads ? static_cast<int>(most) : threads,
                                     kNanosecondsPerEntry * static_cast<double>(count));
     if (team > 1) {
-      sort_together(typed, count, n, offsets, positions, team);
+      sort_together(indices, count, n, call.offsets, call.positions, team);
     } else {
-      sort_alone(typed, count, n, offsets, positions);
+      sort_alone(indices, count, n, call.offsets, call.positions);
     }
     return bad;
   });
 }
 
-bool is_transposition(const void* indices, int index_tag, int64_t count, int64_t n,
-                      const int64_t* offsets, const int32_t* positions, int threads) {
+bool is_transposition(const IsTranspositionArguments& call, int threads) {
+  const int64_t count = call.indices.count, n = call.n;
+  const int64_t* offsets = call.offsets;
   if (n > INT32_MAX || count > INT32_MAX) return false;
   if (offsets[0] != 0 || offsets[n] != count) return false;
   const int team =
@@ -133,10 +135,10 @@ bool is_transposition(const void* indices, int index_tag, int64_t count, int64_t
   latents[-1] = -1;
   latents[count] = INT32_MAX;
   int64_t first_wrong = team;
-  visit_indices(indices, index_tag, [&](auto* typed) {
+  visit_indices("is_transposition", call.indices.data, call.indices.type, [&](auto* indices) {
     in_parallel(team, [&](int t) {
       const Share share = share_of(count, t, team);
-      if (!list_latents(typed, count, n, positions, share, latents)) lower(&first_wrong, t);
+      if (!list_latents(indices, count, n, call.positions, share, latents)) lower(&first_wrong, t);
     });
   });
   // Each latent's list begins after the last entry of smaller latents.

@@ -1,6 +1,6 @@
 // One step of Adam, and of Adam on rows of norm 1.
-#include "cuda/adam_step/adam_step.h"
-#include "cuda/common/dtypes.cuh"
+#include "cuda/common/warp.cuh"
+#include "cuda/kernels.h"
 
 namespace sparsekern::cuda {
 
@@ -80,22 +80,21 @@ __global__ void __launch_bounds__(kThreads) adam_unit_rows_kernel(Matrices m, St
 
 }  // namespace
 
-void adam_step(float* parameter, const float* grad, float* mean, float* square, int64_t rows,
-               int64_t d, float step_size, float new_mean, float beta2, float new_square,
-               float root_scale, float eps, float weight_decay, bool unit_rows,
-               cudaStream_t stream) {
-  const Matrices matrices{parameter, grad, mean, square};
-  const Step step{step_size, new_mean, beta2, new_square, root_scale, eps, weight_decay};
-  if (rows * d == 0) return;
-  if (unit_rows) {
-    launch(adam_unit_rows_kernel, static_cast<unsigned>(rows), kThreads, 0, stream, matrices, step,
-           d);
+void adam_step(const AdamStepArguments& call, cudaStream_t stream) {
+  const Matrices matrices{call.parameter, call.grad, call.mean, call.square};
+  const Step step{call.step_size,  call.new_mean, call.beta2,       call.new_square,
+                  call.root_scale, call.eps,      call.weight_decay};
+  const int64_t count = call.rows * call.d;
+  if (count == 0) return;
+  if (call.unit_rows) {
+    launch(adam_unit_rows_kernel, static_cast<unsigned>(call.rows), kThreads, 0, stream, matrices,
+           step, call.d);
     return;
   }
   const int64_t per_block = kThreads * kPerThread;
-  const int64_t blocks = (rows * d + per_block - 1) / per_block;
+  const int64_t blocks = (count + per_block - 1) / per_block;
   launch(adam_step_kernel, static_cast<unsigned>(blocks), kThreads, 0, stream, matrices, step,
-         rows * d);
+         count);
 }
 
 }  // namespace sparsekern::cuda

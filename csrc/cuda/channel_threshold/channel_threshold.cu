@@ -1,8 +1,8 @@
 // The element of given rank in each channel: one block per channels alone, or several blocks that
 // count for them and meet in memory after each digit.
-#include "cuda/channel_threshold/channel_threshold.h"
 #include "cuda/channel_threshold/digits.cuh"
 #include "cuda/channel_threshold/plan.h"
+#include "cuda/common/dtypes.cuh"
 
 namespace sparsekern::cuda {
 
@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kLeastPart = 65536;
 // No block counts more elements of one channel, so that a counter of 32 bits cannot overflow.
 constexpr int64_t kMostPart = int64_t{1} << 30;
-// Ranks of a channel that a list has room for: twice the counters, and a small part of the least
+// Keys of a channel that a list has room for: twice the counters, and a small part of the least
 // that several blocks share.
 constexpr int64_t kListed = 4096;
 
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kChannelThreads)
   const int64_t first = static_cast<int64_t>(blockIdx.x) * Own::kSlots;
   const int count = owned_channels<Own>(first, t.channels);
   if (threadIdx.x < Own::kSlots) found[threadIdx.x] = {0, 0, wanted};
-  for (int high = kRankBits<T>; high > 0;) {
+  for (int high = kKeyBits<T>; high > 0;) {
     const Digit digit = digit_below<Own>(high);
     DigitCounter<T, Own> counter{counts, found, digit, Source::data, Lists{}};
     count_digits(t, first, count, 0, 1, counter);
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kChannelThreads)
   SPARSEKERN_DYNAMIC_SHARED(unsigned, counts);
   const int64_t first = blockIdx.x / parts * Own::kSlots;
   const int count = owned_channels<Own>(first, t.channels);
-  const Lists lists{shared.lists.ranks + first * shared.lists.room, shared.lists.lengths + first,
+  const Lists lists{shared.lists.keys + first * shared.lists.room, shared.lists.lengths + first,
                     shared.lists.room};
   DigitCounter<T, Own> counter{counts, shared.found + first, digit, source, lists};
   count_digits(t, first, count, blockIdx.x % parts, parts, counter);
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kChannelThreads)
 }
 
 // A block extends the prefix of one channel and clears its counters for the next digit; after the
-// last digit the prefix is the rank. Bound by latency.
+// last digit the prefix is the key. Bound by latency.
 template <class T, class Own>
 __global__ void __launch_bounds__(kChannelThreads)
     threshold_extend_kernel(Digit digit, int64_t wanted, Shared shared, T* thresholds) {
@@ -85,11 +85,11 @@ __global__ void __launch_bounds__(kChannelThreads)
   unsigned long long* counts = shared.counts + channel * kDigits<Own>;
   if (threadIdx.x == 0) {
     found = shared.found[channel];
-    if (digit.high == kRankBits<T>) found.wanted = wanted;
+    if (digit.high == kKeyBits<T>) found.wanted = wanted;
   }
   __syncthreads();
   // What is listed stays listed.
-  const int64_t room = digit.high == kRankBits<T> ? shared.lists.room : 0;
+  const int64_t room = digit.high == kKeyBits<T> ? shared.lists.room : 0;
   const unsigned listed = found.listed;
   extend<Owned<Own::kDigitBits, 1>>(counts, digit, room, &found);
   for (int d = threadIdx.x; d < kDigits<Own>; d += kChannelThreads) counts[d] = 0;
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kChannelThreads)
 // Where the parts of the workspace begin, in bytes: counters, prefixes and lengths, which start as
 // zeros, then the lists.
 struct Places {
-  int64_t found, lengths, ranks, end;
+  int64_t found, lengths, keys, end;
 };
 
 template <class Own>
@@ -110,20 +110,20 @@ Places place_shared(int64_t channels, int64_t room) {
   Places places;
   places.found = channels * kDigits<Own> * static_cast<int64_t>(sizeof(unsigned long long));
   places.lengths = places.found + channels * static_cast<int64_t>(sizeof(Found));
-  places.ranks = places.lengths + channels * static_cast<int64_t>(sizeof(unsigned));
-  places.end = places.ranks + channels * room * static_cast<int64_t>(sizeof(unsigned));
+  places.keys = places.lengths + channels * static_cast<int64_t>(sizeof(unsigned));
+  places.end = places.keys + channels * room * static_cast<int64_t>(sizeof(unsigned));
   return places;
 }
 
 template <class T, class Own>
 void find_thresholds(const ThresholdCall& call, const ThresholdPlan& plan) {
-  const Channels<T> t = make_channels<T>(call.x, call.outer, call.channels, call.inner);
+  const Channels<T> t = make_channels<T>(call.x);
   T* thresholds = static_cast<T*>(call.thresholds);
-  // Ranks start with the largest element.
-  const int64_t wanted = call.outer * call.inner - call.rank + 1;
+  // Keys start with the largest element.
+  const int64_t wanted = call.x.outer * call.x.inner - call.rank + 1;
   const int64_t owners = divide_up(t.channels, Own::kSlots);
   if (plan.parts == 1) {
-    launch(threshold_alone_kernel<T, Own>, blocks_of(owners), kChannelThreads, kCounterBytes<Own>,
+    launch(threshold_alone_kernel<T, Own>, grid_of(owners), kChannelThreads, kCounterBytes<Own>,
            call.stream, t, wanted, thresholds);
     return;
   }
@@ -131,28 +131,28 @@ void find_thresholds(const ThresholdCall& call, const ThresholdPlan& plan) {
   char* bytes = static_cast<char*>(call.workspace);
   const Shared shared{reinterpret_cast<unsigned long long*>(bytes),
                       reinterpret_cast<Found*>(bytes + places.found),
-                      {reinterpret_cast<unsigned*>(bytes + places.ranks),
+                      {reinterpret_cast<unsigned*>(bytes + places.keys),
                        reinterpret_cast<unsigned*>(bytes + places.lengths), plan.listed}};
-  check(cudaMemsetAsync(bytes, 0, static_cast<size_t>(places.ranks), call.stream),
+  check(cudaMemsetAsync(bytes, 0, static_cast<size_t>(places.keys), call.stream),
         "channel_threshold: cudaMemsetAsync");
-  for (int high = kRankBits<T>; high > 0;) {
+  for (int high = kKeyBits<T>; high > 0;) {
     const Digit digit = digit_below<Own>(high);
     Source source = Source::data;
-    if (plan.listed > 0 && high < kRankBits<T>) {
+    if (plan.listed > 0 && high < kKeyBits<T>) {
       source = digit.shift > 0 ? Source::data_to_list : Source::list;
     }
-    launch(threshold_count_kernel<T, Own>, blocks_of(owners * plan.parts), kChannelThreads,
+    launch(threshold_count_kernel<T, Own>, grid_of(owners * plan.parts), kChannelThreads,
            kCounterBytes<Own>, call.stream, t, plan.parts, digit, source, shared);
-    launch(threshold_extend_kernel<T, Own>, blocks_of(t.channels), kChannelThreads, 0, call.stream,
+    launch(threshold_extend_kernel<T, Own>, grid_of(t.channels), kChannelThreads, 0, call.stream,
            digit, wanted, shared, thresholds);
     high = digit.shift;
   }
 }
 
-// Calls visit(T(), Own()) with the types behind the tag and the plan.
+// Calls visit(T(), Own()) with the types behind the dtype and the plan.
 template <class Visit>
-void visit_plan(int dtype, const ThresholdPlan& plan, Visit&& visit) {
-  visit_type(dtype, [&](auto value) {
+void visit_plan(Dtype dtype, const ThresholdPlan& plan, Visit&& visit) {
+  visit_dtype("channel_threshold", dtype, [&](auto value) {
     using T = decltype(value);
     if (plan.runs) {
       visit(value, OneChannel());
@@ -164,13 +164,14 @@ void visit_plan(int dtype, const ThresholdPlan& plan, Visit&& visit) {
 
 }  // namespace
 
-ThresholdPlan plan_threshold(int64_t outer, int64_t channels, int64_t inner, int dtype) {
-  const int64_t elements = outer * inner;
-  ThresholdPlan plan{channels == 1 || inner >= kLongRun, 1, 0};
-  visit_plan(dtype, plan, [&](auto value, auto owned) {
-    const int64_t slots = decltype(owned)::kSlots < channels ? decltype(owned)::kSlots : channels;
+ThresholdPlan plan_threshold(const ChannelTensor& x) {
+  const int64_t elements = x.outer * x.inner;
+  ThresholdPlan plan{x.channels == 1 || x.inner >= kLongRun, 1, 0};
+  visit_plan(x.dtype, plan, [&](auto value, auto owned) {
+    const int64_t most_slots = decltype(owned)::kSlots;
+    const int64_t slots = most_slots < x.channels ? most_slots : x.channels;
     const int64_t most = elements * slots / kLeastPart;
-    const int64_t shared = kFillBlocks / divide_up(channels, slots);
+    const int64_t shared = kFillBlocks / divide_up(x.channels, slots);
     plan.parts = shared < most ? shared : most;
     if (plan.parts < divide_up(elements, kMostPart)) plan.parts = divide_up(elements, kMostPart);
     const bool three = kDigitPasses<decltype(value)> == 3;
@@ -179,33 +180,31 @@ ThresholdPlan plan_threshold(int64_t outer, int64_t channels, int64_t inner, int
   return plan;
 }
 
-int64_t planned_workspace(const ThresholdPlan& plan, int64_t channels, int dtype) {
+int64_t planned_workspace(const ThresholdPlan& plan, const ChannelTensor& x) {
   if (plan.parts == 1) return 0;
   int64_t bytes = 0;
-  visit_plan(dtype, plan, [&](auto, auto owned) {
-    bytes = place_shared<decltype(owned)>(channels, plan.listed).end;
+  visit_plan(x.dtype, plan, [&](auto, auto owned) {
+    bytes = place_shared<decltype(owned)>(x.channels, plan.listed).end;
   });
   return bytes;
 }
 
 void channel_threshold(const ThresholdCall& call, const ThresholdPlan& plan) {
-  if (call.channels == 0) return;
-  visit_plan(call.dtype, plan, [&](auto value, auto owned) {
+  if (call.x.channels == 0) return;
+  visit_plan(call.x.dtype, plan, [&](auto value, auto owned) {
     find_thresholds<decltype(value), decltype(owned)>(call, plan);
   });
 }
 
-int64_t channel_threshold_workspace(int64_t outer, int64_t channels, int64_t inner, int64_t,
-                                    int dtype) {
-  if (channels == 0) return 0;
-  return planned_workspace(plan_threshold(outer, channels, inner, dtype), channels, dtype);
+int64_t channel_threshold_workspace(const ChannelThresholdArguments& call) {
+  if (call.x.channels == 0) return 0;
+  return planned_workspace(plan_threshold(call.x), call.x);
 }
 
-void channel_threshold(const void* x, int dtype, int64_t outer, int64_t channels, int64_t inner,
-                       int64_t rank, void* thresholds, void* workspace, cudaStream_t stream) {
-  if (channels == 0) return;
-  channel_threshold({x, dtype, outer, channels, inner, rank, thresholds, workspace, stream},
-                    plan_threshold(outer, channels, inner, dtype));
+void channel_threshold(const ChannelThresholdArguments& call, void* workspace,
+                       cudaStream_t stream) {
+  if (call.x.channels == 0) return;
+  channel_threshold({call, workspace, stream}, plan_threshold(call.x));
 }
 
 }  // namespace sparsekern::cuda

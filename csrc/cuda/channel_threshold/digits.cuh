@@ -1,5 +1,5 @@
-// Finding an element of given rank in each of a block's channels by counting digits of the ranks,
-// the most significant first. Ranks are those of keys.cuh: the largest element comes first.
+// Finding an element of given rank in each of a block's channels by counting digits of the keys,
+// the most significant first. Keys are those of keys.cuh: the largest element comes first.
 #pragma once
 
 #include "cuda/common/channels.cuh"
@@ -8,11 +8,11 @@
 namespace sparsekern::cuda {
 
 template <class T>
-constexpr int kRankBits = 32 - rank_shift<T>;
+constexpr int kKeyBits = 32 - key_shift<T>;
 constexpr int kMostDigitBits = 11;
 // Passes over the data: three over float32, two over the others.
 template <class T>
-constexpr int kDigitPasses = (kRankBits<T> + kMostDigitBits - 1) / kMostDigitBits;
+constexpr int kDigitPasses = (kKeyBits<T> + kMostDigitBits - 1) / kMostDigitBits;
 
 // How many bits a digit has, and how many channels a block owns.
 template <int kBits, int kChannels>
@@ -29,7 +29,7 @@ using OneChannel = Owned<kMostDigitBits, 1>;
 // channels of float32, 16 of float16, 64 of bfloat16. Neighbouring lanes have neighbouring
 // channels, whose counters lie in different banks.
 template <class T>
-constexpr int kFewestBits = (kRankBits<T> + kDigitPasses<T> - 1) / kDigitPasses<T>;
+constexpr int kFewestBits = (kKeyBits<T> + kDigitPasses<T> - 1) / kDigitPasses<T>;
 template <class T>
 using SeveralChannels = Owned<kFewestBits<T>, 1 << (14 - kFewestBits<T>)>;
 
@@ -40,22 +40,22 @@ constexpr size_t kCounterBytes = sizeof(unsigned) * kDigits<Own> * Own::kSlots;
 
 // What the digits so far have decided about a channel.
 struct Found {
-  unsigned prefix;  // the upper bits of the rank
-  unsigned listed;  // how many ranks share them, where these are listed; else 0
+  unsigned prefix;  // the upper bits of the key
+  unsigned listed;  // how many keys share them, where these are listed; else 0
   int64_t wanted;   // which of these it is, in order, from 1
 };
 
-// Which bits a pass looks at: ranks that agree with the prefix from bit `high` on, and of those the
+// Which bits a pass looks at: keys that agree with the prefix from bit `high` on, and of those the
 // digit from bit `shift` on.
 struct Digit {
   int high, shift;
 
-  __device__ bool applies(unsigned rank, unsigned prefix) const {
+  __device__ bool applies(unsigned key, unsigned prefix) const {
     // A shift by all 32 bits is not defined, hence in two steps.
-    return (rank ^ prefix) >> (high - 1) >> 1 == 0;
+    return (key ^ prefix) >> (high - 1) >> 1 == 0;
   }
-  __device__ unsigned of(unsigned rank) const {
-    return (rank >> shift) & ((1u << (high - shift)) - 1);
+  __device__ unsigned of(unsigned key) const {
+    return (key >> shift) & ((1u << (high - shift)) - 1);
   }
 };
 
@@ -64,9 +64,9 @@ __host__ __device__ Digit digit_below(int high) {
   return {high, high > Own::kDigitBits ? high - Own::kDigitBits : 0};
 }
 
-// The ranks of each channel that the next pass need not look for in the data.
+// The keys of each channel that the next pass need not look for in the data.
 struct Lists {
-  unsigned* ranks;    // [channels, room], or null
+  unsigned* keys;     // [channels, room], or null
   unsigned* lengths;  // [channels]
   int64_t room;
 };
@@ -99,17 +99,17 @@ struct DigitCounter {
     last = repeats = 0;
     listing = false;
   }
-  __device__ void add(T x) { add_rank(rank_of(x, kSigned)); }
-  __device__ void add_rank(unsigned rank) {
-    if (!digit.applies(rank, prefix)) return;
-    const unsigned here = digit.of(rank);
+  __device__ void add(T x) { add_key(key_of(x, kSigned)); }
+  __device__ void add_key(unsigned key) {
+    if (!digit.applies(key, prefix)) return;
+    const unsigned here = digit.of(key);
     if (here != last) {
       stop();
       last = here;
       repeats = 0;
     }
     ++repeats;
-    if (listing) lists.ranks[slot * lists.room + atomicAdd(&lists.lengths[slot], 1u)] = rank;
+    if (listing) lists.keys[slot * lists.room + atomicAdd(&lists.lengths[slot], 1u)] = key;
   }
   __device__ void stop() {
     if (repeats != 0) atomicAdd(&counts[last * Own::kSlots + slot], repeats);
@@ -131,16 +131,16 @@ __device__ void count_digits(const Channels<T>& t, int64_t first, int count, int
   }
   for (int slot = 0; slot < count && counter.source == Source::list && part == 0; ++slot) {
     counter.begin(slot);
-    const unsigned* ranks = counter.lists.ranks + slot * counter.lists.room;
+    const unsigned* keys = counter.lists.keys + slot * counter.lists.room;
     for (unsigned i = threadIdx.x; i < counter.found[slot].listed; i += kChannelThreads) {
-      counter.add_rank(ranks[i]);
+      counter.add_key(keys[i]);
     }
     counter.stop();
   }
   __syncthreads();
 }
 
-// Extends each slot's prefix by the digit in which the wanted rank lies; found is in shared memory.
+// Extends each slot's prefix by the digit in which the wanted key lies; found is in shared memory.
 // Lists may hold what shares the new prefix if that is at most `room`. The threads of a slot share
 // its digits.
 template <class Own, class Count>
@@ -179,10 +179,10 @@ __device__ void extend(const Count* counts, Digit digit, int64_t room, Found* fo
   __syncthreads();
 }
 
-// The number of a rank; ranks do not tell -0 from +0, and NaNs from each other.
+// The number of a key; keys do not tell -0 from +0, and NaNs from each other.
 template <class T>
-__device__ void write_number(unsigned rank, T* out) {
-  from_float(rank == 0 ? __int_as_float(0x7fffffff) : float_of_rank<T>(rank), out);
+__device__ void write_number(unsigned key, T* out) {
+  from_float(key == 0 ? __int_as_float(0x7fffffff) : float_of<T>(key), out);
 }
 
 }  // namespace sparsekern::cuda

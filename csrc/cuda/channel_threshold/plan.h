@@ -1,17 +1,13 @@
 // How channel_threshold divides its work, for channel_threshold.cu and for the tests.
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <cstdint>
+
+#include "cuda/kernels.h"
 
 namespace sparsekern::cuda {
 
-struct ThresholdCall {
-  const void* x;
-  int dtype;
-  int64_t outer, channels, inner, rank;
-  void* thresholds;
+struct ThresholdCall : ChannelThresholdArguments {
   void* workspace;
   cudaStream_t stream;
 };
@@ -22,8 +18,8 @@ struct ThresholdPlan {
   int64_t listed;  // room of a channel for what the first digit leaves over; 0 for none
 };
 
-ThresholdPlan plan_threshold(int64_t outer, int64_t channels, int64_t inner, int dtype);
-int64_t planned_workspace(const ThresholdPlan& plan, int64_t channels, int dtype);
+ThresholdPlan plan_threshold(const ChannelTensor& x);
+int64_t planned_workspace(const ThresholdPlan& plan, const ChannelTensor& x);
 void channel_threshold(const ThresholdCall& call, const ThresholdPlan& plan);
 
 }  // namespace sparsekern::cuda

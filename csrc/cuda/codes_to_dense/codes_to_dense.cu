@@ -1,5 +1,7 @@
 // Codes -> dense rows, in one pass over the dense rows.
-#include "cuda/topk/batch.cuh"
+#include "cuda/common/dtypes.cuh"
+#include "cuda/common/teams.cuh"
+#include "cuda/kernels.h"
 
 namespace sparsekern::cuda {
 
@@ -31,15 +33,17 @@ __global__ void __launch_bounds__(kBlockThreads)
 
 }  // namespace
 
-void codes_to_dense(const void* values, int dtype, const int64_t* indices, int64_t rows, int64_t k,
-                    int64_t n, void* dense, cudaStream_t stream) {
+void codes_to_dense(const CodesToDenseArguments& call, cudaStream_t stream) {
+  const int64_t rows = call.codes.rows, k = call.codes.k, n = call.n;
   if (rows == 0 || n == 0) return;
   const int64_t width = k * kColumnsPerCode > kTileColumns ? k * kColumnsPerCode : kTileColumns;
   const int64_t tiles = (n + width - 1) / width;
-  visit_dtype(dtype, [&](auto tag) {
+  const auto* indices = static_cast<const int64_t*>(call.codes.indices);
+  visit_dtype("codes_to_dense", call.codes.dtype, [&](auto tag) {
     using T = decltype(tag);
     launch(codes_to_dense_kernel<T>, grid_of(rows * tiles), kBlockThreads, 0, stream,
-           static_cast<const T*>(values), indices, k, n, tiles, width, static_cast<T*>(dense));
+           static_cast<const T*>(call.codes.values), indices, k, n, tiles, width,
+           static_cast<T*>(call.dense));
   });
 }
 

@@ -90,9 +90,9 @@ void sum_channels(const void* x, int64_t outer, int64_t channels, int64_t inner,
                   float* scratch, cudaStream_t stream) {
   const Channels<T> t = make_channels<T>(x, outer, channels, inner);
   const SumPlan plan = plan_sums(outer, channels, inner);
-  launch(sum_channels_kernel<T>, blocks_of(divide_up(channels, plan.owned) * plan.parts),
+  launch(sum_channels_kernel<T>, grid_of(divide_up(channels, plan.owned) * plan.parts),
          kChannelThreads, 0, stream, t, plan, scratch);
-  launch(sum_parts_kernel<Sum>, blocks_of(divide_up(channels, kChannelWarps)), kChannelThreads, 0,
+  launch(sum_parts_kernel<Sum>, grid_of(divide_up(channels, kChannelWarps)), kChannelThreads, 0,
          stream, scratch, channels, plan.parts, sums);
 }
 

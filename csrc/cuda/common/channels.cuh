@@ -7,9 +7,10 @@
 #pragma once
 
 #include <cstdint>
-#include <stdexcept>
 
-#include "cuda/common/dtypes.cuh"
+#include "cuda/common/packs.cuh"
+#include "cuda/common/warp.cuh"
+#include "interface/operands.h"
 
 namespace sparsekern::cuda {
 
@@ -38,10 +39,9 @@ Channels<T> make_channels(const void* x, int64_t outer, int64_t channels, int64_
   if (channels == 1) return {static_cast<const T*>(x), 1, 1, outer * inner};
   return {static_cast<const T*>(x), outer, channels, inner};
 }
-
-inline unsigned blocks_of(int64_t blocks) {
-  if (blocks > 0x7fffffff) throw std::runtime_error("the tensor needs more than 2^31 - 1 blocks");
-  return static_cast<unsigned>(blocks);
+template <class T>
+Channels<T> make_channels(const ChannelTensor& x) {
+  return make_channels<T>(x.data, x.outer, x.channels, x.inner);
 }
 
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -57,12 +57,6 @@ constexpr int64_t kMostLocal = 8192;
 __device__ inline int64_t local_quotient(int64_t a, int64_t b) {
   if (b > kMostLocal) return a >= b;
   return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
-}
-
-// Calls visit(T()) with the type behind the tag.
-template <class Visit>
-void visit_type(int dtype, Visit&& visit) {
-  visit_types(dtype, dtype, [&](auto value, auto) { visit(value); });
 }
 
 // ---- long runs ----

@@ -11,6 +11,7 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -27,7 +28,7 @@
 namespace sparsekern::cuda {
 
 // Shared memory that a kernel may have without asking for more.
-constexpr size_t default_shared_bytes = 48 * 1024;
+constexpr size_t kDefaultSharedBytes = 48 * 1024;
 
 template <class T>
 struct Exactly {
@@ -55,7 +56,7 @@ inline std::string kernel_name(const void* kernel) {
 inline void launch_addresses(const void* kernel, dim3 grid, dim3 block, void** arguments,
                              size_t shared_bytes, cudaStream_t stream) {
   cudaError_t status = cudaSuccess;
-  if (shared_bytes > default_shared_bytes) {
+  if (shared_bytes > kDefaultSharedBytes) {
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                   static_cast<int>(shared_bytes));
   }
@@ -66,6 +67,12 @@ inline void launch_addresses(const void* kernel, dim3 grid, dim3 block, void** a
   if (status != cudaSuccess) check(status, kernel_name(kernel));
 }
 #endif
+
+// A number of blocks as the first size of a grid.
+inline unsigned grid_of(int64_t blocks) {
+  if (blocks > 0x7fffffff) throw std::runtime_error("a launch takes fewer than 2^31 blocks");
+  return static_cast<unsigned>(blocks);
+}
 
 // Runs kernel(arguments...) on grid x block threads in the stream; an empty grid does nothing.
 template <class... Parameters>

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cuda/common/dtypes.cuh"
+#include "cuda/common/warp.cuh"
 
 namespace sparsekern::cuda {
 

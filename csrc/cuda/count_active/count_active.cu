@@ -1,6 +1,8 @@
 // How often each latent fired: a histogram of the indices.
 #include "cuda/common/dtypes.cuh"
-#include "cuda/count_active/count_active.h"
+#include "cuda/common/indices.cuh"
+#include "cuda/common/packs.cuh"
+#include "cuda/kernels.h"
 
 namespace sparsekern::cuda {
 
@@ -83,12 +85,13 @@ void count_entries(const Indices& indices, int64_t count, const void* values, in
 
 }  // namespace
 
-void count_active(const void* indices, int index_tag, int64_t count, const void* values, int dtype,
-                  int64_t n, int64_t* counts, cudaStream_t stream) {
-  const Indices typed = make_indices(indices, index_tag, n);
-  if (count == 0 || n == 0) return;
-  visit_types(values == nullptr ? 0 : dtype, values == nullptr ? 0 : dtype, [&](auto value, auto) {
-    count_entries<decltype(value)>(typed, count, values, counts, stream);
+void count_active(const CountActiveArguments& call, cudaStream_t stream) {
+  const Codes& codes = call.codes;
+  const Indices indices = make_indices("count_active", codes.indices, codes.index_type, call.n);
+  if (codes.count() == 0 || call.n == 0) return;
+  const Dtype dtype = codes.values == nullptr ? kFloat32 : codes.dtype;
+  visit_dtype("count_active", dtype, [&](auto value) {
+    count_entries<decltype(value)>(indices, codes.count(), codes.values, call.counts, stream);
   });
 }
 

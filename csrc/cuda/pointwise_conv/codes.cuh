@@ -3,8 +3,10 @@
 
 #include <cstdint>
 #include <stdexcept>
+#include <string>
 
 #include "cuda/common/channels.cuh"
+#include "cuda/common/indices.cuh"
 
 namespace sparsekern::cuda {
 
@@ -18,18 +20,28 @@ struct __align__(16) Code {
 
 struct CodeList {
   const void* values;
-  const void* indices;
-  int index_tag;
+  Indices indices;
   int64_t count, outer, channels, inner;
 };
+
+// `function` is for the messages.
+inline CodeList list_codes(const char* function, const Codes& codes, int64_t outer,
+                           int64_t channels, int64_t inner) {
+  if (codes.count() > 0x7fffffff || channels > 0x7fffffff) {
+    throw std::runtime_error(std::string(function) + " takes fewer than 2^31 codes and channels");
+  }
+  const int64_t size = outer * channels * inner;
+  return {codes.values,  make_indices(function, codes.indices, codes.index_type, size),
+          codes.count(), outer,
+          channels,      inner};
+}
 
 // codes[m] = code m, a thread each. Bound by latency and by reading the codes.
 template <class Values>
 __global__ void __launch_bounds__(kChannelThreads) locate_codes_kernel(CodeList list, Code* codes) {
   const int64_t m = static_cast<int64_t>(blockIdx.x) * kChannelThreads + threadIdx.x;
   if (m >= list.count) return;
-  const int64_t index = list.index_tag == 0 ? static_cast<const int64_t*>(list.indices)[m]
-                                            : static_cast<const int32_t*>(list.indices)[m];
+  const int64_t index = list.indices.unchecked(m);
   const int64_t block = list.channels * list.inner;
   Code code{list.outer * list.inner, static_cast<int>(list.channels), 0.0f};
   if (index >= 0 && index < list.outer * block) {
@@ -45,13 +57,7 @@ __global__ void __launch_bounds__(kChannelThreads) locate_codes_kernel(CodeList 
 
 template <class Values>
 void locate_codes(const CodeList& list, Code* codes, cudaStream_t stream) {
-  if (list.index_tag != 0 && list.index_tag != 1) {
-    throw std::runtime_error("the index tag must be 0 (int64) or 1 (int32)");
-  }
-  if (list.count > 0x7fffffff || list.channels > 0x7fffffff) {
-    throw std::runtime_error("pointwise_conv takes fewer than 2^31 codes and channels");
-  }
-  launch(locate_codes_kernel<Values>, blocks_of(divide_up(list.count, kChannelThreads)),
+  launch(locate_codes_kernel<Values>, grid_of(divide_up(list.count, kChannelThreads)),
          kChannelThreads, 0, stream, list, codes);
 }
 

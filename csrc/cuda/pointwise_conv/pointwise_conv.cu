@@ -1,7 +1,8 @@
 // The output of a sparse 1x1 convolution, written once: a block knows which of its sites have
 // codes, and writes the bias everywhere else.
+#include "cuda/common/dtypes.cuh"
+#include "cuda/kernels.h"
 #include "cuda/pointwise_conv/codes.cuh"
-#include "cuda/pointwise_conv/pointwise_conv.h"
 
 namespace sparsekern::cuda {
 
@@ -194,7 +195,7 @@ void convolve_all(Convolution<Values, Weight> p, cudaStream_t stream) {
   p.slice = divide_up(p.outputs, slices);
   // A row's part of a slice in whole packs, and at least 64 bytes of it.
   if (!wide) p.slice = divide_up(p.slice, 4 * kOwn) * 4 * kOwn;
-  const dim3 grid(blocks_of(blocks), static_cast<unsigned>(divide_up(p.outputs, p.slice)));
+  const dim3 grid(grid_of(blocks), static_cast<unsigned>(divide_up(p.outputs, p.slice)));
   const int64_t row = p.outputs * p.inner;
   const auto kernel = wide ? (packs_fit<kOwn>(p.out, p.inner, p.inner)
                                   ? pointwise_conv_sites_kernel<true, Values, Weight>
@@ -207,28 +208,26 @@ void convolve_all(Convolution<Values, Weight> p, cudaStream_t stream) {
 
 }  // namespace
 
-int64_t pointwise_conv_workspace(int64_t count, int64_t, int64_t, int64_t) {
-  return count * static_cast<int64_t>(sizeof(Code));
+int64_t pointwise_conv_workspace(const PointwiseConvArguments& call) {
+  return call.codes.count() * static_cast<int64_t>(sizeof(Code));
 }
 
-void pointwise_conv(const void* values, int dtype, const void* indices, int index_tag,
-                    int64_t count, int64_t outer, int64_t channels, int64_t inner,
-                    const void* weight, int weight_dtype, int64_t outputs, int64_t stride_outputs,
-                    int64_t stride_channels, const void* bias, void* out, void* workspace,
-                    cudaStream_t stream) {
-  visit_types(dtype, weight_dtype, [&](auto value, auto weight_value) {
+void pointwise_conv(const PointwiseConvArguments& call, void* workspace, cudaStream_t stream) {
+  const Matrix& matrix = call.weight;
+  visit_dtypes("pointwise_conv", call.codes.dtype, matrix.dtype, [&](auto value, auto weight) {
     using Values = decltype(value);
-    using Weight = decltype(weight_value);
+    using Weight = decltype(weight);
+    const int64_t outputs = matrix.rows, outer = call.outer, inner = call.inner;
     if (outer * outputs * inner == 0) return;
     Code* codes = static_cast<Code*>(workspace);
-    locate_codes<Values>({values, indices, index_tag, count, outer, channels, inner}, codes,
-                         stream);
+    const CodeList list = list_codes("pointwise_conv", call.codes, outer, matrix.columns, inner);
+    locate_codes<Values>(list, codes, stream);
     // With one output, out is one run of sites.
     const bool one = outputs == 1;
     convolve_all<Values, Weight>(
-        {codes, count, one ? 1 : outer, outputs, one ? outer * inner : inner,
-         static_cast<const Weight*>(weight), stride_outputs, stride_channels,
-         static_cast<const Weight*>(bias), static_cast<Values*>(out), outputs},
+        {codes, list.count, one ? 1 : outer, outputs, one ? outer * inner : inner,
+         static_cast<const Weight*>(matrix.data), matrix.row_stride, matrix.column_stride,
+         static_cast<const Weight*>(call.bias), static_cast<Values*>(call.out), outputs},
         stream);
   });
 }

@@ -1,8 +1,9 @@
 // The gradients of a sparse 1x1 convolution. The codes are grouped by channel, so that a warp that
 // walks along them reads each column of gradients once, for both the values and the weight.
 #include "cuda/common/channel_sums.cuh"
+#include "cuda/common/dtypes.cuh"
+#include "cuda/kernels.h"
 #include "cuda/pointwise_conv/codes.cuh"
-#include "cuda/pointwise_conv/pointwise_conv.h"
 
 namespace sparsekern::cuda {
 
@@ -223,58 +224,56 @@ template <class Values, class Weight>
 void differentiate(const Gradients<Values, Weight>& p, cudaStream_t stream) {
   if (p.count == 0) return;
   const int64_t chunks = divide_up(p.count, p.chunk);
-  launch(pointwise_conv_backward_kernel<Values, Weight>,
-         blocks_of(divide_up(chunks, kChannelWarps)), kChannelThreads, 0, stream, p);
+  launch(pointwise_conv_backward_kernel<Values, Weight>, grid_of(divide_up(chunks, kChannelWarps)),
+         kChannelThreads, 0, stream, p);
   const int64_t slices = divide_up(p.outputs, kWarp);
   if (slices > 65535) throw std::runtime_error("pointwise_conv takes fewer than 2^21 outputs");
   launch(pointwise_conv_finish_kernel<Values, Weight>,
-         dim3(blocks_of(chunks), static_cast<unsigned>(slices)), kChannelThreads, 0, stream, p);
+         dim3(grid_of(chunks), static_cast<unsigned>(slices)), kChannelThreads, 0, stream, p);
 }
 
 }  // namespace
 
-int64_t pointwise_conv_backward_workspace(int64_t count, int64_t outer, int64_t, int64_t inner,
-                                          int64_t outputs) {
-  return place_scratch(count, outer, inner, outputs).end;
+int64_t pointwise_conv_backward_workspace(const PointwiseConvBackwardArguments& call) {
+  return place_scratch(call.codes.count(), call.outer, call.inner, call.weight.rows).end;
 }
 
-void pointwise_conv_backward(const void* grad, int dtype, const void* values, const void* indices,
-                             int index_tag, int64_t count, int64_t outer, int64_t channels,
-                             int64_t inner, const void* weight, int weight_dtype, int64_t outputs,
-                             int64_t stride_outputs, int64_t stride_channels, void* grad_values,
-                             void* grad_weight, void* grad_bias, void* workspace,
+void pointwise_conv_backward(const PointwiseConvBackwardArguments& call, void* workspace,
                              cudaStream_t stream) {
-  visit_types(dtype, weight_dtype, [&](auto value, auto weight_value) {
+  const char* const name = "pointwise_conv_backward";
+  const Matrix& matrix = call.weight;
+  visit_dtypes(name, call.codes.dtype, matrix.dtype, [&](auto value, auto weight) {
     using Values = decltype(value);
-    using Weight = decltype(weight_value);
+    using Weight = decltype(weight);
     constexpr int64_t kWeightBytes = sizeof(Weight);
-    clear(grad_weight, outputs * channels * kWeightBytes, stream);
+    const int64_t outer = call.outer, inner = call.inner, count = call.codes.count();
+    const int64_t outputs = matrix.rows, channels = matrix.columns;
+    clear(call.grad_weight, outputs * channels * kWeightBytes, stream);
     if (outer * outputs * inner == 0) {
-      clear(grad_values, count * static_cast<int64_t>(sizeof(Values)), stream);
-      clear(grad_bias, outputs * kWeightBytes, stream);
+      clear(call.grad_values, count * static_cast<int64_t>(sizeof(Values)), stream);
+      clear(call.grad_bias, outputs * kWeightBytes, stream);
       return;
     }
     const Places places = place_scratch(count, outer, inner, outputs);
     char* bytes = static_cast<char*>(workspace);
     Code* codes = reinterpret_cast<Code*>(bytes);
-    locate_codes<Values>({values, indices, index_tag, count, outer, channels, inner}, codes,
-                         stream);
-    const Gradients<Values, Weight> p{static_cast<const Values*>(grad),
+    locate_codes<Values>(list_codes(name, call.codes, outer, channels, inner), codes, stream);
+    const Gradients<Values, Weight> p{static_cast<const Values*>(call.grad),
                                       codes,
                                       count,
                                       channels,
                                       inner,
                                       outputs,
-                                      static_cast<const Weight*>(weight),
-                                      stride_outputs,
-                                      stride_channels,
+                                      static_cast<const Weight*>(matrix.data),
+                                      matrix.row_stride,
+                                      matrix.column_stride,
                                       count == 0 ? kWarp : chunk_of(count),
                                       reinterpret_cast<float*>(bytes + places.dots),
                                       reinterpret_cast<float*>(bytes + places.parts),
-                                      static_cast<Values*>(grad_values),
-                                      static_cast<Weight*>(grad_weight)};
+                                      static_cast<Values*>(call.grad_values),
+                                      static_cast<Weight*>(call.grad_weight)};
     differentiate(p, stream);
-    sum_channels<Values>(grad, outer, outputs, inner, static_cast<Weight*>(grad_bias),
+    sum_channels<Values>(call.grad, outer, outputs, inner, static_cast<Weight*>(call.grad_bias),
                          reinterpret_cast<float*>(bytes + places.sums), stream);
   });
 }

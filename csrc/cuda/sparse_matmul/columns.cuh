@@ -132,7 +132,7 @@ void launch_columns(const Product<Values, Weight>& p, cudaStream_t stream) {
   const int64_t groups = (p.d + kFeatures - 1) / kFeatures;
   const int64_t row_blocks = (p.rows + kColumnRows - 1) / kColumnRows;
   const int64_t wanted = (kColumnBlocks + groups - 1) / groups;
-  const dim3 grid(grid_size(groups),
+  const dim3 grid(grid_of(groups),
                   static_cast<unsigned>(wanted < row_blocks ? wanted : row_blocks));
   launch(sparse_matmul_columns_kernel<kFeatures, Values, Weight>, grid, kColumnRows,
          static_cast<size_t>(chunk) * kGroupBytes, stream, p, chunk);

@@ -2,19 +2,14 @@
 #pragma once
 
 #include <cstdint>
-#include <stdexcept>
 
-#include "cuda/common/dtypes.cuh"
+#include "cuda/common/indices.cuh"
+#include "cuda/common/packs.cuh"
+#include "cuda/common/warp.cuh"
 
 namespace sparsekern::cuda {
 
-constexpr int64_t kMostBlocks = 0x7fffffff;  // gridDim.x
-constexpr int64_t kMostSlowBlocks = 65535;   // gridDim.y
-
-inline unsigned grid_size(int64_t blocks) {
-  if (blocks > kMostBlocks) throw std::runtime_error("the operands need more than 2^31 - 1 blocks");
-  return static_cast<unsigned>(blocks);
-}
+constexpr int64_t kMostSlowBlocks = 65535;  // gridDim.y
 
 // The operands of one forward product.
 template <class Values, class Weight>

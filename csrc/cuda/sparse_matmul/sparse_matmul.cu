@@ -1,7 +1,7 @@
 // Forward: sparse codes times a row-major dictionary. Column-major: columns.cuh.
 #include "cuda/common/dtypes.cuh"
+#include "cuda/kernels.h"
 #include "cuda/sparse_matmul/columns.cuh"
-#include "cuda/sparse_matmul/sparse_matmul.h"
 
 namespace sparsekern::cuda {
 
@@ -122,7 +122,7 @@ void multiply_rows(const Product<Values, Weight>& p, cudaStream_t stream) {
   constexpr int kCount = Features<Weight, true>::kCount;
   const int64_t columns =
       (p.d + Features<Weight, true>::kWidth - 1) / Features<Weight, true>::kWidth;
-  const dim3 grid(grid_size((p.rows + kRowsPerBlock - 1) / kRowsPerBlock),
+  const dim3 grid(grid_of((p.rows + kRowsPerBlock - 1) / kRowsPerBlock),
                   static_cast<unsigned>(columns < kMostSlowBlocks ? columns : kMostSlowBlocks));
   const bool vector = packs_fit<kCount>(p.weight, p.stride_n, p.d) &&
                       packs_fit<kCount>(p.bias, 0, p.d) && packs_fit<kCount>(p.out, p.d, p.d);
@@ -137,26 +137,26 @@ void multiply_rows(const Product<Values, Weight>& p, cudaStream_t stream) {
 
 }  // namespace
 
-void sparse_matmul(const void* values, int dtype, const void* indices, int index_tag, int64_t rows,
-                   int64_t k, const void* weight, int weight_dtype, int64_t n, int64_t d,
-                   int64_t weight_stride_n, int64_t weight_stride_d, const void* bias, void* out,
-                   cudaStream_t stream) {
-  visit_types(dtype, weight_dtype, [&](auto value, auto weight_value) {
+void sparse_matmul(const SparseMatmulArguments& call, cudaStream_t stream) {
+  const Codes& codes = call.codes;
+  const Matrix& matrix = call.weight;
+  visit_dtypes("sparse_matmul", codes.dtype, matrix.dtype, [&](auto value, auto weight) {
     using Values = decltype(value);
-    using Weight = decltype(weight_value);
-    if (rows == 0 || d == 0) return;
-    const Product<Values, Weight> p{static_cast<const Values*>(values),
-                                    make_indices(indices, index_tag, n),
-                                    rows,
-                                    k,
-                                    static_cast<const Weight*>(weight),
-                                    n,
-                                    d,
-                                    weight_stride_n,
-                                    weight_stride_d,
-                                    static_cast<const Weight*>(bias),
-                                    static_cast<Values*>(out)};
-    if (d == 1 || weight_stride_d == 1) {
+    using Weight = decltype(weight);
+    if (codes.rows == 0 || matrix.columns == 0) return;
+    const Product<Values, Weight> p{
+        static_cast<const Values*>(codes.values),
+        make_indices("sparse_matmul", codes.indices, codes.index_type, matrix.rows),
+        codes.rows,
+        codes.k,
+        static_cast<const Weight*>(matrix.data),
+        matrix.rows,
+        matrix.columns,
+        matrix.row_stride,
+        matrix.column_stride,
+        static_cast<const Weight*>(call.bias),
+        static_cast<Values*>(call.out)};
+    if (p.d == 1 || p.stride_d == 1) {
       multiply_rows(p, stream);
     } else {
       multiply_columns(p, stream);

@@ -1,8 +1,9 @@
 // Backward: both gradients in one pass over the latents. Latents with many entries:
 // backward_hot.cuh.
+#include "cuda/common/dtypes.cuh"
+#include "cuda/kernels.h"
 #include "cuda/sparse_matmul/backward_hot.cuh"
 #include "cuda/sparse_matmul/gradients.cuh"
-#include "cuda/sparse_matmul/sparse_matmul.h"
 
 namespace sparsekern::cuda {
 
@@ -130,7 +131,7 @@ void launch_backward(const Gradients<Values, Weight>& p, cudaStream_t stream) {
   const int threads = kWarp * static_cast<int>(warps < kMostWarps ? warps : kMostWarps);
   const size_t shared_bytes = kColumns ? kSide * tile_stride<Weight>(threads) * sizeof(Weight) : 0;
   launch(sparse_matmul_backward_kernel<Values, Weight, kVector, kColumns>,
-         grid_size((p.n + kSide - 1) / kSide), threads, shared_bytes, stream, p);
+         grid_of((p.n + kSide - 1) / kSide), threads, shared_bytes, stream, p);
 }
 
 template <class Values, class Weight>
@@ -155,37 +156,36 @@ void differentiate(const Gradients<Values, Weight>& p, int64_t count, cudaStream
 
 }  // namespace
 
-void sparse_matmul_backward(const void* grad, int dtype, const void* values, int64_t rows,
-                            int64_t k, const void* weight, int weight_dtype, int64_t n, int64_t d,
-                            int64_t weight_stride_n, int64_t weight_stride_d,
-                            const int64_t* offsets, const int32_t* positions, void* grad_values,
-                            void* grad_weight, int64_t grad_weight_stride_n,
-                            int64_t grad_weight_stride_d, cudaStream_t stream) {
-  visit_types(dtype, weight_dtype, [&](auto value, auto weight_value) {
+void sparse_matmul_backward(const SparseMatmulBackwardArguments& call, cudaStream_t stream) {
+  const Codes& codes = call.codes;
+  const Matrix &matrix = call.weight, &gradient = call.grad_weight;
+  visit_dtypes("sparse_matmul_backward", codes.dtype, matrix.dtype, [&](auto value, auto weight) {
     using Values = decltype(value);
-    using Weight = decltype(weight_value);
-    const int64_t count = rows * k;
-    if (grad_values != nullptr && count > 0) {
+    using Weight = decltype(weight);
+    const int64_t count = codes.count();
+    if (call.grad_values != nullptr && count > 0) {
       // For codes that are in no list.
-      check(cudaMemsetAsync(grad_values, 0, static_cast<size_t>(count) * sizeof(Values), stream),
+      const size_t bytes = static_cast<size_t>(count) * sizeof(Values);
+      check(cudaMemsetAsync(call.grad_values, 0, bytes, stream),
             "sparse_matmul_backward: cudaMemsetAsync");
     }
-    if ((grad_values == nullptr && grad_weight == nullptr) || n == 0 || d == 0) return;
+    const bool wanted = call.grad_values != nullptr || gradient.data != nullptr;
+    if (!wanted || matrix.rows == 0 || matrix.columns == 0) return;
     const Gradients<Values, Weight> p{
-        static_cast<const Values*>(grad),
-        static_cast<const Values*>(values),
-        k,
-        static_cast<const Weight*>(weight),
-        n,
-        d,
-        weight_stride_n,
-        weight_stride_d,
-        offsets,
-        positions,
-        static_cast<Values*>(grad_values),
-        static_cast<Weight*>(grad_weight),
-        grad_weight_stride_n,
-        grad_weight_stride_d,
+        static_cast<const Values*>(call.grad),
+        static_cast<const Values*>(codes.values),
+        codes.k,
+        static_cast<const Weight*>(matrix.data),
+        matrix.rows,
+        matrix.columns,
+        matrix.row_stride,
+        matrix.column_stride,
+        call.offsets,
+        call.positions,
+        static_cast<Values*>(call.grad_values),
+        static_cast<Weight*>(gradient.data),
+        gradient.row_stride,
+        gradient.column_stride,
         count / kHotPart < kHotEntries ? kHotEntries : count / kHotPart,
     };
     differentiate(p, count, stream);

@@ -12,6 +12,11 @@ struct Limits {
   const float* shift;
 };
 
+inline Limits make_limits(const void* threshold, const void* scale, const void* shift) {
+  return {static_cast<const float*>(threshold), static_cast<const float*>(scale),
+          static_cast<const float*>(shift)};
+}
+
 // Those of one channel.
 struct Limit {
   float threshold, scale, shift;

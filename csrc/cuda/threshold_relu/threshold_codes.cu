@@ -1,7 +1,8 @@
 // What exceeds the threshold of its channel, without the zeros around it: one pass that counts, a
 // scan of the counts, and one that writes where there is something to write.
-#include "cuda/channel_threshold/channel_threshold.h"
+#include "cuda/common/dtypes.cuh"
 #include "cuda/common/scan.cuh"
+#include "cuda/kernels.h"
 #include "cuda/threshold_relu/excess.cuh"
 
 namespace sparsekern::cuda {
@@ -226,34 +227,30 @@ void find_codes(const Source<T>& source, int64_t capacity, T* values, int64_t* i
   }
   exclusive_scan(starts, tiles + 1, scratch, stream);
   if (capacity == 0) return;
-  launch(threshold_codes_write_kernel<T>, blocks_of(tiles), kChannelThreads, 0, stream, source,
+  launch(threshold_codes_write_kernel<T>, grid_of(tiles), kChannelThreads, 0, stream, source,
          starts, capacity, values, indices);
 }
 
 }  // namespace
 
-int64_t threshold_codes_workspace(int64_t outer, int64_t channels, int64_t inner, int dtype) {
+int64_t threshold_codes_workspace(const ThresholdCodesArguments& call) {
   int64_t bytes = 0;
-  visit_type(dtype, [&](auto value) {
-    const int64_t size = divide_up(outer * channels * inner, kTile<decltype(value)>) + 1;
+  visit_dtype("threshold_codes", call.x.dtype, [&](auto value) {
+    const int64_t size = divide_up(call.x.count(), kTile<decltype(value)>) + 1;
     bytes = (size + scan_scratch(size)) * static_cast<int64_t>(sizeof(int64_t));
   });
   return bytes;
 }
 
-void threshold_codes(const void* x, int dtype, int64_t outer, int64_t channels, int64_t inner,
-                     const float* threshold, const float* scale, const float* shift,
-                     int64_t capacity, void* values, int64_t* indices, int64_t* counts,
-                     void* workspace, cudaStream_t stream) {
-  const int64_t size = outer * channels * inner;
-  if (size == 0) return;
-  visit_type(dtype, [&](auto value) {
+void threshold_codes(const ThresholdCodesArguments& call, void* workspace, cudaStream_t stream) {
+  if (call.x.count() == 0) return;
+  visit_dtype("threshold_codes", call.x.dtype, [&](auto value) {
     using T = decltype(value);
-    const Source<T> source{make_channels<T>(x, outer, channels, inner),
-                           {threshold, scale, shift},
-                           size,
-                           reinterpret_cast<uintptr_t>(x) % kVectorBytes == 0};
-    find_codes(source, capacity, static_cast<T*>(values), indices, counts, workspace, stream);
+    const Source<T> source{make_channels<T>(call.x),
+                           make_limits(call.threshold, call.scale, call.shift), call.x.count(),
+                           reinterpret_cast<uintptr_t>(call.x.data) % kVectorBytes == 0};
+    find_codes(source, call.capacity, static_cast<T*>(call.values), call.indices, call.counts,
+               workspace, stream);
   });
 }
 

@@ -1,5 +1,6 @@
 // What exceeds the threshold of its channel, in a tensor full of zeros.
-#include "cuda/channel_threshold/channel_threshold.h"
+#include "cuda/common/dtypes.cuh"
+#include "cuda/kernels.h"
 #include "cuda/threshold_relu/excess.cuh"
 
 namespace sparsekern::cuda {
@@ -180,7 +181,7 @@ void rectify_short_runs(const Rectifier<T>& r, cudaStream_t stream) {
   int64_t parts = divide_up(r.t.outer, rows * kMostRows);
   if (parts < kLeastBlocks / side) parts = kLeastBlocks / side < most ? kLeastBlocks / side : most;
   const size_t shared_bytes = static_cast<size_t>(width) * kCount * sizeof(unsigned);
-  launch(threshold_relu_rows_kernel<T, kCount>, blocks_of(side * parts), kChannelThreads,
+  launch(threshold_relu_rows_kernel<T, kCount>, grid_of(side * parts), kChannelThreads,
          shared_bytes, stream, r, width, parts);
 }
 
@@ -201,23 +202,20 @@ void rectify_channels(const Rectifier<T>& r, cudaStream_t stream) {
   // x and y are aligned alike, or their packs do not coincide.
   const bool packed =
       (reinterpret_cast<uintptr_t>(r.t.x) - reinterpret_cast<uintptr_t>(r.y)) % kVectorBytes == 0;
-  launch(threshold_relu_runs_kernel<T>, blocks_of(blocks), kChannelThreads, 0, stream, r, pieces,
+  launch(threshold_relu_runs_kernel<T>, grid_of(blocks), kChannelThreads, 0, stream, r, pieces,
          packed);
 }
 
 }  // namespace
 
-void threshold_relu(const void* x, int dtype, int64_t outer, int64_t channels, int64_t inner,
-                    const float* threshold, const float* scale, const float* shift, void* y,
-                    int64_t* counts, cudaStream_t stream) {
-  if (outer * channels * inner == 0) return;
-  visit_type(dtype, [&](auto value) {
+void threshold_relu(const ThresholdReluArguments& call, cudaStream_t stream) {
+  if (call.x.count() == 0) return;
+  visit_dtype("threshold_relu", call.x.dtype, [&](auto value) {
     using T = decltype(value);
-    rectify_channels<T>({make_channels<T>(x, outer, channels, inner),
-                         {threshold, scale, shift},
-                         static_cast<T*>(y),
-                         reinterpret_cast<unsigned long long*>(counts)},
-                        stream);
+    rectify_channels<T>(
+        {make_channels<T>(call.x), make_limits(call.threshold, call.scale, call.shift),
+         static_cast<T*>(call.y), reinterpret_cast<unsigned long long*>(call.counts)},
+        stream);
   });
 }
 

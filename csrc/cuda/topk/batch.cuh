@@ -1,7 +1,9 @@
-// A batch of rows and where their codes go; teams of threads that share a row.
+// A batch of rows, and how a team of threads orders and writes the codes of one.
 #pragma once
 
+#include "cuda/common/dtypes.cuh"
 #include "cuda/common/keys.cuh"
+#include "cuda/common/teams.cuh"
 #include "cuda/topk/regimes.h"
 
 namespace sparsekern::cuda {
@@ -21,8 +23,8 @@ struct Batch {
 
   __device__ const T* row(int64_t b) const { return x + b * row_stride; }
 
-  __device__ unsigned rank(const T* row, int64_t i) const {
-    return rank_of(row[i * col_stride], mask);
+  __device__ unsigned key(const T* row, int64_t i) const {
+    return key_of(row[i * col_stride], mask);
   }
 
   // Code number `position` of row b is element `index`. The masked row is zero already.
@@ -43,15 +45,15 @@ struct Batch {
 
 template <class T>
 Batch<T> make_batch(const TopkCall& call) {
-  return {static_cast<const T*>(call.x),
-          call.rows,
-          call.row_stride,
-          call.col_stride,
-          static_cast<int>(call.n),
+  return {static_cast<const T*>(call.x.data),
+          call.x.rows,
+          call.x.row_stride,
+          call.x.column_stride,
+          static_cast<int>(call.x.columns),
           static_cast<int>(call.k),
-          (call.flags & kAbs) != 0 ? kMagnitude : kSigned,
-          (call.flags & kSorted) != 0,
-          (call.flags & kRelu) != 0,
+          call.abs ? kMagnitude : kSigned,
+          call.sorted,
+          call.relu,
           static_cast<T*>(call.values),
           call.indices,
           static_cast<T*>(call.masked),
@@ -61,22 +63,9 @@ Batch<T> make_batch(const TopkCall& call) {
 // Whether every row of x can be read 16 bytes at a time.
 template <class T>
 bool rows_packed(const TopkCall& call) {
-  return call.col_stride == 1 && reinterpret_cast<uintptr_t>(call.x) % kVectorBytes == 0 &&
-         call.row_stride * static_cast<int64_t>(sizeof(T)) % kVectorBytes == 0;
-}
-
-// Calls visit(T()) with the type behind the tag.
-template <class Visit>
-void visit_dtype(int dtype, Visit&& visit) {
-  if (dtype == 0) return visit(float());
-  if (dtype == 1) return visit(__nv_bfloat16());
-  if (dtype == 2) return visit(__half());
-  throw std::runtime_error("the dtype tag must be 0 (float32), 1 (bfloat16) or 2 (float16)");
-}
-
-inline unsigned grid_of(int64_t blocks) {
-  if (blocks > 0x7fffffff) throw std::runtime_error("more rows than one launch can take");
-  return static_cast<unsigned>(blocks);
+  return call.x.column_stride == 1 &&
+         reinterpret_cast<uintptr_t>(call.x.data) % kVectorBytes == 0 &&
+         call.x.row_stride * static_cast<int64_t>(sizeof(T)) % kVectorBytes == 0;
 }
 
 // The least power of two that is >= x.
@@ -86,39 +75,7 @@ inline int64_t power_of_two(int64_t x) {
   return power;
 }
 
-// ---- teams ----
-
-constexpr int kBlockThreads = 256;
-constexpr int kBlockWarps = kBlockThreads / kWarp;
-
-struct WarpTeam {
-  static constexpr int kSize = kWarp;
-  __device__ static int self() { return threadIdx.x % kWarp; }
-  __device__ static void sync() { __syncwarp(); }
-};
-
-struct BlockTeam {
-  static constexpr int kSize = kBlockThreads;
-  __device__ static int self() { return threadIdx.x; }
-  __device__ static void sync() { __syncthreads(); }
-};
-
-// out[0..count) = 0, with 16-byte stores where they are aligned.
-template <class Team, class T>
-__device__ void write_zeros(T* out, int64_t count) {
-  constexpr int kItems = kVectorBytes / sizeof(T);
-  T zero;
-  from_float(0.0f, &zero);
-  const int64_t past = reinterpret_cast<uintptr_t>(out) % kVectorBytes / sizeof(T);
-  const int64_t to_aligned = past == 0 ? 0 : kItems - past;
-  const int64_t head = to_aligned < count ? to_aligned : count;
-  const int64_t words = (count - head) / kItems;
-  if (Team::self() < head) out[Team::self()] = zero;
-  uint4* aligned = reinterpret_cast<uint4*>(out + head);
-  for (int64_t w = Team::self(); w < words; w += Team::kSize) aligned[w] = uint4{0, 0, 0, 0};
-  const int64_t tail = head + words * kItems + Team::self();
-  if (tail < count) out[tail] = zero;
-}
+// ---- codes of a row, by a team ----
 
 // pairs[0..size) ascending; size is a power of two. Bitonic: log2(size)^2 / 2 steps, in each of
 // which a thread exchanges size / (2 kSize) pairs.
@@ -141,7 +98,7 @@ __device__ void sort_pairs(Pair* pairs, int size) {
   Team::sync();
 }
 
-// pairs[0..k): the selected (rank, index) of row b, which the team has just written. Writes the
+// pairs[0..k): the selected (key, index) of row b, which the team has just written. Writes the
 // codes and the masked row. size: power_of_two(k), the room in pairs.
 template <class Team, class T>
 __device__ void write_codes(const Batch<T>& batch, int64_t b, Pair* pairs, int size,

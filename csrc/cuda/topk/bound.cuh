@@ -1,20 +1,20 @@
-// Finding the k-th rank by bisection, for a warp and for a block.
+// Finding the k-th key by bisection, for a warp and for a block.
 #pragma once
 
 #include "cuda/topk/batch.cuh"
 
 namespace sparsekern::cuda {
 
-// A rank v such that `count` ranks are <= v.
-struct Cut {
-  unsigned value;
+// A key v such that `count` keys are <= v.
+struct Bound {
+  unsigned key;
   int count;
 };
 
 // The least v in [low, high] with count(v) >= wanted, or any v on the way there with count(v) <=
-// wanted + slack. count(v), the number of ranks <= v, is at least `wanted` at high.
+// wanted + slack. count(v), the number of keys <= v, is at least `wanted` at high.
 template <class Count>
-__device__ Cut bisect(unsigned low, unsigned high, int wanted, int slack, const Count& count) {
+__device__ Bound bisect(unsigned low, unsigned high, int wanted, int slack, const Count& count) {
   int at_high = 0;
   unsigned middle = high;
   while (true) {
@@ -30,11 +30,11 @@ __device__ Cut bisect(unsigned low, unsigned high, int wanted, int slack, const 
   }
 }
 
-// How many elements at the cut itself are selected, by ascending index; those before it all are.
+// How many elements at the bound itself are selected, by ascending index; those before it all are.
 template <class Count>
-__device__ int ties_at(const Cut& cut, int wanted, const Count& count) {
-  if (cut.count <= wanted) return 0x7fffffff;
-  return wanted - (cut.value == 0 ? 0 : count(cut.value - 1));
+__device__ int ties_at(const Bound& bound, int wanted, const Count& count) {
+  if (bound.count <= wanted) return 0x7fffffff;
+  return wanted - (bound.key == 0 ? 0 : count(bound.key - 1));
 }
 
 // Sums, minima and maxima over the threads of a block, for all of them. One barrier each: a call

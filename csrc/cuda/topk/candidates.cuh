@@ -5,29 +5,29 @@
 
 namespace sparsekern::cuda {
 
-// Ranks that a thread holds while it tightens a full buffer.
-constexpr int kRanksHeld = (2 * kStreamedK + kChunk) / kBlockThreads;
+// Keys that a thread holds while it tightens a full buffer.
+constexpr int kKeysHeld = (2 * kCandidateK + kChunk) / kBlockThreads;
 
-// How many of this thread's ranks satisfy test(rank, j).
+// How many of this thread's keys satisfy test(key, j).
 template <class Test>
-__device__ int count_held(const unsigned (&ranks)[kRanksHeld], int rounds, const Test& test) {
+__device__ int count_held(const unsigned (&keys)[kKeysHeld], int rounds, const Test& test) {
   int count = 0;
 #pragma unroll
-  for (int j = 0; j < kRanksHeld; ++j) {
+  for (int j = 0; j < kKeysHeld; ++j) {
     if (j >= rounds) break;
-    count += test(ranks[j], j);
+    count += test(keys[j], j);
   }
   return count;
 }
 
 // Two groups of candidates for each thread, 512 >= k in all: so k candidates are no later than the
-// latest of the groups' best (kNoRank when a group is empty). Returns a proved [low, high].
-__device__ inline uint2 rank_range(BlockReduce& reduce, const unsigned (&ranks)[kRanksHeld]) {
-  unsigned best[2] = {kNoRank, kNoRank}, worst = 0;
+// latest of the groups' best (kNoKey when a group is empty). Returns a proved [low, high].
+__device__ inline uint2 key_range(BlockReduce& reduce, const unsigned (&keys)[kKeysHeld]) {
+  unsigned best[2] = {kNoKey, kNoKey}, worst = 0;
 #pragma unroll
-  for (int j = 0; j < kRanksHeld; ++j) {
-    best[j % 2] = ranks[j] < best[j % 2] ? ranks[j] : best[j % 2];
-    worst = ranks[j] != kNoRank && ranks[j] > worst ? ranks[j] : worst;
+  for (int j = 0; j < kKeysHeld; ++j) {
+    best[j % 2] = keys[j] < best[j % 2] ? keys[j] : best[j % 2];
+    worst = keys[j] != kNoKey && keys[j] > worst ? keys[j] : worst;
   }
   const unsigned low = reduce.least(best[0] < best[1] ? best[0] : best[1]);
   const unsigned proved = reduce.greatest(best[0] < best[1] ? best[1] : best[0]);
@@ -35,7 +35,7 @@ __device__ inline uint2 rank_range(BlockReduce& reduce, const unsigned (&ranks)[
   return {low, proved < latest ? proved : latest};
 }
 
-// Keeps the pairs <= last, in any order; returns the latest rank among them. A round reads its
+// Keeps the pairs <= last, in any order; returns the latest key among them. A round reads its
 // pairs before any of them is overwritten: no more were kept than were read before.
 __device__ inline unsigned keep_pairs(Pair* pairs, int* filled, BlockReduce& reduce, Pair last) {
   const int count = *filled;
@@ -56,36 +56,36 @@ __device__ inline unsigned keep_pairs(Pair* pairs, int* filled, BlockReduce& red
 
 // The block's dynamic shared memory holds *filled pairs: keeps exactly the first k, or all if there
 // are no more. Returns the pair from which later ones no longer matter. Not inlined: one copy
-// serves all kernels of a file. The ranks stay in registers during the bisection (20 a thread in a
+// serves all kernels of a file. The keys stay in registers during the bisection (20 a thread in a
 // full buffer, 1 or 2 after the first chunk), the indices in shared memory: only ties ask for them.
 __device__ __noinline__ inline Pair tighten(int* filled, int k) {
   SPARSEKERN_DYNAMIC_SHARED(Pair, pairs);
   const int count = *filled;
   if (count <= k) return kNoPair;
   const int rounds = (count + kBlockThreads - 1) / kBlockThreads;
-  unsigned ranks[kRanksHeld];
+  unsigned keys[kKeysHeld];
 #pragma unroll
-  for (int j = 0; j < kRanksHeld; ++j) {
+  for (int j = 0; j < kKeysHeld; ++j) {
     const int at = j * kBlockThreads + static_cast<int>(threadIdx.x);
-    ranks[j] = at < count ? high_of(pairs[at]) : kNoRank;
+    keys[j] = at < count ? high_of(pairs[at]) : kNoKey;
   }
   BlockReduce reduce;
   const auto count_to = [&](unsigned v) {
-    return reduce.sum(count_held(ranks, rounds, [v](unsigned rank, int) { return rank <= v; }));
+    return reduce.sum(count_held(keys, rounds, [v](unsigned key, int) { return key <= v; }));
   };
-  const uint2 range = rank_range(reduce, ranks);
-  const Cut cut = bisect(range.x, range.y, k, 0, count_to);
+  const uint2 range = key_range(reduce, keys);
+  const Bound bound = bisect(range.x, range.y, k, 0, count_to);
   unsigned last_index = 0xffffffffu;
-  if (cut.count > k) {
-    const int ties = ties_at(cut, k, count_to);
+  if (bound.count > k) {
+    const int ties = ties_at(bound, k, count_to);
     const auto ties_to = [&](unsigned v) {
-      return reduce.sum(count_held(ranks, rounds, [&](unsigned rank, int j) {
-        return rank == cut.value && low_of(pairs[j * kBlockThreads + threadIdx.x]) <= v;
+      return reduce.sum(count_held(keys, rounds, [&](unsigned key, int j) {
+        return key == bound.key && low_of(pairs[j * kBlockThreads + threadIdx.x]) <= v;
       }));
     };
-    last_index = bisect(0, 0x7fffffffu, ties, 0, ties_to).value;
+    last_index = bisect(0, 0x7fffffffu, ties, 0, ties_to).key;
   }
-  const unsigned latest = keep_pairs(pairs, filled, reduce, make_pair_of(cut.value, last_index));
+  const unsigned latest = keep_pairs(pairs, filled, reduce, make_pair_of(bound.key, last_index));
   return make_pair_of(latest, last_index);
 }
 
@@ -96,7 +96,7 @@ class Candidates {
  public:
   // Past limit(k) pairs the buffer is tightened; a whole chunk has room on top of those.
   __device__ __host__ static int limit(int k) {
-    return 2 * k > kStreamedK ? 2 * k : static_cast<int>(kStreamedK);
+    return 2 * k > kCandidateK ? 2 * k : static_cast<int>(kCandidateK);
   }
   static size_t bytes(int k) { return (limit(k) + kChunk) * sizeof(Pair); }
 

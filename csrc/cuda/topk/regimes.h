@@ -1,27 +1,20 @@
-// The ways to select, one launcher each, and which of them a shape takes.
+// The regimes, one launcher each, and which of them a shape takes. docs/how-topk-works.md explains
+// them.
 #pragma once
 
-#include "cuda/topk/topk.h"
+#include "cuda/kernels.h"
 
 namespace sparsekern::cuda {
 
-struct TopkCall {
-  const void* x;
-  int dtype;
-  int64_t rows, n, row_stride, col_stride, k;
-  int flags;
-  void* values;
-  int64_t* indices;
-  void* masked;
-  int64_t* counts;
+struct TopkCall : TopkArguments {
   void* workspace;
   cudaStream_t stream;
 };
 
 constexpr int64_t kShortRow = 2048;    // a lane holds up to 64 elements in registers
-constexpr int64_t kSharedRow = 32768;  // 128 KiB of ranks; sm_80 has 163 KiB for a block
+constexpr int64_t kSharedRow = 32768;  // 128 KiB of keys; sm_80 has 163 KiB for a block
 constexpr int64_t kSharedSort = 4096;  // codes that a block sorts in shared memory, 32 KiB
-constexpr int64_t kStreamedK = 512;    // the candidate buffer holds 2 k and a chunk
+constexpr int64_t kCandidateK = 512;   // the candidate buffer holds 2 k and a chunk
 constexpr int64_t kChunk = 4096;       // elements that a block reads between two barriers
 
 // Rows from which a block per row fills the GPU: two blocks for each of an H200's 132
@@ -33,27 +26,28 @@ constexpr int64_t kLeastSlice = 2 * kChunk;
 // n <= kShortRow. A warp per row.
 void topk_short(const TopkCall& call);
 
-// n <= kSharedRow, k <= kSharedSort. The row's ranks in shared memory.
+// n <= kSharedRow, k <= kSharedSort. The row's keys in shared memory.
 void topk_shared(const TopkCall& call);
 
-// k <= kStreamedK. One pass over each row, cut into `slices` of `width` elements (a multiple of
-// kChunk); with more than one slice the workspace holds stream_workspace(rows, slices, k) bytes.
+// k <= kCandidateK. One pass over each row, cut into `slices` of `width` elements (a multiple of
+// kChunk); with more than one slice the workspace holds candidates_workspace(rows, slices, k)
+// bytes.
 struct Slices {
   int64_t count, width;
 };
 Slices slices_for(int64_t rows, int64_t n);
-int64_t stream_workspace(int64_t rows, int64_t slices, int64_t k);
-void topk_stream(const TopkCall& call, const Slices& slices);
+int64_t candidates_workspace(int64_t rows, int64_t slices, int64_t k);
+void topk_candidates(const TopkCall& call, const Slices& slices);
 
-// Any n and k. Counts digits, reading the row five times. With kSorted and k > kSharedSort the
+// Any n and k. Counts digits, reading the row five times. With `sorted` and k > kSharedSort the
 // workspace holds sort_workspace(rows, k) bytes.
 void topk_digits(const TopkCall& call);
 int64_t sort_workspace(int64_t rows, int64_t k);
 
-// Sorts the pairs (rank, index) in the place of call.indices and writes the codes.
+// Sorts the pairs (key, index) in the place of call.indices and writes the codes.
 void write_sorted(const TopkCall& call);
 
-enum class Regime { kShort, kShared, kStream, kDigits };
+enum class Regime { kShort, kShared, kCandidates, kDigits };
 Regime regime_for(int64_t n, int64_t k);
 
 }  // namespace sparsekern::cuda

@@ -5,7 +5,7 @@ namespace sparsekern::cuda {
 
 Regime regime_for(int64_t n, int64_t k) {
   if (n <= kShortRow) return Regime::kShort;
-  if (k <= kStreamedK) return Regime::kStream;
+  if (k <= kCandidateK) return Regime::kCandidates;
   if (n <= kSharedRow && k <= kSharedSort) return Regime::kShared;
   return Regime::kDigits;
 }
@@ -19,30 +19,29 @@ Slices slices_for(int64_t rows, int64_t n) {
   return {(n + width - 1) / width, width};
 }
 
-int64_t topk_workspace(int64_t rows, int64_t n, int64_t k, int) {
-  switch (regime_for(n, k)) {
-    case Regime::kStream:
-      return stream_workspace(rows, rows == 0 ? 1 : slices_for(rows, n).count, k);
+int64_t topk_workspace(const TopkArguments& call) {
+  const int64_t rows = call.x.rows, n = call.x.columns;
+  switch (regime_for(n, call.k)) {
+    case Regime::kCandidates:
+      return candidates_workspace(rows, rows == 0 ? 1 : slices_for(rows, n).count, call.k);
     case Regime::kDigits:
-      return sort_workspace(rows, k);
+      return sort_workspace(rows, call.k);
     default:
       return 0;
   }
 }
 
-void topk(const void* x, int dtype, int64_t rows, int64_t n, int64_t row_stride, int64_t col_stride,
-          int64_t k, int flags, void* values, int64_t* indices, void* masked, int64_t* counts,
-          void* workspace, cudaStream_t stream) {
+void topk(const TopkArguments& arguments, void* workspace, cudaStream_t stream) {
+  const int64_t rows = arguments.x.rows, n = arguments.x.columns;
   if (rows == 0) return;
-  const TopkCall call{x,     dtype,  rows,    n,      row_stride, col_stride, k,
-                      flags, values, indices, masked, counts,     workspace,  stream};
-  switch (regime_for(n, k)) {
+  const TopkCall call{arguments, workspace, stream};
+  switch (regime_for(n, call.k)) {
     case Regime::kShort:
       return topk_short(call);
     case Regime::kShared:
       return topk_shared(call);
-    case Regime::kStream:
-      return topk_stream(call, slices_for(rows, n));
+    case Regime::kCandidates:
+      return topk_candidates(call, slices_for(rows, n));
     case Regime::kDigits:
       return topk_digits(call);
   }

@@ -1,10 +1,7 @@
-// Long rows, k <= kStreamedK: one pass over a row in chunks, with a proved bound that only
-// tightens.
+// k <= kCandidateK: one pass over a row in chunks, with a proved bound that only gets better.
 //
-// The first chunk's elements are all candidates. Once the buffer is tightened to k candidates,
-// their last rank is the bound: what was read holds k elements no later than it, so a later
-// element, whose index is larger, matters only if its rank is strictly before the bound. On random
-// data 512 + k ln(n / kChunk) of a row's elements, about, are appended after the first chunk.
+// The first chunk's elements are all candidates. On random data 512 + k ln(n / kChunk) of a row's
+// elements, about, are appended after it.
 #include "cuda/topk/candidates.cuh"
 
 namespace sparsekern::cuda {
@@ -72,7 +69,7 @@ __device__ int append(Pair* pairs, const Candidates& candidates,
 #pragma unroll
   for (int j = 0; j < kPerThread; ++j) {
     if ((hits >> j & 1) == 0) continue;
-    pairs[place++] = make_pair_of(rank_of(items.item[j], mask), base + items.place(j));
+    pairs[place++] = make_pair_of(key_of(items.item[j], mask), base + items.place(j));
   }
   return place;
 }
@@ -85,7 +82,7 @@ __device__ int append(Pair* pairs, const Candidates& candidates,
 // x. A chunk costs one barrier.
 template <class T, bool kPacked>
 __global__ void __launch_bounds__(kBlockThreads, kResidentBlocks)
-    topk_stream_kernel(Batch<T> batch, unsigned width, Pair* slice_pairs, int size) {
+    topk_candidates_kernel(Batch<T> batch, unsigned width, Pair* slice_pairs, int size) {
   SPARSEKERN_DYNAMIC_SHARED(Pair, pairs);
   __shared__ int filled;
   const int64_t b = blockIdx.x;
@@ -96,7 +93,7 @@ __global__ void __launch_bounds__(kBlockThreads, kResidentBlocks)
     const int count = static_cast<int>(end - base < kChunk ? end - base : kChunk);
     ChunkItems<T, kPacked> items;
     items.load(batch.row(b) + base * batch.col_stride, batch.col_stride, count);
-    const float bound = float_of_rank<T>(high_of(candidates.bound()));
+    const float bound = float_of<T>(high_of(candidates.bound()));
     bool any = false;
 #pragma unroll
     for (int j = 0; j < kPerThread; ++j) any |= !(compared(items.item[j], batch.mask) <= bound);
@@ -142,30 +139,31 @@ __global__ void __launch_bounds__(kBlockThreads, kResidentBlocks)
 }
 
 template <class T>
-void stream_rows(const TopkCall& call, const Slices& slices) {
+void select_candidates(const TopkCall& call, const Slices& slices) {
   const Batch<T> batch = make_batch<T>(call);
   const auto kernel =
-      rows_packed<T>(call) ? topk_stream_kernel<T, true> : topk_stream_kernel<T, false>;
+      rows_packed<T>(call) ? topk_candidates_kernel<T, true> : topk_candidates_kernel<T, false>;
   const size_t shared = Candidates::bytes(batch.k);
   const int size = static_cast<int>(power_of_two(call.k));
   Pair* workspace = static_cast<Pair*>(call.workspace);
   const int count = static_cast<int>(slices.count);
-  launch(kernel, dim3(grid_of(call.rows), count), kBlockThreads, shared, call.stream, batch,
+  launch(kernel, dim3(grid_of(call.x.rows), count), kBlockThreads, shared, call.stream, batch,
          static_cast<unsigned>(slices.width), workspace, size);
   if (slices.count > 1) {
-    launch(topk_merge_kernel<T>, grid_of(call.rows), kBlockThreads, shared, call.stream, batch,
+    launch(topk_merge_kernel<T>, grid_of(call.x.rows), kBlockThreads, shared, call.stream, batch,
            count, workspace, size);
   }
 }
 
 }  // namespace
 
-int64_t stream_workspace(int64_t rows, int64_t slices, int64_t k) {
+int64_t candidates_workspace(int64_t rows, int64_t slices, int64_t k) {
   return slices > 1 ? rows * slices * k * static_cast<int64_t>(sizeof(Pair)) : 0;
 }
 
-void topk_stream(const TopkCall& call, const Slices& slices) {
-  visit_dtype(call.dtype, [&](auto tag) { stream_rows<decltype(tag)>(call, slices); });
+void topk_candidates(const TopkCall& call, const Slices& slices) {
+  visit_dtype("topk", call.x.dtype,
+              [&](auto tag) { select_candidates<decltype(tag)>(call, slices); });
 }
 
 }  // namespace sparsekern::cuda

@@ -1,4 +1,4 @@
-// Any row and any k: the cut by counting digits of the ranks, the most significant first, then the
+// Any row and any k: the bound by counting digits of the keys, the most significant first, then the
 // codes by ascending index. Used where k is too large for the other ways.
 #include "cuda/topk/ordered.cuh"
 
@@ -10,14 +10,14 @@ constexpr int kDigitBits = 11;  // three passes over float32, two over the other
 constexpr int kDigits = 1 << kDigitBits;
 constexpr int kDigitsPerThread = kDigits / kBlockThreads;
 
-// What the digits so far have decided: the upper bits of the cut and how many of those that share
+// What the digits so far have decided: the upper bits of the bound and how many of those that share
 // them are wanted.
 struct Prefix {
   unsigned value;
   int wanted;
 };
 
-// histogram[d] = elements whose rank starts with the prefix (above bit `high`) and goes on with
+// histogram[d] = elements whose key starts with the prefix (above bit `high`) and goes on with
 // digit d (from bit `shift`).
 template <class T>
 __device__ void count_digits(const Batch<T>& batch, const T* row, unsigned* histogram,
@@ -26,10 +26,10 @@ __device__ void count_digits(const Batch<T>& batch, const T* row, unsigned* hist
   __syncthreads();
 #pragma unroll 8
   for (int64_t i = threadIdx.x; i < batch.n; i += kBlockThreads) {
-    const unsigned rank = batch.rank(row, i);
+    const unsigned key = batch.key(row, i);
     // A shift by all 32 bits is not defined, hence in two steps.
-    if ((rank ^ prefix) >> (high - 1) >> 1 == 0) {
-      atomicAdd(&histogram[(rank >> shift) & ((1u << (high - shift)) - 1)], 1u);
+    if ((key ^ prefix) >> (high - 1) >> 1 == 0) {
+      atomicAdd(&histogram[(key >> shift) & ((1u << (high - shift)) - 1)], 1u);
     }
   }
   __syncthreads();
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   const T* row = batch.row(b);
   BlockReduce reduce;
   Prefix prefix{0, batch.k};
-  for (int high = 32 - rank_shift<T>; high > 0; high -= kDigitBits) {
+  for (int high = 32 - key_shift<T>; high > 0; high -= kDigitBits) {
     const int shift = high > kDigitBits ? high - kDigitBits : 0;
     count_digits(batch, row, histogram, prefix.value, high, shift);
     prefix = extend(reduce, histogram, &found, prefix, shift);
@@ -86,14 +86,14 @@ __global__ void __launch_bounds__(kBlockThreads)
   __syncthreads();
   Pair* out = reinterpret_cast<Pair*>(batch.indices) + b * batch.k;
   take_in_order(
-      reduce, batch.n, Cut{prefix.value, 0}, prefix.wanted,
-      [&](int64_t i) { return batch.rank(row, i); },
-      [&](int position, int64_t i, unsigned rank) {
+      reduce, batch.n, Bound{prefix.value, 0}, prefix.wanted,
+      [&](int64_t i) { return batch.key(row, i); },
+      [&](int position, int64_t i, unsigned key) {
         const unsigned index = static_cast<unsigned>(i);
         if (!batch.sorted) {
           batch.write(b, position, index);
         } else {
-          (sort_here ? pairs : out)[position] = make_pair_of(rank, index);
+          (sort_here ? pairs : out)[position] = make_pair_of(key, index);
         }
       });
   if (!sort_here) return;
@@ -106,15 +106,15 @@ void select_digits(const TopkCall& call) {
   const Batch<T> batch = make_batch<T>(call);
   const bool sort_here = batch.sorted && call.k <= kSharedSort;
   const int size = sort_here ? static_cast<int>(power_of_two(call.k)) : 0;
-  launch(topk_digits_kernel<T>, grid_of(call.rows), kBlockThreads, size * sizeof(Pair), call.stream,
-         batch, sort_here, size);
+  launch(topk_digits_kernel<T>, grid_of(call.x.rows), kBlockThreads, size * sizeof(Pair),
+         call.stream, batch, sort_here, size);
   if (batch.sorted && !sort_here) write_sorted(call);
 }
 
 }  // namespace
 
 void topk_digits(const TopkCall& call) {
-  visit_dtype(call.dtype, [&](auto tag) { select_digits<decltype(tag)>(call); });
+  visit_dtype("topk", call.x.dtype, [&](auto tag) { select_digits<decltype(tag)>(call); });
 }
 
 }  // namespace sparsekern::cuda

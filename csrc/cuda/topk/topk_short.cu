@@ -1,4 +1,4 @@
-// Short rows: a warp per row, all ranks in registers.
+// Short rows: a warp per row, all keys in registers.
 #include "cuda/topk/bound.cuh"
 
 namespace sparsekern::cuda {
@@ -12,56 +12,56 @@ __device__ inline int warp_sum(int x) {
   return static_cast<int>(__reduce_add_sync(kFullMask, static_cast<unsigned>(x)));
 }
 
-// How many of a warp's ranks are <= v.
+// How many of a warp's keys are <= v.
 template <int kPerLane>
-__device__ int count_to(const unsigned (&ranks)[kPerLane], unsigned v) {
+__device__ int count_to(const unsigned (&keys)[kPerLane], unsigned v) {
   int count = 0;
 #pragma unroll
-  for (int e = 0; e < kPerLane; ++e) count += ranks[e] <= v;
+  for (int e = 0; e < kPerLane; ++e) count += keys[e] <= v;
   return warp_sum(count);
 }
 
-// A proved bound of the k-th rank: the k-th of the bests of kPerLane / 8 groups of ranks in each
+// A proved bound of the k-th key: the k-th of the bests of kPerLane / 8 groups of keys in each
 // lane, or a little later. No group is empty, since the row has more than 8 kPerLane elements.
 template <int kPerLane>
-__device__ unsigned group_bound(const unsigned (&ranks)[kPerLane], unsigned low, int k) {
+__device__ unsigned group_bound(const unsigned (&keys)[kPerLane], unsigned low, int k) {
   constexpr int kGroups = kPerLane / 8;
   unsigned best[kGroups];
   unsigned latest = 0;
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
-    best[g] = ranks[g];
+    best[g] = keys[g];
 #pragma unroll
     for (int e = g + kGroups; e < kPerLane; e += kGroups) {
-      best[g] = ranks[e] < best[g] ? ranks[e] : best[g];
+      best[g] = keys[e] < best[g] ? keys[e] : best[g];
     }
     latest = best[g] > latest ? best[g] : latest;
   }
   latest = __reduce_max_sync(kFullMask, latest);
-  return bisect(low, latest, k, k / 8, [&](unsigned v) { return count_to(best, v); }).value;
+  return bisect(low, latest, k, k / 8, [&](unsigned v) { return count_to(best, v); }).key;
 }
 
-// The cut of a row: exact, or one with k ranks up to it.
+// The bound of a row: exact, or one with k keys up to it.
 template <int kPerLane>
-__device__ Cut cut_of(const unsigned (&ranks)[kPerLane], int k) {
-  unsigned best = kNoRank, worst = 0;
+__device__ Bound bound_of(const unsigned (&keys)[kPerLane], int k) {
+  unsigned best = kNoKey, worst = 0;
 #pragma unroll
   for (int e = 0; e < kPerLane; ++e) {
-    best = ranks[e] < best ? ranks[e] : best;
-    worst = ranks[e] != kNoRank && ranks[e] > worst ? ranks[e] : worst;
+    best = keys[e] < best ? keys[e] : best;
+    worst = keys[e] != kNoKey && keys[e] > worst ? keys[e] : worst;
   }
   const unsigned low = __reduce_min_sync(kFullMask, best);
   unsigned high = __reduce_max_sync(kFullMask, worst);
   if constexpr (kPerLane >= 8) {
     // Half as many codes as groups at most, otherwise the bound hardly helps.
-    if (k <= kWarp * (kPerLane / 8) / 2) high = group_bound(ranks, low, k);
+    if (k <= kWarp * (kPerLane / 8) / 2) high = group_bound(keys, low, k);
   }
-  return bisect(low, high, k, 0, [&](unsigned v) { return count_to(ranks, v); });
+  return bisect(low, high, k, 0, [&](unsigned v) { return count_to(keys, v); });
 }
 
 // A warp owns a row of at most 32 kPerLane elements, element 32 e + lane in register e of a lane:
 // it reads 32 consecutive elements at a time, all loads independent. A row of 2048 takes about 2000
-// instructions of a warp when k <= 128 (5 an element and lane for the rank, 2 for a step of the
+// instructions of a warp when k <= 128 (5 an element and lane for the key, 2 for a step of the
 // bisection over the row, 6 to take), 9e11 of which an H200 issues a second: about as long as
 // reading 8 KiB. With larger k the bisection takes 20 to 30 steps over the row and bounds it; rows
 // up to 512 are bound by one read of x, or by the launch.
@@ -74,24 +74,24 @@ __global__ void __launch_bounds__(kShortThreads, 5) topk_short_kernel(Batch<T> b
   if (b >= batch.rows) return;
   Pair* pairs = all_pairs + warp * size;
   const T* row = batch.row(b);
-  unsigned ranks[kPerLane];
+  unsigned keys[kPerLane];
 #pragma unroll
   for (int e = 0; e < kPerLane; ++e) {
     const int i = e * kWarp + lane;
-    ranks[e] = i < batch.n ? batch.rank(row, i) : kNoRank;
+    keys[e] = i < batch.n ? batch.key(row, i) : kNoKey;
   }
-  const Cut cut = cut_of(ranks, batch.k);
-  int ties = ties_at(cut, batch.k, [&](unsigned v) { return count_to(ranks, v); });
+  const Bound bound = bound_of(keys, batch.k);
+  int ties = ties_at(bound, batch.k, [&](unsigned v) { return count_to(keys, v); });
   const unsigned lanes_before = (1u << lane) - 1;
   int taken = 0;
 #pragma unroll
   for (int e = 0; e < kPerLane; ++e) {
-    const unsigned tied = __ballot_sync(kFullMask, ranks[e] == cut.value);
+    const unsigned tied = __ballot_sync(kFullMask, keys[e] == bound.key);
     const bool take =
-        ranks[e] < cut.value || (ranks[e] == cut.value && __popc(tied & lanes_before) < ties);
+        keys[e] < bound.key || (keys[e] == bound.key && __popc(tied & lanes_before) < ties);
     const unsigned takers = __ballot_sync(kFullMask, take);
     if (take)
-      pairs[taken + __popc(takers & lanes_before)] = make_pair_of(ranks[e], e * kWarp + lane);
+      pairs[taken + __popc(takers & lanes_before)] = make_pair_of(keys[e], e * kWarp + lane);
     taken += __popc(takers);
     ties -= __popc(tied);
   }
@@ -101,18 +101,18 @@ __global__ void __launch_bounds__(kShortThreads, 5) topk_short_kernel(Batch<T> b
 template <class T>
 void select_short(const TopkCall& call) {
   const Batch<T> batch = make_batch<T>(call);
-  const auto kernel = call.n <= 4 * kWarp    ? topk_short_kernel<T, 4>
-                      : call.n <= 16 * kWarp ? topk_short_kernel<T, 16>
-                                             : topk_short_kernel<T, 64>;
+  const auto kernel = call.x.columns <= 4 * kWarp    ? topk_short_kernel<T, 4>
+                      : call.x.columns <= 16 * kWarp ? topk_short_kernel<T, 16>
+                                                     : topk_short_kernel<T, 64>;
   const int size = static_cast<int>(power_of_two(call.k));
-  launch(kernel, grid_of((call.rows + kRowsPerBlock - 1) / kRowsPerBlock), kShortThreads,
+  launch(kernel, grid_of((call.x.rows + kRowsPerBlock - 1) / kRowsPerBlock), kShortThreads,
          kRowsPerBlock * size * sizeof(Pair), call.stream, batch, size);
 }
 
 }  // namespace
 
 void topk_short(const TopkCall& call) {
-  visit_dtype(call.dtype, [&](auto tag) { select_short<decltype(tag)>(call); });
+  visit_dtype("topk", call.x.dtype, [&](auto tag) { select_short<decltype(tag)>(call); });
 }
 
 }  // namespace sparsekern::cuda

@@ -81,7 +81,7 @@ void sort_rows(const TopkCall& call, int64_t first, int64_t count) {
     other = pairs;
     pairs = merged;
   }
-  visit_dtype(call.dtype, [&](auto tag) {
+  visit_dtype("topk", call.x.dtype, [&](auto tag) {
     using T = decltype(tag);
     launch(topk_write_kernel<T>, grid, kBlockThreads, 0, call.stream, make_batch<T>(call), first,
            total, pairs);
@@ -96,9 +96,9 @@ int64_t sort_workspace(int64_t rows, int64_t k) {
 }
 
 void write_sorted(const TopkCall& call) {
-  const int64_t step = rows_at_once(call.rows, call.k);
-  for (int64_t first = 0; first < call.rows; first += step) {
-    sort_rows(call, first, call.rows - first < step ? call.rows - first : step);
+  const int64_t step = rows_at_once(call.x.rows, call.k);
+  for (int64_t first = 0; first < call.x.rows; first += step) {
+    sort_rows(call, first, call.x.rows - first < step ? call.x.rows - first : step);
   }
 }
 

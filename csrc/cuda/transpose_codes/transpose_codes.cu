@@ -5,9 +5,9 @@
 // positions there. No result depends on the order in which threads or blocks run, and no step
 // depends on how the entries are spread over the latents: one latent in every row costs the same
 // as a uniform spread.
-#include "cuda/common/dtypes.cuh"
+#include "cuda/common/indices.cuh"
 #include "cuda/common/scan.cuh"
-#include "cuda/transpose_codes/transpose_codes.h"
+#include "cuda/kernels.h"
 
 namespace sparsekern::cuda {
 
@@ -99,10 +99,10 @@ __device__ unsigned find_peers(int digit) {
   return peers;
 }
 
-// sorted[starts of the digit + rank] = position. A block owns a tile, a warp 256 consecutive
-// entries of it; a warp's entries of a digit go behind those of the warps before it, and a lane's
-// behind those of the lanes before it, so the sort is stable. Bound by the scattered stores: runs
-// of kTile / digits neighbours.
+// sorted[starts of the digit + lanes before] = position. A block owns a tile, a warp 256
+// consecutive entries of it; a warp's entries of a digit go behind those of the warps before it,
+// and a lane's behind those of the lanes before it, so the sort is stable. Bound by the scattered
+// stores: runs of kTile / digits neighbours.
 __global__ void __launch_bounds__(kThreads)
     transpose_move_kernel(Pass pass, const int* counters, int32_t* sorted) {
   __shared__ int places[kWarps][kMostDigits];
@@ -126,10 +126,10 @@ __global__ void __launch_bounds__(kThreads)
     int position = 0;
     const int digit = read_digit(pass, own + i + lane, end, &position);
     const unsigned peers = find_peers(digit);
-    const int rank = __popc(peers & ((1u << lane) - 1));
-    if (digit >= 0) sorted[place[digit] + rank] = position;
+    const int before = __popc(peers & ((1u << lane) - 1));
+    if (digit >= 0) sorted[place[digit] + before] = position;
     __syncwarp();
-    if (digit >= 0 && rank == 0) place[digit] += __popc(peers);
+    if (digit >= 0 && before == 0) place[digit] += __popc(peers);
     __syncwarp();
   }
 }
@@ -157,16 +157,17 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 // Workspace: the positions between two passes, the counters with their scan's scratch.
-int64_t transpose_workspace(int64_t count, int64_t n) {
-  const int64_t counters = count_tiles(count) << choose_digits(n).bits;
+int64_t transpose_codes_workspace(const TransposeCodesArguments& call) {
+  const int64_t count = call.indices.count;
+  const int64_t counters = count_tiles(count) << choose_digits(call.n).bits;
   return (count + counters + scan_scratch(counters)) * static_cast<int64_t>(sizeof(int));
 }
 
-void transpose_codes(const void* indices, int index_tag, int64_t count, int64_t n, int64_t* offsets,
-                     int32_t* positions, void* workspace, cudaStream_t stream) {
-  const Indices typed = make_indices(indices, index_tag, n);
+void transpose_codes(const TransposeCodesArguments& call, void* workspace, cudaStream_t stream) {
+  const int64_t count = call.indices.count, n = call.n;
+  const Indices indices = make_indices("transpose_codes", call.indices.data, call.indices.type, n);
   if (count == 0 || n == 0) {
-    check(cudaMemsetAsync(offsets, 0, static_cast<size_t>(n + 1) * sizeof(int64_t), stream),
+    check(cudaMemsetAsync(call.offsets, 0, static_cast<size_t>(n + 1) * sizeof(int64_t), stream),
           "transpose_codes: cudaMemsetAsync");
     return;
   }
@@ -179,10 +180,9 @@ void transpose_codes(const void* indices, int index_tag, int64_t count, int64_t 
   const int* listed = scan_total(scratch);
   const int32_t* order = nullptr;
   for (int number = 0; number < digits.passes; ++number) {
-    const Pass pass{
-        typed, order, number == 0 ? nullptr : listed, count, number * digits.bits, 1 << digits.bits,
-        tiles};
-    int32_t* sorted = (digits.passes - number) % 2 == 1 ? positions : other;
+    const int* known = number == 0 ? nullptr : listed;
+    const Pass pass{indices, order, known, count, number * digits.bits, 1 << digits.bits, tiles};
+    int32_t* sorted = (digits.passes - number) % 2 == 1 ? call.positions : other;
     launch(transpose_count_kernel, static_cast<unsigned>(tiles), kThreads, 0, stream, pass,
            counters);
     exclusive_scan(counters, size, scratch, stream);
@@ -191,7 +191,7 @@ void transpose_codes(const void* indices, int index_tag, int64_t count, int64_t 
     order = sorted;
   }
   launch(transpose_offsets_kernel, static_cast<unsigned>(n / kThreads + 1), kThreads, 0, stream,
-         typed, positions, listed, offsets);
+         indices, call.positions, listed, call.offsets);
 }
 
 }  // namespace sparsekern::cuda

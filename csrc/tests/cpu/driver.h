@@ -1,21 +1,27 @@
 // What the parts of the stand-alone checker share. See driver.cpp.
 #pragma once
 
+#include <map>
+#include <string>
+
 #include "cpu/dispatch.h"
 
 namespace sparsekern::cpu {
 
-// Runs top-k and codes_to_dense against a stable sort; returns the number of mismatches and adds to
-// *cases.
-int check_topk(const Kernels& kernels, int* cases);
+// Cases so far, by kernel.
+using Cases = std::map<std::string, int>;
 
-// The same for adam_step, and for batch_norm and its gradient.
-int check_adam(const Kernels& kernels, int* cases);
-int check_batch_norm(const Kernels& kernels, int* cases);
-
-// The same for the kernels of channel_threshold.h and of pointwise_conv.h.
-int check_threshold(const Kernels& kernels, int* cases);
-int check_pointwise_conv(const Kernels& kernels, int* cases);
+// One part of the checker, which registers itself where it is defined:
+//
+//   const Checks kChecks(check_topk);
+//
+// `check` runs kernels of one instruction set against their definition, counts its cases by the
+// name of the kernel, tells of mismatches, and returns how many there were.
+class Checks {
+ public:
+  using Check = int (*)(const Kernels& kernels, Cases* cases);
+  explicit Checks(Check check);
+};
 
 // Has teams do things, and throw; returns the number of surprises and adds to *cases.
 int check_threads(int* cases);

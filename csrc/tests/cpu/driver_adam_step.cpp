@@ -57,8 +57,8 @@ bool check_case(const Kernels& kernels, int64_t rows, int64_t d, float decay, bo
     m.square.push_back(std::abs(normal(random)));
   }
   const Matrices before = m;
-  kernels.adam_step(m.parameter.data(), m.grad.data(), m.mean.data(), m.square.data(), rows, d,
-                    kStepSize, 1 - kBeta1, kBeta2, 1 - kBeta2, kRootScale, kEps, decay, unit,
+  kernels.adam_step({m.parameter.data(), m.grad.data(), m.mean.data(), m.square.data(), rows, d,
+                     kStepSize, 1 - kBeta1, kBeta2, 1 - kBeta2, kRootScale, kEps, decay, unit},
                     1 + static_cast<int>(random() % 3));
   const auto row_of = [&](const std::vector<float>& x, int64_t row) {
     return std::vector<double>(x.begin() + row * d, x.begin() + (row + 1) * d);
@@ -74,16 +74,14 @@ bool check_case(const Kernels& kernels, int64_t rows, int64_t d, float decay, bo
   return right;
 }
 
-}  // namespace
-
-int check_adam(const Kernels& kernels, int* cases) {
+int check_adam(const Kernels& kernels, Cases* cases) {
   std::mt19937_64 random(11);
   int mismatches = 0;
   for (const int64_t rows : {1, 2, 5, 60}) {
     for (const int64_t d : {1, 7, 16, 33, 96, 700, 4099}) {
       for (const bool unit : {false, true}) {
         const float decay = random() % 2 == 0 ? 0.0f : 0.1f;
-        ++*cases;
+        ++(*cases)["adam_step"];
         if (check_case(kernels, rows, d, decay, unit, random)) continue;
         ++mismatches;
         std::printf("MISMATCH adam_step: rows %ld d %ld decay %g unit %d\n",
@@ -94,5 +92,9 @@ int check_adam(const Kernels& kernels, int* cases) {
   }
   return mismatches;
 }
+
+const Checks kChecks(check_adam);
+
+}  // namespace
 
 }  // namespace sparsekern::cpu

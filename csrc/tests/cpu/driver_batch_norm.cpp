@@ -94,36 +94,34 @@ bool near(const Numbers<T>& actual, const Numbers<long double>& truth, double te
 }
 
 template <class T>
-bool check_case(const Kernels& kernels, const Case& shape, int dtype, bool affine,
+bool check_case(const Kernels& kernels, const Case& shape, Dtype dtype, bool affine,
                 std::mt19937_64& random) {
-  const Batch<T> b = make<T>(shape, affine, random);
+  Batch<T> b = make<T>(shape, affine, random);
   const T* weight = affine ? b.weight.data() : nullptr;
   const T* bias = affine ? b.bias.data() : nullptr;
   const size_t channels = static_cast<size_t>(shape.channels);
   Numbers<T> z(b.x.size(), -77), grad_x(b.x.size(), -77), mean(channels, -77), var(channels, -77);
   Numbers<T> grad_weight(channels, -77), grad_bias(channels, -77);
-  kernels.batch_norm(b.x.data(), dtype, shape.outer, shape.channels, shape.inner, weight, bias,
-                     kEps, z.data(), mean.data(), var.data(), shape.threads);
-  kernels.batch_norm_backward(b.grad.data(), b.x.data(), dtype, shape.outer, shape.channels,
-                              shape.inner, weight, mean.data(), var.data(), kEps, grad_x.data(),
-                              grad_weight.data(), grad_bias.data(), shape.threads);
+  const ChannelTensor x{b.x.data(), dtype, shape.outer, shape.channels, shape.inner};
+  kernels.batch_norm({x, weight, bias, kEps, z.data(), mean.data(), var.data()}, shape.threads);
+  kernels.batch_norm_backward({b.grad.data(), x, weight, mean.data(), var.data(), kEps,
+                               grad_x.data(), grad_weight.data(), grad_bias.data()},
+                              shape.threads);
   const double n = static_cast<double>(shape.outer * shape.inner);
   return near(z, b.z, 1) && near(mean, b.mean, 1) && near(var, b.var, 1) &&
          near(grad_x, b.grad_x, 1) && near(grad_weight, b.grad_weight, n) &&
          near(grad_bias, b.grad_bias, n);
 }
 
-}  // namespace
-
-int check_batch_norm(const Kernels& kernels, int* cases) {
-  constexpr int kFloat = 0, kDouble = 3;
+int check_batch_norm(const Kernels& kernels, Cases* cases) {
   std::mt19937_64 random(17);
   int mismatches = 0;
   for (const Case& shape : kCases) {
     for (const bool affine : {false, true}) {
-      *cases += 2;
-      const int wrong = !check_case<float>(kernels, shape, kFloat, affine, random) +
-                        !check_case<double>(kernels, shape, kDouble, affine, random);
+      (*cases)["batch_norm"] += 2;
+      (*cases)["batch_norm_backward"] += 2;
+      const int wrong = !check_case<float>(kernels, shape, kFloat32, affine, random) +
+                        !check_case<double>(kernels, shape, kFloat64, affine, random);
       mismatches += wrong;
       if (wrong == 0) continue;
       std::printf("MISMATCH batch_norm: outer %ld channels %ld inner %ld affine %d\n",
@@ -133,5 +131,9 @@ int check_batch_norm(const Kernels& kernels, int* cases) {
   }
   return mismatches;
 }
+
+const Checks kChecks(check_batch_norm);
+
+}  // namespace
 
 }  // namespace sparsekern::cpu

@@ -15,8 +15,6 @@ namespace sparsekern::cpu {
 
 namespace {
 
-constexpr int kFloat = 0, kDouble = 3;
-
 struct Case {
   int64_t outer, channels, inner;
   int threads;
@@ -30,18 +28,18 @@ const Case kCases[] = {{1, 1, 1, 1},   {1, 3, 1, 2},    {7, 1, 5, 1},     {50, 1
 
 class Checker {
  public:
-  Checker(const Kernels& kernels, int* cases) : kernels_(kernels), cases_(cases) {}
+  Checker(const Kernels& kernels, Cases* cases) : kernels_(kernels), cases_(cases) {}
 
   int mismatches() const { return mismatches_; }
 
   template <class T>
-  void thresholds(const Case& shape, int dtype, int kind) {
-    const std::vector<T> x = numbers<T>(shape.total(), kind);
+  void thresholds(const Case& shape, Dtype dtype, int kind) {
+    std::vector<T> x = numbers<T>(shape.total(), kind);
     const int64_t n = shape.outer * shape.inner;
     for (const int64_t rank : {int64_t{1}, n, n / 2 + 1, n - n / 20, n > 3 ? n - 3 : n}) {
       std::vector<T> found(static_cast<size_t>(shape.channels), T{-77});
-      kernels_.channel_threshold(x.data(), dtype, shape.outer, shape.channels, shape.inner, rank,
-                                 found.data(), shape.threads);
+      const ChannelTensor tensor{x.data(), dtype, shape.outer, shape.channels, shape.inner};
+      kernels_.channel_threshold({tensor, rank, found.data()}, shape.threads);
       bool right = true;
       for (int64_t c = 0; c < shape.channels; ++c) {
         std::vector<T> column;
@@ -59,8 +57,8 @@ class Checker {
   }
 
   template <class T>
-  void excess(const Case& shape, int dtype, bool normalised) {
-    const std::vector<T> x = numbers<T>(shape.total(), 0);
+  void excess(const Case& shape, Dtype dtype, bool normalised) {
+    std::vector<T> x = numbers<T>(shape.total(), 0);
     const std::vector<T> t = numbers<T>(shape.channels, 0), scale = numbers<T>(shape.channels, 0);
     const std::vector<T> shift = numbers<T>(shape.channels, 0);
     std::vector<T> truth;
@@ -78,8 +76,9 @@ class Checker {
     const T* shifts = normalised ? shift.data() : nullptr;
     std::vector<T> y(truth.size(), T{-77});
     std::vector<int64_t> found(counts.size());
-    kernels_.threshold_relu(x.data(), dtype, shape.outer, shape.channels, shape.inner, t.data(),
-                            scales, shifts, y.data(), found.data(), shape.threads);
+    const ChannelTensor tensor{x.data(), dtype, shape.outer, shape.channels, shape.inner};
+    kernels_.threshold_relu({tensor, t.data(), scales, shifts, y.data(), found.data()},
+                            shape.threads);
     expect(y == truth && found == counts, "threshold_relu", shape);
     const int64_t total = static_cast<int64_t>(places.size());
     for (const int64_t capacity : {total, total + 5, total - 1}) {
@@ -87,9 +86,9 @@ class Checker {
       std::vector<T> values(static_cast<size_t>(capacity), T{-77});
       std::vector<int64_t> indices(values.size(), -77);
       std::fill(found.begin(), found.end(), 0);
-      kernels_.threshold_codes(x.data(), dtype, shape.outer, shape.channels, shape.inner, t.data(),
-                               scales, shifts, capacity, values.data(), indices.data(),
-                               found.data(), shape.threads);
+      kernels_.threshold_codes(
+          {tensor, t.data(), scales, shifts, capacity, values.data(), indices.data(), found.data()},
+          shape.threads);
       bool right = found == counts;
       for (size_t m = 0; m < values.size(); ++m) {
         const bool written = capacity >= total && static_cast<int64_t>(m) < total;
@@ -103,7 +102,7 @@ class Checker {
 
   void convolution(const Case& shape, int64_t outputs, int64_t count) {
     const int64_t c = shape.channels, in = shape.inner;
-    const std::vector<float> values = eighths(count), weight = eighths(outputs * c);
+    std::vector<float> values = eighths(count), weight = eighths(outputs * c);
     const std::vector<float> bias = eighths(outputs), grad = eighths(shape.outer * outputs * in);
     std::vector<int64_t> indices;
     for (int64_t m = 0; m < count; ++m) indices.push_back(uniform(0, shape.total() - 1));
@@ -127,12 +126,12 @@ class Checker {
     }
     std::vector<float> got(out.size(), -77), got_values(values.size(), -77);
     std::vector<float> got_weight(weight.size(), -77), got_bias(bias.size(), -77);
-    kernels_.pointwise_conv(values.data(), kFloat, indices.data(), 0, count, shape.outer, c, in,
-                            weight.data(), kFloat, outputs, c, 1, bias.data(), got.data(),
+    const Codes codes{values.data(), kFloat32, indices.data(), kInt64, 1, count};
+    const Matrix matrix{weight.data(), kFloat32, outputs, c, c, 1};
+    kernels_.pointwise_conv({codes, shape.outer, in, matrix, bias.data(), got.data()},
                             shape.threads);
-    kernels_.pointwise_conv_backward(grad.data(), kFloat, values.data(), indices.data(), 0, count,
-                                     shape.outer, c, in, weight.data(), kFloat, outputs, c, 1,
-                                     got_values.data(), got_weight.data(), got_bias.data(),
+    kernels_.pointwise_conv_backward({grad.data(), codes, shape.outer, in, matrix,
+                                      got_values.data(), got_weight.data(), got_bias.data()},
                                      shape.threads);
     expect(got == out, "pointwise_conv", shape);
     expect(got_values == of_values && got_weight == of_weight && got_bias == of_bias,
@@ -166,7 +165,7 @@ class Checker {
   }
 
   void expect(bool right, const char* function, const Case& shape) {
-    ++*cases_;
+    ++(*cases_)[function];
     if (right) return;
     ++mismatches_;
     std::printf("MISMATCH %s: outer %ld channels %ld inner %ld\n", function,
@@ -175,34 +174,32 @@ class Checker {
   }
 
   const Kernels& kernels_;
-  int* cases_;
+  Cases* cases_;
   int mismatches_ = 0;
   std::mt19937_64 random_{7};
 };
 
-}  // namespace
-
-int check_threshold(const Kernels& kernels, int* cases) {
+int check_channels(const Kernels& kernels, Cases* cases) {
   Checker checker(kernels, cases);
   for (const Case& shape : kCases) {
     for (int kind = 0; kind < 3; ++kind) {
-      checker.thresholds<float>(shape, kFloat, kind);
-      if (shape.total() < 20000) checker.thresholds<double>(shape, kDouble, kind);
+      checker.thresholds<float>(shape, kFloat32, kind);
+      if (shape.total() < 20000) checker.thresholds<double>(shape, kFloat64, kind);
     }
     for (const bool normalised : {false, true}) {
-      checker.excess<float>(shape, kFloat, normalised);
-      checker.excess<double>(shape, kDouble, normalised);
+      checker.excess<float>(shape, kFloat32, normalised);
+      checker.excess<double>(shape, kFloat64, normalised);
     }
   }
-  return checker.mismatches();
+  Checker convolutions(kernels, cases);
+  for (const Case& shape : kCases) {
+    for (const int64_t count : {0, 1, 60}) convolutions.convolution(shape, 19, count);
+  }
+  return checker.mismatches() + convolutions.mismatches();
 }
 
-int check_pointwise_conv(const Kernels& kernels, int* cases) {
-  Checker checker(kernels, cases);
-  for (const Case& shape : kCases) {
-    for (const int64_t count : {0, 1, 60}) checker.convolution(shape, 19, count);
-  }
-  return checker.mismatches();
-}
+const Checks kChecks(check_channels);
+
+}  // namespace
 
 }  // namespace sparsekern::cpu

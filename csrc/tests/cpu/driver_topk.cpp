@@ -41,11 +41,15 @@ struct Shape {
   int64_t rows, n, k;
 };
 
+struct Order {
+  bool sorted, relu, abs;
+};
+
 class Check {
  public:
-  Check(const Kernels& kernels, int dtype, const Shape& shape, int flags, bool strided,
+  Check(const Kernels& kernels, Dtype dtype, const Shape& shape, Order order, bool strided,
         int patterns, bool with_nan, std::mt19937_64& random)
-      : kernels_(kernels), dtype_(dtype), shape_(shape), flags_(flags), strided_(strided) {
+      : kernels_(kernels), dtype_(dtype), shape_(shape), order_(order), strided_(strided) {
     const size_t bytes = kBytes[dtype];
     x_.resize(static_cast<size_t>(shape.rows * shape.n) * bytes);
     std::vector<uint64_t> choice(static_cast<size_t>(patterns));
@@ -66,10 +70,12 @@ class Check {
     std::vector<unsigned char> values(rows * k * bytes), masked(rows * n * bytes, 0x5a);
     std::vector<unsigned char> dense(rows * n * bytes, 0x5a);
     std::vector<int64_t> indices(rows * k), counts(n), expected_counts(n);
-    kernels_.topk(x_.data(), dtype_, rows, n, strided_ ? 1 : n, strided_ ? rows : 1, k, flags_,
-                  values.data(), indices.data(), masked.data(), counts.data(), threads);
-    kernels_.codes_to_dense(values.data(), dtype_, indices.data(), rows, k, n, dense.data(),
-                            threads);
+    const Matrix x{x_.data(), dtype_, rows, n, strided_ ? 1 : n, strided_ ? rows : 1};
+    kernels_.topk({x, k, order_.sorted, order_.relu, order_.abs, values.data(), indices.data(),
+                   masked.data(), counts.data()},
+                  threads);
+    const Codes codes{values.data(), dtype_, indices.data(), kInt64, rows, k};
+    kernels_.codes_to_dense({codes, n, dense.data()}, threads);
     bool right = dense == masked;
     for (int64_t b = 0; b < rows; ++b) {
       std::vector<unsigned char> row(n * bytes);
@@ -77,7 +83,7 @@ class Check {
       for (int64_t j = 0; j < k; ++j) {
         const int64_t i = order[j];
         uint64_t bits = bits_at(b, i);
-        if ((flags_ & kRelu) != 0 && decode(dtype_, bits) <= 0) bits = 0;
+        if (order_.relu && decode(dtype_, bits) <= 0) bits = 0;
         std::memcpy(row.data() + i * bytes, &bits, bytes);
         right &= indices[b * k + j] == i;
         right &= std::memcmp(values.data() + (b * k + j) * bytes, &bits, bytes) == 0;
@@ -117,28 +123,24 @@ class Check {
     std::iota(order.begin(), order.end(), 0);
     const auto rank = [&](int64_t i) {  // NaN before +infinity, both signs alike
       const double x = decode(dtype_, bits_at(b, i));
-      return std::make_pair(std::isnan(x), std::isnan(x)          ? 0
-                                           : (flags_ & kAbs) != 0 ? std::abs(x)
-                                                                  : x);
+      return std::make_pair(std::isnan(x), std::isnan(x) ? 0 : order_.abs ? std::abs(x) : x);
     };
     std::stable_sort(order.begin(), order.end(),
                      [&](int64_t i, int64_t j) { return rank(i) > rank(j); });
     order.resize(shape_.k);
-    if ((flags_ & kSorted) == 0) std::sort(order.begin(), order.end());
+    if (!order_.sorted) std::sort(order.begin(), order.end());
     return order;
   }
 
   const Kernels& kernels_;
-  int dtype_;
+  Dtype dtype_;
   Shape shape_;
-  int flags_;
+  Order order_;
   bool strided_;
   std::vector<unsigned char> x_;
 };
 
-}  // namespace
-
-int check_topk(const Kernels& kernels, int* cases) {
+int check_topk(const Kernels& kernels, Cases* cases) {
   // around vectors, blocks, segments and the bounds between the ways of selecting
   const Shape shapes[] = {{1, 1, 1},       {3, 7, 7},       {2, 16, 3},      {2, 17, 16},
                           {2, 33, 32},     {3, 500, 50},    {2, 512, 200},   {2, 1000, 1},
@@ -152,10 +154,13 @@ int check_topk(const Kernels& kernels, int* cases) {
     for (int dtype = 0; dtype < 4; ++dtype) {
       for (const int patterns : {0, 1, 2, 40}) {
         const int flags = static_cast<int>(random() % 8);
+        const Order order{(flags & 1) != 0, (flags & 2) != 0, (flags & 4) != 0};
         const bool strided = random() % 3 == 0;
         const bool with_nan = random() % 2 == 0;  // nearly every long row of random bits has one
-        Check check(kernels, dtype, shape, flags, strided, patterns, with_nan, random);
-        ++*cases;
+        Check check(kernels, static_cast<Dtype>(dtype), shape, order, strided, patterns, with_nan,
+                    random);
+        ++(*cases)["topk"];
+        ++(*cases)["codes_to_dense"];
         if (check.run(1 + static_cast<int>(random() % 3))) continue;
         ++mismatches;
         std::printf(
@@ -167,5 +172,9 @@ int check_topk(const Kernels& kernels, int* cases) {
   }
   return mismatches;
 }
+
+const Checks kChecks(check_topk);
+
+}  // namespace
 
 }  // namespace sparsekern::cpu

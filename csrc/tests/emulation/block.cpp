@@ -24,9 +24,9 @@ namespace {
 
 enum class State { ready, in_barrier, finished };
 
-// Lanes or threads that wait for each other. A turn is one use of the barrier; what belongs to a
-// turn is kept twice, because the first to leave may be in the next turn, but never in the one
-// after that, before the last has left.
+// Lanes or threads that wait for each other. A turn is one use of the barrier. A member that leaves
+// early may begin the next turn while others still read what this turn left; it cannot begin the
+// turn after the next before they arrive, too. So what belongs to a turn is kept for two turns.
 struct Barrier {
   unsigned live = 0;     // members that have not returned
   unsigned arrived = 0;  // of the current turn
@@ -35,7 +35,7 @@ struct Barrier {
   Where where = {};
   int holds[2] = {};                     // predicates that hold
   std::atomic<unsigned> clock[2] = {};   // orders memory, also in the eyes of ThreadSanitizer
-  uint64_t operand[2][warp_lanes] = {};  // of a warp
+  uint64_t operand[2][kWarpLanes] = {};  // of a warp
   uint32_t present[2] = {};              // of a warp
 };
 
@@ -53,7 +53,7 @@ enum class Failure { none, endless_wait, mismatch };
 Thread* threads[max_threads] = {};
 unsigned thread_count = 0;  // of the running block
 unsigned current = 0;
-Barrier warps[max_threads / warp_lanes];
+Barrier warps[max_threads / kWarpLanes];
 Barrier whole_block;
 Context host;
 const std::function<void()>* body = nullptr;
@@ -98,12 +98,12 @@ SPARSEKERN_NO_TSAN void fail(Failure what) {
 SPARSEKERN_NO_TSAN void open(Barrier& barrier) {
   const unsigned side = barrier.turn % 2;
   const bool all = &barrier == &whole_block;
-  const unsigned first = all ? 0 : current / warp_lanes * warp_lanes;
-  const unsigned last = all ? thread_count : first + warp_lanes;
+  const unsigned first = all ? 0 : current / kWarpLanes * kWarpLanes;
+  const unsigned last = all ? thread_count : first + kWarpLanes;
   barrier.present[side] = 0;
   for (unsigned i = first; i < last; ++i) {
     if (threads[i]->state == State::finished) continue;
-    barrier.present[side] |= 1u << (i % warp_lanes);
+    barrier.present[side] |= 1u << (i % kWarpLanes);
     if (i != current && threads[i]->waits_for == &barrier) {
       threads[i]->waits_for = nullptr;
       make_ready(i);
@@ -150,7 +150,7 @@ SPARSEKERN_NO_TSAN void leave(Barrier& barrier) {
 SPARSEKERN_NO_TSAN void finish_thread() {
   Thread& self = *threads[current];
   self.state = State::finished;
-  leave(warps[current / warp_lanes]);
+  leave(warps[current / kWarpLanes]);
   leave(whole_block);
   give_turn(self.context);
 }
@@ -184,7 +184,7 @@ SPARSEKERN_NO_TSAN int wait_and_count(Together kind, bool predicate, Where where
   return whole_block.holds[side];
 }
 
-SPARSEKERN_NO_TSAN Barrier& own_warp() { return warps[current / warp_lanes]; }
+SPARSEKERN_NO_TSAN Barrier& own_warp() { return warps[current / kWarpLanes]; }
 
 }  // namespace
 
@@ -206,7 +206,7 @@ void sync_warp(Where where) {
 
 SPARSEKERN_NO_TSAN Operands exchange(Together kind, uint64_t mine, Where where) {
   Barrier& warp = own_warp();
-  const unsigned side = warp.turn % 2, self = current % warp_lanes;
+  const unsigned side = warp.turn % 2, self = current % kWarpLanes;
   warp.operand[side][self] = mine;
   arrive_and_wait(warp, kind, where);
   Operands all;
@@ -214,7 +214,7 @@ SPARSEKERN_NO_TSAN Operands exchange(Together kind, uint64_t mine, Where where) 
   all.self = self;
   // Volatile: as a call of memcpy this copy would be seen by ThreadSanitizer.
   const volatile uint64_t* operand = warp.operand[side];
-  for (unsigned i = 0; i < warp_lanes; ++i) all.lane[i] = operand[i];
+  for (unsigned i = 0; i < kWarpLanes; ++i) all.lane[i] = operand[i];
   return all;
 }
 
@@ -301,7 +301,7 @@ SPARSEKERN_NO_TSAN void reset(Barrier& barrier, unsigned live) {
 SPARSEKERN_NO_TSAN void line_up(dim3 grid, dim3 block, uint3 index, bool backwards) {
   thread_count = block.x * block.y * block.z;
   reset(whole_block, thread_count);
-  for (unsigned w = 0; w < thread_count / warp_lanes; ++w) reset(warps[w], warp_lanes);
+  for (unsigned w = 0; w < thread_count / kWarpLanes; ++w) reset(warps[w], kWarpLanes);
   ready_first = ready_count = 0;
   for (unsigned step = 0; step < thread_count; ++step) {
     const unsigned i = backwards ? thread_count - 1 - step : step;
@@ -338,7 +338,7 @@ void run_block(dim3 grid, dim3 block, uint3 index, size_t shared_bytes, bool bac
 
 void check_launch(dim3 grid, dim3 block, size_t shared_bytes) {
   const unsigned count = block.x * block.y * block.z;
-  if (count == 0 || count > max_threads || count % warp_lanes != 0) {
+  if (count == 0 || count > max_threads || count % kWarpLanes != 0) {
     throw std::runtime_error("emulation: a block must have 32, 64, ... or 1024 threads, got " +
                              std::to_string(count));
   }

@@ -23,7 +23,7 @@ struct dim3 {
 
 namespace sparsekern::emulation {
 
-constexpr unsigned warp_lanes = 32;
+constexpr unsigned kWarpLanes = 32;
 constexpr unsigned max_threads = 1024;
 
 // The least of sm_80, sm_90 and sm_100: what a kernel may use on all of them.
@@ -62,7 +62,7 @@ void sync_warp(Where where);
 
 // One operand of each lane; bit i of `present` says that lane i has not returned from the kernel.
 struct Operands {
-  uint64_t lane[warp_lanes];
+  uint64_t lane[kWarpLanes];
   uint32_t present;
   unsigned self;  // the calling lane
 };

@@ -4,7 +4,7 @@
 #include <random>
 #include <vector>
 
-#include "cuda/adam_step/adam_step.h"
+#include "cuda/kernels.h"
 #include "tests/emulation/driver.h"
 
 namespace {
@@ -41,16 +41,15 @@ bool check_case(int64_t rows, int64_t d, bool unit, std::mt19937& random) {
       truth[i] /= std::sqrt(moved);
     }
   }
-  sparsekern::cuda::adam_step(parameter.data(), grad.data(), mean.data(), square.data(), rows, d,
-                              kStepSize, 1 - kBeta1, kBeta2, 1 - kBeta2, kRootScale, kEps, kDecay,
-                              unit, nullptr);
+  sparsekern::cuda::adam_step(
+      {parameter.data(), grad.data(), mean.data(), square.data(), rows, d, kStepSize, 1 - kBeta1,
+       kBeta2, 1 - kBeta2, kRootScale, kEps, kDecay, unit},
+      nullptr);
   for (size_t i = 0; i < count; ++i) {
     if (!(std::abs(parameter[i] - truth[i]) <= 1e-5 * (1 + std::abs(truth[i])))) return false;
   }
   return true;
 }
-
-}  // namespace
 
 int check_adam(int* cases) {
   std::mt19937 random(5);
@@ -65,3 +64,7 @@ int check_adam(int* cases) {
   }
   return failures;
 }
+
+const sparsekern::emulation::Checks kChecks("adam_step", check_adam);
+
+}  // namespace

@@ -259,8 +259,7 @@ void check_misuse(Cases& cases) {
   cases.expect(true, "empty grid");
 }
 
-}  // namespace
-
+// Barriers, warp functions, atomics, misuse that must be noticed.
 int check_emulation(int* count) {
   Cases cases(count);
   check_barriers(cases);
@@ -270,6 +269,10 @@ int check_emulation(int* count) {
   check_barriers(cases);  // the emulation goes on after a launch that failed
   return cases.failures();
 }
+
+const Checks kChecks("emulation", check_emulation);
+
+}  // namespace
 
 bool plant(const std::string& mistake) {
   std::vector<int> out(64);

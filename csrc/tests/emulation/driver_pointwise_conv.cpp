@@ -7,7 +7,7 @@
 #include <random>
 #include <vector>
 
-#include "cuda/pointwise_conv/pointwise_conv.h"
+#include "cuda/kernels.h"
 #include "tests/emulation/driver.h"
 #include "tests/emulation/numbers.h"
 
@@ -15,6 +15,14 @@ namespace {
 
 namespace cuda = sparsekern::cuda;
 
+using sparsekern::Dtype;
+using sparsekern::IndexType;
+using sparsekern::kBFloat16;
+using sparsekern::kFloat16;
+using sparsekern::kFloat32;
+using sparsekern::kInt32;
+using sparsekern::kInt64;
+using sparsekern::Matrix;
 using sparsekern::emulation::kBytes;
 using sparsekern::emulation::kRoundoff;
 using sparsekern::emulation::kSmallestStep;
@@ -24,7 +32,8 @@ enum Spread { kUniform, kOneSite, kOneChannel, kOutside, kSpreads };
 
 struct Case {
   int64_t outer, channels, inner, outputs, count;
-  int dtype, weight_dtype, index_tag;
+  Dtype dtype, weight_dtype;
+  IndexType index_type;
   bool bias, transposed;  // of the weight: neighbours in memory are outputs
   int64_t shift;          // of out and grad, in numbers
   Spread spread;
@@ -32,6 +41,10 @@ struct Case {
   int64_t sites() const { return outer * inner; }
   int64_t stride_outputs() const { return transposed ? 1 : channels + 2; }
   int64_t stride_channels() const { return transposed ? outputs : 1; }
+  Matrix matrix(const Numbers& weight) const {
+    void* data = const_cast<unsigned char*>(weight.data());
+    return {data, weight_dtype, outputs, channels, stride_outputs(), stride_channels()};
+  }
 };
 
 // The failures of one case; only the first is told.
@@ -47,16 +60,16 @@ struct Verdict {
         "dtypes "
         "%d %d index %d bias %d transposed %d shift %d spread %d\n",
         what, static_cast<long long>(place), int(c.outer), int(c.channels), int(c.inner),
-        int(c.outputs), int(c.count), c.dtype, c.weight_dtype, c.index_tag, c.bias, c.transposed,
+        int(c.outputs), int(c.count), c.dtype, c.weight_dtype, c.index_type, c.bias, c.transposed,
         int(c.shift), c.spread);
   }
   // |x - truth| within the rounding of `terms` float32 operations on numbers that add up to
   // `magnitude`, and of the result. NaN fails.
-  void near(double x, double truth, double magnitude, int64_t terms, int dtype, const char* what,
+  void near(double x, double truth, double magnitude, int64_t terms, Dtype dtype, const char* what,
             int64_t place) {
     const double sum = static_cast<double>(terms + 1) * kRoundoff[0] * magnitude;
     const double result =
-        kRoundoff[dtype] * (std::fabs(truth) + sum) + (dtype == 2 ? kSmallestStep : 0);
+        kRoundoff[dtype] * (std::fabs(truth) + sum) + (dtype == kFloat16 ? kSmallestStep : 0);
     expect(std::fabs(x - truth) <= sum + result, what, place);
   }
 };
@@ -93,8 +106,8 @@ int64_t draw_index(const Case& c, std::mt19937& random) {
     case kOutside:
       if (below(4) != 0) return anywhere;
       // Cut to 32 bits, the last would be a good index.
-      return c.index_tag == 1 || below(2) == 0 ? (below(2) == 0 ? -1 : size)
-                                               : anywhere + (int64_t{1} << 32);
+      return c.index_type == kInt32 || below(2) == 0 ? (below(2) == 0 ? -1 : size)
+                                                     : anywhere + (int64_t{1} << 32);
     default:
       return anywhere;
   }
@@ -143,15 +156,17 @@ struct Grouped {
   std::vector<int64_t> order, wide;
   std::vector<int32_t> narrow;
   Numbers values;
-  int index_tag;
+  IndexType index_type;
 
-  const void* indices() const {
-    return index_tag == 0 ? static_cast<const void*>(wide.data()) : narrow.data();
+  sparsekern::Codes codes() const {
+    const void* indices =
+        index_type == kInt64 ? static_cast<const void*>(wide.data()) : narrow.data();
+    return {values.data(), values.dtype, indices, index_type, 1, values.size};
   }
 };
 
 Grouped group(const Case& c, const Operands& o, int64_t Code::* key) {
-  Grouped grouped{std::vector<int64_t>(c.count), {}, {}, Numbers(c.dtype, c.count), c.index_tag};
+  Grouped grouped{std::vector<int64_t>(c.count), {}, {}, Numbers(c.dtype, c.count), c.index_type};
   std::iota(grouped.order.begin(), grouped.order.end(), 0);
   const auto key_of = [&](int64_t m) {
     const int64_t found = o.codes[m].*key;
@@ -174,12 +189,11 @@ void check_forward(const Case& c, const Operands& o, Verdict* verdict) {
   // Two runs over different garbage: an element that is not written differs.
   for (Numbers* result : {&out, &again}) {
     result->poison(result == &out ? 0xff : 0x55);
-    std::vector<unsigned char> workspace(
-        cuda::pointwise_conv_workspace(c.count, c.outer, c.outputs, c.inner), 0xff);
-    cuda::pointwise_conv(codes.values.data(), c.dtype, codes.indices(), c.index_tag, c.count,
-                         c.outer, c.channels, c.inner, o.weight.data(), c.weight_dtype, c.outputs,
-                         c.stride_outputs(), c.stride_channels(), c.bias ? o.bias.data() : nullptr,
-                         result->data(), workspace.data(), nullptr);
+    const sparsekern::PointwiseConvArguments call{
+        codes.codes(), c.outer, c.inner, c.matrix(o.weight), c.bias ? o.bias.data() : nullptr,
+        result->data()};
+    std::vector<unsigned char> workspace(cuda::pointwise_conv_workspace(call), 0xff);
+    cuda::pointwise_conv(call, workspace.data(), nullptr);
   }
   std::vector<Sum> sums(c.sites() * c.outputs);
   const auto place_of = [&](int64_t site, int64_t e) {
@@ -211,15 +225,13 @@ Found run_backward(const Case& c, const Operands& o, const Grouped& codes, int g
   Found found{Numbers(c.dtype, c.count), Numbers(c.weight_dtype, c.outputs * c.channels),
               Numbers(c.weight_dtype, c.outputs)};
   for (Numbers* numbers : {&found.values, &found.weight, &found.bias}) numbers->poison(garbage);
-  std::vector<unsigned char> workspace(
-      cuda::pointwise_conv_backward_workspace(c.count, c.outer, c.channels, c.inner, c.outputs),
-      static_cast<unsigned char>(garbage));
   Numbers values = found.values;
-  cuda::pointwise_conv_backward(o.grad.data(), c.dtype, codes.values.data(), codes.indices(),
-                                c.index_tag, c.count, c.outer, c.channels, c.inner, o.weight.data(),
-                                c.weight_dtype, c.outputs, c.stride_outputs(), c.stride_channels(),
-                                values.data(), found.weight.data(), found.bias.data(),
-                                workspace.data(), nullptr);
+  const sparsekern::PointwiseConvBackwardArguments call{
+      o.grad.data(), codes.codes(),       c.outer,          c.inner, c.matrix(o.weight),
+      values.data(), found.weight.data(), found.bias.data()};
+  std::vector<unsigned char> workspace(cuda::pointwise_conv_backward_workspace(call),
+                                       static_cast<unsigned char>(garbage));
+  cuda::pointwise_conv_backward(call, workspace.data(), nullptr);
   for (int64_t place = 0; place < c.count; ++place) {
     found.values.set(codes.order[place], static_cast<float>(values[place]));
   }
@@ -271,7 +283,11 @@ const Shape kShapes[] = {
     {3, 0, 4, 5, 0},    {3, 4, 5, 0, 7},     {3, 4, 0, 5, 0},     {30, 40, 1, 6, 500},
     {99, 2, 1, 64, 90}, {90, 2, 2, 20, 60},  {40, 3, 6, 8, 50},   {50, 3, 3, 48, 70}};
 
-constexpr int kTypes[][2] = {{0, 0}, {1, 1}, {2, 2}, {1, 0}, {2, 0}};
+constexpr Dtype kTypes[][2] = {{kFloat32, kFloat32},
+                               {kBFloat16, kBFloat16},
+                               {kFloat16, kFloat16},
+                               {kBFloat16, kFloat32},
+                               {kFloat16, kFloat32}};
 
 int check(const Case& c, std::mt19937& random, int* cases) {
   ++*cases;
@@ -281,8 +297,6 @@ int check(const Case& c, std::mt19937& random, int* cases) {
   check_backward(c, o, &verdict);
   return verdict.failed;
 }
-
-}  // namespace
 
 int check_pointwise_conv(int* cases) {
   std::mt19937 random(20240923);
@@ -298,7 +312,7 @@ int check_pointwise_conv(int* cases) {
              s.count,
              kTypes[turn % 5][0],
              kTypes[turn % 5][1],
-             turn / 2 % 2,
+             turn / 2 % 2 == 0 ? kInt64 : kInt32,
              turn % 3 != 0,
              turn % 7 < 3,
              turn % 4 == 1 ? 1 : 0,
@@ -308,6 +322,11 @@ int check_pointwise_conv(int* cases) {
   }
   if (sparsekern::emulation::quick) return failures;
   // Chunks of more codes than a warp has lanes, and one sum of all chunks' parts.
-  failures += check({3, 2, 40, 2, 66000, 1, 0, 1, true, false, 0, kOneChannel}, random, cases);
+  failures += check({3, 2, 40, 2, 66000, kBFloat16, kFloat32, kInt32, true, false, 0, kOneChannel},
+                    random, cases);
   return failures;
 }
+
+const sparsekern::emulation::Checks kChecks("pointwise_conv", check_pointwise_conv);
+
+}  // namespace

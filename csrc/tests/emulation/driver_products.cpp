@@ -9,10 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/common/dtypes.cuh"
-#include "cuda/count_active/count_active.h"
-#include "cuda/sparse_matmul/sparse_matmul.h"
-#include "cuda/transpose_codes/transpose_codes.h"
+#include "cuda/kernels.h"
 #include "tests/emulation/driver.h"
 #include "tests/emulation/numbers.h"
 
@@ -20,6 +17,15 @@ namespace {
 
 namespace cuda = sparsekern::cuda;
 
+using sparsekern::Dtype;
+using sparsekern::IndexList;
+using sparsekern::IndexType;
+using sparsekern::kBFloat16;
+using sparsekern::kFloat16;
+using sparsekern::kFloat32;
+using sparsekern::kInt32;
+using sparsekern::kInt64;
+using sparsekern::Matrix;
 using sparsekern::emulation::kBytes;
 using sparsekern::emulation::kRoundoff;
 using sparsekern::emulation::kSmallestStep;
@@ -29,7 +35,8 @@ enum Spread { kUniform, kOneLatent, kFewLatents, kOutside };
 
 struct Case {
   int64_t rows, k, n, d;
-  int dtype, weight_dtype, index_tag;
+  Dtype dtype, weight_dtype;
+  IndexType index_type;
   bool columns, bias;
   int64_t pad, shift;  // of the dictionary's leading dimension and base, in numbers
   Spread spread;
@@ -39,12 +46,15 @@ struct Case {
   int64_t weight_size() const {
     return n == 0 || d == 0 ? 0 : (n - 1) * stride_n() + (d - 1) * stride_d() + 1;
   }
+  Matrix matrix(const void* data) const {
+    return {const_cast<void*>(data), weight_dtype, n, d, stride_n(), stride_d()};
+  }
   std::string text() const {
     char line[200];
     std::snprintf(
         line, sizeof(line),
         "rows %d k %d n %d d %d dtypes %d %d index %d columns %d bias %d pad %d shift %d spread %d",
-        int(rows), int(k), int(n), int(d), dtype, weight_dtype, index_tag, columns, bias, int(pad),
+        int(rows), int(k), int(n), int(d), dtype, weight_dtype, index_type, columns, bias, int(pad),
         int(shift), spread);
     return line;
   }
@@ -63,11 +73,11 @@ struct Verdict {
   }
   // |x - truth| within the rounding of `terms` float32 operations on numbers that add up to
   // `magnitude`, and of the result. NaN fails.
-  void near(double x, double truth, double magnitude, int64_t terms, int dtype, const char* what,
+  void near(double x, double truth, double magnitude, int64_t terms, Dtype dtype, const char* what,
             int64_t place) {
     const double sum = static_cast<double>(terms + 1) * kRoundoff[0] * magnitude;
     const double result =
-        kRoundoff[dtype] * (std::fabs(truth) + sum) + (dtype == 2 ? kSmallestStep : 0);
+        kRoundoff[dtype] * (std::fabs(truth) + sum) + (dtype == kFloat16 ? kSmallestStep : 0);
     expect(std::fabs(x - truth) <= sum + result, what, place);
   }
 };
@@ -76,10 +86,13 @@ struct Operands {
   std::vector<int64_t> wide;    // the indices as int64
   std::vector<int32_t> narrow;  // and as int32
   Numbers values, weight, bias, grad;
-  int index_tag;
+  IndexType index_type;
 
   const void* indices() const {
-    return index_tag == 0 ? static_cast<const void*>(wide.data()) : narrow.data();
+    return index_type == kInt64 ? static_cast<const void*>(wide.data()) : narrow.data();
+  }
+  sparsekern::Codes codes(const Case& c) const {
+    return {values.data(), c.dtype, indices(), index_type, c.rows, c.k};
   }
 };
 
@@ -100,7 +113,7 @@ int64_t draw_index(const Case& c, std::mt19937& random) {
           return c.n + below(3);
         case 2:
           // Cut to 32 bits, the first would be a good index.
-          if (c.index_tag == 0) return below(c.n) + (int64_t{1} << 32);
+          if (c.index_type == kInt64) return below(c.n) + (int64_t{1} << 32);
           return below(2) == 0 ? INT32_MAX : INT32_MIN;
       }
       return below(c.n);
@@ -116,7 +129,7 @@ Operands draw(const Case& c, std::mt19937& random) {
              Numbers(c.weight_dtype, c.weight_size(), c.shift),
              Numbers(c.weight_dtype, c.d),
              Numbers(c.dtype, c.rows * c.d),
-             c.index_tag};
+             c.index_type};
   std::normal_distribution<float> normal;
   for (int64_t e = 0; e < c.rows * c.k; ++e) {
     const int64_t index = draw_index(c, random);
@@ -142,9 +155,9 @@ void check_forward(const Case& c, const Operands& o, Verdict* verdict) {
   // Two runs over different garbage: an element that is not written differs.
   for (Numbers* result : {&out, &again}) {
     result->poison(result == &out ? 0xff : 0x55);
-    cuda::sparse_matmul(o.values.data(), c.dtype, o.indices(), c.index_tag, c.rows, c.k,
-                        o.weight.data(), c.weight_dtype, c.n, c.d, c.stride_n(), c.stride_d(),
-                        c.bias ? o.bias.data() : nullptr, result->data(), nullptr);
+    cuda::sparse_matmul(
+        {o.codes(c), c.matrix(o.weight.data()), c.bias ? o.bias.data() : nullptr, result->data()},
+        nullptr);
   }
   verdict->expect(out.bytes == again.bytes, "sparse_matmul, the second run", 0);
   for (int64_t b = 0; b < c.rows; ++b) {
@@ -178,11 +191,13 @@ Lists check_transpose(const Case& c, const Operands& o, Verdict* verdict) {
     truth.positions.insert(truth.positions.end(), lists[i].begin(), lists[i].end());
     truth.offsets[i + 1] = static_cast<int64_t>(truth.positions.size());
   }
-  const int64_t workspace_bytes = cuda::transpose_workspace(count, c.n);
   Lists lists_found{std::vector<int64_t>(c.n + 1, -7), std::vector<int32_t>(count, -7)};
-  std::vector<unsigned char> workspace(workspace_bytes, 0xff);
-  cuda::transpose_codes(o.indices(), c.index_tag, count, c.n, lists_found.offsets.data(),
-                        lists_found.positions.data(), workspace.data(), nullptr);
+  const sparsekern::TransposeCodesArguments call{{o.indices(), c.index_type, count},
+                                                 c.n,
+                                                 lists_found.offsets.data(),
+                                                 lists_found.positions.data()};
+  std::vector<unsigned char> workspace(cuda::transpose_codes_workspace(call), 0xff);
+  cuda::transpose_codes(call, workspace.data(), nullptr);
   for (int64_t i = 0; i <= c.n; ++i)
     verdict->expect(lists_found.offsets[i] == truth.offsets[i], "transpose_codes, offsets", i);
   for (size_t e = 0; e < truth.positions.size(); ++e)
@@ -203,10 +218,10 @@ Found run_backward(const Case& c, const Operands& o, const Lists& lists, bool wa
   found.values.poison(garbage);
   found.weight.poison(garbage);
   cuda::sparse_matmul_backward(
-      o.grad.data(), c.dtype, o.values.data(), c.rows, c.k, o.weight.data(), c.weight_dtype, c.n,
-      c.d, c.stride_n(), c.stride_d(), lists.offsets.data(), lists.positions.data(),
-      want_values ? found.values.data() : nullptr, want_weight ? found.weight.data() : nullptr,
-      c.stride_n(), c.stride_d(), nullptr);
+      {o.grad.data(), o.codes(c), c.matrix(o.weight.data()), lists.offsets.data(),
+       lists.positions.data(), want_values ? found.values.data() : nullptr,
+       c.matrix(want_weight ? found.weight.data() : nullptr)},
+      nullptr);
   return found;
 }
 
@@ -280,8 +295,9 @@ void check_counts(const Case& c, Operands& o, Verdict* verdict) {
       if (o.wide[e] < 0 || o.wide[e] >= c.n) continue;
       truth[o.wide[e]] += !with_values || o.values[e] != 0.0;
     }
-    cuda::count_active(o.indices(), c.index_tag, count, with_values ? o.values.data() : nullptr,
-                       c.dtype, c.n, found.data(), nullptr);
+    sparsekern::Codes codes = o.codes(c);
+    if (!with_values) codes.values = nullptr;
+    cuda::count_active({codes, c.n, found.data()}, nullptr);
     for (int64_t i = 0; i < c.n; ++i) verdict->expect(found[i] == truth[i], "count_active", i);
   }
 }
@@ -301,7 +317,11 @@ int check_case(const Case& c, int what, std::mt19937& random) {
   return verdict.failed;
 }
 
-constexpr int kTypes[][2] = {{0, 0}, {1, 1}, {2, 2}, {1, 0}, {2, 0}};
+constexpr Dtype kTypes[][2] = {{kFloat32, kFloat32},
+                               {kBFloat16, kBFloat16},
+                               {kFloat16, kFloat16},
+                               {kBFloat16, kFloat32},
+                               {kFloat16, kFloat32}};
 
 // Small shapes, so that most lie off the boundaries of vectors, warps and blocks.
 Case draw_case(int number, std::mt19937& random) {
@@ -316,7 +336,7 @@ Case draw_case(int number, std::mt19937& random) {
   c.d = number % 2 == 0 ? between(1, 37) * 8 : between(1, 300);
   c.dtype = kTypes[number % 5][0];
   c.weight_dtype = kTypes[number % 5][1];
-  c.index_tag = number / 2 % 2;
+  c.index_type = number / 2 % 2 == 0 ? kInt64 : kInt32;
   c.columns = number % 4 >= 2;
   c.bias = number % 3 == 0;
   c.pad = number % 3 == 1 ? 8 : number % 3 == 2 ? between(0, 3) : 0;
@@ -324,8 +344,6 @@ Case draw_case(int number, std::mt19937& random) {
   c.spread = static_cast<Spread>(number / 3 % 4);
   return c;
 }
-
-}  // namespace
 
 int check_products(int* cases) {
   std::mt19937 random(20240607);
@@ -337,31 +355,40 @@ int check_products(int* cases) {
   const int wanted = sparsekern::emulation::quick ? 40 : 120;
   for (int number = 0; number < wanted; ++number) check(draw_case(number, random), kAll);
   // Nothing to sum, nothing to list.
-  check({0, 3, 5, 9, 0, 0, 0, false, true, 0, 0, kUniform}, kAll);
-  check({3, 0, 5, 9, 1, 1, 1, true, true, 0, 0, kUniform}, kAll);
-  check({3, 2, 5, 0, 0, 0, 0, false, false, 0, 0, kUniform}, kAll);
-  check({3, 2, 0, 5, 0, 0, 0, false, true, 0, 0, kOutside}, kForward);
+  check({0, 3, 5, 9, kFloat32, kFloat32, kInt64, false, true, 0, 0, kUniform}, kAll);
+  check({3, 0, 5, 9, kBFloat16, kBFloat16, kInt32, true, true, 0, 0, kUniform}, kAll);
+  check({3, 2, 5, 0, kFloat32, kFloat32, kInt64, false, false, 0, 0, kUniform}, kAll);
+  check({3, 2, 0, 5, kFloat32, kFloat32, kInt64, false, true, 0, 0, kOutside}, kForward);
   // Latents with more entries than one block takes.
-  check({30, 40, 4, 40, 1, 1, 0, false, false, 0, 0, kOneLatent}, kBackward);
-  check({30, 40, 9, 37, 0, 0, 0, true, false, 0, 0, kFewLatents}, kBackward);
-  check({40, 36, 3, 72, 2, 0, 1, true, false, 0, 0, kFewLatents}, kBackward);
+  check({30, 40, 4, 40, kBFloat16, kBFloat16, kInt64, false, false, 0, 0, kOneLatent}, kBackward);
+  check({30, 40, 9, 37, kFloat32, kFloat32, kInt64, true, false, 0, 0, kFewLatents}, kBackward);
+  check({40, 36, 3, 72, kFloat16, kFloat32, kInt32, true, false, 0, 0, kFewLatents}, kBackward);
   // Two slices of features in the tile of a column-major block.
-  check({4, 5, 4, 2051, 1, 0, 0, true, true, 0, 0, kFewLatents}, kAll);
+  check({4, 5, 4, 2051, kBFloat16, kFloat32, kInt64, true, true, 0, 0, kFewLatents}, kAll);
   // The search for hot latents takes two rounds, and the second finds the last latent.
-  check({3, 43775, 200, 1, 0, 0, 1, false, false, 0, 0, kUniform}, kGradWeight);
+  check({3, 43775, 200, 1, kFloat32, kFloat32, kInt32, false, false, 0, 0, kUniform}, kGradWeight);
   // Several tiles in the sort and two digits.
-  check({66, 70, 300, 8, 0, 0, 1, false, false, 0, 0, kOutside}, kLists | kCounts);
+  check({66, 70, 300, 8, kFloat32, kFloat32, kInt32, false, false, 0, 0, kOutside},
+        kLists | kCounts);
   if (sparsekern::emulation::quick) return failures;
   // Several slices of features, and more dot products than wait for them.
-  check({20, 16, 2, 4104, 1, 1, 0, false, false, 0, 0, kFewLatents}, kBackward);
-  check({3, 5, 4, 4099, 0, 0, 0, false, true, 0, 0, kUniform}, kAll);
-  check({20, 16, 20, 2056, 2, 2, 0, true, false, 0, 0, kUniform}, kBackward);
-  check({33, 16, 2, 4120, 1, 1, 0, false, false, 0, 0, kOneLatent}, kBackward);
+  check({20, 16, 2, 4104, kBFloat16, kBFloat16, kInt64, false, false, 0, 0, kFewLatents},
+        kBackward);
+  check({3, 5, 4, 4099, kFloat32, kFloat32, kInt64, false, true, 0, 0, kUniform}, kAll);
+  check({20, 16, 20, 2056, kFloat16, kFloat16, kInt64, true, false, 0, 0, kUniform}, kBackward);
+  check({33, 16, 2, 4120, kBFloat16, kBFloat16, kInt64, false, false, 0, 0, kOneLatent}, kBackward);
   // Several chunks of latents, one feature at a time, and several rounds of rows.
-  check({5, 33, 40000, 3, 1, 1, 0, true, true, 0, 0, kUniform}, kForward);
-  check({300, 2, 5000, 5, 0, 0, 0, true, false, 0, 0, kUniform}, kForward | kCounts);
+  check({5, 33, 40000, 3, kBFloat16, kBFloat16, kInt64, true, true, 0, 0, kUniform}, kForward);
+  check({300, 2, 5000, 5, kFloat32, kFloat32, kInt64, true, false, 0, 0, kUniform},
+        kForward | kCounts);
   // Many tiles: the scan takes three launches. All digits of 8 bits. Three digits.
-  check({400, 170, 256, 1, 0, 0, 0, false, false, 0, 0, kOutside}, kLists | kCounts);
-  check({20, 10, 70000, 1, 0, 0, 0, false, false, 0, 0, kFewLatents}, kLists | kCounts);
+  check({400, 170, 256, 1, kFloat32, kFloat32, kInt64, false, false, 0, 0, kOutside},
+        kLists | kCounts);
+  check({20, 10, 70000, 1, kFloat32, kFloat32, kInt64, false, false, 0, 0, kFewLatents},
+        kLists | kCounts);
   return failures;
 }
+
+const sparsekern::emulation::Checks kChecks("products", check_products);
+
+}  // namespace

@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "cuda/channel_threshold/channel_threshold.h"
 #include "cuda/channel_threshold/plan.h"
+#include "cuda/kernels.h"
 #include "tests/emulation/driver.h"
 #include "tests/emulation/numbers.h"
 
@@ -36,13 +36,16 @@ const char* const kWays[] = {
 
 struct Case {
   int64_t outer, channels, inner;
-  int dtype = 0;
+  sparsekern::Dtype dtype = sparsekern::kFloat32;
   Fill fill = Fill::normal;
   int64_t shift = 0;  // of x and y, in numbers
 
   int64_t per_channel() const { return outer * inner; }
   int64_t size() const { return outer * channels * inner; }
   int64_t channel_of(int64_t i) const { return i / inner % channels; }
+  sparsekern::ChannelTensor tensor(const Numbers& x) const {
+    return {const_cast<unsigned char*>(x.data()), dtype, outer, channels, inner};
+  }
   std::string text() const {
     char line[200];
     std::snprintf(line, sizeof(line), "outer %d channels %d inner %d %s %s shift %d", int(outer),
@@ -96,7 +99,7 @@ Numbers draw(const Case& c) {
 
 // ---- channel_threshold ----
 
-cuda::ThresholdPlan plan_of(const Case& c, Way way) {
+cuda::ThresholdPlan plan_of(const Case& c, const Numbers& x, Way way) {
   switch (way) {
     case Way::run:
       return {true, 1, 0};
@@ -113,7 +116,7 @@ cuda::ThresholdPlan plan_of(const Case& c, Way way) {
     case Way::rows_many:
       return {false, 3, c.dtype == 0 ? 40 : 0};
     default:
-      return cuda::plan_threshold(c.outer, c.channels, c.inner, c.dtype);
+      return cuda::plan_threshold(c.tensor(x));
   }
 }
 
@@ -138,14 +141,11 @@ int check_ranks(const Case& c, int* cases) {
     for (int way = 0; way < static_cast<int>(Way::count); ++way) {
       if (++turn % (sparsekern::emulation::quick ? 9 : 5) != 0) continue;
       ++*cases;
-      const cuda::ThresholdPlan plan = plan_of(c, static_cast<Way>(way));
-      std::vector<unsigned char> workspace(cuda::planned_workspace(plan, c.channels, c.dtype),
-                                           kPoison);
+      const cuda::ThresholdPlan plan = plan_of(c, x, static_cast<Way>(way));
+      std::vector<unsigned char> workspace(cuda::planned_workspace(plan, c.tensor(x)), kPoison);
       Numbers found(c.dtype, c.channels);
       found.poison(kPoison);
-      cuda::channel_threshold({x.data(), c.dtype, c.outer, c.channels, c.inner, rank, found.data(),
-                               workspace.data(), nullptr},
-                              plan);
+      cuda::channel_threshold({{c.tensor(x), rank, found.data()}, workspace.data(), nullptr}, plan);
       for (int64_t channel = 0; channel < c.channels; ++channel) {
         const double truth = sorted[channel][rank - 1];
         const bool same = std::isnan(truth) ? std::isnan(found[channel])
@@ -163,15 +163,14 @@ int check_ranks(const Case& c, int* cases) {
 // The size of the workspace, and what the public function does with it.
 int check_public(int* cases) {
   ++*cases;
-  const Case c{20000, 2, 7, 0, Fill::normal, 0};
+  const Case c{20000, 2, 7, sparsekern::kFloat32, Fill::normal, 0};
   const Numbers x = draw(c);
   const auto sorted = sorted_channels(c, x);
   const int64_t rank = c.per_channel() - 5;
-  std::vector<unsigned char> workspace(
-      cuda::channel_threshold_workspace(c.outer, c.channels, c.inner, rank, c.dtype), kPoison);
   Numbers found(c.dtype, c.channels);
-  cuda::channel_threshold(x.data(), c.dtype, c.outer, c.channels, c.inner, rank, found.data(),
-                          workspace.data(), nullptr);
+  const sparsekern::ChannelThresholdArguments call{c.tensor(x), rank, found.data()};
+  std::vector<unsigned char> workspace(cuda::channel_threshold_workspace(call), kPoison);
+  cuda::channel_threshold(call, workspace.data(), nullptr);
   const bool same = found[0] == sorted[0][rank - 1] && found[1] == sorted[1][rank - 1];
   return same && !workspace.empty() ? 0 : tell(c, "channel_threshold");
 }
@@ -231,8 +230,9 @@ int check_relu(const Case& c, bool scaled, int* cases) {
   Numbers y(c.dtype, c.size(), c.shift > 1 ? 0 : c.shift);
   y.poison(kPoison);
   std::vector<int64_t> counts(c.channels, 3);
-  cuda::threshold_relu(x.data(), c.dtype, c.outer, c.channels, c.inner, constants.threshold.data(),
-                       constants.scales(), constants.shifts(), y.data(), counts.data(), nullptr);
+  cuda::threshold_relu({c.tensor(x), constants.threshold.data(), constants.scales(),
+                        constants.shifts(), y.data(), counts.data()},
+                       nullptr);
   if (counts != wanted.counts) return tell(c, "threshold_relu, counts");
   for (int64_t i = 0; i < c.size(); ++i) {
     if (!same_number(y[i], wanted.y[i])) return tell(c, "threshold_relu, " + std::to_string(i));
@@ -252,12 +252,12 @@ int check_codes(const Case& c, bool scaled, int* cases) {
     Numbers values(c.dtype, capacity);
     values.poison(kPoison);
     std::vector<int64_t> indices(capacity, -7), counts(c.channels, 3);
-    std::vector<unsigned char> workspace(
-        cuda::threshold_codes_workspace(c.outer, c.channels, c.inner, c.dtype), kPoison);
-    cuda::threshold_codes(x.data(), c.dtype, c.outer, c.channels, c.inner,
-                          constants.threshold.data(), constants.scales(), constants.shifts(),
-                          capacity, values.data(), indices.data(), counts.data(), workspace.data(),
-                          nullptr);
+    const sparsekern::ThresholdCodesArguments call{c.tensor(x),        constants.threshold.data(),
+                                                   constants.scales(), constants.shifts(),
+                                                   capacity,           values.data(),
+                                                   indices.data(),     counts.data()};
+    std::vector<unsigned char> workspace(cuda::threshold_codes_workspace(call), kPoison);
+    cuda::threshold_codes(call, workspace.data(), nullptr);
     bool right = counts == wanted.counts;
     for (int64_t m = 0; m < capacity; ++m) {
       const bool written = m < all;
@@ -285,13 +285,11 @@ const Shape kWideShapes[] = {{2, 4500, 1}, {3, 1501, 1}, {2, 5, 5000}, {1, 3000,
 
 Case next_case(const Shape& shape, int turn) {
   Case c{shape.outer, shape.channels, shape.inner};
-  c.dtype = turn % 3;
+  c.dtype = static_cast<sparsekern::Dtype>(turn % 3);
   c.fill = static_cast<Fill>(turn / 3 % static_cast<int>(Fill::count));
   c.shift = turn % 4 == 0 ? 1 : turn % 7 == 0 ? 2 : 0;
   return c;
 }
-
-}  // namespace
 
 int check_threshold(int* cases) {
   int failures = check_public(cases);
@@ -315,3 +313,7 @@ int check_threshold(int* cases) {
   }
   return failures;
 }
+
+const sparsekern::emulation::Checks kChecks("thresholds", check_threshold);
+
+}  // namespace

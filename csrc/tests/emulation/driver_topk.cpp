@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/common/dtypes.cuh"
+#include "cuda/common/packs.cuh"
 #include "cuda/topk/regimes.h"
 #include "tests/emulation/driver.h"
 
@@ -22,8 +22,8 @@ constexpr int64_t kBytes[] = {4, 2, 2};
 const char* const kTypes[] = {"float32", "bfloat16", "float16"};
 constexpr unsigned char kPoison = 0xa5;
 
-enum class Way { topk, small, shared, stream, sliced, digits };
-const char* const kWays[] = {"topk", "short", "shared", "stream", "sliced", "digits"};
+enum class Way { topk, small, shared, candidates, sliced, digits };
+const char* const kWays[] = {"topk", "short", "shared", "candidates", "sliced", "digits"};
 
 enum class Fill {
   normal,
@@ -48,7 +48,8 @@ const char* const kLayouts[] = {"contiguous", "shifted", "padded", "transposed",
 struct Case {
   Way way;
   int64_t rows, n, k;
-  int dtype = 0, flags = 0;
+  sparsekern::Dtype dtype = sparsekern::kFloat32;
+  bool sorted = false, relu = false, abs = false;
   Fill fill = Fill::normal;
   Layout layout = Layout::contiguous;
   bool masked = false, counts = false;
@@ -154,7 +155,7 @@ Output expected(const Case& c, Input& input) {
     std::vector<float> x(c.n);
     for (int64_t i = 0; i < c.n; ++i) {
       x[i] = read(input.at(c, b, i), c.dtype);
-      if ((c.flags & cuda::kAbs) != 0) x[i] = std::fabs(x[i]);
+      if (c.abs) x[i] = std::fabs(x[i]);
     }
     std::vector<int64_t> order(c.n);
     std::iota(order.begin(), order.end(), 0);
@@ -162,12 +163,12 @@ Output expected(const Case& c, Input& input) {
       return std::isnan(x[i]) ? !std::isnan(x[j]) : x[i] > x[j];
     });
     order.resize(c.k);
-    if ((c.flags & cuda::kSorted) == 0) std::sort(order.begin(), order.end());
+    if (!c.sorted) std::sort(order.begin(), order.end());
     for (int64_t j = 0; j < c.k; ++j) {
       const int64_t i = order[j];
       unsigned char stored[4] = {};
       const float value = read(input.at(c, b, i), c.dtype);
-      const bool cleared = (c.flags & cuda::kRelu) != 0 && value <= 0;
+      const bool cleared = c.relu && value <= 0;
       if (!cleared) std::memcpy(stored, input.at(c, b, i), bytes);
       out.indices[b * c.k + j] = i;
       std::memcpy(&out.values[(b * c.k + j) * bytes], stored, bytes);
@@ -186,34 +187,29 @@ Output computed(const Case& c, Input& input) {
   if (c.way == Way::sliced) {
     slices = {(c.n + cuda::kChunk - 1) / cuda::kChunk, cuda::kChunk};
   }
-  int64_t needed = cuda::topk_workspace(c.rows, c.n, c.k, c.dtype);
-  if (c.way == Way::stream || c.way == Way::sliced) {
-    needed = cuda::stream_workspace(c.rows, slices.count, c.k);
+  void* masked = c.masked ? out.masked.data() : nullptr;
+  int64_t* counts = c.counts ? out.counts.data() : nullptr;
+  const sparsekern::TopkArguments arguments{
+      {input.data(c), c.dtype, c.rows, c.n, input.row_stride, input.col_stride},
+      c.k,
+      c.sorted,
+      c.relu,
+      c.abs,
+      out.values.data(),
+      out.indices.data(),
+      masked,
+      counts};
+  int64_t needed = cuda::topk_workspace(arguments);
+  if (c.way == Way::candidates || c.way == Way::sliced) {
+    needed = cuda::candidates_workspace(c.rows, slices.count, c.k);
   } else if (c.way == Way::digits) {
     needed = cuda::sort_workspace(c.rows, c.k);
   }
   std::vector<unsigned char> workspace(needed, kPoison);
-  void* masked = c.masked ? out.masked.data() : nullptr;
-  int64_t* counts = c.counts ? out.counts.data() : nullptr;
-  const cuda::TopkCall call{input.data(c),
-                            c.dtype,
-                            c.rows,
-                            c.n,
-                            input.row_stride,
-                            input.col_stride,
-                            c.k,
-                            c.flags,
-                            out.values.data(),
-                            out.indices.data(),
-                            masked,
-                            counts,
-                            workspace.data(),
-                            nullptr};
+  const cuda::TopkCall call{arguments, workspace.data(), nullptr};
   switch (c.way) {
     case Way::topk:
-      cuda::topk(call.x, call.dtype, call.rows, call.n, call.row_stride, call.col_stride, call.k,
-                 call.flags, call.values, call.indices, call.masked, call.counts, call.workspace,
-                 call.stream);
+      cuda::topk(arguments, workspace.data(), nullptr);
       break;
     case Way::small:
       cuda::topk_short(call);
@@ -221,9 +217,9 @@ Output computed(const Case& c, Input& input) {
     case Way::shared:
       cuda::topk_shared(call);
       break;
-    case Way::stream:
+    case Way::candidates:
     case Way::sliced:
-      cuda::topk_stream(call, slices);
+      cuda::topk_candidates(call, slices);
       break;
     case Way::digits:
       cuda::topk_digits(call);
@@ -234,8 +230,9 @@ Output computed(const Case& c, Input& input) {
 // Codes made dense must be the masked row.
 bool dense_agrees(const Case& c, const Output& codes) {
   std::vector<unsigned char> dense(c.rows * c.n * kBytes[c.dtype], kPoison);
-  cuda::codes_to_dense(codes.values.data(), c.dtype, codes.indices.data(), c.rows, c.k, c.n,
-                       dense.data(), nullptr);
+  const sparsekern::Codes list{codes.values.data(), c.dtype, codes.indices.data(),
+                               sparsekern::kInt64,  c.rows,  c.k};
+  cuda::codes_to_dense({list, c.n, dense.data()}, nullptr);
   return dense == codes.masked;
 }
 
@@ -251,9 +248,9 @@ int check(const Case& c, int* cases) {
   if (got.counts != wanted.counts) wrong += " counts";
   if (c.masked && !dense_agrees(c, wanted)) wrong += " dense";
   if (wrong.empty()) return 0;
-  std::printf("topk: %s %s rows %lld n %lld k %lld flags %d %s %s: wrong%s\n",
+  std::printf("topk: %s %s rows %lld n %lld k %lld sorted %d relu %d abs %d %s %s: wrong%s\n",
               kWays[static_cast<int>(c.way)], kTypes[c.dtype], static_cast<long long>(c.rows),
-              static_cast<long long>(c.n), static_cast<long long>(c.k), c.flags,
+              static_cast<long long>(c.n), static_cast<long long>(c.k), c.sorted, c.relu, c.abs,
               kFills[static_cast<int>(c.fill)], kLayouts[static_cast<int>(c.layout)],
               wrong.c_str());
   return 1;
@@ -269,8 +266,10 @@ int check_dense(int* cases) {
     values[j] = static_cast<float>(j + 1);
     if (indices[j] >= 0 && indices[j] < kColumns) wanted[indices[j]] = values[j];
   }
-  cuda::codes_to_dense(values.data(), 0, indices.data(), 1, static_cast<int64_t>(indices.size()),
-                       kColumns, dense.data(), nullptr);
+  const int64_t count = static_cast<int64_t>(indices.size());
+  const sparsekern::Codes list{
+      values.data(), sparsekern::kFloat32, indices.data(), sparsekern::kInt64, 1, count};
+  cuda::codes_to_dense({list, kColumns, dense.data()}, nullptr);
   if (dense == wanted) return 0;
   std::printf("topk: codes outside the row: wrong dense\n");
   return 1;
@@ -284,19 +283,22 @@ struct Shape {
 // Every way with k = 1, k = n where it may be, sizes one above a boundary; what only the public
 // function decides is asked of it.
 const Shape kShapes[] = {
-    {Way::small, 5, 1, 1},         {Way::small, 4, 37, 37},      {Way::small, 9, 129, 8},
-    {Way::small, 3, 513, 130},     {Way::small, 2, 2048, 64},    {Way::small, 1, 2047, 2047},
-    {Way::shared, 1, 257, 257},    {Way::shared, 2, 4097, 513},  {Way::shared, 1, 9000, 4096},
-    {Way::shared, 1, 5000, 1},     {Way::stream, 2, 300, 300},   {Way::stream, 1, 4097, 1},
-    {Way::stream, 2, 13001, 64},   {Way::stream, 1, 20480, 512}, {Way::stream, 3, 4096, 300},
-    {Way::sliced, 2, 12289, 64},   {Way::sliced, 1, 20001, 512}, {Way::sliced, 1, 8200, 1},
-    {Way::digits, 2, 255, 17},     {Way::digits, 1, 5001, 5001}, {Way::digits, 1, 9001, 4096},
-    {Way::digits, 2, 13000, 9000}, {Way::digits, 1, 2049, 1},    {Way::topk, 3, 2049, 40},
-    {Way::topk, 1, 40961, 33},     {Way::topk, 1, 33000, 600},   {Way::topk, 7, 512, 32},
-    {Way::topk, 1, 17000, 4100},   {Way::topk, 264, 16384, 4},
+    {Way::small, 5, 1, 1},           {Way::small, 4, 37, 37},
+    {Way::small, 9, 129, 8},         {Way::small, 3, 513, 130},
+    {Way::small, 2, 2048, 64},       {Way::small, 1, 2047, 2047},
+    {Way::shared, 1, 257, 257},      {Way::shared, 2, 4097, 513},
+    {Way::shared, 1, 9000, 4096},    {Way::shared, 1, 5000, 1},
+    {Way::candidates, 2, 300, 300},  {Way::candidates, 1, 4097, 1},
+    {Way::candidates, 2, 13001, 64}, {Way::candidates, 1, 20480, 512},
+    {Way::candidates, 3, 4096, 300}, {Way::sliced, 2, 12289, 64},
+    {Way::sliced, 1, 20001, 512},    {Way::sliced, 1, 8200, 1},
+    {Way::digits, 2, 255, 17},       {Way::digits, 1, 5001, 5001},
+    {Way::digits, 1, 9001, 4096},    {Way::digits, 2, 13000, 9000},
+    {Way::digits, 1, 2049, 1},       {Way::topk, 3, 2049, 40},
+    {Way::topk, 1, 40961, 33},       {Way::topk, 1, 33000, 600},
+    {Way::topk, 7, 512, 32},         {Way::topk, 1, 17000, 4100},
+    {Way::topk, 264, 16384, 4},
 };
-
-}  // namespace
 
 int check_topk(int* cases) {
   int failures = check_dense(cases);
@@ -309,8 +311,11 @@ int check_topk(int* cases) {
       Case c{shape.way, shape.rows, shape.n, shape.k};
       c.fill = static_cast<Fill>(fill);
       // Turns that share no factor with the number of fills, so that all combinations come up.
-      c.dtype = turn % 3;
-      c.flags = turn * 5 % 8;
+      c.dtype = static_cast<sparsekern::Dtype>(turn % 3);
+      const int flags = turn * 5 % 8;
+      c.sorted = (flags & 1) != 0;
+      c.relu = (flags & 2) != 0;
+      c.abs = (flags & 4) != 0;
       c.layout = static_cast<Layout>(turn % static_cast<int>(Layout::count));
       c.masked = turn % 4 < 2;
       c.counts = turn % 7 < 4;
@@ -319,3 +324,7 @@ int check_topk(int* cases) {
   }
   return failures;
 }
+
+const sparsekern::emulation::Checks kChecks("topk", check_topk);
+
+}  // namespace

@@ -6,7 +6,8 @@
 #include <cstring>
 #include <vector>
 
-#include "cuda/common/dtypes.cuh"
+#include "cuda/common/packs.cuh"
+#include "interface/operands.h"
 
 namespace sparsekern::emulation {
 
@@ -17,11 +18,11 @@ inline constexpr int64_t kBytes[] = {4, 2, 2};
 
 // Numbers of one dtype in a block of exactly the size they need, `shift` numbers from its start.
 struct Numbers {
-  int dtype;
+  Dtype dtype;
   int64_t size, shift;
   std::vector<unsigned char> bytes;
 
-  Numbers(int dtype, int64_t size, int64_t shift = 0)
+  Numbers(Dtype dtype, int64_t size, int64_t shift = 0)
       : dtype(dtype), size(size), shift(shift), bytes((size + shift) * kBytes[dtype]) {}
 
   unsigned char* data() { return bytes.data() + shift * kBytes[dtype]; }
@@ -33,16 +34,16 @@ struct Numbers {
     return x;
   }
   double operator[](int64_t i) const {
-    if (dtype == 0) return get<float>(i);
-    if (dtype == 1) return __bfloat162float(get<__nv_bfloat16>(i));
+    if (dtype == kFloat32) return get<float>(i);
+    if (dtype == kBFloat16) return __bfloat162float(get<__nv_bfloat16>(i));
     return __half2float(get<__half>(i));
   }
   void set(int64_t i, float x) {
     const __nv_bfloat16 b = __float2bfloat16(x);
     const __half h = __float2half(x);
-    const void* stored = dtype == 0   ? static_cast<const void*>(&x)
-                         : dtype == 1 ? &b
-                                      : static_cast<const void*>(&h);
+    const void* stored = dtype == kFloat32    ? static_cast<const void*>(&x)
+                         : dtype == kBFloat16 ? &b
+                                              : static_cast<const void*>(&h);
     std::memcpy(data() + i * kBytes[dtype], stored, kBytes[dtype]);
   }
   // Every byte 0xff is a NaN in all three dtypes.

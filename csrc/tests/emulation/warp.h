@@ -32,7 +32,7 @@ T reduce(unsigned mask, T value, Where where, Combine combine) {
   static_assert(std::is_same_v<T, int> || std::is_same_v<T, unsigned>);
   require_full_mask(mask, where);
   const Operands all = exchange(Together::reduce, std::bit_cast<uint32_t>(value), where);
-  for (unsigned lane = 0; lane < warp_lanes; ++lane) {
+  for (unsigned lane = 0; lane < kWarpLanes; ++lane) {
     if (lane == all.self || (all.present >> lane & 1u) == 0) continue;
     value = combine(value, std::bit_cast<T>(static_cast<uint32_t>(all.lane[lane])));
   }
@@ -43,7 +43,7 @@ inline unsigned votes(unsigned mask, bool predicate, Where where) {
   require_full_mask(mask, where);
   const Operands all = exchange(Together::vote, predicate ? 1 : 0, where);
   unsigned holds = 0;
-  for (unsigned lane = 0; lane < warp_lanes; ++lane) {
+  for (unsigned lane = 0; lane < kWarpLanes; ++lane) {
     holds |= static_cast<unsigned>(all.lane[lane]) << lane;
   }
   return holds & all.present;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...dispatch.launch import DTYPE_TAGS, launch, new_output, pointer
+from ...dispatch.launch import channel_tensor, launch, new_output, pointer
 
 
 def batch_norm(
@@ -22,17 +22,13 @@ def batch_norm(
     launch(
         "batch_norm",
         x,
-        x.data_ptr(),
-        DTYPE_TAGS[x.dtype],
-        outer,
-        channels,
-        inner,
-        pointer(weight),
-        pointer(bias),
-        eps,
-        z.data_ptr(),
-        mean.data_ptr(),
-        var.data_ptr(),
+        x=channel_tensor(x),
+        weight=pointer(weight),
+        bias=pointer(bias),
+        eps=eps,
+        z=z.data_ptr(),
+        mean=mean.data_ptr(),
+        var=var.data_ptr(),
     )
     return z, mean, var
 
@@ -53,18 +49,14 @@ def batch_norm_backward(
     launch(
         "batch_norm_backward",
         x,
-        grad.data_ptr(),
-        x.data_ptr(),
-        DTYPE_TAGS[x.dtype],
-        outer,
-        channels,
-        inner,
-        pointer(weight),
-        mean.data_ptr(),
-        var.data_ptr(),
-        eps,
-        grad_x.data_ptr(),
-        grad_weight.data_ptr(),
-        grad_bias.data_ptr(),
+        grad=grad.data_ptr(),
+        x=channel_tensor(x),
+        weight=pointer(weight),
+        mean=mean.data_ptr(),
+        var=var.data_ptr(),
+        eps=eps,
+        grad_x=grad_x.data_ptr(),
+        grad_weight=grad_weight.data_ptr(),
+        grad_bias=grad_bias.data_ptr(),
     )
     return grad_x, grad_weight, grad_bias

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..checks import check_row
-from ..order import ordered_key
+from ..order import key_of
 
 
 def largest(
@@ -77,7 +77,7 @@ def first_of_list(
     values: torch.Tensor, positions: torch.Tensor, total: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The `total` largest of a list, the first among equals, in the order of the list."""
-    key = ordered_key(values)
+    key = key_of(values)
     threshold = key.topk(total, sorted=False).values.amin()
     above, equal = key > threshold, key == threshold
     taken = above | (equal & (equal.cumsum(0) <= total - above.sum()))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from ..order import ordered_key
+from ..order import key_of
 
 
 def batch_topk_reference(
     x: torch.Tensor, total: int, relu: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     flat = x.reshape(-1)
-    key = ordered_key(flat)
+    key = key_of(flat)
     positions = key.sort(descending=True, stable=True).indices[:total].sort().values
     values = flat[positions]
     if relu:

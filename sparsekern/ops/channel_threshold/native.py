@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from ...dispatch.launch import DTYPE_TAGS, launch, pointer, workspace
+from ...dispatch.launch import channel_tensor, launch
 
 
 def channel_threshold(x: torch.Tensor, rank: int) -> torch.Tensor:
     """x [outer, C, inner], contiguous -> the rank-th smallest of each channel [C]."""
-    outer, channels, inner = x.shape
-    tag = DTYPE_TAGS[x.dtype]
-    out = x.new_empty(channels)
-    scratch = workspace("channel_threshold_workspace", x, outer, channels, inner, rank, tag)
+    thresholds = x.new_empty(x.shape[1])
     launch(
         "channel_threshold",
         x,
-        x.data_ptr(),
-        tag,
-        outer,
-        channels,
-        inner,
-        rank,
-        out.data_ptr(),
-        pointer(scratch),
+        x=channel_tensor(x),
+        rank=rank,
+        thresholds=thresholds.data_ptr(),
     )
-    return out
+    return thresholds

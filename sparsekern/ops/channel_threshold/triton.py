@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from ...dispatch.launch import device_of
-from ..triton_keys import bits_of, ordered_key
+from ..triton_keys import bits_of, key_of
 
 # Elements of one step of a program: 16 a thread with 8 warps.
 BLOCK = 4096
@@ -82,7 +82,7 @@ def digits_kernel(
             address = x + ((run + runs) * channels + first - runs) * inner + column
         inside = there & (begin + place < end)
         bits = tl.load(address, mask=inside, other=0).to(tl.int32)
-        key = ordered_key(bits, MAGNITUDE, INFINITY, False)
+        key = key_of(bits, MAGNITUDE, INFINITY, False)
         if TOP:
             digit = (key >> shift) + (1 << (BITS - 1))
         else:

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from ...dispatch.launch import DTYPE_TAGS, launch, new_output
+from ...dispatch.launch import codes, launch, new_output
 
 
 def codes_to_dense(values: torch.Tensor, indices: torch.Tensor, n: int) -> torch.Tensor:
     """values [rows, k], indices int64 [rows, k], unique within a row -> dense [rows, n]."""
-    rows, k = values.shape
-    dense = new_output(values, rows, n)
+    dense = new_output(values, len(values), n)
     launch(
         "codes_to_dense",
         values,
-        values.data_ptr(),
-        DTYPE_TAGS[values.dtype],
-        indices.data_ptr(),
-        rows,
-        k,
-        n,
-        dense.data_ptr(),
+        codes=codes(values, indices),
+        n=n,
+        dense=dense.data_ptr(),
     )
     return dense

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...dispatch.launch import DTYPE_TAGS, INDEX_TAGS, launch, pointer
+from ...dispatch.launch import codes, launch
 from ..checks import bad_index, check_range
 
 
@@ -16,13 +16,9 @@ def count_active(indices: torch.Tensor, n: int, values: torch.Tensor | None) -> 
     wrong = launch(
         "count_active",
         indices,
-        indices.data_ptr(),
-        INDEX_TAGS[indices.dtype],
-        indices.numel(),
-        pointer(values),
-        0 if values is None else DTYPE_TAGS[values.dtype],
-        n,
-        counts.data_ptr(),
+        codes=codes(values, indices),
+        n=n,
+        counts=counts.data_ptr(),
     )
     if wrong >= 0:
         raise bad_index("count_active", indices, wrong, n)

@@ -9,15 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from ...dispatch.launch import (
-    DTYPE_TAGS,
-    INDEX_TAGS,
-    launch,
-    module_for,
-    new_output,
-    pointer,
-    workspace,
-)
+from ...dispatch.launch import codes, launch, matrix, module_for, new_output, pointer
 from ..channels import channels_of
 
 
@@ -37,26 +29,15 @@ def pointwise_conv(
         order = _order(sites, outer * inner, indices, outer * channels * inner)
         values, indices = values[order], indices[order]
     out = new_output(values, outer, outputs, inner)
-    scratch = workspace("pointwise_conv_workspace", values, len(values), outer, outputs, inner)
     launch(
         "pointwise_conv",
         values,
-        values.data_ptr(),
-        DTYPE_TAGS[values.dtype],
-        indices.data_ptr(),
-        INDEX_TAGS[indices.dtype],
-        len(values),
-        outer,
-        channels,
-        inner,
-        weight.data_ptr(),
-        DTYPE_TAGS[weight.dtype],
-        outputs,
-        weight.stride(0),
-        weight.stride(1),
-        pointer(bias),
-        out.data_ptr(),
-        pointer(scratch),
+        codes=codes(values, indices),
+        outer=outer,
+        inner=inner,
+        weight=matrix(weight),
+        bias=pointer(bias),
+        out=out.data_ptr(),
     )
     return out
 
@@ -76,30 +57,17 @@ def pointwise_conv_backward(
     grad_values = torch.empty_like(values)
     grad_weight = weight.new_empty(outputs, channels)
     grad_bias = weight.new_empty(outputs)
-    scratch = workspace(
-        "pointwise_conv_backward_workspace", values, len(values), outer, channels, inner, outputs
-    )
     launch(
         "pointwise_conv_backward",
         grad,
-        grad.data_ptr(),
-        DTYPE_TAGS[values.dtype],
-        values.data_ptr(),
-        indices.data_ptr(),
-        INDEX_TAGS[indices.dtype],
-        len(values),
-        outer,
-        channels,
-        inner,
-        weight.data_ptr(),
-        DTYPE_TAGS[weight.dtype],
-        outputs,
-        weight.stride(0),
-        weight.stride(1),
-        grad_values.data_ptr(),
-        grad_weight.data_ptr(),
-        grad_bias.data_ptr(),
-        pointer(scratch),
+        grad=grad.data_ptr(),
+        codes=codes(values, indices),
+        outer=outer,
+        inner=inner,
+        weight=matrix(weight),
+        grad_values=grad_values.data_ptr(),
+        grad_weight=grad_weight.data_ptr(),
+        grad_bias=grad_bias.data_ptr(),
     )
     if order is not None:
         grad_values = torch.empty_like(grad_values).scatter_(0, order, grad_values)

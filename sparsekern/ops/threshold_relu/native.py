@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...dispatch.launch import DTYPE_TAGS, launch, new_output, pointer, workspace
+from ...dispatch.launch import channel_tensor, launch, new_output, pointer
 
 # Room for codes at first: one element of so many. Where more are active, a second call has room for
 # all of them.
@@ -20,22 +20,17 @@ def threshold_relu(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x [outer, C, inner] and constants [C] in its sums' dtype, contiguous -> y like x, counts
     int64 [C]."""
-    outer, channels, inner = x.shape
-    y = new_output(x, outer, channels, inner)
-    counts = x.new_zeros(channels, dtype=torch.int64)
+    y = new_output(x, *x.shape)
+    counts = x.new_zeros(x.shape[1], dtype=torch.int64)
     launch(
         "threshold_relu",
         x,
-        x.data_ptr(),
-        DTYPE_TAGS[x.dtype],
-        outer,
-        channels,
-        inner,
-        threshold.data_ptr(),
-        pointer(scale),
-        pointer(shift),
-        y.data_ptr(),
-        counts.data_ptr(),
+        x=channel_tensor(x),
+        threshold=threshold.data_ptr(),
+        scale=pointer(scale),
+        shift=pointer(shift),
+        y=y.data_ptr(),
+        counts=counts.data_ptr(),
     )
     return y, counts
 
@@ -48,9 +43,7 @@ def threshold_codes(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x [outer, C, inner] and constants [C] in its sums' dtype, contiguous -> values [M], flat
     indices int64 [M], ascending, counts int64 [C]. The host waits for M."""
-    outer, channels, inner = x.shape
-    tag = DTYPE_TAGS[x.dtype]
-    scratch = workspace("threshold_codes_workspace", x, outer, channels, inner, tag)
+    channels = x.shape[1]
     room = min(x.numel(), max(LEAST_ROOM, x.numel() // ELEMENTS_PER_CODE))
     while True:
         values, indices = x.new_empty(room), x.new_empty(room, dtype=torch.int64)
@@ -58,19 +51,14 @@ def threshold_codes(
         launch(
             "threshold_codes",
             x,
-            x.data_ptr(),
-            tag,
-            outer,
-            channels,
-            inner,
-            threshold.data_ptr(),
-            pointer(scale),
-            pointer(shift),
-            room,
-            values.data_ptr(),
-            indices.data_ptr(),
-            counts.data_ptr(),
-            pointer(scratch),
+            x=channel_tensor(x),
+            threshold=threshold.data_ptr(),
+            scale=pointer(scale),
+            shift=pointer(shift),
+            capacity=room,
+            values=values.data_ptr(),
+            indices=indices.data_ptr(),
+            counts=counts.data_ptr(),
         )
         count = int(counts.sum())
         if count <= room:

@@ -6,13 +6,13 @@ import torch
 
 from ..codes_to_dense.reference import codes_to_dense_reference
 from ..count_active.reference import counts_reference
-from ..order import ordered_key
+from ..order import key_of
 
 
 def topk_reference(
     x: torch.Tensor, k: int, sorted: bool, relu: bool, abs: bool, count: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    key = ordered_key(x.abs() if abs else x)
+    key = key_of(x.abs() if abs else x)
     indices = key.sort(dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
     if not sorted:
         indices = indices.sort(dim=-1).values

@@ -1,4 +1,4 @@
-"""The k largest of each row, as codes or as a masked dense row.
+"""The k largest of each row, as codes or as a masked dense row (see docs/how-topk-works.md).
 
 `select_kernel` finds the columns of the k largest: one program owns one row of up to REGISTER_ROW
 elements (several rows, when they are short), reads it once, coalesced where its columns are, and
@@ -8,9 +8,9 @@ columns in ascending order. Bound by the one read as long as its 16 to 32 counts
 
 Longer rows are cut into slices, whose k largest are the candidates of a further level: still one
 read of the data, and as many programs as there are slices. Where k is so large that a level need
-not halve the row, `topk_stream` reads the row several times instead. `topk_finish` turns columns
-into codes: in a launch of its own, since threads cannot hand each other data in global memory
-inside one on every architecture.
+not halve the row, `triton_passes` reads the row several times instead. `triton_finish` turns
+columns into codes: in a launch of its own, since threads cannot hand each other data in global
+memory inside one on every architecture.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import triton
 import triton.language as tl
 
 from ...dispatch.launch import device_of
-from ..triton_keys import bits_of, ordered_key
+from ..triton_keys import bits_of, key_of
 from .triton_finish import finish_codes
-from .triton_stream import stream_columns
+from .triton_passes import columns_by_passes
 
 # Longest row one program keeps in registers, with 16 warps of 60 to 75 registers a thread: at most
 # 64 (it depends on the compiler) let a second program load on a multiprocessor while one searches.
@@ -86,8 +86,8 @@ def select_kernel(
 ):
     """taken[r, s] = columns of the k largest of x[r, s * length : (s + 1) * length], ascending.
 
-    With t the k-th largest key, these are the elements with key > t and, of those with key = t,
-    the first k - #{key > t}.
+    With the bound t, the k-th largest key, these are the elements with key > t and, of those with
+    key = t, the first k - #{key > t}.
     """
     part = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     row = part // slices
@@ -107,13 +107,13 @@ def select_kernel(
         elements = elements + (columns.to(tl.int64) * col_stride)[None, :]
 
     bits = tl.load(elements, mask=inside, other=0).to(tl.int32)
-    key = tl.where(inside, ordered_key(bits, MAGNITUDE, INFINITY, ABS), -INFINITY - 1)
+    key = tl.where(inside, key_of(bits, MAGNITUDE, INFINITY, ABS), -INFINITY - 1)
 
-    threshold = kth_key(key, k_here, INFINITY, ROWS)[:, None]
-    wanted = (k_here - tl.sum((key > threshold).to(tl.int32), axis=1))[:, None]
-    ranks = (key > threshold).to(tl.int32) + ((key == threshold).to(tl.int32) << 16)
+    bound = kth_key(key, k_here, INFINITY, ROWS)[:, None]
+    wanted = (k_here - tl.sum((key > bound).to(tl.int32), axis=1))[:, None]
+    ranks = (key > bound).to(tl.int32) + ((key == bound).to(tl.int32) << 16)
     ranks = tl.cumsum(ranks, axis=1)  # two counters, each with the element itself
-    take = (key > threshold) | ((key == threshold) & ((ranks >> 16) <= wanted))
+    take = (key > bound) | ((key == bound) & ((ranks >> 16) <= wanted))
     place = (ranks & 0xFFFF) + tl.minimum(ranks >> 16, wanted) - 1
     place = tl.where(take, place, -1)  # one number to carry to the threads that store, not two
 
@@ -161,7 +161,7 @@ def _select_columns(x: torch.Tensor, k: int, abs: bool) -> torch.Tensor:
     """Columns int32 [rows, k] of the k largest of each row of x, ascending."""
     rows, n = x.shape
     if n > REGISTER_ROW and 2 * k > REGISTER_ROW:
-        return stream_columns(x, k, abs)
+        return columns_by_passes(x, k, abs)
     candidates = None
     while (length := slice_length(rows, n, k)) < n:
         slices = triton.cdiv(n, length)

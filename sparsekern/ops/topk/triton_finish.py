@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_keys import bits_of, fires, ordered_key, rectified
+from ..triton_keys import bits_of, fires, key_of, rectified
 
 # Comparisons in one tile (32 a thread of 4 warps), and the longest side of a tile.
 TILE = 4096
@@ -58,7 +58,7 @@ def finish_kernel(
 
     rank = tl.broadcast_to(own[None, :], [ROWS, SIDE])
     if SORTED:
-        key = ordered_key(bits, MAGNITUDE, INFINITY, ABS)[:, :, None]
+        key = key_of(bits, MAGNITUDE, INFINITY, ABS)[:, :, None]
         rank = tl.zeros([ROWS, SIDE], tl.int32)
         begin = tl.full([], 0, tl.int32)
         while begin < k:
@@ -66,7 +66,7 @@ def finish_kernel(
             there = (row < rows)[:, None] & (other < k)[None, :]
             column = tl.load(columns + first + other[None, :], mask=there, other=0).to(tl.int64)
             other_bits = tl.load(starts + column * col_stride, mask=there, other=0).to(tl.int32)
-            other_key = ordered_key(other_bits, MAGNITUDE, INFINITY, ABS)
+            other_key = key_of(other_bits, MAGNITUDE, INFINITY, ABS)
             other_key = tl.where(there, other_key, -INFINITY - 1)[:, None, :]
             earlier = (other[None, :] < own[:, None])[None, :, :]
             precedes = (other_key > key) | ((other_key == key) & earlier)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...dispatch.launch import INDEX_TAGS, launch, pointer, workspace
+from ...dispatch.launch import index_list, launch
 from ..checks import bad_index
 
 
@@ -19,17 +19,13 @@ def transpose_codes(indices: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.
         )
     offsets = indices.new_empty(n + 1, dtype=torch.int64)
     positions = indices.new_empty(count, dtype=torch.int32)
-    scratch = workspace("transpose_workspace", indices, count, n)
     wrong = launch(
         "transpose_codes",
         indices,
-        indices.data_ptr(),
-        INDEX_TAGS[indices.dtype],
-        count,
-        n,
-        offsets.data_ptr(),
-        positions.data_ptr(),
-        pointer(scratch),
+        indices=index_list(indices),
+        n=n,
+        offsets=offsets.data_ptr(),
+        positions=positions.data_ptr(),
     )
     if wrong >= 0:
         raise bad_index("sparse_matmul", indices, wrong, n)

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_keys import bits_of, ordered_key
+from ..triton_keys import bits_of, key_of
 
 # Thresholds a pass counts: 3 bits of the key. BLOCK * WAYS running counts are 64 a thread with 4
 # warps.
@@ -31,7 +31,7 @@ def load_bits(row, begin, n, col_stride, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def stream_kernel(
+def passes_kernel(
     x,  # [rows, n] bits, any strides
     taken,  # [rows, k] int32
     n,
@@ -47,7 +47,7 @@ def stream_kernel(
     """taken[row, :] = columns of the k largest of x[row, :], ascending.
 
     Invariant of the search: #{key >= low} >= k > #{key >= high} = above. It ends at low + 1 = high,
-    so that low is the k-th key and k - above of its equals are wanted.
+    so that the bound low is the k-th key and k - above of its equals are wanted.
     """
     program = tl.program_id(0).to(tl.int64)
     row = x + program * row_stride
@@ -58,15 +58,15 @@ def stream_kernel(
     while low + 1 < high:
         width = high.to(tl.int64) - low.to(tl.int64)
         trial = (low + width * tl.arange(0, WAYS) // WAYS).to(tl.int32)  # [WAYS], the first is low
-        found = tl.zeros([WAYS, BLOCK], tl.int32)
+        counts = tl.zeros([WAYS, BLOCK], tl.int32)
         begin = tl.full([], 0, tl.int64)  # int64: the last step may pass 2^31
         while begin < n:
             bits, inside = load_bits(row, begin, n, col_stride, BLOCK)
-            key = ordered_key(bits, MAGNITUDE, INFINITY, ABS)
+            key = key_of(bits, MAGNITUDE, INFINITY, ABS)
             key = tl.where(inside, key, -INFINITY - 1)
-            found += (key[None, :] >= trial[:, None]).to(tl.int32)
+            counts += (key[None, :] >= trial[:, None]).to(tl.int32)
             begin += BLOCK
-        count = tl.sum(found, axis=1)
+        count = tl.sum(counts, axis=1)
         low = tl.max(tl.where(count >= k, trial, low), axis=0)
         high = tl.min(tl.where(count < k, trial, high), axis=0)
         above = tl.max(tl.where(count < k, count, above), axis=0)
@@ -77,7 +77,7 @@ def stream_kernel(
     begin = tl.full([], 0, tl.int64)
     while begin < n:
         bits, inside = load_bits(row, begin, n, col_stride, BLOCK)
-        key = ordered_key(bits, MAGNITUDE, INFINITY, ABS)
+        key = key_of(bits, MAGNITUDE, INFINITY, ABS)
         is_above = (inside & (key > low)).to(tl.int32)
         is_tied = (inside & (key == low)).to(tl.int32)
         ranks = tl.cumsum(is_above + (is_tied << 16), axis=0)
@@ -91,12 +91,12 @@ def stream_kernel(
         begin += BLOCK
 
 
-def stream_columns(x: torch.Tensor, k: int, abs: bool) -> torch.Tensor:
+def columns_by_passes(x: torch.Tensor, k: int, abs: bool) -> torch.Tensor:
     """Columns int32 [rows, k] of the k largest of each row of x [rows, n], ascending."""
     rows, n = x.shape
     bits = bits_of(x.dtype)
     taken = torch.empty(rows, k, dtype=torch.int32, device=x.device)
-    stream_kernel[(rows,)](
+    passes_kernel[(rows,)](
         x.view(bits.integer),
         taken,
         n,
