@@ -64,8 +64,6 @@ COMPUTED = {
     "sparsekern._system": "optional packages of others",
     "sparsekern.studies.loggers": "optional packages of others",
     "sparsekern.cli.data": "the user's own module",
-    "sparsekern.cli.train": "studies",
-    "sparsekern.studies.reproduction.cells": "studies",
 }
 
 

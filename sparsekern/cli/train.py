@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import shlex
 import sys
 import typing
@@ -12,42 +11,19 @@ from dataclasses import MISSING, Field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..studies import sae
 from ..studies.configs import SettingError, out_folder, with_absolute_paths
 from ..studies.loggers import TARGETS, logged_to
-
-# Study -> what its command says about it.
-STUDIES = {
-    "vae-sae": (
-        "VAE with a top-k sparse layer on dSprites",
-        (
-            "Trains the VAE-SAE hybrid on dSprites while k falls from 500 to 50. Without arguments "
-            "it renders a dSprites-compatible subset and takes a few minutes on two cores."
-        ),
-    ),
-    "sae": (
-        "sparse autoencoder on stored activations",
-        (
-            "Trains a sparse autoencoder on files of activations; 'sparsekern data "
-            "activations' makes such files."
-        ),
-    ),
-    "sparling": (
-        "motifs found by extreme activation sparsity",
-        (
-            "Trains a local network, a bottleneck of extreme sparsity and a readout end to end on "
-            "inputs labelled with sequences of symbols, while the bottleneck's density falls, and "
-            "measures whether its activations are the motifs. Without arguments it takes minutes."
-        ),
-    ),
-}
+from ..studies.registry import STUDIES
+from ..studies.study import Study
 
 
 def add_train(commands: Any) -> None:
     """Adds ``train`` to the commands of a parser."""
     training = commands.add_parser("train", help="train the model of a study")
     studies = training.add_subparsers(title="studies", metavar="STUDY", required=True)
-    for name, (help, description) in STUDIES.items():
-        _add_study(studies, name, help, description)
+    for study in STUDIES.values():
+        _add_study(studies, study)
 
 
 def add_eval(commands: Any) -> None:
@@ -71,21 +47,17 @@ def add_eval(commands: Any) -> None:
     parser.set_defaults(function=_eval, command="eval")
 
 
-def _study(name: str) -> Any:
-    """The module of a study: its Config, PRESETS, FILES, run, table and saved_config."""
-    return importlib.import_module(f"sparsekern.studies.{name.replace('-', '_')}")
-
-
-def _add_study(studies: Any, name: str, help: str, description: str) -> None:
-    study = _study(name)
+def _add_study(studies: Any, study: Study) -> None:
     # An absent flag is absent, so that --resume can tell it from one given with its default.
     parser = studies.add_parser(
-        name, help=help, description=description, argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
+        study.name, help=study.help, description=study.description,
+        argument_default=argparse.SUPPRESS, allow_abbrev=False,
     )  # fmt: skip
     place = parser.add_mutually_exclusive_group()
     place.add_argument(
-        "--out", metavar="RUN", help=f"folder of the new run; by default runs/{name}-<date>-<time>"
+        "--out",
+        metavar="RUN",
+        help=f"folder of the new run; by default runs/{study.name}-<date>-<time>",
     )
     place.add_argument("--resume", metavar="RUN", help="folder of an interrupted run to go on with")
     parser.add_argument(
@@ -93,16 +65,16 @@ def _add_study(studies: Any, name: str, help: str, description: str) -> None:
         choices=TARGETS,
         help="send every logged number to tensorboard (files in the run folder) or wandb, too",
     )
-    if len(study.PRESETS) > 1:
+    if len(study.presets) > 1:
         parser.add_argument(
             "--preset",
-            choices=tuple(study.PRESETS),
+            choices=tuple(study.presets),
             help="settings to start from; flags override them (default: default)",
         )
-    kinds = typing.get_type_hints(study.Config)
-    for item in fields(study.Config):
+    kinds = typing.get_type_hints(study.config)
+    for item in fields(study.config):
         _add_flag(parser, item, kinds[item.name])
-    parser.set_defaults(function=_train, command=f"train {name}", study=name)
+    parser.set_defaults(function=_train, command=f"train {study.name}", study=study.name)
 
 
 def _add_flag(parser: argparse.ArgumentParser, item: Field, kind: Any) -> None:
@@ -129,10 +101,10 @@ def _add_flag(parser: argparse.ArgumentParser, item: Field, kind: Any) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    study = _study(options.study)
+    study = STUDIES[options.study]
     given = {
         item.name: getattr(options, item.name)
-        for item in fields(study.Config)
+        for item in fields(study.config)
         if hasattr(options, item.name)
     }
     resume = getattr(options, "resume", None)
@@ -140,7 +112,7 @@ def _train(options: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         more: dict[str, Any] = {}
         if resume is None:
-            config = study.Config(**{**study.PRESETS[preset or "default"], **given})
+            config = study.config(**{**study.presets[preset or "default"], **given})
             unused = config.without_effect()
             for name in given.keys() & unused.keys():
                 raise SettingError(name, f"has no effect {unused[name]}")
@@ -153,7 +125,7 @@ def _train(options: argparse.Namespace) -> int:
         else:
             saved, out = study.saved_config(resume), Path(resume)
             config = _resumed_config(saved, given, resume)
-            if any(item.metadata.get("extends") for item in fields(study.Config)):
+            if any(item.metadata.get("extends") for item in fields(study.config)):
                 more = {"extend": bool(given.keys() & _growing(saved))}
         if target := getattr(options, "log_to", None):
             more["on_metrics"] = stack.enter_context(logged_to(target, out, config))
@@ -168,7 +140,7 @@ def _train(options: argparse.Namespace) -> int:
         )
         return status
     sys.stdout.write(study.table(report.results, config) + "\n")
-    sys.stdout.write(f"run folder {out}: {', '.join(study.FILES)}\n")
+    sys.stdout.write(f"run folder {out}: {', '.join(study.files)}\n")
     return status
 
 
@@ -194,14 +166,13 @@ def _resumed_config(saved: Any, given: dict[str, Any], folder: str) -> Any:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    study = _study("sae")
     measured = {
-        run: study.evaluate_run(run, tuple(options.activations), device=options.device)
+        run: sae.evaluate_run(run, tuple(options.activations), device=options.device)
         for run in dict.fromkeys(options.runs)
     }
     if len(measured) == 1:
         [(run, found)] = measured.items()
-        sys.stdout.write(study.measurements(found, f"checkpoint of {run}") + "\n")
+        sys.stdout.write(sae.measurements(found, f"checkpoint of {run}") + "\n")
     else:
-        sys.stdout.write(study.comparison(measured) + "\n")
+        sys.stdout.write(sae.comparison(measured) + "\n")
     return 0

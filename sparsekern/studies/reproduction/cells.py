@@ -8,7 +8,6 @@ killed at any moment is started again with the same command, and no cell counts 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
 import signal
@@ -22,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any, Protocol, TypeVar
 
 from ..._system import open_plain, require
@@ -54,11 +54,6 @@ class CellConfig(Protocol):
 AnyCell = TypeVar("AnyCell", bound=Cell)
 
 
-def module_of(study: str) -> Any:
-    """The module of a study, such as "vae_sae": its Config, run and saved_config."""
-    return importlib.import_module(f"..{study}", __package__)
-
-
 @dataclass
 class Ended:
     """How the cells of a call ended."""
@@ -75,7 +70,7 @@ def cell_folder(folder: Path, cell: Cell) -> Path:
     return folder / CELLS / cell.name
 
 
-def is_finished(study: str, folder: Path, cell: Cell, config: CellConfig) -> bool:
+def is_finished(study: ModuleType, folder: Path, cell: Cell, config: CellConfig) -> bool:
     """Whether a cell has its results.
 
     Raises:
@@ -84,7 +79,7 @@ def is_finished(study: str, folder: Path, cell: Cell, config: CellConfig) -> boo
     place = cell_folder(folder, cell)
     if not (place / "config.json").exists():
         return False
-    there, here = module_of(study).saved_config(place).identity(), config.identity()
+    there, here = study.saved_config(place).identity(), config.identity()
     for name, value in here.items():
         if there[name] != value:
             raise RunError(
@@ -95,7 +90,7 @@ def is_finished(study: str, folder: Path, cell: Cell, config: CellConfig) -> boo
 
 
 def run_cells(
-    study: str,
+    study: ModuleType,
     folder: Path,
     configs: Mapping[AnyCell, Any],
     finished: Sequence[AnyCell],
@@ -106,7 +101,7 @@ def run_cells(
     """Trains what is not finished yet.
 
     Args:
-        study: see :func:`module_of`.
+        study: its package, with Config, run and saved_config.
         folder: of the reproduction.
         configs: what to run, in this order; each a :class:`CellConfig`.
         finished: those of them that have their results; see :func:`is_finished`.
@@ -149,7 +144,7 @@ class _Worker:
 
     def __init__(
         self,
-        study: str,
+        study: ModuleType,
         folder: Path,
         configs: Mapping[Any, Any],
         waiting: deque[Any],
@@ -187,7 +182,7 @@ class _Worker:
             self.process = self._spawned(log)
         place = cell_folder(self.folder, cell)
         place.parent.mkdir(parents=True, exist_ok=True)
-        job = {"study": self.study, "folder": str(place), "config": asdict(self.configs[cell])}
+        job = {"folder": str(place), "config": asdict(self.configs[cell])}
         answer = _ask(self.process, job)
         if answer is None:
             if not self.interrupted:
@@ -202,7 +197,7 @@ class _Worker:
 
     def _spawned(self, log: IO[str]) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-c", _program(self.threads)],
+            [sys.executable, "-c", _program(self.study, self.threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -222,11 +217,11 @@ class _Worker:
                 self.process.stdout.close()
 
 
-def _program(threads: int) -> str:
+def _program(study: ModuleType, threads: int) -> str:
     """What a worker's process runs: this very package, whatever lies in the current folder."""
     return (
-        f"import sys; sys.path[:] = {sys.path!r}; "
-        f"from {__package__}.worker import main; main({threads})"
+        f"import sys; sys.path[:] = {sys.path!r}; import {study.__name__} as study; "
+        f"from {__package__}.worker import main; main(study, {threads})"
     )
 
 
@@ -296,7 +291,7 @@ def epochs_done(place: Path) -> int:
 
 
 def read_cells(
-    study: str, folder: Path, wanted: Sequence[AnyCell]
+    study: ModuleType, folder: Path, wanted: Sequence[AnyCell]
 ) -> dict[AnyCell, dict[str, Any]]:
     """The finished ones with their config, results and epoch records."""
     found = {}
@@ -310,7 +305,7 @@ def read_cells(
         except (OSError, ValueError) as error:
             raise RunError(f"cannot read {place / 'results.json'}: {error}") from error
         found[cell] = {
-            "config": asdict(module_of(study).saved_config(place)),
+            "config": asdict(study.saved_config(place)),
             "results": results,
             "epochs": read_metrics(place, "epoch"),
         }

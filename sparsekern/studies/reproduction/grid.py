@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def checked_jobs(jobs: int | None) -> int | None:
 
 
 def run_grid(
-    study: str,
+    study: ModuleType,
     folder: Path,
     configs: Mapping[AnyCell, Any],
     request: Mapping[str, Any],
@@ -41,7 +42,7 @@ def run_grid(
     """Runs what is not finished yet, in a locked folder.
 
     Args:
-        study: see cells.module_of.
+        study: its package, with Config, run and saved_config.
         folder: of the reproduction, see folder.locked.
         configs: what each cell runs.
         request: what was asked for; see folder.merged_request, also for fixed and lists.

@@ -1,6 +1,6 @@
 """A process that trains cells of a reproduction, one after the other.
 
-Reads one line of JSON from stdin for each cell: study, folder, config. Answers each on stdout with
+Reads one line of JSON from stdin for each cell: folder, config. Answers each on stdout with
 a line of JSON: signal (null, or what interrupted it) and error (null, or why it failed). What the
 cells print goes to stderr. When stdin ends, whoever started it is gone or has no more work: it
 saves and stops, as it does after SIGTERM.
@@ -20,13 +20,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 LOCK_SECONDS = 30.0
 
 
-def main(threads: int) -> None:
-    """Serves cells until stdin ends, with so many threads."""
+def main(study: ModuleType, threads: int) -> None:
+    """Serves cells of a study until stdin ends, with so many threads."""
     import torch
 
     torch.set_num_threads(threads)
@@ -35,7 +36,7 @@ def main(threads: int) -> None:
     answers = sys.stdout
     while (job := jobs.get()) is not None:
         with contextlib.redirect_stdout(sys.stderr):
-            answer = _answer(job["study"], Path(job["folder"]), job["config"])
+            answer = _answer(study, Path(job["folder"]), job["config"])
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
@@ -48,7 +49,7 @@ def _read(jobs: queue.SimpleQueue[dict[str, Any] | None]) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _answer(study: str, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def _answer(study: ModuleType, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     from ..configs import EXPECTED_ERRORS
 
     try:
@@ -57,17 +58,15 @@ def _answer(study: str, folder: Path, settings: dict[str, Any]) -> dict[str, Any
         return {"signal": None, "error": " ".join(str(error).split())}
 
 
-def _train(study: str, folder: Path, settings: dict[str, Any]) -> int | None:
+def _train(study: ModuleType, folder: Path, settings: dict[str, Any]) -> int | None:
     from ...training import RunError
-    from .cells import module_of
 
-    module = module_of(study)
-    config = module.Config(**settings)
+    config = study.Config(**settings)
     resume = (folder / "config.json").exists()
     give_up = time.monotonic() + LOCK_SECONDS
     while True:
         try:
-            signal: int | None = module.run(config, folder, resume=resume).outcome.signal
+            signal: int | None = study.run(config, folder, resume=resume).outcome.signal
             return signal
         except RunError as error:
             # One that was told to stop a moment ago may still be saving.

@@ -8,14 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import sparling
 from ..configs import check_one_process, check_packages, usable_device
 from ..reproduction import Ended, checked_jobs, checked_names, locked, read_cells, run_grid
 from . import grid, report
 from .config import SparlingConfig
 from .grid import Cell, asked_cells, cell_config, cells, parsed_overrides
 from .run import domain_of
-
-STUDY = "sparling"
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def reproduce(
     folder = Path(folder)
     with locked(folder):
         ended, asked = run_grid(
-            STUDY,
+            sparling,
             folder,
             configs,
             asdict(request),
@@ -99,7 +98,7 @@ def reproduce(
             progress=progress,
         )
         everything = asked_cells(asked)
-        found = read_cells(STUDY, folder, everything)
+        found = read_cells(sparling, folder, everything)
         if found:
             report.write(folder, asked, found, domain, failed=ended.failed, total=len(everything))
     return ended

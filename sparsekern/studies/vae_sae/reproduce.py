@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import vae_sae
 from ..configs import check_one_process, check_packages, usable_device
 from ..reproduction import REQUEST, Ended, checked_jobs, checked_names, locked, read_cells, run_grid
 from . import grid, report
@@ -16,7 +17,6 @@ from .config import DATASETS, VAESAEConfig
 from .grid import Cell, asked_cells, cell_config, cells, parsed_overrides
 from .images import check_file
 
-STUDY = "vae_sae"
 GROUPS = {
     "study": grid.STUDY,
     "controls": grid.CONTROLS,
@@ -129,7 +129,7 @@ def reproduce(
             raise ValueError(f"--data must be of the data sets asked for, got one of {name}")
     with locked(folder):
         ended, asked = run_grid(
-            STUDY,
+            vae_sae,
             folder,
             configs,
             {**asdict(request), "digests": request.digests()},
@@ -140,7 +140,7 @@ def reproduce(
             progress=progress,
         )
         everything = asked_cells(asked)
-        found = read_cells(STUDY, folder, everything)
+        found = read_cells(vae_sae, folder, everything)
         if found:
             report.write(folder, asked, found, failed=ended.failed, total=len(everything))
     return ended
