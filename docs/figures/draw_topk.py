@@ -90,7 +90,7 @@ def draw_rising_bound() -> None:
     n, chunk, k, width, height = 640, 80, 8, 620, 220
     draw = random.Random(5)
     x = [draw.gauss(0, 1) for _ in range(n)]
-    left, top, low, high = 30, 24, -3.2, 3.4
+    left, top, low, high = 30, 24, -3.4, 4.1
 
     def place(i: float, value: float) -> tuple[float, float]:
         return left + i * (width - left - 10) / n, top + (high - value) / (high - low) * height
