@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from reproductions import command_of, results
 from sparsekern._system import lock_file
 from sparsekern.cli.command import main
 from sparsekern.data.images import dsprites
+from sparsekern.studies import vae_sae
 from sparsekern.studies.reproduction import epochs_done, merged_request
-from sparsekern.studies.vae_sae import grid
+from sparsekern.studies.vae_sae import VAESAEConfig, grid
 from sparsekern.studies.vae_sae.grid import ARMS, Cell, cell_config, cells, parsed_overrides
 from sparsekern.studies.vae_sae.reproduce import Request
 from sparsekern.training import RunError
@@ -49,6 +51,26 @@ def test_every_arm_of_every_preset_is_a_config(preset, arm):
         assert config.extra_epochs == (100 if arm in ("topk", "l1") else 0)
         ends = {"dense": (500, 500), "fixed": (50, 50)}.get(arm, (500, 50))
         assert (config.k_start, config.k_end) == ends
+
+
+def test_the_command_without_arguments_trains_a_cell_of_the_study():
+    cell = cell_config(Cell("dsprites", "topk", 0), "small", {"extra_epochs": 0}, None)
+    assert replace(VAESAEConfig(), mig_every=cell.mig_every, progress=False) == cell
+
+
+def test_a_run_is_shown_beside_the_published_rate_with_the_cure():
+    shares = {"never": 0.376, "frequency<1e-04": 0.376}
+    results = {
+        "data": "images", "steps": 1, "reconstruction": 1.0, "kl": 1.0, "mig": {"score": 0.1},
+        "dead": shares, "dead_sampled": shares, "l0": 50.0, "images_per_second": 1.0,
+        "backends": {}, "test_images": 9, "device": "cpu",
+    }  # fmt: skip
+    text = vae_sae.table(results, VAESAEConfig())
+    assert "never active     37.6%" in text and "the study        34.4 % ± 0.9 %" in text
+    assert "add --standardize" in text
+    cured = vae_sae.table(results, VAESAEConfig(standardize=True))
+    assert "the study" in cured and "add --standardize" not in cured
+    assert "the study" not in vae_sae.table(results, VAESAEConfig(k_end=20))
 
 
 def test_arms_differ_from_the_study_in_what_they_say():

@@ -275,7 +275,7 @@ def test_kernels_and_reference_train_alike_over_thirty_steps():
         ({"side": 48}, "side must be one of 64, 32, got 48"),
         ({"extra_epochs": -1}, "extra_epochs must be at least 0, got -1"),
         ({"warm_epochs": 50}, r"warm_epochs must lie in 0\.\.49 \(below epochs\), got 50"),
-        ({"tied": True}, "tied needs placement code, which is decoder, got True"),
+        ({"tied": True}, "tied needs placement code, which is encoder, got True"),
         ({"sparsifier": "l1", "revival": "auxk"}, "revival must be none under l1"),
     ],
 )

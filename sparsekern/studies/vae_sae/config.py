@@ -25,6 +25,8 @@ LARGEST_SEED = 2**64 - 1  # of torch's generators
 ABSTRACT = "abstract of arXiv 2603.18056"
 OURS = "ours"
 LIBRARY = "disentanglement_lib (Locatello et al. 2019)"
+VALUES_OF_SOURCES = {"side": 64}
+"""Where the default is another value than the source's."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,10 @@ class VAESAEConfig(StudyConfig):
         path=True,
     )
     images: int = option(
-        3072, "training images, a random subset; one epoch is one pass over them", source=OURS
+        2560, "training images, a random subset; one epoch is one pass over them", source=OURS
     )
     side: int = option(
-        64, "of the images in pixels; 32 is the mean of 2 x 2 pixels", choices=SIDES, source=LIBRARY
+        32, "of the images in pixels; 32 is the mean of 2 x 2 pixels", choices=SIDES, source=LIBRARY
     )
     epochs: int = option(
         50, "passes over the training images; the k schedule spans them all", source=ABSTRACT
@@ -56,7 +58,7 @@ class VAESAEConfig(StudyConfig):
     learning_rate: float = option(1e-3, "of Adam", source="Chen et al. 2018")
     beta: float = option(1.0, "weight of the KL divergence", source=LIBRARY)
     placement: str = option(
-        "decoder",
+        "encoder",  # where the units are the network's neurons, and where they die: see grid.py
         "of the sparse layer: z -> units -> decoder, z -> units -> z (code), or "
         "features -> units -> posterior (encoder)",
         choices=PLACEMENTS,
@@ -99,7 +101,7 @@ class VAESAEConfig(StudyConfig):
         choices=REVIVALS,
         source=OURS,
     )
-    dead_after: int = option(3072, "training images without firing that make a unit dead to it")
+    dead_after: int = option(2560, "training images without firing that make a unit dead to it")
     eval_images: int = option(1024, "held-out images measured after each epoch")
     test_images: int = option(10000, "other held-out images, measured at the end", source=LIBRARY)
     mig_every: int = option(

@@ -93,6 +93,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "full": {
         "placement": PLACEMENT,
+        "side": 64,
         "images": 716_800,
         "eval_images": 10_240,
         "test_images": 10_240,

@@ -30,6 +30,7 @@ from ..configs import (
 from . import measures
 from .config import VAESAEConfig
 from .images import Part, Parts, mean_pixel, pixels, read
+from .published import CURE, DEAD_UNITS
 from .task import VAESAETask, make_model
 
 NAME = "vae-sae"
@@ -164,6 +165,7 @@ def table(results: Mapping[str, Any], config: VAESAEConfig) -> str:
         ("KL", f"{results['kl']:.2f} nats per image"),
         ("MIG of z", f"{results['mig']['score']:.3f}"),
         ("dead units, never active", f"{dead['never']:.1%}"),
+        *_published(config),
         ("dead units, z sampled", f"{results['dead_sampled']['never']:.1%}"),
         *((f"dead units, {name}", f"{share:.1%}") for name, share in dead.items() if "<" in name),
         ("L0", f"{results['l0']:.1f} units per image"),
@@ -174,7 +176,18 @@ def table(results: Mapping[str, Any], config: VAESAEConfig) -> str:
     held_out = f"{results['test_images']} held-out images"
     lines = [f"VAE-SAE on {results['device']}, measured on {held_out}"]
     lines += [f"  {name:<{width}}  {value}" for name, value in rows]
+    if config.placement == "encoder" and not config.standardize and config.revival == "none":
+        lines.append(CURE)
     return "\n".join(lines)
+
+
+def _published(config: VAESAEConfig) -> list[tuple[str, str]]:
+    """The study's own rate of dead units, for a run that sparsifies as far as the study."""
+    rate = DEAD_UNITS.get((config.sparsifier, config.dataset))
+    if rate is None or (config.units, config.k_start, config.k_end) != (500, 500, 50):
+        return []
+    mean, spread = rate
+    return [("dead units, the study", f"{mean} % ± {spread} % (arXiv 2603.18056)")]
 
 
 def saved_config(folder: str | Path) -> VAESAEConfig:

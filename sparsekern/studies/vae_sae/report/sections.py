@@ -12,13 +12,13 @@ from ....training.checkpoints import CheckpointError
 from ...reproduction import calls_of, cell_folder
 from ...reproduction.document import Code, Document, Heading, Items, Paragraph, Table
 from ..grid import STUDY, Cell
+from ..published import DEAD_UNITS
 from . import figures, pictures
 from .conclusions import conclusions
 from .figures import SETS, definition, named
 from .limits import changed_settings, is_rendered, limits
 from .statistics import Spread, counted, spread
 from .summary import (
-    PUBLISHED,
     Measured,
     alive_factors,
     draws_matter,
@@ -98,7 +98,7 @@ def main_table(document: Document, measured: Measured) -> None:
         if not draws_matter(measured):
             drawn = []
         rows = [
-            row("the study (%)", lambda c: "{} ± {}".format(*PUBLISHED[c])),
+            row("the study (%)", lambda c: "{} ± {}".format(*DEAD_UNITS[c])),
             *(row(f"{definition(n)} (%)", of_panel(n)) for n in names),
             *drawn,
             row(

@@ -23,13 +23,6 @@ UNCURED = "topk"
 OTHER_DEFINITIONS = ("frequency<1e-03", "frequency<1e-02")
 """Of dead units, by which a cure is looked at besides."""
 L0_TOLERANCE = 0.1
-PUBLISHED = {
-    ("topk", "dsprites"): (34.4, 0.9),
-    ("topk", "shapes3d"): (62.7, 1.3),
-    ("l1", "dsprites"): (41.7, 4.4),
-    ("l1", "shapes3d"): (90.6, 0.5),
-}
-"""Dead units in percent, mean and spread, of the abstract of arXiv 2603.18056."""
 NEEDED = {
     "results": (
         "data", "test_images", "k", "reconstruction", "kl", "l0", "dead", "dead_sampled", "mig",

@@ -142,7 +142,8 @@ def protocol_rows(
             continue
         values = dict.fromkeys(str(config[item.name]) for config in configs)
         text = item.metadata["help"]
-        known = {str(item.default), str(study.get(item.name, item.default))}
+        sourced = VALUES_OF_SOURCES.get(item.name, item.default)
+        known = {str(sourced), str(study.get(item.name, sourced))}
         source = sources.get(item.name, "")
         if item.name not in OWN_COLUMNS and not known.issuperset(values):
             source = OURS
