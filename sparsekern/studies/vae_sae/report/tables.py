@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .. import grid
-from ..config import OURS, VAESAEConfig
+from ..config import OURS, VALUES_OF_SOURCES, VAESAEConfig
 from ..grid import Cell
 from ..images import SETS
 from .activity import cut, early, phase_of_units, phases, silent
