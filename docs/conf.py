@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from sphinx.transforms.post_transforms import SphinxPostTransform
+
 import sparsekern
 
 project = "sparsekern"
@@ -46,3 +52,24 @@ html_theme_options = {
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
+
+
+class FiguresInPages(SphinxPostTransform):
+    """Put SVG figures into the pages themselves, where they follow the site's mode; as pictures
+    they would follow the system's."""
+
+    default_priority = 1
+
+    def run(self, **options: Any) -> None:
+        """Replace the images of this page."""
+        for image in list(self.document.findall(nodes.image)):
+            if image["uri"].endswith(".svg"):
+                drawing = Path(self.app.srcdir, image["uri"]).read_text()
+                figure = nodes.raw("", f'<div class="drawing">{drawing}</div>', format="html")
+                alone = isinstance(image.parent, nodes.paragraph) and len(image.parent) == 1
+                (image.parent if alone else image).replace_self(figure)
+
+
+def setup(app: Any) -> None:
+    """Add what is above to Sphinx."""
+    app.add_post_transform(FiguresInPages)

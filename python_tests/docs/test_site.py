@@ -24,7 +24,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert built.returncode == 0, built.stderr
     api = (tmp_path / "site" / "api.html").read_text()
     assert [name for name in sparsekern.__all__ if f'id="sparsekern.{name}"' not in api] == []
-    assert "<svg" in (tmp_path / "site" / "benchmarks.html").read_text()
+    assert "<svg" in (tmp_path / "site" / "benchmarks.html").read_text()  # and no picture of it
 
 
 def test_tables_and_figures_are_those_of_the_committed_rows():

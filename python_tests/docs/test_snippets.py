@@ -13,7 +13,7 @@ from pages import PAGES, ROOT, Block, blocks, prose
 from sparsekern.cli.command import _parser
 
 # What a fence may say: code that runs, commands, output or other libraries' code, the site's own.
-LANGUAGES = {"python", "sh", "text", "{toctree}", "{raw} html", "{eval-rst}"}
+LANGUAGES = {"python", "sh", "text", "{toctree}", "{eval-rst}"}
 PROGRAMS = {"python3 -m venv", ". .venv/bin/activate", "pytest", "sphinx-build", "pre-commit"}
 FOLDERS = ("bench", "csrc", "docs", "examples", "python_tests", "sparsekern", ".ci")
 
