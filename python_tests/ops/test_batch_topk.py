@@ -16,7 +16,7 @@ import sparsekern
 from sparsekern import testing
 from sparsekern.ops import batch_topk as public
 from sparsekern.ops.batch_topk import batch_mask
-from sparsekern.ops.batch_topk.candidates import first_of_list
+from sparsekern.ops.batch_topk.candidates import largest_of_list
 from sparsekern.ops.batch_topk.reference import batch_topk_reference
 from sparsekern.ops.order import key_of
 from sparsekern.ops.topk import native
@@ -150,13 +150,13 @@ def test_keys_have_the_order_of_the_values(dtype):
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
-def test_first_of_list(dtype):
+def test_largest_of_list(dtype):
     """How a GPU selects among the candidates, on any device."""
     for fill in testing.FILLS:
         x = testing.fill_rows(fill, 1, 300).to(dtype)
         for total in (1, 2, 77, 299, 300):
             _, values, places = batch_topk_reference(x, total, False)
-            first = first_of_list(x[0], torch.arange(300) * 10, total)
+            first = largest_of_list(x[0], torch.arange(300) * 10, total)
             testing.assert_same(fill, first[0], values)
             testing.assert_same(fill, first[1], places * 10)
 

@@ -1,12 +1,11 @@
-"""How a gradient that is written in Python is recorded, and what autograd has to know of outputs
-and of arguments that change.
+"""Gradients written in Python, and arguments and outputs that autograd must know about.
 
-torch's own registration of such gradients refuses the transforms of torch.func. Here each level of
-transforms records the operation for itself, as it does torch's own operations: on the tensors of
-that level, with the levels below run inside.
+torch's own `register_autograd` refuses the transforms of torch.func. Here each level of transforms
+records the operation for itself, as it records torch's own operations: on the tensors of that
+level, with the levels below run inside.
 
 This needs private names of torch. Where one is missing `CAN_RECORD` is False, and gradients are
-registered torch's own way.
+registered with torch's `register_autograd`.
 """
 
 from __future__ import annotations
@@ -41,13 +40,19 @@ def recording_kernel(
     backward: Callable[..., Any],
     setup_context: Callable[..., None] | None,
 ) -> Callable[..., Any]:
-    """The kernel of an operation for torch's dispatch key Autograd.
+    """Make the kernel of an operation for torch's dispatch key Autograd.
 
-    arguments: how many it has; those left out are None. backward, setup_context: as those of an
-    autograd.Function. Forward-mode differentiation is refused: its tangents would be lost.
+    Forward-mode differentiation is refused: its tangents would be lost.
+
+    Args:
+        name: of the operation.
+        overload: the operation in torch.ops.
+        arguments: their number; those that a call leaves out are None.
+        backward: as of an autograd.Function.
+        setup_context: as of an autograd.Function, or None.
     """
 
-    def run(keys: Any, *args: Any) -> Any:
+    def run_below(keys: Any, *args: Any) -> Any:
         # Below the tracking of views, too: results are no views of the tensors they were made from.
         with _AutoDispatchBelowADInplaceOrView():
             return overload.redispatch(keys & _after_ADInplaceOrView_keyset, *args)
@@ -57,9 +62,9 @@ def recording_kernel(
         if _are_functorch_transforms_active():
             # autograd.Function has turned recording off, for the levels below as well.
             with torch.enable_grad(), _set_fwd_grad_enabled(True):
-                outputs = run(keys, *inputs)
+                outputs = run_below(keys, *inputs)
         else:
-            outputs = run(keys, *inputs)
+            outputs = run_below(keys, *inputs)
         if setup_context is not None:
             # The dispatcher leaves out arguments that equal their default, None.
             left_out = arguments - len(inputs)
@@ -70,31 +75,31 @@ def recording_kernel(
         result = backward(ctx, *grads)
         return (*result, None) if isinstance(result, tuple) else (result, None)
 
-    def refuse(*_: Any) -> Any:
+    def refuse_jvp(*_: Any) -> Any:
         raise NotImplementedError(
             f"{name}: there is no forward-mode derivative (torch.func.jvp, jacfwd, hessian, "
             "forward_ad); use reverse mode: torch.autograd.grad, torch.func.jacrev"
         )
 
-    def key(ctx: Any) -> Any:  # by which compiled autograd tells functions apart
+    def compiled_autograd_key(ctx: Any) -> Any:  # tells functions apart
         return (ctx._autograd_function_id,)
 
-    functions = {
+    methods = {
         "forward": forward,
         "backward": recorded_backward,
-        "jvp": refuse,
-        "_compiled_autograd_key": key,
+        "jvp": refuse_jvp,
+        "_compiled_autograd_key": compiled_autograd_key,
     }
     function: Any = type(
         f"sparsekern_{name}",
         (_SingleLevelFunction,),
-        {name: staticmethod(function) for name, function in functions.items()},
+        {name: staticmethod(method) for name, method in methods.items()},
     )
 
     def kernel(keys: Any, *args: Any) -> Any:
         recording = torch.is_grad_enabled() and _any_requires_grad(*args)
         if not recording and forward_ad._current_level < 0:
-            return run(keys, *args)
+            return run_below(keys, *args)
         if _are_functorch_transforms_active():
             with enable_single_level_autograd_function():
                 return function.apply(*args, keys)
@@ -104,27 +109,31 @@ def recording_kernel(
 
 
 def versioning_kernel(overload: Any, mutated: list[int]) -> Callable[..., Any]:
-    """The kernel of an operation for torch's dispatch key ADInplaceOrView, where some arguments are
-    changed in place."""
+    """Make the kernel for torch's dispatch key ADInplaceOrView.
+
+    mutated: the positions of the arguments that the operation changes in place.
+    """
 
     def kernel(keys: Any, *args: Any) -> Any:
         with _AutoDispatchBelowADInplaceOrView():
             outputs = overload.redispatch(keys & _after_ADInplaceOrView_keyset, *args)
-        raise_versions(mutated, args)
+        increment_versions(mutated, args)
         return outputs
 
     return kernel
 
 
-def raise_versions(mutated: list[int], args: tuple[Any, ...]) -> None:
-    """Note that these arguments were changed: what autograd has saved of them is stale."""
-    changed = [args[at] for at in mutated]
+def increment_versions(mutated: list[int], args: tuple[Any, ...]) -> None:
+    """Tell autograd that the arguments in these positions changed: saved ones are stale."""
+    changed = [args[position] for position in mutated]
     torch.autograd.graph.increment_version([t for t in changed if not t.is_inference()])
 
 
 def without_views(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with outputs none of which is a view: autograd treats in-place changes of
-    views in its own way, and refuses many."""
+    """Wrap a function so that it detaches outputs that are views.
+
+    Autograd refuses many in-place changes of views.
+    """
 
     def run(*args: Any) -> Any:
         outputs = function(*args)

@@ -1,4 +1,4 @@
-"""Which backends there are, in which order they are tried, and how to force one."""
+"""The backends, the order in which they are tried, and a way to force one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class BackendUnavailableError(RuntimeError):
 
 
 def new_choices() -> dict[Any, Any]:
-    """A dictionary for choices that were made, emptied when others may have to be made."""
+    """Return a dictionary of choices already made, cleared whenever they may no longer hold."""
     choices: dict[Any, Any] = {}
     _choices.append(choices)
     return choices
@@ -36,8 +36,7 @@ def _forget_choices() -> None:
 
 
 def forced_backend() -> str | None:
-    """The backend forced by `backend(...)` or SPARSEKERN_BACKEND, or None for the automatic
-    choice."""
+    """Return the backend forced by `backend(...)` or SPARSEKERN_BACKEND; None if there is none."""
     name = _forced[-1] if _forced else os.environ.get("SPARSEKERN_BACKEND", "auto")
     _check_backend(name, "backend" if _forced else "SPARSEKERN_BACKEND")
     return None if name == "auto" else name
@@ -81,8 +80,10 @@ def backend(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stand_in(device_type: str, module: ModuleType) -> Iterator[None]:
-    """Use another compiled module, of the same functions, for a device type (the tests' host
-    emulation of CUDA)."""
+    """Use another compiled module with the same functions for a device type.
+
+    The tests do so to run the CUDA sources on a CPU.
+    """
     before = modules.stand_ins.copy()
     modules.stand_ins[device_type] = module
     forget_modules()

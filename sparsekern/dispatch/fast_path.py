@@ -1,12 +1,12 @@
-"""Whether a call may skip torch's dispatcher.
+"""The test whether a call may skip torch's dispatcher.
 
 The dispatcher reaches a kernel through several layers of Python, which cost more than some of the
 kernels here. It can be skipped when it would do nothing: no gradient is recorded, and none of the
 keys that it would visit (functorch, autocast, tracing, modes, subclasses, lazy negation, ...) is
 set, neither on a tensor nor on this thread.
 
-torch has only private names for these keys. Where one is missing, or does not show what it should,
-no call skips the dispatcher.
+torch has only private names for these keys. Where one is missing, or does not work as it should, no
+call skips the dispatcher.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ try:
     from torch._C._autograd import _profiler_enabled
     from torch.overrides import has_torch_function
 
-    # The keys whose kernels only pass a call on when nothing requires a gradient, and the kernels
-    # themselves.
+    # The keys of the kernels, and those whose kernels only pass a call on when nothing requires a
+    # gradient.
     _PASSED_ON = functools.reduce(
         lambda keys, key: keys.add(key),
         (
@@ -38,18 +38,18 @@ try:
         ),
         DispatchKeySet.from_raw_repr(0),
     ).raw_repr()  # fmt: skip
-    _STOPS = ~_PASSED_ON
+    _NEEDS_DISPATCHER = ~_PASSED_ON
     _known = hasattr(forward_ad, "_current_level")
 except (ImportError, AttributeError):
     _known = False
 
-# Of most arguments that are no tensors; asking Tensor's metaclass takes longer.
-_PLAIN = frozenset((bool, int, float, type(None)))
+# Most arguments that are no tensors have these types. isinstance(_, Tensor) takes longer.
+_SCALARS = frozenset((bool, int, float, type(None)))
 
 
 def dispatcher_has_nothing_to_do(args: tuple[Any, ...]) -> bool:
-    """True when the dispatcher would hand a call with these arguments straight to the kernel."""
-    # Overrides: of tensor subclasses, and of modes.
+    """Return True if the dispatcher would pass these arguments straight to the kernel."""
+    # has_torch_function: tensor subclasses, and modes.
     if not _known or torch.compiler.is_compiling() or has_torch_function(args):
         return False
     if _profiler_enabled() or forward_ad._current_level >= 0:
@@ -57,39 +57,39 @@ def dispatcher_has_nothing_to_do(args: tuple[Any, ...]) -> bool:
     recording = torch.is_grad_enabled()
     keys = _dispatch_tls_local_include_set().raw_repr()
     for arg in args:
-        if type(arg) not in _PLAIN and isinstance(arg, torch.Tensor):
+        if type(arg) not in _SCALARS and isinstance(arg, torch.Tensor):
             if recording and arg.requires_grad:
                 return False
             keys |= _dispatch_keys(arg).raw_repr()
-    return not keys & ~_dispatch_tls_local_exclude_set().raw_repr() & _STOPS
+    return not keys & ~_dispatch_tls_local_exclude_set().raw_repr() & _NEEDS_DISPATCHER
 
 
-def _keys_are_shown() -> bool:
-    """Whether the names above tell what they should: no call here may skip the dispatcher."""
-    seen: list[bool] = []
+def _private_names_work() -> bool:
+    """Return True if calls that need the dispatcher are recognised by the names above."""
+    skipped: list[bool] = []
 
-    def look(tensor: torch.Tensor) -> torch.Tensor:
-        seen.append(dispatcher_has_nothing_to_do((tensor,)))
+    def record(tensor: torch.Tensor) -> torch.Tensor:
+        skipped.append(dispatcher_has_nothing_to_do((tensor,)))
         return tensor
 
     try:
         x = torch.zeros(2, device="cpu")
         with torch.enable_grad():
-            look(x.clone().requires_grad_())
+            record(x.clone().requires_grad_())
         with torch.no_grad():
-            torch.vmap(look)(x)
-            look(torch.complex(x, x).conj().imag)  # negated when it is read
-            look(x.to("meta"))
+            torch.vmap(record)(x)
+            record(torch.complex(x, x).conj().imag)  # negated when it is read
+            record(x.to("meta"))
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                look(x)
+                record(x)
     except (AttributeError, TypeError):
         return False
-    return len(seen) == 5 and not any(seen)
+    return len(skipped) == 5 and not any(skipped)
 
 
-_known = _known and _keys_are_shown()
+_known = _known and _private_names_work()
 
 
 def device_type_of(tensor: torch.Tensor) -> str:
-    """tensor.device.type, found sooner on a CPU."""
+    """Return tensor.device.type; quicker for a CPU."""
     return "cpu" if tensor.is_cpu else tensor.device.type

@@ -1,4 +1,4 @@
-"""What `sparsekern info` tells: versions, modules, and which backend serves what."""
+"""The facts of `sparsekern info`: versions, modules, and the backend of each operation."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from .operations import operations
 
 
 def implementation_table() -> list[dict[str, str]]:
-    """One row per operation and device type: operation, device, chosen backend, reason, and why not
-    the others."""
+    """Return one row per operation and device type.
+
+    Its keys: operation, device, backend (the chosen one), reason, others (why not the others).
+    """
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     rows = []
     for operation in operations.values():
@@ -42,7 +44,7 @@ def implementation_table() -> list[dict[str, str]]:
 
 
 def describe() -> dict[str, Any]:
-    """Versions, instruction sets, threads, GPU and the implementation table, as plain data."""
+    """Return versions, instruction sets, threads, GPU and the implementation table as a dict."""
 
     def version(package: str) -> str:
         try:

@@ -1,11 +1,9 @@
-"""Memory of large outputs on the CPU, kept when they are freed for the next output of the same
-size.
+"""Memory of large outputs on the CPU, kept for the next output of the same size.
 
 A training step makes the same large outputs every time: gradients of the weights, masked
-activations. The C library returns blocks of their size to the system, which gives them anew, page
-by page and cleared, in the next step. What is kept is a reference to torch's own storages, so that
-outputs can be resized, shared and saved as any other tensor; a storage is free when nobody else
-holds it.
+activations. The C library returns blocks of their size to the system, which maps and clears them
+page by page in the next step. Here a reference keeps torch's own storages alive, so outputs can be
+resized, shared and saved as any other tensor. A storage is free when nothing else refers to it.
 """
 
 from __future__ import annotations
@@ -16,10 +14,10 @@ import threading
 
 import torch
 
-# Storages are kept up to so many bytes together, those in use included.
+# Largest number of bytes in storages together, those in use included.
 LIMIT = 2 << 30
 
-_storages: list[torch.UntypedStorage] = []  # the one given out longest ago first
+_storages: list[torch.UntypedStorage] = []  # least recently used first
 _lock = threading.Lock()
 
 
@@ -32,44 +30,46 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def _holders(storages: list[torch.UntypedStorage], at: int) -> tuple[int, int]:
-    """References to a storage from Python, and from tensors."""
-    return sys.getrefcount(storages[at]), torch._C._storage_Use_Count(storages[at]._cdata)
+def _reference_counts(storages: list[torch.UntypedStorage], i: int) -> tuple[int, int]:
+    """Return the numbers of references to a storage from Python and from tensors."""
+    return sys.getrefcount(storages[i]), torch._C._storage_Use_Count(storages[i]._cdata)
 
 
-def _holders_are_shown() -> bool:
-    """Whether torch's private names tell who holds a storage; else nothing is kept."""
+def _private_names_work() -> bool:
+    """Return True if references are counted as expected; else nothing is kept."""
     try:
         storages = [torch.UntypedStorage(0)]
-        alone = _holders(storages, 0)
+        alone = _reference_counts(storages, 0)
         tensor = torch.empty(0, dtype=torch.uint8, device="cpu").set_(storages[0])
-        shared = _holders(storages, 0)
+        shared = _reference_counts(storages, 0)
         del tensor
-        return shared != alone == _holders(storages, 0)
+        return shared != alone == _reference_counts(storages, 0)
     except (AttributeError, TypeError):
         return False
 
 
-_known = _holders_are_shown()
-_LIST_ALONE = _holders([torch.UntypedStorage(0)], 0) if _known else None
+_known = _private_names_work()
+_UNUSED = _reference_counts([torch.UntypedStorage(0)], 0) if _known else None
 
 
-def _free(at: int) -> bool:
-    return _holders(_storages, at) == _LIST_ALONE
+def _is_free(i: int) -> bool:
+    return _reference_counts(_storages, i) == _UNUSED
 
 
 def storage_of(size: int) -> torch.UntypedStorage:
-    """A storage of so many bytes, its content undefined. If none of that size is free the sizes
-    have changed: then all free ones go."""
+    """Return a storage of so many bytes with undefined content.
+
+    If none of that size is free, sizes have changed: then all free ones are released.
+    """
     if not _known:
         return torch.UntypedStorage(size)
     with _lock:
-        for at in range(len(_storages)):
+        for i in range(len(_storages)):
             # One that was resized, or is shared with another process, is not taken again.
-            if _free(at) and _storages[at].nbytes() == size and not _storages[at].is_shared():
-                _storages.append(_storages.pop(at))
+            if _is_free(i) and _storages[i].nbytes() == size and not _storages[i].is_shared():
+                _storages.append(_storages.pop(i))
                 return _storages[-1]
-        _drop_free()
+        _release_free()
         storage = torch.UntypedStorage(size)
         if size <= LIMIT:
             _storages.append(storage)
@@ -78,16 +78,16 @@ def storage_of(size: int) -> torch.UntypedStorage:
         return storage
 
 
-def _drop_free() -> None:
-    for at in reversed(range(len(_storages))):
-        if _free(at):
-            del _storages[at]
+def _release_free() -> None:
+    for i in reversed(range(len(_storages))):
+        if _is_free(i):
+            del _storages[i]
 
 
 def kept_bytes() -> int:
-    """Bytes of freed storages that are kept now."""
+    """Return the number of bytes in free storages that are kept now."""
     with _lock:
-        return sum(_storages[at].nbytes() for at in range(len(_storages)) if _free(at))
+        return sum(_storages[i].nbytes() for i in range(len(_storages)) if _is_free(i))
 
 
 def empty_cache() -> None:
@@ -101,4 +101,4 @@ def empty_cache() -> None:
         >>> sparsekern.empty_cache()
     """
     with _lock:
-        _drop_free()
+        _release_free()

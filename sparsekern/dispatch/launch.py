@@ -1,4 +1,4 @@
-"""How a compiled kernel is called: outputs are allocated here, arguments go down by name.
+"""Calls of compiled kernels: outputs are allocated here, arguments go down by name.
 
 The CPU module and the CUDA module export the same functions of the same arguments, which
 csrc/interface/kernels.def lists, so one `native.py` per operation serves both.
@@ -21,12 +21,12 @@ from .modules import native_module
 # The numbers of interface/dtypes.h.
 DTYPE_TAGS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 INDEX_TAGS = {torch.int64: 0, torch.int32: 1}
-# From here on malloc of glibc maps a block anew each time, whatever was freed before.
+# glibc's malloc maps blocks of this size and more anew each time.
 KEPT_FROM = 32 << 20
 
 
 def module_for(tensor: torch.Tensor) -> ModuleType:
-    """The compiled module for the tensor's device."""
+    """Return the compiled module for the tensor's device."""
     module, reason = native_module(device_type_of(tensor))
     if module is None:
         raise BackendUnavailableError(reason)
@@ -34,9 +34,12 @@ def module_for(tensor: torch.Tensor) -> ModuleType:
 
 
 def launch(name: str, tensor: torch.Tensor, /, **arguments: Any) -> Any:
-    """Call a kernel of the compiled module for the tensor's device, with that device's context:
-    torch's thread count on a CPU, the current stream on a GPU. The arguments are the fields that
-    csrc/interface/kernels.def lists: numbers, addresses, and the operands made below."""
+    """Call a kernel of the compiled module for the tensor's device.
+
+    The arguments are the fields that csrc/interface/kernels.def lists: numbers, addresses, and the
+    operands made below. The device's context is added to them: torch's number of threads on a CPU,
+    the current stream on a GPU.
+    """
     module = module_for(tensor)
     if tensor.is_cuda:
         with torch.cuda.device(tensor.device):
@@ -48,7 +51,7 @@ def launch(name: str, tensor: torch.Tensor, /, **arguments: Any) -> Any:
 def _call(
     module: ModuleType, name: str, tensor: torch.Tensor, arguments: dict[str, Any], context: int
 ) -> Any:
-    """Call a kernel, with the scratch memory that it asks for where it asks for any."""
+    """Call a kernel with its scratch memory, if it needs any."""
     kernel = getattr(module, name)
     workspace_of = vars(module).get(name + "_workspace")
     if workspace_of is None:
@@ -82,8 +85,10 @@ def channel_tensor(tensor: torch.Tensor) -> tuple[int, int, int, int, int]:
 def codes(
     values: torch.Tensor | None, indices: torch.Tensor | None
 ) -> tuple[int, int, int, int, int, int]:
-    """Describe contiguous codes [rows, k], or [k]: values, their dtype, indices, their dtype, rows,
-    k. One of the two may be missing."""
+    """Describe contiguous codes [rows, k], or [k]; values or indices may be missing.
+
+    Returns: values, their dtype, indices, their dtype, rows, k.
+    """
     present: Any = indices if values is None else values
     rows, k = present.shape if present.dim() == 2 else (1, present.numel())
     return (
@@ -105,23 +110,23 @@ def index_list(indices: torch.Tensor) -> tuple[int, int, int]:
 
 
 def new_output(like: torch.Tensor, *shape: int) -> torch.Tensor:
-    """An empty tensor of like's dtype and device for a result.
+    """Return an empty tensor of like's dtype and device for a result.
 
-    On a CPU a large one lies in memory that is kept for the next of its size when it is freed (see
-    kept_memory.py): a training step makes the same ones every time.
+    The memory of a large one on a CPU is kept for the next one of its size (see kept_memory.py).
     """
     size = math.prod(shape) * like.itemsize
     if size < KEPT_FROM or not like.is_cpu:
         return like.new_empty(shape)
-    output: Any = like.new_empty(0)
-    return output.set_(kept_memory.storage_of(size), 0, shape)
+    untyped: Any = like.new_empty(0)  # torch's annotations know no set_ without strides
+    output: torch.Tensor = untyped.set_(kept_memory.storage_of(size), 0, shape)
+    return output
 
 
 def pointer(tensor: torch.Tensor | None) -> int:
-    """The address of a tensor's data; 0 for no tensor."""
+    """Return the address of a tensor's data; 0 for no tensor."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    """Make the tensor's GPU current, as Triton launches on the current device; nothing on a CPU."""
+    """Make the tensor's GPU the current one, on which Triton launches; do nothing on a CPU."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

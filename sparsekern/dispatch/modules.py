@@ -1,4 +1,4 @@
-"""Which kernels exist here: the compiled modules, and whether Triton runs."""
+"""The compiled modules, and the test whether Triton runs here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ stand_ins: dict[str, ModuleType] = {}
 
 @functools.cache
 def load_module(name: str) -> tuple[ModuleType | None, str]:
-    """A compiled module and an empty reason, or None and why it is not there."""
+    """Return a compiled module and an empty reason, or None and the reason."""
     try:
         return IMPORTS[name](), ""
     except ImportError as error:
@@ -42,7 +42,7 @@ def load_module(name: str) -> tuple[ModuleType | None, str]:
 
 @functools.cache
 def native_module(device_type: str) -> tuple[ModuleType | None, str]:
-    """The compiled module for a device type, or None and the reason."""
+    """Return the compiled module for a device type and an empty reason, or None and the reason."""
     if device_type in stand_ins:
         return stand_ins[device_type], ""
     if device_type == "cpu":
@@ -55,12 +55,12 @@ def native_module(device_type: str) -> tuple[ModuleType | None, str]:
 
 
 def triton_is_interpreted() -> bool:
-    """True when Triton was asked to interpret its kernels on the host."""
+    """Return True if Triton was asked to interpret its kernels on the host."""
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "True")
 
 
 def why_no_triton(device_type: str) -> str:
-    """Why the Triton kernels do not run on a device; empty where they do."""
+    """Return why the Triton kernels do not run on a device; empty where they do."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install 'sparsekern[triton]')"
     if device_type == "cpu" and not triton_is_interpreted():

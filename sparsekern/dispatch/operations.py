@@ -1,4 +1,4 @@
-"""Operations: what torch knows of them, and which implementation serves a call.
+"""Operations: their registration with torch, and the choice of an implementation for a call.
 
 An operation is defined once (`Operation`), with one reference and any number of implementations.
 The choice among them is made at each call from the device and dtype of its first tensor, never at
@@ -11,17 +11,25 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.autograd import forward_ad
 
-from .autograd import CAN_RECORD, raise_versions, recording_kernel, versioning_kernel, without_views
+from .autograd import (
+    CAN_RECORD,
+    increment_versions,
+    recording_kernel,
+    versioning_kernel,
+    without_views,
+)
 from .backends import PREFERRED, BackendUnavailableError, forced_backend, new_choices
 from .fast_path import device_type_of, dispatcher_has_nothing_to_do
 from .modules import native_module, stand_ins, why_no_triton
 
 NAMESPACE = "sparsekern"
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 _definitions = torch.library.Library(NAMESPACE, "DEF")
 operations: dict[str, Operation] = {}
@@ -29,11 +37,17 @@ operations: dict[str, Operation] = {}
 
 @dataclass
 class Operation:
-    """One torch operation: its schema, its reference, and how else it can be computed.
+    """One torch operation: its schema, its reference and its other implementations.
 
-    `implementations` maps a backend name to a function of the operation's arguments; `cpu_only`
-    says that the native one has no CUDA kernel, `owned` that none of its outputs is a view;
-    `mutated` are the places of arguments that change.
+    Attributes:
+        name: within the namespace.
+        schema: torch's, without the name.
+        reference: the definition, a function of the schema's positional arguments.
+        implementations: functions of the same arguments, by name of their backend.
+        cpu_only: the native implementation has no CUDA kernel.
+        owned: no output of the native implementation is a view.
+        mutated: positions of the arguments that the operation changes.
+        choices: the functions chosen for device types and dtypes so far.
     """
 
     name: str
@@ -46,7 +60,7 @@ class Operation:
     choices: dict[tuple[str, torch.dtype], Callable[..., Any]] = field(default_factory=new_choices)
 
     def missing(self, name: str, device_type: str, dtype: torch.dtype = torch.float32) -> str:
-        """Why backend `name` cannot serve tensors of this device and dtype; empty when it can."""
+        """Return why backend `name` cannot serve this device and dtype; empty where it can."""
         if name == "reference":
             return ""
         if name not in self.implementations:
@@ -62,7 +76,7 @@ class Operation:
         return ""
 
     def choose(self, device_type: str, dtype: torch.dtype) -> tuple[str, str]:
-        """The backend that serves a call, and the reason."""
+        """Return the backend that serves a call, and the reason."""
         if forced := forced_backend():
             if reason := self.missing(forced, device_type, dtype):
                 raise BackendUnavailableError(
@@ -78,11 +92,12 @@ class Operation:
         return "reference", "; ".join(reasons) or f"no kernels for {device_type}"
 
     def __call__(self, *args: Any) -> Any:
+        """Run the implementation that serves the device and dtype of the first argument."""
         first = args[0]
         key = (device_type_of(first), first.dtype)
         function = self.choices.get(key)
         if function is None:
-            name, _ = self.choose(key[0], _ranked_dtype(first.dtype))
+            name, _ = self.choose(key[0], _deciding_dtype(first.dtype))
             function = self.reference if name == "reference" else self.implementations[name]
             if name != "native" or not self.owned:
                 function = without_views(function)
@@ -90,9 +105,8 @@ class Operation:
         return function(*args)
 
 
-def _ranked_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that decides the choice: integer tensors (indices) are served wherever float32
-    is."""
+def _deciding_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that decides the choice: float32 for integers, which are served like it."""
     return dtype if dtype.is_floating_point else torch.float32
 
 
@@ -100,7 +114,7 @@ def define(
     name: str,
     schema: str,
     *,
-    reference: Callable[..., Any],
+    reference: Callable[Arguments, Result],
     implementations: dict[str, Callable[..., Any]],
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
@@ -110,29 +124,38 @@ def define(
     check: Callable[..., object] | None = None,
     cpu_only: bool = False,
     owned: bool = False,
-) -> Callable[..., Any]:
+) -> Callable[Arguments, Result]:
     """Register one operation with torch and return it.
 
-    name: inside the namespace. schema: torch's, without the name. reference, implementations:
-    functions of the schema's positional arguments. fake: shapes and dtypes only. backward,
-    setup_context: the one gradient that every backend shares. vmap: as in
-    torch.library.register_vmap. autocast: maps (arguments, dtype) to the arguments to use inside an
-    autocast region. check: raises for arguments that the implementations must not see; the public
-    function's own checks may spare it where the dispatcher is skipped. cpu_only: there is no kernel
-    for GPUs. owned: no output of the native implementation is a view (one that is will be replaced
-    otherwise, which small calls notice).
+    Args:
+        name: within the namespace.
+        schema: torch's, without the name.
+        reference: the definition, a function of the schema's positional arguments.
+        implementations: functions of the same arguments, by name of their backend.
+        fake: a function of the same arguments that returns empty outputs.
+        backward: the gradient that every backend shares, as of an autograd.Function.
+        setup_context: as of an autograd.Function.
+        vmap: a rule (operation, info, in_dims, *arguments), see ops/batching.py.
+        autocast: maps (arguments, dtype) to the arguments to use inside an autocast region.
+        check: raises for arguments that the implementations must not get. It is not called where
+            the dispatcher is skipped: there the public function has checked them.
+        cpu_only: there is no kernel for GPUs.
+        owned: no output of the native implementation is a view. Otherwise each output is tested,
+            and detached if it is one, which takes time in small calls.
     """
     arguments = schema[1 : schema.index(") ->")].split(", ")
-    mutated = [at for at, argument in enumerate(arguments) if "!" in argument]
+    mutated = [i for i, argument in enumerate(arguments) if "!" in argument]
     operation = Operation(name, schema, reference, implementations, cpu_only, owned, mutated)
     operations[name] = operation
     qualified = f"{NAMESPACE}::{name}"
     _definitions.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    _definitions.impl(name, _checked(operation, check), "CompositeExplicitAutograd")
+    _definitions.impl(name, _with_check(operation, check), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_definitions)
-    if vmap is not None:
-        torch.library.register_vmap(qualified, vmap, lib=_definitions)
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    call = _entrance(operation, overload)
+    if vmap is not None:
+        rule = functools.partial(vmap, call)
+        torch.library.register_vmap(qualified, rule, lib=_definitions)
     if backward is not None and CAN_RECORD:
         kernel = recording_kernel(name, overload, len(arguments), backward, setup_context)
         _definitions.impl(name, kernel, "Autograd", with_keyset=True)
@@ -146,10 +169,10 @@ def define(
     if autocast is not None:
         for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
             _definitions.impl(name, _autocast_rule(overload, autocast, device_type), key)
-    return _entrance(operation, overload)
+    return call
 
 
-def _checked(operation: Operation, check: Callable[..., object] | None) -> Callable[..., Any]:
+def _with_check(operation: Operation, check: Callable[..., object] | None) -> Callable[..., Any]:
     if check is None:
         return operation
 
@@ -157,25 +180,27 @@ def _checked(operation: Operation, check: Callable[..., object] | None) -> Calla
         check(*args)
         outputs = operation(*args)
         if operation.mutated and not CAN_RECORD:
-            raise_versions(operation.mutated, args)
+            increment_versions(operation.mutated, args)
         return outputs
 
     return run
 
 
 def differentiating() -> bool:
-    """In a backward pass: whether its own derivative is wanted, in either mode."""
+    """Return True in a backward pass that is differentiated itself, in either mode."""
     return torch.is_grad_enabled() or getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def unknown_size() -> Any:
-    """In a fake: the size of a dimension that depends on the data."""
+    """Return, in a fake, the size of a dimension that depends on the data."""
     return torch.library.get_ctx().new_dynamic_size()
 
 
 def _entrance(operation: Operation, overload: Callable[..., Any]) -> Callable[..., Any]:
-    """What the public functions call: the implementation itself where torch's dispatcher has
-    nothing to do, else the overload.
+    """Make the function that public functions call.
+
+    It calls the implementation itself where torch's dispatcher has nothing to do, else the
+    overload.
     """
 
     @functools.wraps(overload)
@@ -184,7 +209,7 @@ def _entrance(operation: Operation, overload: Callable[..., Any]) -> Callable[..
             return overload(*args)
         outputs = operation(*args)
         if operation.mutated:
-            raise_versions(operation.mutated, args)
+            increment_versions(operation.mutated, args)
         return outputs
 
     return call

@@ -1,6 +1,6 @@
-"""What transforms of torch.func, and tracing, do to the tensors of a call.
+"""Tests for tensors and calls under transforms of torch.func, and under tracing.
 
-torch has only private names for that. Where one is missing nothing is taken for transformed.
+torch has only private names for them. Where one is missing no tensor counts as transformed.
 """
 
 from __future__ import annotations
@@ -27,20 +27,22 @@ except ImportError:
 
 
 def is_wrapped(tensor: torch.Tensor) -> bool:
-    """Whether a transform has put something around a tensor."""
+    """Return True if a transform has wrapped a tensor."""
     return _known and bool(is_functorch_wrapped_tensor(tensor))
 
 
 def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor inside of all that transforms have put around it."""
+    """Return the tensor inside all wrappers of transforms."""
     while is_wrapped(tensor):
         tensor = get_unwrapped(tensor)
     return tensor
 
 
 def traced_or_vmapped() -> bool:
-    """Whether what is computed here will be, or is, that of other numbers, too: while code is
-    traced (torch.jit.trace), and under vmap, around other transforms or inside them."""
+    """Return True if one run of this code stands for several inputs.
+
+    So it does under torch.jit.trace, and under vmap, around other transforms or inside them.
+    """
     if torch.compiler.is_compiling():
         return False
     if torch.jit.is_tracing():
@@ -51,5 +53,5 @@ def traced_or_vmapped() -> bool:
 
 
 def is_fake(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has a shape but no numbers."""
+    """Return True if a tensor has a shape but no numbers."""
     return tensor.is_meta or isinstance(tensor, _fakes)

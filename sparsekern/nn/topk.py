@@ -153,7 +153,8 @@ class TopK(SavedK):
                 f"TopK: groups must divide the last dimension of x, {x.shape[-1]}, "
                 f"got {self.groups}"
             )
-        return x.unflatten(-1, (self.groups, x.shape[-1] // self.groups))
+        grouped: torch.Tensor = x.unflatten(-1, (self.groups, x.shape[-1] // self.groups))
+        return grouped
 
     def codes(self, x: torch.Tensor, *, sorted: bool = False) -> Codes:
         """x [..., n] -> values [..., k] after `post` and indices int64 [..., k], ascending unless

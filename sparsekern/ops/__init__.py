@@ -1,5 +1,12 @@
-"""The operations, a folder each: definition and public function (`__init__`), reference, what torch
-knows of it (`operation`), calls of the compiled kernels (`native`), Triton kernels (`triton`)."""
+"""The operations, a folder each.
+
+__init__   definition and public function
+reference  the definition in torch
+checks     checks of the arguments
+operation  the torch operation: shapes, gradients, batches, and the choice of kernels
+native     calls of the compiled kernels
+triton     Triton kernels
+"""
 
 from .adam_step import adam_step
 from .batch_norm import batch_norm

@@ -1,5 +1,7 @@
-"""Checks of arguments, done once, in the public functions: each error names function, argument,
-rule and value."""
+"""Checks of arguments, made once, in the public functions.
+
+Each error names function, argument, rule and value.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,12 @@ INDICES = (torch.int64, torch.int32)
 
 
 def debug_checks() -> bool:
-    """True when SPARSEKERN_DEBUG asks for checks that make the host wait for the device."""
+    """Return True if SPARSEKERN_DEBUG asks for checks that make the host wait for the device."""
     return os.environ.get("SPARSEKERN_DEBUG", "0") not in ("", "0")
 
 
 def check_floating(op: str, name: str, tensor: torch.Tensor) -> None:
-    """A tensor of float32, bfloat16, float16 or float64 with at least one dimension."""
+    """Check for a tensor of float32, bfloat16, float16 or float64 that is not 0-d."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
@@ -34,9 +36,9 @@ def check_floating(op: str, name: str, tensor: torch.Tensor) -> None:
 
 
 def check_count(op: str, name: str, value: int, upper: int, what: str) -> int:
-    """An integer in 1..upper."""
+    """Return an integer in 1..upper as an int (or symbolic integer); raise for others."""
     if type(value) is not int:  # torch.compile takes the index of a symbolic integer as a constant
-        value = _index(op, name, value)
+        value = _to_index(op, name, value)
     if upper < 1:
         raise ValueError(f"{op}: no {name} is possible, since {what} is {upper}, got {value}")
     if not 1 <= value <= upper:
@@ -45,7 +47,7 @@ def check_count(op: str, name: str, value: int, upper: int, what: str) -> int:
 
 
 def check_above_zero(op: str, name: str, value: float) -> None:
-    """A finite number above 0."""
+    """Check for a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(
             f"{op}: {name} must be a number, got {value!r} of type {type(value).__name__}"
@@ -54,8 +56,8 @@ def check_above_zero(op: str, name: str, value: float) -> None:
         raise ValueError(f"{op}: {name} must be above 0 and finite, got {value}")
 
 
-def _index(op: str, name: str, value: Any) -> Any:
-    """A number of another integer type (of numpy, for one), or a symbolic one as it is."""
+def _to_index(op: str, name: str, value: Any) -> Any:
+    """Return a number of another integer type (as numpy's) as an int, a symbolic one as it is."""
     if isinstance(value, torch.SymInt):
         return value
     if isinstance(value, torch.Tensor) and torch.jit.is_tracing():
@@ -71,7 +73,7 @@ def _index(op: str, name: str, value: Any) -> Any:
 
 
 def check_codes(op: str, values: torch.Tensor | None, indices: torch.Tensor) -> None:
-    """Integer indices and, where given, floating values of the same shape on the same device."""
+    """Check integer indices and, where given, floating values of their shape and device."""
     if not isinstance(indices, torch.Tensor):
         raise TypeError(f"{op}: indices must be a tensor, got {type(indices).__name__}")
     if indices.dtype not in INDICES:
@@ -90,17 +92,19 @@ def check_codes(op: str, values: torch.Tensor | None, indices: torch.Tensor) -> 
 
 
 def autocasting(tensor: torch.Tensor) -> bool:
-    """Whether an autocast region decides the dtype of products with this tensor."""
-    kind = tensor.device.type
-    return kind != "meta" and torch.is_autocast_enabled(kind)
+    """Return True if an autocast region decides the dtype of products with this tensor."""
+    device_type = tensor.device.type
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def check_weight_dtype(
     op: str, tensor: torch.Tensor, weight: torch.Tensor, name: str, whose: str, short: str
 ) -> None:
-    """A weight of the tensor's dtype, or float32 with a 16-bit tensor; under autocast, which casts
-    the rest, both or none in float64. whose, short: the tensor in the message, as its owner and
-    with 16 bits."""
+    """Check for a weight of the tensor's dtype, or float32 with a 16-bit tensor.
+
+    Autocast casts all but float64, so under it both or none must be float64. whose, short: the
+    tensor in the message, in the possessive and as a 16-bit one ("x's", "a 16-bit x").
+    """
     if not autocasting(tensor):
         mixed = weight.dtype == torch.float32 and tensor.dtype in (torch.bfloat16, torch.float16)
         if weight.dtype != tensor.dtype and not mixed:
@@ -116,13 +120,13 @@ def check_weight_dtype(
 
 
 def check_same_dtype(op: str, x: torch.Tensor, weight: torch.Tensor) -> None:
-    """x of the parameters' dtype, where no autocast region makes them one."""
+    """Check that x has the parameters' dtype, unless an autocast region casts both."""
     if x.dtype != weight.dtype and not autocasting(x):
         raise TypeError(f"{op}: x must have the parameters' dtype {weight.dtype}, got {x.dtype}")
 
 
 def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
-    """All given tensors on one device."""
+    """Check that all given tensors are on one device."""
     devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
     if len(set(devices.values())) > 1:
         listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
@@ -132,7 +136,7 @@ def check_same_device(op: str, **tensors: torch.Tensor | None) -> None:
 def check_like(
     op: str, name: str, tensor: torch.Tensor, like: torch.Tensor, shape: tuple[int, ...]
 ) -> None:
-    """A tensor of a shape, of the dtype and on the device of another."""
+    """Check that a tensor has a shape, and the dtype and device of another."""
     if tensor.shape != shape:
         raise ValueError(f"{op}: {name} must have shape {list(shape)}, got {list(tensor.shape)}")
     if tensor.dtype != like.dtype:
@@ -142,14 +146,14 @@ def check_like(
 
 
 def check_row(op: str, x: torch.Tensor, size: int) -> None:
-    """A row whose indices fit the 32 bits of the kernels: unsigned on a CPU, else signed."""
+    """Check that indices into a row fit the kernels' 32 bits: unsigned on a CPU, else signed."""
     longest = 2**32 - 1 if x.is_cpu else 2**31 - 1
     if size > longest:
         raise ValueError(f"{op}: a row must hold at most {longest} elements, got {size}")
 
 
 def check_size(op: str, name: str, size: int) -> None:
-    """A size: 0 or more."""
+    """Check that a size is 0 or more."""
     if size < 0:
         raise ValueError(f"{op}: {name} must be at least 0, got {size}")
 
@@ -157,7 +161,7 @@ def check_size(op: str, name: str, size: int) -> None:
 def bad_index(
     op: str, indices: torch.Tensor, position: int, n: int, name: str = "indices"
 ) -> IndexError:
-    """The error for an index outside 0..n-1 at a flat position."""
+    """Return the error for an index outside 0..n-1 at a flat position."""
     value = indices.reshape(-1)[position].item()
     return IndexError(
         f"{op}: {name} must lie in 0..{n - 1} (the latents of the dictionary), "
@@ -166,14 +170,16 @@ def bad_index(
 
 
 def check_range(op: str, indices: torch.Tensor, n: int, name: str = "indices") -> None:
-    """Every index in 0..n-1: always on the CPU; on other devices, where it synchronises, only in
-    debug mode."""
+    """Check that every index lies in 0..n-1.
+
+    On devices other than the CPU the check synchronises, so it is made in debug mode only.
+    """
     if indices.device.type != "cpu" and not debug_checks():
         return
     if indices.numel() == 0:
         return
     low, high = torch.aminmax(indices)
     if low < 0 or high >= n:
-        wrong = (indices < 0) | (indices >= n)
-        position = int(wrong.reshape(-1).to(torch.uint8).argmax())
+        outside = (indices < 0) | (indices >= n)
+        position = int(outside.reshape(-1).to(torch.uint8).argmax())
         raise bad_index(op, indices, position, n, name)

@@ -1,4 +1,4 @@
-"""Sparse codes: what a selection returns and a product takes."""
+"""Sparse codes, as selections return them and products take them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ class Codes(NamedTuple):
 
 @exported("sparsekern.ops.transposition.Transposition")
 class Transposition(NamedTuple):
-    """Codes grouped by latent: positions[offsets[i] : offsets[i + 1]] are the flat positions of the
-    codes with index i, ascending. offsets int64 [N + 1], positions int32 [codes]."""
+    """Codes grouped by latent: offsets int64 [N + 1], positions int32 [codes].
+
+    positions[offsets[i] : offsets[i + 1]] are the flat positions of the codes with index i,
+    ascending.
+    """
 
     offsets: torch.Tensor
     positions: torch.Tensor
 
     @property
     def counts(self) -> torch.Tensor:
-        """How often each latent is selected: int64 [N]."""
+        """Number of codes of each latent: int64 [N]."""
         return self.offsets.diff()

@@ -17,7 +17,7 @@ Named = TypeVar("Named", bound=tuple[Any, ...])
 
 
 def exported(name: str) -> Callable[[type[Named]], type[Named]]:
-    """A decorator of a NamedTuple that may be in the output of an exported program.
+    """Register the decorated NamedTuple with torch.export, whose programs may then return it.
 
     name: of the tuple in saved programs, which must stay when its module moves.
     """

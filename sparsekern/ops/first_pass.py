@@ -1,8 +1,8 @@
-"""Whether compiled code runs for the first time for a batch, or again for its backward pass.
+"""Tell the first pass over a batch from a second one, which a backward pass runs.
 
-Definition: True unless a backward pass is running on this thread. Python asks that itself (see
-nn/recomputation.py); compiled code, in which Python's answer would be a constant, asks this
-operation when it runs.
+Definition: True unless a backward pass is running on this thread. Code that is not compiled asks
+torch (see nn/recomputation.py). In compiled code that answer would be a constant, so it calls this
+operation, which answers when it runs.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ import torch
 
 from ..dispatch.operations import define
 
+__all__ = ["NO_PASS", "backward_pass", "first_pass"]
+
 NO_PASS = -1
 try:
     from torch._C import _current_graph_task_id as backward_pass
 except ImportError:  # torch has no public name for it: then every pass counts as a first one
 
     def backward_pass() -> int:
+        """Return that no backward pass is running."""
         return NO_PASS
 
 
@@ -29,8 +32,7 @@ def first_pass(like: torch.Tensor) -> torch.Tensor:
         >>> first_pass(torch.zeros(2))
         tensor(True)
     """
-    answer: torch.Tensor = _first_pass(like)
-    return answer
+    return _first_pass(like)
 
 
 def first_pass_reference(like: torch.Tensor) -> torch.Tensor:
@@ -45,7 +47,7 @@ _first_pass = define(
     "first_pass",
     "(Tensor like) -> Tensor",
     reference=first_pass_reference,
-    # It computes nothing, so that a forced backend has nothing to choose.
+    # There is nothing to compute, so a forced backend gets the same function.
     implementations={"native": first_pass_reference, "triton": first_pass_reference},
     fake=_fake,
 )

@@ -61,7 +61,8 @@ def jumprelu(
         ([0.0, 0.0, 1.2000000476837158, 3.0], -4.0)
     """
     _check("jumprelu", x, theta, bandwidth)
-    return _JumpReLU.apply(x, theta, float(bandwidth), relative)
+    y: torch.Tensor = _JumpReLU.apply(x, theta, float(bandwidth), relative)
+    return y
 
 
 def step(
@@ -97,15 +98,16 @@ def step(
         ([[1.0, 0.0], [1.0, 1.0]], [-2.0, -4.0])
     """
     _check("step", x, theta, bandwidth)
-    # Detached: compiled autograd adds up what an input gets, even nothing.
-    return _Step.apply(x.detach(), theta, float(bandwidth), relative)
+    # Detached: compiled autograd fails to add up a gradient that is None.
+    active: torch.Tensor = _Step.apply(x.detach(), theta, float(bandwidth), relative)
+    return active
 
 
 def _check(op: str, x: torch.Tensor, theta: torch.Tensor, bandwidth: float) -> None:
     check_floating(op, "x", x)
     if not isinstance(theta, torch.Tensor) or not theta.is_floating_point():
         raise TypeError(f"{op}: theta must be a floating point tensor, got {theta!r}")
-    # Not `in`, which takes symbolic sizes for others.
+    # Not `in`, for which equal symbolic sizes are different.
     if theta.dim() > 0 and theta.shape != x.shape[-1:] and theta.shape != x.shape:
         raise ValueError(
             f"{op}: theta must be [{x.shape[-1]}] for x {list(x.shape)}, 0-d, or of x's shape, "
@@ -116,29 +118,29 @@ def _check(op: str, x: torch.Tensor, theta: torch.Tensor, bandwidth: float) -> N
 
 
 def at_most(x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
-    """x <= theta, exactly: a 0-d theta is not rounded to x's dtype. False for NaN."""
+    """Return x <= theta, without rounding a 0-d theta to x's dtype; False for NaN."""
     return x <= theta.reshape(1) if theta.dim() == 0 else x <= theta
 
 
 def in_band(
     x: torch.Tensor, theta: torch.Tensor, bandwidth: float, relative: bool = False
 ) -> torch.Tensor:
-    """K((x - theta) / bandwidth): True for the elements that give theta a gradient."""
+    """Return K((x - theta) / bandwidth): True for the elements that give theta a gradient."""
     theta = theta.reshape(1) if theta.dim() == 0 else theta
     return (x - theta).abs() < (theta * (bandwidth / 2) if relative else bandwidth / 2)
 
 
-def _in_band_sum(
+def _sum_in_band(
     grad: torch.Tensor, x: torch.Tensor, theta: torch.Tensor, bandwidth: float, relative: bool
 ) -> torch.Tensor:
-    """The gradients of the elements in the band, summed to the shape of theta."""
+    """Sum the gradients of the elements in the band to the shape of theta."""
     wide = torch.float64 if torch.float64 in (x.dtype, theta.dtype) else torch.float32
-    inside = torch.where(in_band(x, theta, bandwidth, relative), grad, 0)
+    band_grad = torch.where(in_band(x, theta, bandwidth, relative), grad, 0)
     if theta.dim() == 0:
-        return inside.sum(dtype=wide)
+        return band_grad.sum(dtype=wide)
     if theta.shape == x.shape:
-        return inside.to(wide)
-    return inside.reshape(-1, theta.shape[0]).sum(0, dtype=wide)
+        return band_grad.to(wide)
+    return band_grad.reshape(-1, theta.shape[0]).sum(0, dtype=wide)
 
 
 class _JumpReLU(torch.autograd.Function):
@@ -163,7 +165,7 @@ class _JumpReLU(torch.autograd.Function):
             d_x = torch.where(at_most(x, theta), 0, grad)
         if ctx.needs_input_grad[1]:
             bandwidth, relative = ctx.band
-            total = _in_band_sum(grad, x, theta, bandwidth, relative)
+            total = _sum_in_band(grad, x, theta, bandwidth, relative)
             slope = -1 / bandwidth if relative else -theta / bandwidth
             d_theta = (slope * total).to(theta.dtype)
         return d_x, d_theta, None, None
@@ -189,6 +191,6 @@ class _Step(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return None, None, None, None
         bandwidth, relative = ctx.band
-        total = _in_band_sum(grad, x, theta, bandwidth, relative)
+        total = _sum_in_band(grad, x, theta, bandwidth, relative)
         width = bandwidth * theta if relative else bandwidth
         return None, (-total / width).to(theta.dtype), None, None

@@ -1,5 +1,6 @@
-"""Scores of a linear layer at given latents of each row: what a selection made elsewhere trains
-through.
+"""Scores of a linear layer at given latents of each row.
+
+Gradients reach a layer through them when its latents were selected elsewhere.
 
 Definition, with the indices held constant:
 
@@ -80,11 +81,11 @@ def linear_at(
             (x, weight, bias, None, pre_bias, scale), dtype
         )
         with torch.autocast(x.device.type, enabled=False):
-            return _at(x, weight, bias, indices, pre_bias, scale, transposition)
-    return _at(x, weight, bias, indices, pre_bias, scale, transposition)
+            return _scores_at(x, weight, bias, indices, pre_bias, scale, transposition)
+    return _scores_at(x, weight, bias, indices, pre_bias, scale, transposition)
 
 
-def _at(
+def _scores_at(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -93,7 +94,7 @@ def _at(
     scale: torch.Tensor | None,
     transposition: Transposition | None,
 ) -> torch.Tensor:
-    scores = _dots(centred(x, pre_bias), weight, indices, transposition)
+    scores = _gather_dot(centred(x, pre_bias), weight, indices, transposition)
     if bias is not None:
         scores = scores + vector_at(bias.to(x.dtype), indices, transposition)
     if scale is not None:
@@ -101,22 +102,25 @@ def _at(
     return scores
 
 
-def _dots(
+def _gather_dot(
     rows: torch.Tensor,
     dictionary: torch.Tensor,
     indices: torch.Tensor,
     transposition: Transposition | None,
 ) -> torch.Tensor:
-    """rows [..., D], dictionary [N, D], indices [..., k] -> rows . dictionary[indices]."""
-    grouped = transposition or (None, None)
+    """Return rows . dictionary[indices] for rows [..., D], dictionary [N, D], indices [..., k]."""
     shape = rows.new_empty(indices.shape)  # of the result; its content is not read
-    return sparse_matmul_backward(rows, shape, indices, dictionary, True, False, *grouped)[0]
+    return sparse_matmul_backward(
+        rows, shape, indices, dictionary, True, False, *(transposition or (None, None))
+    )[0]
 
 
 def vector_at(
     vector: torch.Tensor, indices: torch.Tensor, transposition: Transposition | None = None
 ) -> torch.Tensor:
-    """vector[indices] of a vector [N], with a gradient that is summed latent by latent: always in
-    the same order, and fast where latents repeat."""
+    """Return vector[indices] of a vector [N], with a gradient that is summed latent by latent.
+
+    Each latent's terms are added in the same order every time, and quickly where latents repeat.
+    """
     ones = vector.new_ones(*indices.shape[:-1], 1)
-    return _dots(ones, vector.unsqueeze(1), indices, transposition)
+    return _gather_dot(ones, vector.unsqueeze(1), indices, transposition)

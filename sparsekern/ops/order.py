@@ -1,5 +1,7 @@
-"""The order of values, as integers: comparisons of integers do not depend on whether a thread
-flushes denormal numbers to zero."""
+"""Integers in the order of floating point values.
+
+Comparisons of integers do not depend on a thread's mode of flushing denormal numbers to zero.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +9,14 @@ import torch
 
 
 def key_of(values: torch.Tensor) -> torch.Tensor:
-    """Integers in the order of the values: NaN on top, -0 equal to +0. Of values' shape, int64 for
-    float64 and int32 for others."""
+    """Return integers in the order of the values: NaN on top, -0 equal to +0.
+
+    They have values' shape: int64 for float64, int32 for others.
+    """
     wide = values if values.dtype == torch.float64 else values.float()
-    integer = torch.int64 if values.dtype == torch.float64 else torch.int32
-    limits = torch.iinfo(integer)
-    bits = wide.view(integer)
+    dtype = torch.int64 if values.dtype == torch.float64 else torch.int32
+    limits = torch.iinfo(dtype)
+    bits = wide.view(dtype)
     bits = torch.where(bits == limits.min, 0, bits)  # -0 as +0
     key = bits ^ ((bits >> (limits.bits - 1)) & limits.max)
     return torch.where(wide.isnan(), limits.max, key)

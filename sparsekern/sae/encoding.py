@@ -1,9 +1,9 @@
 """How a sparse autoencoder finds its codes, for each of its activations.
 
-The scores of all latents, [B, N], are not stored. What can be active is selected slice by slice
-(see ops/linear_slices.py), without gradients; the scores of the selected latents are then computed
-again as a part of the graph (ops/linear_at.py), and the activation is applied to them. Since a
-latent that is not active passes nothing on, these are the gradients of the dense expression.
+The scores of all latents, [B, N], are not stored. Latents that may be active are selected slice by
+slice (see ops/linear_topk/slices.py), without gradients. Their scores are then computed again as a
+part of the graph (ops/linear_at.py), and the activation is applied to them. Since a latent that is
+not active has no gradient, these are the gradients of the dense expression.
 
 TopK keeps a fixed number of latents in each row. For the others the number differs from row to row,
 so the selection takes the largest scores of each row, as many as the last selections needed, and
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..dispatch.transforms import is_fake, traced_or_vmapped
 from ..nn import BatchTopK, JumpReLU, TopK
 from ..ops.batch_topk import batch_topk, kept_in_all
-from ..ops.batch_topk.candidates import first_of_list
+from ..ops.batch_topk.candidates import largest_of_list
 from ..ops.codes import Codes, Transposition
 from ..ops.jumprelu import at_most, jumprelu, step
 from ..ops.linear_at import linear_at, vector_at
@@ -405,5 +405,5 @@ def _kept(candidates: Tensor, k: float) -> Tensor:
     if rows > 0:
         total = kept_in_all("BatchTopK", k, rows)
         places = torch.arange(len(flat), device=flat.device)
-        kept[first_of_list(flat, places, total)[1]] = True
+        kept[largest_of_list(flat, places, total)[1]] = True
     return kept.view(candidates.shape)

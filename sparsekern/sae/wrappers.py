@@ -72,7 +72,11 @@ def _others() -> bool:
 
 
 def _find(module: nn.Module) -> DistributedDataParallel | None:
-    wrappers = [it for it in gc.get_objects() if issubclass(type(it), DistributedDataParallel)]
+    wrappers: list[DistributedDataParallel] = [
+        candidate
+        for candidate in gc.get_objects()
+        if issubclass(type(candidate), DistributedDataParallel)
+    ]
     for wrapper in wrappers:
         if any(part is module for part in wrapper.modules()):
             return wrapper

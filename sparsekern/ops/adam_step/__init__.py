@@ -49,7 +49,8 @@ def adam_step(
     Args:
         parameter: [...] floating point ([N, D] with unit_rows), changed in place.
         grad: like parameter; it is left as it is.
-        mean, square: like parameter, the moments, zero at first; changed in place.
+        mean: like parameter, the first moment, zero at first; changed in place.
+        square: like parameter, the second moment, zero at first; changed in place.
         lr: learning rate.
         betas: decay of the two moments, in 0..1.
         eps: added to the root of the second moment.

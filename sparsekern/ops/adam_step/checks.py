@@ -1,4 +1,4 @@
-"""What the arguments of adam_step must fulfil."""
+"""Checks of the arguments of adam_step."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def check_step(
     step: int,
     unit_rows: bool,
 ) -> None:
+    """Check the arguments of `adam_step`."""
     op = "adam_step"
     if parameter.dtype not in FLOATING:
         raise TypeError(f"{op}: parameter must be floating point, got {parameter.dtype}")

@@ -1,7 +1,8 @@
-"""What torch knows of adam_step, and which kernels serve it."""
+"""The torch operation adam_step, and the kernels that serve it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,14 +13,14 @@ from .checks import check_step
 from .reference import adam_step_reference
 
 
-def _triton() -> Any:
-    from . import triton  # at the first call that it serves: it needs the package triton
+def _triton_module() -> Any:
+    from . import triton  # imported at the first call that it serves: the package may be missing
 
     return triton
 
 
-def _contiguous(kernel: Any) -> Any:
-    """A kernel of contiguous float32, for all else the definition."""
+def _adapt(kernel: Callable[..., None]) -> Callable[..., None]:
+    """Adapt a kernel of contiguous float32 tensors: others are served by the reference."""
 
     def run(
         parameter: torch.Tensor,
@@ -35,15 +36,14 @@ def _contiguous(kernel: Any) -> Any:
         unit_rows: bool,
     ) -> None:
         tensors = (parameter, grad, mean, square)
-        plain = all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
-        if not plain or parameter.numel() == 0:
-            return adam_step_reference(
-                *tensors, lr, beta1, beta2, eps, weight_decay, step, unit_rows
-            )
+        served = all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+        if not served or parameter.numel() == 0:
+            adam_step_reference(*tensors, lr, beta1, beta2, eps, weight_decay, step, unit_rows)
+            return
         step_size = lr / (1 - beta1**step)
         root_scale = (1 - beta2**step) ** -0.5
-        numbers = (step_size, 1 - beta1, beta2, 1 - beta2, root_scale, eps, weight_decay)
-        return kernel(*tensors, *numbers, unit_rows)
+        factors = (step_size, 1 - beta1, beta2, 1 - beta2, root_scale, eps, weight_decay)
+        kernel(*tensors, *factors, unit_rows)
 
     return run
 
@@ -58,8 +58,8 @@ adam_step = define(
     " float beta2, float eps, float weight_decay, int step, bool unit_rows) -> ()",
     reference=adam_step_reference,
     implementations={
-        "native": _contiguous(native.adam_step),
-        "triton": _contiguous(lambda *args: _triton().adam_step(*args)),
+        "native": _adapt(native.adam_step),
+        "triton": _adapt(lambda *args: _triton_module().adam_step(*args)),
     },
     fake=_fake,
     check=check_step,

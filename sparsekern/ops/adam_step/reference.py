@@ -19,9 +19,9 @@ def adam_step_reference(
     unit_rows: bool,
 ) -> None:
     if unit_rows:
-        length = parameter.square().sum(1, keepdim=True)
-        share = (grad * parameter).sum(1, keepdim=True) / length
-        grad = grad - torch.where(length > 0, share, 0) * parameter
+        squared_norm = parameter.square().sum(1, keepdim=True)
+        share = (grad * parameter).sum(1, keepdim=True) / squared_norm
+        grad = grad - torch.where(squared_norm > 0, share, 0) * parameter
     grad = grad + weight_decay * parameter
     mean.lerp_(grad, 1 - beta1)
     square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)

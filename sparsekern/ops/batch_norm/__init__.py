@@ -39,7 +39,7 @@ class Normalized(NamedTuple):
     mean: torch.Tensor
     """[C], float32 (float64 for float64), a constant to the gradient."""
     var: torch.Tensor
-    """[C], biased, likewise."""
+    """[C], biased; dtype and gradient as for the mean."""
 
 
 def batch_norm(
@@ -58,7 +58,8 @@ def batch_norm(
 
     Args:
         x: floating point, not empty; any strides.
-        weight, bias: [C], or None for ones and zeros.
+        weight: [C], or None for ones.
+        bias: [C], or None for zeros.
         eps: added to the variance.
         channel_dim: which dimension holds the channels.
 
@@ -86,8 +87,10 @@ def batch_norm(
 
 
 def quicker_than_torch(x: torch.Tensor, dim: int) -> bool:
-    """Whether the kernels are quicker for x than torch's, as measured: with long runs of a channel,
-    and with few channels that lie last in memory."""
+    """Return True where the kernels were measured to be quicker for x than torch's.
+
+    That is with long runs of a channel, and with few channels that lie last in memory.
+    """
     if x.device.type != "cpu":
         return False
     inner = math.prod(x.shape[dim + 1 :]) if x.is_contiguous() else 1  # see layout

@@ -1,4 +1,4 @@
-"""What the arguments of batch_norm must fulfil."""
+"""Checks of the arguments of batch_norm and its gradient."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ def check_gradient(
     eps: float,
     channel_dim: int,
 ) -> None:
+    """Check the arguments of the gradient of `batch_norm`."""
     check_batch(x, weight, None, eps, channel_dim)
     check_like("batch_norm", "grad", grad, x, x.shape)
     for name, tensor in (("mean", mean), ("var", var)):

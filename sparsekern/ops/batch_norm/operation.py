@@ -1,8 +1,7 @@
-"""What torch knows of batch_norm: shapes, gradient, batches, and which kernels serve it."""
+"""The torch operation batch_norm: shapes, gradient, batches, and the kernels that serve it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,13 +39,13 @@ def _native_backward(
     channel_dim: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     placed = layout(x, channel_dim)
-    alike = grad.movedim(channel_dim, -1) if placed.moved else grad
-    alike = alike.contiguous().view(placed.tensor.shape)
+    placed_grad = grad.movedim(channel_dim, -1) if placed.moved else grad
+    placed_grad = placed_grad.contiguous().view(placed.tensor.shape)
     weight, mean, var = constants(mean.dtype, weight, mean, var)
-    of_x, of_weight, of_bias = native.batch_norm_backward(
-        alike, placed.tensor, weight, mean, var, eps
+    grad_x, grad_weight, grad_bias = native.batch_norm_backward(
+        placed_grad, placed.tensor, weight, mean, var, eps
     )
-    return placed.restored(of_x), of_weight, of_bias
+    return placed.restored(grad_x), grad_weight, grad_bias
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -59,16 +58,16 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
     x, weight, mean, var = ctx.saved_tensors
-    run: Callable[..., Any] = batch_norm_backward
-    if differentiating():  # differentiable operations, from x on
+    run = batch_norm_backward
+    if differentiating():  # then every step from x on must be differentiable
         run = batch_norm_backward_reference
         mean, var = batch_norm_reference(x, None, None, ctx.eps, ctx.dim)[1:]
-    of_x, *others = run(grad, x, weight, mean, var, ctx.eps, ctx.dim)
-    of_weight, of_bias = (
+    grad_x, *others = run(grad, x, weight, mean, var, ctx.eps, ctx.dim)
+    grad_weight, grad_bias = (
         None if dtype is None else tensor.to(dtype)
         for tensor, dtype in zip(others, ctx.dtypes, strict=True)
     )
-    return of_x, of_weight, of_bias, None, None
+    return grad_x, grad_weight, grad_bias, None, None
 
 
 def _fake(
@@ -83,11 +82,11 @@ def _fake_backward(
     grad: torch.Tensor, x: torch.Tensor, weight: Any, mean: torch.Tensor, *options: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     placed = layout(x, options[-1])
-    of_x = placed.restored(torch.empty_like(placed.tensor))
-    return of_x, torch.empty_like(mean), torch.empty_like(mean)
+    grad_x = placed.restored(torch.empty_like(placed.tensor))
+    return grad_x, torch.empty_like(mean), torch.empty_like(mean)
 
 
-batch_norm: Callable[..., Any] = define(
+batch_norm = define(
     "batch_norm",
     "(Tensor x, Tensor? weight, Tensor? bias, float eps, SymInt channel_dim)"
     " -> (Tensor z, Tensor mean, Tensor var)",
@@ -98,9 +97,9 @@ batch_norm: Callable[..., Any] = define(
     check=check_batch,
     setup_context=_setup,
     backward=_backward,
-    vmap=one_by_one(lambda: batch_norm),
+    vmap=one_by_one,
 )
-batch_norm_backward: Callable[..., Any] = define(
+batch_norm_backward = define(
     "batch_norm_backward",
     "(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor var, float eps,"
     " SymInt channel_dim) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
@@ -109,5 +108,5 @@ batch_norm_backward: Callable[..., Any] = define(
     cpu_only=True,
     fake=_fake_backward,
     check=check_gradient,
-    vmap=one_by_one(lambda: batch_norm_backward),
+    vmap=one_by_one,
 )

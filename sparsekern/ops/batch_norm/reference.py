@@ -19,21 +19,21 @@ def batch_norm_reference(
     wide = x.to(kind)
     n = x.numel() // x.shape[channel_dim]
 
-    def spread(tensor: torch.Tensor) -> torch.Tensor:
+    def broadcast(tensor: torch.Tensor) -> torch.Tensor:
         return across(tensor.to(kind), x.dim(), channel_dim)
 
     def mean_of(tensor: torch.Tensor) -> torch.Tensor:
         return channel_sum(tensor, channel_dim) / n
 
     mean = mean_of(wide)
-    mean = mean + mean_of(wide - spread(mean))  # a large sum is rounded by more than a small one
-    away = wide - spread(mean)
-    var = mean_of(away.square())
-    z = away * spread((var + eps).rsqrt())
+    mean = mean + mean_of(wide - broadcast(mean))  # corrected: the first sum is rounded by more
+    deviation = wide - broadcast(mean)
+    var = mean_of(deviation.square())
+    z = deviation * broadcast((var + eps).rsqrt())
     if weight is not None:
-        z = z * spread(weight)
+        z = z * broadcast(weight)
     if bias is not None:
-        z = z + spread(bias)
+        z = z + broadcast(bias)
     return placed_like(z, x, channel_dim), mean, var
 
 
@@ -48,15 +48,17 @@ def batch_norm_backward_reference(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     n = x.numel() // x.shape[channel_dim]
 
-    def spread(tensor: torch.Tensor) -> torch.Tensor:
+    def broadcast(tensor: torch.Tensor) -> torch.Tensor:
         return across(tensor.to(mean.dtype), x.dim(), channel_dim)
 
     wide = grad.to(mean.dtype)
-    root = (var + eps).rsqrt()
-    standard = (x.to(mean.dtype) - spread(mean)) * spread(root)
-    of_bias = channel_sum(wide, channel_dim)
-    of_weight = channel_sum(wide * standard, channel_dim)
-    of_x = (wide - spread(of_bias / n) - standard * spread(of_weight / n)) * spread(root)
+    inverse_std = (var + eps).rsqrt()
+    normalised = (x.to(mean.dtype) - broadcast(mean)) * broadcast(inverse_std)
+    grad_bias = channel_sum(wide, channel_dim)
+    grad_weight = channel_sum(wide * normalised, channel_dim)
+    grad_x = (
+        wide - broadcast(grad_bias / n) - normalised * broadcast(grad_weight / n)
+    ) * broadcast(inverse_std)
     if weight is not None:
-        of_x = of_x * spread(weight)
-    return placed_like(of_x, x, channel_dim), of_weight, of_bias
+        grad_x = grad_x * broadcast(weight)
+    return placed_like(grad_x, x, channel_dim), grad_weight, grad_bias

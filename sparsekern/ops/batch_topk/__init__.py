@@ -67,10 +67,11 @@ def batch_topk(x: torch.Tensor, k: int | float, *, relu: bool = False) -> torch.
 def batch_mask(
     x: torch.Tensor, k: int | float, *, relu: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`batch_topk` with what its kernels know besides: (masked [..., n], values [total], positions
-    int64 [total]).
+    """Return what `batch_topk` does, and its codes.
 
-    total = int(k * B); positions are flat, ascending; both outputs of floats are differentiable.
+    Returns:
+        masked [..., n], values [total] and positions int64 [total] with total = int(k * B).
+        Positions are flat and ascend; masked and values are differentiable.
     """
     op = "batch_topk"
     check_floating(op, "x", x)
@@ -82,7 +83,7 @@ def batch_mask(
 
 
 def kept_in_all(op: str, k: int | float, rows: int) -> int:
-    """k * rows, rounded down and at least 1."""
+    """Return k * rows, rounded down; check that it is at least 1."""
     total = int(k * rows)
     if total < 1:
         raise ValueError(f"{op}: k must keep at least one element of {rows} rows, got {k}")
@@ -90,7 +91,7 @@ def kept_in_all(op: str, k: int | float, rows: int) -> int:
 
 
 def check_share(op: str, name: str, k: int | float, upper: int, what: str) -> int | float:
-    """An integer in 1..upper, or a float above 0 and at most upper."""
+    """Return k, an int in 1..upper or a float above 0 and at most upper; raise for others."""
     if not isinstance(k, (float, torch.SymFloat)):
         real = isinstance(k, numbers.Real) and not isinstance(k, numbers.Integral)
         if not real:

@@ -1,4 +1,4 @@
-"""What torch knows of batch_topk: shapes, gradient, batches, and what serves it."""
+"""The torch operation batch_topk: shapes, gradient, batches, and what serves it."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from .candidates import largest
 from .reference import batch_topk_reference
 
 
-def _native() -> tuple[Any, Any]:
+def _native_kernels() -> tuple[Any, Any]:
     return topk_native.topk, codes_to_dense_native.codes_to_dense
 
 
-def _triton() -> tuple[Any, Any]:  # at the first call that it serves: it needs the package triton
+def _triton_kernels() -> tuple[Any, Any]:
+    # Imported at the first call that it serves: the package may be missing.
     from ..codes_to_dense import triton as codes_to_dense_triton
     from ..topk import triton as topk_triton
 
     return topk_triton.topk, codes_to_dense_triton.codes_to_dense
 
 
-def _by_candidates(kernels: Callable[[], tuple[Any, Any]]) -> Any:
-    """The operation with a backend's kernels of matrices: its top-k and its codes_to_dense."""
+def _from_candidates(kernels: Callable[[], tuple[Any, Any]]) -> Callable[..., Any]:
+    """Make the operation of a backend from its top-k and codes_to_dense of matrices."""
 
     def run(x: torch.Tensor, total: int, relu: bool) -> Any:
         if x.numel() == 0:
@@ -45,9 +46,9 @@ def _by_candidates(kernels: Callable[[], tuple[Any, Any]]) -> Any:
         values, positions = largest(rows, total, select)
         if relu:
             values = torch.where(values <= 0, 0, values)
-        # One zero per row through the kernel: it fills a matrix in a fifth of torch.zeros' time.
-        none = torch.zeros(len(rows), 1, dtype=torch.int64, device=x.device)
-        masked = to_dense(none.to(x.dtype), none, x.shape[-1])
+        # Zeros by way of a code of value 0 per row: the kernel takes a fifth of torch.zeros' time.
+        zero_codes = torch.zeros(len(rows), 1, dtype=torch.int64, device=x.device)
+        masked = to_dense(zero_codes.to(x.dtype), zero_codes, x.shape[-1])
         masked.view(-1)[positions] = values
         return masked.view(x.shape), values, positions
 
@@ -70,19 +71,22 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _backward(ctx: Any, grad_masked: torch.Tensor, grad_values: torch.Tensor, *_: Any) -> Any:
     positions, passed = ctx.saved_tensors
     grad = grad_masked.reshape(-1)[positions] + grad_values
-    if passed is not None:  # ReLU: what ended at zero passes nothing on
+    if passed is not None:  # ReLU: values that ended at zero have no gradient
         grad = torch.where(passed, grad, 0)
     dense = grad.new_zeros(math.prod(ctx.shape)).scatter(0, positions, grad)
     return dense.view(ctx.shape), None, None
 
 
-batch_topk: Callable[..., Any] = define(
+batch_topk = define(
     "batch_topk",
     "(Tensor x, SymInt total, bool relu) -> (Tensor masked, Tensor values, Tensor positions)",
     reference=batch_topk_reference,
-    implementations={"native": _by_candidates(_native), "triton": _by_candidates(_triton)},
+    implementations={
+        "native": _from_candidates(_native_kernels),
+        "triton": _from_candidates(_triton_kernels),
+    },
     fake=_fake,
     setup_context=_setup,
     backward=_backward,
-    vmap=one_by_one(lambda: batch_topk),
+    vmap=one_by_one,
 )

@@ -61,7 +61,7 @@ def channel_threshold(x: torch.Tensor, density: float, *, channel_dim: int = 1) 
 
 
 def check_density(op: str, density: float) -> None:
-    """A number above 0 and at most 1."""
+    """Check that density is a number above 0 and at most 1."""
     if isinstance(density, bool) or not isinstance(density, numbers.Real):
         raise TypeError(
             f"{op}: density must be a number, got {density!r} of type {type(density).__name__}"
@@ -71,7 +71,7 @@ def check_density(op: str, density: float) -> None:
 
 
 def _rank(op: str, x: torch.Tensor, density: float, dim: int) -> int:
-    """Which of a channel's elements is its threshold, counted from 1 for the smallest."""
+    """Return the rank of the threshold among a channel's elements; the smallest has rank 1."""
     count = x.numel() // max(x.shape[dim], 1)
     if count < 1:
         raise ValueError(f"{op}: x must have elements in each channel, got shape {list(x.shape)}")

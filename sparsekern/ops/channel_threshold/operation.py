@@ -1,4 +1,4 @@
-"""What torch knows of channel_threshold: shapes, batches, and which kernels serve it."""
+"""The torch operation channel_threshold: shapes, batches, and the kernels that serve it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from . import native
 from .reference import channel_threshold_reference
 
 
-def _triton() -> Any:
-    from . import triton  # at the first call that it serves: it needs the package triton
+def _triton_module() -> Any:
+    from . import triton  # imported at the first call that it serves: the package may be missing
 
     return triton
 
 
-def _placed(kernel: Any) -> Any:
-    """A kernel of [outer, C, inner], for any dimensions and strides."""
+def _adapt(kernel: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Adapt a kernel of [outer, C, inner] to any dimensions and strides."""
 
     def run(x: torch.Tensor, rank: int, channel_dim: int) -> torch.Tensor:
         check_row("channel_threshold", x, x.numel() // x.shape[channel_dim])
@@ -42,14 +42,14 @@ def _fake(x: torch.Tensor, rank: int, channel_dim: int) -> torch.Tensor:
     return x.new_empty(x.shape[channel_dim])
 
 
-channel_threshold: Callable[..., Any] = define(
+channel_threshold = define(
     "channel_threshold",
     "(Tensor x, SymInt rank, SymInt channel_dim) -> Tensor",
     reference=channel_threshold_reference,
     implementations={
-        "native": _placed(native.channel_threshold),
-        "triton": _placed(lambda *args: _triton().channel_threshold(*args)),
+        "native": _adapt(native.channel_threshold),
+        "triton": _adapt(lambda *args: _triton_module().channel_threshold(*args)),
     },
     fake=_fake,
-    vmap=one_by_one(lambda: channel_threshold),
+    vmap=one_by_one,
 )

@@ -1,4 +1,4 @@
-"""What torch knows of codes_to_dense: shapes, gradient, batches, and which kernels serve it."""
+"""The torch operation codes_to_dense: shapes, gradient, batches, and the kernels that serve it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def _check(values: torch.Tensor, indices: torch.Tensor, n: int) -> None:
     check_size("codes_to_dense", "n", n)
 
 
-def _triton() -> Any:
-    from . import triton  # at the first call that it serves: it needs the package triton
+def _triton_module() -> Any:
+    from . import triton  # imported at the first call that it serves: the package may be missing
 
     return triton
 
 
-def _rows(kernel: Any) -> Any:
-    """A kernel of contiguous matrices, for any leading dimensions and strides."""
+def _adapt(kernel: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Adapt a kernel of contiguous matrices to any leading dimensions and strides."""
 
     def run(values: torch.Tensor, indices: torch.Tensor, n: int) -> torch.Tensor:
         check_range("codes_to_dense", indices, n)
@@ -54,17 +54,17 @@ def _backward(ctx: Any, grad: torch.Tensor) -> Any:
     return grad.gather(-1, indices.long()), None, None
 
 
-codes_to_dense: Callable[..., Any] = define(
+codes_to_dense = define(
     "codes_to_dense",
     "(Tensor values, Tensor indices, SymInt n) -> Tensor",
     reference=codes_to_dense_reference,
     implementations={
-        "native": _rows(native.codes_to_dense),
-        "triton": _rows(lambda *args: _triton().codes_to_dense(*args)),
+        "native": _adapt(native.codes_to_dense),
+        "triton": _adapt(lambda *args: _triton_module().codes_to_dense(*args)),
     },
     fake=_fake,
     check=_check,
     setup_context=_setup,
     backward=_backward,
-    vmap=leading_dimensions(lambda: codes_to_dense, 2),
+    vmap=leading_dimensions(2),
 )

@@ -1,7 +1,8 @@
-"""What torch knows of count_active: shapes, batches, and which kernels serve it."""
+"""The torch operation count_active: shapes, batches, and the kernels that serve it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ def _check(indices: torch.Tensor, n: int, values: torch.Tensor | None = None) ->
     check_size("count_active", "n", n)
 
 
-def _flat(kernel: Any) -> Any:
-    """A kernel of contiguous vectors, for any shape."""
+def _adapt(kernel: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Adapt a kernel of contiguous vectors to codes of any shape."""
 
     def run(indices: torch.Tensor, n: int, values: torch.Tensor | None) -> torch.Tensor:
         flat_values = None if values is None else values.reshape(-1).contiguous()
@@ -28,7 +29,7 @@ def _flat(kernel: Any) -> Any:
 
 
 def _triton(indices: torch.Tensor, n: int, values: torch.Tensor | None) -> torch.Tensor:
-    from . import triton  # at the first call that it serves: it needs the package triton
+    from . import triton  # imported at the first call that it serves: the package may be missing
 
     check_range("count_active", indices, n)
     return triton.count_active(indices, n, values)
@@ -38,27 +39,34 @@ def _fake(indices: torch.Tensor, n: int, values: torch.Tensor | None) -> torch.T
     return indices.new_empty(n, dtype=torch.int64)
 
 
-def _vmap(info: Any, in_dims: Any, indices: Any, n: int, values: Any) -> Any:
-    """Batch entry b counts into its own n latents: indices shifted by b*n, one call."""
+def _vmap(
+    operation: Callable[..., torch.Tensor],
+    info: Any,
+    in_dims: Any,
+    indices: Any,
+    n: int,
+    values: Any,
+) -> tuple[torch.Tensor, int]:
+    """Count each batch entry by itself in one call: entry b has latents b*n .. (b+1)*n - 1."""
 
-    def front(tensor: torch.Tensor | None, dim: int | None) -> torch.Tensor | None:
+    def batch_first(tensor: torch.Tensor | None, dim: int | None) -> torch.Tensor | None:
         if tensor is None:
             return None
         if dim is None:
             return tensor.expand(info.batch_size, *tensor.shape)
         return tensor.movedim(dim, 0)
 
-    indices, values = front(indices, in_dims[0]), front(values, in_dims[2])
-    steps = torch.arange(info.batch_size, device=indices.device) * n
-    shifted = indices + steps.view(-1, *[1] * (indices.dim() - 1))
-    return count_active(shifted, n * info.batch_size, values).view(-1, n), 0
+    indices, values = batch_first(indices, in_dims[0]), batch_first(values, in_dims[2])
+    offsets = torch.arange(info.batch_size, device=indices.device) * n
+    shifted = indices + offsets.view(-1, *[1] * (indices.dim() - 1))
+    return operation(shifted, n * info.batch_size, values).view(-1, n), 0
 
 
 count_active = define(
     "count_active",
     "(Tensor indices, SymInt n, Tensor? values) -> Tensor",
     reference=count_active_reference,
-    implementations={"native": _flat(native.count_active), "triton": _flat(_triton)},
+    implementations={"native": _adapt(native.count_active), "triton": _adapt(_triton)},
     fake=_fake,
     check=_check,
     vmap=_vmap,

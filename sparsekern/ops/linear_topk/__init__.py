@@ -1,5 +1,4 @@
-"""The k largest outputs of a linear layer, without the outputs: the encoder of a sparse
-autoencoder.
+"""The k largest outputs of a linear layer: the encoder of a sparse autoencoder.
 
 Definition:
 
@@ -17,12 +16,10 @@ Gradient, with m = 1 where ReLU let a value pass and g = m * d values * scale[in
 These are the products of sparse_matmul, so every backend shares them and a second derivative
 exists.
 
-How the scores are never stored: see linear_slices.py.
+The file slices.py says how the scores are never stored.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 
@@ -82,8 +79,8 @@ def linear_topk(
         IndexError: an element of latents outside 0..N-1.
 
     Note:
-        Ranked are the scores in x's dtype, as the dense expression has them; products may differ
-        from it in the last bits, so that scores that close may change places. Equal scores are
+        Scores are ranked in x's dtype, as in the dense expression. The products may differ from its
+        own in the last bits, so scores that differ by no more may change places. Equal scores are
         ordered by index. Memory: buffers of at most 7 Mi scores (and as many weights, where they
         have to be converted or gathered), and k codes per slice of latents; never [B, N], and
         never [B, k, D] in the backward pass.
@@ -97,7 +94,7 @@ def linear_topk(
         ([[1.0, 0.0]], [[0, 2]])
     """
     values, indices, _, _ = operation.linear_topk(
-        *_checked("linear_topk", x, weight, bias, k, pre_bias, scale, latents, groups),
+        *_check("linear_topk", x, weight, bias, k, pre_bias, scale, latents, groups),
         relu, sorted, False,
     )  # fmt: skip
     return Codes(values, indices)
@@ -138,13 +135,13 @@ def linear_topk_transposed(
         ([[1]], [0, 0, 1])
     """
     values, indices, *transposition = operation.linear_topk(
-        *_checked("linear_topk_transposed", x, weight, bias, k, pre_bias, scale, latents, groups),
+        *_check("linear_topk_transposed", x, weight, bias, k, pre_bias, scale, latents, groups),
         relu, sorted, True,
     )  # fmt: skip
     return Codes(values, indices), Transposition(*transposition)
 
 
-def _checked(
+def _check(
     op: str,
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -154,8 +151,17 @@ def _checked(
     scale: torch.Tensor | None,
     latents: torch.Tensor | None,
     groups: int,
-) -> tuple[Any, ...]:
-    """The arguments of the operation, all of them found to fit."""
+) -> tuple[
+    torch.Tensor,
+    torch.Tensor,
+    torch.Tensor | None,
+    int,
+    torch.Tensor | None,
+    torch.Tensor | None,
+    torch.Tensor | None,
+    int,
+]:
+    """Check the arguments of the operation and return them, k and groups as plain integers."""
     check_layer(op, x, weight, bias, pre_bias, scale, latents)
     width = weight.shape[0] if latents is None else latents.shape[0]
     what = "the number of latents" if latents is None else "the size of latents"

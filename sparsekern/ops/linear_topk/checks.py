@@ -23,7 +23,7 @@ def check_layer(
     scale: torch.Tensor | None,
     latents: torch.Tensor | None,
 ) -> None:
-    """The tensors of a linear layer: dtypes, shapes, one device."""
+    """Check the tensors of a linear layer: dtypes, shapes, one device."""
     check_floating(op, "x", x)
     check_floating(op, "weight", weight)
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
@@ -56,7 +56,7 @@ def check_layer(
 
 
 def check_groups(op: str, groups: int, k: int, width: int, latents: torch.Tensor | None) -> int:
-    """A number of groups that divides k and the width."""
+    """Return a number of groups as an int; check that it divides k and the width."""
     if groups == 1:
         return 1
     groups = check_count(op, "groups", groups, k, "k")
@@ -70,13 +70,12 @@ def check_groups(op: str, groups: int, k: int, width: int, latents: torch.Tensor
 
 
 def check_latents(latents: torch.Tensor | None, n: int) -> None:
-    """Ascending and in 0..n-1: on the CPU, and on other devices in debug mode."""
+    """Check that latents ascend and lie in 0..n-1: on the CPU, elsewhere only in debug mode."""
     if latents is None or (latents.device.type != "cpu" and not debug_checks()):
         return
     check_range("linear_topk", latents, n, "latents")
     if bool((latents.diff() <= 0).any()):
-        at = int((latents.diff() <= 0).to(torch.uint8).argmax())
+        i = int((latents.diff() <= 0).to(torch.uint8).argmax())
         raise ValueError(
-            "linear_topk: latents must ascend, each once, "
-            f"got {latents[at]} before {latents[at + 1]}"
+            f"linear_topk: latents must ascend, each once, got {latents[i]} before {latents[i + 1]}"
         )

@@ -1,4 +1,4 @@
-"""What torch knows of linear_topk: shapes, gradient, batches, autocast, and what serves it."""
+"""The torch operation linear_topk: shapes, gradient, batches, autocast, and what serves it."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def _check(
 
 
 def _triton_topk(*args: Any) -> Any:
-    from ..topk import triton  # at the first call that it serves: it needs the package triton
+    from ..topk import triton  # imported at the first call: the package may be missing
 
     return triton.topk(*args)
 
 
-def _slices(select: Any) -> Any:
-    """The operation with a backend's top-k of matrices."""
+def _slice_by_slice(select: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the operation of a backend from its top-k of matrices."""
 
     def run(
         x: torch.Tensor,
@@ -122,27 +122,30 @@ def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
     elif not ctx.transposed:
         transposition = [None, None]
 
-    def per_latent(terms: torch.Tensor, features: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        return sparse_matmul_backward(features, terms, indices, like, False, True, *transposition)[
-            1
-        ]
+    def sum_per_latent(
+        terms: torch.Tensor, features: torch.Tensor, like: torch.Tensor
+    ) -> torch.Tensor:
+        _, sums = sparse_matmul_backward(
+            features, terms, indices, like, False, True, *transposition
+        )
+        return sums
 
-    def total(terms: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    def sum_scalars_per_latent(terms: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         ones = terms.new_ones(*terms.shape[:-1], 1)
-        return per_latent(terms, ones, like.unsqueeze(1)).squeeze(1)
+        return sum_per_latent(terms, ones, like.unsqueeze(1)).squeeze(1)
 
     g = grad if passed is None else torch.where(passed, grad, 0)
     if need_scale:
         factors = scale[indices]
         if passed is not None:  # a score of scale zero is zero, and passes nothing on
             factors = torch.where(passed, factors, 1)
-        d_scale = total((g * (values / factors)).to(x.dtype), scale)
+        d_scale = sum_scalars_per_latent((g * (values / factors)).to(x.dtype), scale)
     if scale is not None:
         g = (g * scale[indices]).to(x.dtype)
     if need_weight:
-        d_weight = per_latent(g, centred(x, pre_bias), weight)
+        d_weight = sum_per_latent(g, centred(x, pre_bias), weight)
     if need_bias:
-        d_bias = total(g, bias)
+        d_bias = sum_scalars_per_latent(g, bias)
     if need_x or need_pre_bias:
         d_x = sparse_matmul(g, indices, weight, None, *transposition)
         if need_pre_bias:
@@ -151,6 +154,10 @@ def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
 
 
 def autocast_layer(args: Any, dtype: torch.dtype) -> Any:
+    """Cast x, and a weight that is neither float32 nor of the dtype, with its vectors.
+
+    args: x, weight, bias, k, pre_bias, scale and any more, which stay as they are.
+    """
     x, weight, bias, k, pre_bias, scale, *rest = args
     if torch.float64 in (x.dtype, weight.dtype):  # as torch.matmul: autocast leaves float64 alone
         return args
@@ -162,17 +169,20 @@ def autocast_layer(args: Any, dtype: torch.dtype) -> Any:
     return x.to(dtype), weight, bias, k, pre_bias, scale, *rest
 
 
-linear_topk: Callable[..., Any] = define(
+linear_topk = define(
     "linear_topk",
     "(Tensor x, Tensor weight, Tensor? bias, SymInt k, Tensor? pre_bias, Tensor? scale,"
     " Tensor? latents, SymInt groups, bool relu, bool sorted, bool transpose)"
     " -> (Tensor values, Tensor indices, Tensor offsets, Tensor positions)",
     reference=linear_topk_reference,
-    implementations={"native": _slices(native.topk), "triton": _slices(_triton_topk)},
+    implementations={
+        "native": _slice_by_slice(native.topk),
+        "triton": _slice_by_slice(_triton_topk),
+    },
     fake=_fake,
     check=_check,
     setup_context=_setup,
     backward=_backward,
-    vmap=one_by_one(lambda: linear_topk),
+    vmap=one_by_one,
     autocast=autocast_layer,
 )

@@ -1,9 +1,9 @@
 """The k largest outputs of a linear layer, a slice of latents at a time.
 
-The latents are taken in slices. Each slice's scores are a product of the vendor's library into
-one buffer that is used again for the next; what a slice can contribute to a row are its own k
-largest, and the k largest of these over all slices are the row's. Both selections are exact and in
-the total order, slices come in ascending order of latents, so the result is the one definite set.
+The scores of a slice are one matrix product, into a buffer that every slice uses. The k largest of
+a slice are candidates, and the k largest candidates of all slices are the row's k largest. Both
+selections are exact and order equal scores by latent, and slices come in ascending order of
+latents, so the result is that of a selection from all scores at once.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Scores held at a time. Fewer slices make better products, measured in bench/ as "linear_topk"; but
-# blocks of 32 MiB or more are mapped anew by the C library, and cleared by the system, each time.
+# Scores held at a time. Wider slices make faster products (bench/ measures them as "linear_topk"),
+# but the C library maps blocks of 32 MiB or more anew each time, and the system clears them.
 BUFFER_ELEMENTS = 7 << 20
 SMALLEST_SLICE = 4096
-WIDTH_STEP = 64
+CACHE_LINE_ELEMENTS = 64
 
 
 class Layer:
-    """The linear layer, a slice of latents at a time."""
+    """A linear layer whose scores are computed a slice of latents at a time."""
 
     def __init__(
         self,
@@ -34,28 +34,28 @@ class Layer:
         self.latents = latents
         self.dtype = dtype
         self.width = weight.shape[0] if latents is None else latents.shape[0]
-        # elements of a latent's row that a slice has to copy first
+        # Elements of each latent's row that are cast or gathered before the product.
         self.copied = weight.shape[1] if latents is not None or weight.dtype != dtype else 0
 
     def scores(self, rows: torch.Tensor, first: int, last: int, out: torch.Tensor) -> None:
         """Write the scores of latents first..last-1 to out [rows, last - first]."""
 
-        def cut(tensor: torch.Tensor) -> torch.Tensor:
+        def slice_of(tensor: torch.Tensor) -> torch.Tensor:
             if self.latents is None:
                 return tensor[first:last].to(self.dtype)
             return tensor[self.latents[first:last]].to(self.dtype)
 
-        columns = cut(self.weight).t()
+        columns = slice_of(self.weight).t()
         if self.bias is None:
             torch.mm(rows, columns, out=out)
         else:
-            torch.addmm(cut(self.bias), rows, columns, out=out)
+            torch.addmm(slice_of(self.bias), rows, columns, out=out)
         if self.scale is not None:
-            out.mul_(cut(self.scale))
+            out.mul_(slice_of(self.scale))
 
 
 class Selection(NamedTuple):
-    """What to keep of each row: k / groups scores of each group of consecutive latents.
+    """The scores to keep of each row: k / groups of each group of consecutive latents.
 
     select: the backend's topk(x, k, sorted, relu, abs, count).
     """
@@ -68,80 +68,95 @@ class Selection(NamedTuple):
 
 
 def rows_at_once(k: int) -> int:
-    """How many rows share a buffer."""
+    """Return how many rows share a buffer."""
     return max(1, BUFFER_ELEMENTS // max(SMALLEST_SLICE, 4 * k))
 
 
 def select_rows(
     layer: Layer,
     rows: torch.Tensor,
-    wanted: Selection,
+    selection: Selection,
     values: torch.Tensor,
     indices: torch.Tensor,
 ) -> None:
-    """Codes of some rows, into values and indices [rows, k]."""
-    count, k = len(rows), wanted.k // wanted.groups
-    group = layer.width // wanted.groups
-    most = max(SMALLEST_SLICE, 4 * wanted.k, BUFFER_ELEMENTS // max(count, layer.copied))
-    width = _even(layer.width, most)
+    """Write the codes of some rows to values and indices [rows, k]."""
+    count, k = len(rows), selection.k // selection.groups
+    group_width = layer.width // selection.groups
+    widest = max(SMALLEST_SLICE, 4 * selection.k, BUFFER_ELEMENTS // max(count, layer.copied))
+    width = _slice_width(layer.width, widest)
     buffer = rows.new_empty(count * width)
-    if wanted.groups > 1 and group <= width:
-        whole = width // group
-        for first in range(0, wanted.groups, whole):
-            last = min(first + whole, wanted.groups)
+    if selection.groups > 1 and group_width <= width:
+        groups_at_once = width // group_width
+        for first in range(0, selection.groups, groups_at_once):
+            last = min(first + groups_at_once, selection.groups)
             codes = slice(first * k, last * k)
             _select_groups(
-                layer, rows, wanted, range(first, last), buffer, values[:, codes], indices[:, codes]
+                layer,
+                rows,
+                selection,
+                range(first, last),
+                buffer,
+                values[:, codes],
+                indices[:, codes],
             )
         return
-    for at in range(wanted.groups):
-        codes = slice(at * k, (at + 1) * k)
+    for group in range(selection.groups):
+        codes = slice(group * k, (group + 1) * k)
         _select_range(
-            layer, rows, wanted, at * group, (at + 1) * group, buffer,
+            layer, rows, selection, group * group_width, (group + 1) * group_width, buffer,
             values[:, codes], indices[:, codes],
         )  # fmt: skip
 
 
-def _even(total: int, most: int) -> int:
-    """The width of slices of at most so many latents that are equally wide, up to a cache line."""
-    slices = -(-total // most)
-    return min(total, most, -(-total // (slices * WIDTH_STEP)) * WIDTH_STEP)
+def _slice_width(total: int, widest: int) -> int:
+    """Return the width of equal slices, at most `widest`; the last one may be narrower.
+
+    Widths are multiples of a cache line where that is possible.
+    """
+    slices = -(-total // widest)
+    return min(total, widest, -(-total // (slices * CACHE_LINE_ELEMENTS)) * CACHE_LINE_ELEMENTS)
 
 
 def _select_groups(
     layer: Layer,
     rows: torch.Tensor,
-    wanted: Selection,
+    selection: Selection,
     groups: range,
     buffer: torch.Tensor,
     values: torch.Tensor,
     indices: torch.Tensor,
 ) -> None:
-    """Codes of some groups whose scores fit into the buffer: a group of a row is a row."""
-    count, k = len(rows), wanted.k // wanted.groups
-    group = layer.width // wanted.groups
-    scores = buffer[: count * len(groups) * group].view(count, len(groups) * group)
-    layer.scores(rows, groups.start * group, groups.stop * group, scores)
-    found, where, _ = wanted.select(
-        scores.view(count * len(groups), group), k, wanted.sorted, wanted.relu, False, False
+    """Write the codes of some groups whose scores fit into the buffer, each group as a row."""
+    count, k = len(rows), selection.k // selection.groups
+    group_width = layer.width // selection.groups
+    width = len(groups) * group_width
+    scores = buffer[: count * width].view(count, width)
+    layer.scores(rows, groups.start * group_width, groups.stop * group_width, scores)
+    top_values, columns, _ = selection.select(
+        scores.view(count * len(groups), group_width),
+        k,
+        selection.sorted,
+        selection.relu,
+        False,
+        False,
     )
-    values.copy_(found.view(count, len(groups) * k))
-    starts = torch.arange(groups.start, groups.stop, device=rows.device) * group
-    where.view(count, len(groups), k).add_(starts.unsqueeze(1))
-    indices.copy_(where.view(count, len(groups) * k))
+    values.copy_(top_values.view(count, len(groups) * k))
+    starts = torch.arange(groups.start, groups.stop, device=rows.device) * group_width
+    columns.view(count, len(groups), k).add_(starts.unsqueeze(1))
+    indices.copy_(columns.view(count, len(groups) * k))
 
 
 def _select_range(
     layer: Layer,
     rows: torch.Tensor,
-    wanted: Selection,
+    selection: Selection,
     begin: int,
     end: int,
     buffer: torch.Tensor,
     values: torch.Tensor,
     indices: torch.Tensor,
 ) -> None:
-    """Codes of the latents begin..end-1, slice by slice."""
+    """Write the codes of the latents begin..end-1, found slice by slice."""
     count, k = values.shape
     width = min(len(buffer) // count, end - begin)
     slice_values: list[torch.Tensor] = []
@@ -151,18 +166,18 @@ def _select_range(
         last = min(first + width, end)
         scores = buffer[: count * (last - first)].view(count, last - first)
         layer.scores(rows, first, last, scores)
-        found, where, _ = wanted.select(
-            scores, min(k, last - first), single and wanted.sorted, single and wanted.relu,
+        top_values, columns, _ = selection.select(
+            scores, min(k, last - first), single and selection.sorted, single and selection.relu,
             False, False,
         )  # fmt: skip
-        slice_values.append(found)
-        slice_indices.append(where.add_(first))
+        slice_values.append(top_values)
+        slice_indices.append(columns.add_(first))
     if single:
         values.copy_(slice_values[0])
         indices.copy_(slice_indices[0])
         return
-    found, where, _ = wanted.select(
-        torch.cat(slice_values, 1), k, wanted.sorted, wanted.relu, False, False
+    top_values, columns, _ = selection.select(
+        torch.cat(slice_values, 1), k, selection.sorted, selection.relu, False, False
     )
-    values.copy_(found)
-    indices.copy_(torch.cat(slice_indices, 1).gather(1, where))
+    values.copy_(top_values)
+    indices.copy_(torch.cat(slice_indices, 1).gather(1, columns))

@@ -47,9 +47,9 @@ def pointwise_conv(
         out = torch.nn.functional.conv2d(x, weight.view(-1, C, 1, 1), bias)
 
     Args:
-        values, indices: [M], the elements that are not zero and their flat index (int64 or int32)
-            into the contiguous tensor, such as those of :func:`threshold_codes`. An index may occur
-            more than once: its values add up.
+        values: [M], the elements that are not zero, such as those of :func:`threshold_codes`.
+        indices: [M] int64 or int32, their flat indices into the contiguous tensor. An index may
+            occur more than once: its values add up.
         shape: of the tensor.
         weight: [E, C] or [E, C, 1, ...], in values' dtype or float32; any strides.
         bias: [E].

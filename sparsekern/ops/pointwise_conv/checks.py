@@ -1,4 +1,4 @@
-"""What the arguments of pointwise_conv must fulfil."""
+"""Checks of the arguments of pointwise_conv and its gradients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..checks import (
 def checked_weight(
     op: str, values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, channels: int
 ) -> torch.Tensor:
-    """The weight as [E, C]."""
+    """Check weight and bias against the values; return the weight as [E, C]."""
     check_floating(op, "weight", weight)
     if weight.dim() < 2 or weight.shape[1] != channels or math.prod(weight.shape[2:]) != 1:
         raise ValueError(
@@ -46,6 +46,7 @@ def check_product(
     outer: int,
     inner: int,
 ) -> None:
+    """Check the arguments of the operation, as torch.ops passes them."""
     op = "pointwise_conv"
     check_codes(op, values, indices)
     if values.dim() != 1 or weight.dim() != 2:
@@ -61,6 +62,7 @@ def check_product(
 def check_gradients(
     grad: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, weight: torch.Tensor
 ) -> None:
+    """Check the arguments of the gradient, as torch.ops passes them."""
     if grad.dim() != 3:
         raise ValueError(f"pointwise_conv: grad must be [outer, E, inner], got {list(grad.shape)}")
     outer, _, inner = grad.shape

@@ -8,12 +8,17 @@ from ...dispatch.backends import forced_backend
 from ..checks import check_range
 from ..layout import sum_dtype
 
-ELEMENTS_PER_CODE = 16  # with fewer of them the dense product is mostly faster (see above)
+ELEMENTS_PER_CODE = (
+    16  # with fewer of them the dense product is mostly faster (see `pointwise_conv`)
+)
 
 
 def dense_wins(values: torch.Tensor, elements: int) -> bool:
-    """False for GPUs, where that was not measured, for a forced backend, under autocast, and in
-    compiled code, which would be specialised to the number of codes."""
+    """Return True where the dense product is faster: on a CPU, with many codes.
+
+    False for a forced backend, under autocast, and in compiled code, which would be specialised to
+    the number of codes. On GPUs it was not measured.
+    """
     if values.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     if ELEMENTS_PER_CODE * len(values) <= elements:
@@ -29,7 +34,7 @@ def dense_pointwise_conv(
     outer: int,
     inner: int,
 ) -> torch.Tensor:
-    """What the operation returns, by way of the dense tensor."""
+    """Return what the operation does, by way of the dense tensor."""
     outputs, channels = weight.shape
     elements = outer * channels * inner
     check_range("pointwise_conv", indices, elements)

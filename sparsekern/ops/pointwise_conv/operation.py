@@ -1,9 +1,7 @@
-"""What torch knows of pointwise_conv: shapes, gradients, batches, autocast, and which
-kernels serve it."""
+"""The torch operation pointwise_conv: shapes, gradients, batches, autocast, and its kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,7 +37,7 @@ def _native_backward(
     grad: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     outer, _, inner = grad.shape
-    # Again: they may have changed since the forward pass.
+    # Checked again: indices may have changed since the forward pass.
     check_range("pointwise_conv", indices, outer * weight.shape[1] * inner)
     return native.pointwise_conv_backward(
         grad.contiguous(), values.contiguous(), indices.contiguous(), weight
@@ -55,11 +53,10 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _backward(ctx: Any, grad: torch.Tensor) -> Any:
     values, indices, weight = ctx.saved_tensors
     # The reference's backward pass consists of differentiable operations.
-    twice = differentiating()
-    run = pointwise_conv_backward_reference if twice else pointwise_conv_backward
-    of_values, of_weight, of_bias = run(grad, values, indices, weight)
-    of_bias = None if ctx.bias_dtype is None else of_bias.to(ctx.bias_dtype)
-    return of_values, None, of_weight, of_bias, None, None
+    run = pointwise_conv_backward_reference if differentiating() else pointwise_conv_backward
+    grad_values, grad_weight, bias_sums = run(grad, values, indices, weight)
+    grad_bias = None if ctx.bias_dtype is None else bias_sums.to(ctx.bias_dtype)
+    return grad_values, None, grad_weight, grad_bias, None, None
 
 
 def _fake(
@@ -76,20 +73,20 @@ def _fake(
 def _fake_backward(
     grad: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    of_weight = weight.new_empty(weight.shape)
-    return torch.empty_like(values), of_weight, weight.new_empty(weight.shape[0])
+    grad_weight = weight.new_empty(weight.shape)
+    return torch.empty_like(values), grad_weight, weight.new_empty(weight.shape[0])
 
 
 def _autocast(args: Any, dtype: torch.dtype) -> Any:
     values, indices, weight, bias, *sizes = args
-    if torch.float64 in (values.dtype, weight.dtype):  # as torch's convolutions: left alone
+    if torch.float64 in (values.dtype, weight.dtype):  # as in torch's convolutions
         return args
     if weight.dtype not in (torch.float32, dtype):
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     return values.to(dtype), indices, weight, bias, *sizes
 
 
-pointwise_conv: Callable[..., Any] = define(
+pointwise_conv = define(
     "pointwise_conv",
     "(Tensor values, Tensor indices, Tensor weight, Tensor? bias, SymInt outer, SymInt inner)"
     " -> Tensor",
@@ -99,10 +96,10 @@ pointwise_conv: Callable[..., Any] = define(
     check=check_product,
     setup_context=_setup,
     backward=_backward,
-    vmap=one_by_one(lambda: pointwise_conv),
+    vmap=one_by_one,
     autocast=_autocast,
 )
-pointwise_conv_backward: Callable[..., Any] = define(
+pointwise_conv_backward = define(
     "pointwise_conv_backward",
     "(Tensor grad, Tensor values, Tensor indices, Tensor weight)"
     " -> (Tensor grad_values, Tensor grad_weight, Tensor grad_bias)",
@@ -110,5 +107,5 @@ pointwise_conv_backward: Callable[..., Any] = define(
     implementations={"native": _native_backward},
     fake=_fake_backward,
     check=check_gradients,
-    vmap=one_by_one(lambda: pointwise_conv_backward),
+    vmap=one_by_one,
 )

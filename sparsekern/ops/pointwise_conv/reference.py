@@ -9,12 +9,13 @@ from ..checks import check_range
 from ..layout import sum_dtype
 
 
-def _places(indices: torch.Tensor, channels: int, inner: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Channel, and row of the output seen as [outer * inner, E], of each index."""
+def _channels_and_rows(
+    indices: torch.Tensor, channels: int, inner: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the channel of each index, and its row in the output seen as [outer * inner, E]."""
     indices = indices.long()
-    return channels_of(indices, channels, inner), (
-        indices // (channels * inner) * inner + indices % inner
-    )
+    rows = indices // (channels * inner) * inner + indices % inner
+    return channels_of(indices, channels, inner), rows
 
 
 def pointwise_conv_reference(
@@ -28,8 +29,8 @@ def pointwise_conv_reference(
     outputs, channels = weight.shape
     check_range("pointwise_conv", indices, outer * channels * inner)
     kind = sum_dtype(values.dtype)
-    found, rows = _places(indices, channels, inner)
-    terms = values.to(kind).unsqueeze(1) * weight.to(kind).t()[found]
+    code_channels, rows = _channels_and_rows(indices, channels, inner)
+    terms = values.to(kind).unsqueeze(1) * weight.to(kind).t()[code_channels]
     out = terms.new_zeros(outer * inner, outputs).index_add(0, rows, terms)
     if bias is not None:
         out = out + bias.to(kind)
@@ -44,10 +45,11 @@ def pointwise_conv_backward_reference(
     outputs, channels = weight.shape
     check_range("pointwise_conv", indices, outer * channels * inner)
     kind = sum_dtype(values.dtype)
-    found, rows = _places(indices, channels, inner)
+    code_channels, rows = _channels_and_rows(indices, channels, inner)
     wide = grad.to(kind)
-    at = wide.transpose(1, 2).flatten(0, 1)[rows]
-    of_values = (at * weight.to(kind).t()[found]).sum(1).to(values.dtype)
-    terms = at * values.to(kind).unsqueeze(1)
-    of_weight = terms.new_zeros(channels, outputs).index_add(0, found, terms).t()
-    return of_values, of_weight.to(weight.dtype).contiguous(), wide.sum((0, 2)).to(weight.dtype)
+    code_grads = wide.transpose(1, 2).flatten(0, 1)[rows]
+    grad_values = (code_grads * weight.to(kind).t()[code_channels]).sum(1).to(values.dtype)
+    terms = code_grads * values.to(kind).unsqueeze(1)
+    grad_weight = terms.new_zeros(channels, outputs).index_add(0, code_channels, terms).t()
+    grad_bias = wide.sum((0, 2))
+    return grad_values, grad_weight.to(weight.dtype).contiguous(), grad_bias.to(weight.dtype)

@@ -37,8 +37,7 @@ def sparse_matmul(
     *,
     transposition: Transposition | None = None,
 ) -> torch.Tensor:
-    """Return (codes as a dense [..., N] matrix) @ weight + bias, touching only the active rows of
-    weight.
+    """Return codes @ weight + bias, reading only the active rows of weight.
 
     Equivalent PyTorch::
 

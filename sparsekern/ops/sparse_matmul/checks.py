@@ -1,4 +1,4 @@
-"""What the arguments of the products must fulfil."""
+"""Checks of the arguments of sparse_matmul and its gradients."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ..transpose_codes.checks import check_grouping
 
 
 def check_dictionary(values: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Check dtypes, shapes and devices of values, weight and bias."""
     op = "sparse_matmul"
     check_floating(op, "values", values)
     check_floating(op, "weight", weight)
@@ -36,6 +37,7 @@ def check_product(
     offsets: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
 ) -> None:
+    """Check the arguments of the operation, as torch.ops passes them."""
     check_codes("sparse_matmul", values, indices)
     check_dictionary(values, weight, bias)
     if offsets is not None and positions is not None:
@@ -45,5 +47,6 @@ def check_product(
 def check_gradients(
     grad: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, weight: torch.Tensor, *_: Any
 ) -> None:
+    """Check the arguments of the gradients, as torch.ops passes them."""
     check_product(values, indices, weight, None)
     check_like("sparse_matmul", "grad", grad, values, (*values.shape[:-1], weight.shape[1]))

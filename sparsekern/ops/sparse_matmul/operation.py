@@ -1,8 +1,8 @@
-"""What torch knows of sparse_matmul: shapes, gradients, batches, autocast, and which
-kernels serve it."""
+"""The torch operation sparse_matmul: shapes, gradients, batches, autocast, and its kernels."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,48 +18,52 @@ from .reference import sparse_matmul_backward_reference, sparse_matmul_reference
 # -- kernels take matrices -------------------------------------------------------------------------
 
 
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous matrix of a tensor's rows; the tensor itself where it is one."""
+def _contiguous_matrix(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor [..., d] as a contiguous matrix [rows, d], itself where it is one."""
     if tensor.dim() != 2:
         tensor = matrix_of(tensor)
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
-def _addressable(weight: torch.Tensor) -> torch.Tensor:
-    """weight itself when one of its strides is 1, else a contiguous copy."""
+def _unit_stride(weight: torch.Tensor) -> torch.Tensor:
+    """Return weight itself where one of its strides is 1, else a contiguous copy."""
     return weight if weight.stride(1) == 1 or column_major(weight) else weight.contiguous()
 
 
-def _triton() -> Any:
-    from . import triton  # at the first call that it serves: it needs the package triton
+def _triton_module() -> Any:
+    from . import triton  # imported at the first call that it serves: the package may be missing
 
     return triton
 
 
-def _kernel_looks(backend: str, values: torch.Tensor) -> bool:
-    """Whether the kernel itself finds indices that are out of range."""
+def _kernel_checks(backend: str, values: torch.Tensor) -> bool:
+    """Return True where the kernel itself finds indices that are out of range."""
     return backend == "native" and values.is_cpu
 
 
-def _matrices(kernel: Any, backend: str) -> Any:
-    """A kernel of contiguous matrices, for any leading dimensions and strides."""
+def _adapt(kernel: Callable[..., torch.Tensor], backend: str) -> Callable[..., torch.Tensor]:
+    """Adapt a kernel of contiguous matrices to any leading dimensions and strides."""
 
     def run(
         values: Any, indices: Any, weight: torch.Tensor, bias: Any, *_transposition: Any
     ) -> torch.Tensor:
-        if not _kernel_looks(backend, values):
+        if not _kernel_checks(backend, values):
             check_range("sparse_matmul", indices, weight.shape[0])
         if values.numel() == 0 or weight.numel() == 0:
             return sparse_matmul_reference(values, indices, weight, bias)
         bias = None if bias is None else bias.contiguous()
-        out = kernel(_rows(values), _rows(indices), _addressable(weight), bias)
-        return out if values.dim() == 2 else out.view(*values.shape[:-1], weight.shape[1]).detach()
+        out = kernel(
+            _contiguous_matrix(values), _contiguous_matrix(indices), _unit_stride(weight), bias
+        )
+        if values.dim() == 2:
+            return out
+        return out.view(*values.shape[:-1], weight.shape[1]).detach()
 
     return run
 
 
-def _backward_matrices(kernel: Any, backend: str) -> Any:
-    """A kernel of contiguous matrices, for any leading dimensions and strides."""
+def _adapt_backward(kernel: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    """Adapt a kernel of contiguous matrices to any leading dimensions and strides."""
 
     def run(
         grad: torch.Tensor,
@@ -74,22 +78,22 @@ def _backward_matrices(kernel: Any, backend: str) -> Any:
             return sparse_matmul_backward_reference(
                 grad, values, indices, weight, need_values, need_weight
             )
-        if not _kernel_looks(backend, values):
+        if not _kernel_checks(backend, values):
             check_range("sparse_matmul", indices, weight.shape[0])
         if transposition and transposition[0] is not None:
             offsets, positions = transposition
             check_grouping("sparse_matmul", offsets, positions, indices, weight.shape[0])
-            if not _kernel_looks(backend, values):
+            if not _kernel_checks(backend, values):
                 check_grouped("sparse_matmul", offsets, positions, indices, weight.shape[0])
-            if not values.is_cpu:  # not looked at, but never followed to other memory
+            if not values.is_cpu:  # not checked, but never an address outside the codes
                 codes = indices.numel()
                 offsets, positions = offsets.clamp(0, codes), positions.clamp(0, codes - 1)
             transposition = (offsets.contiguous(), positions.contiguous())
         grad_values, grad_weight = kernel(
-            _rows(grad),
-            _rows(values),
-            _rows(indices),
-            _addressable(weight),
+            _contiguous_matrix(grad),
+            _contiguous_matrix(values),
+            _contiguous_matrix(indices),
+            _unit_stride(weight),
             need_values,
             need_weight,
             *transposition,
@@ -102,7 +106,9 @@ def _backward_matrices(kernel: Any, backend: str) -> Any:
 # -- shapes without data ---------------------------------------------------------------------------
 
 
-def _fake(values: Any, indices: Any, weight: Any, bias: Any, *_transposition: Any) -> torch.Tensor:
+def _fake(
+    values: torch.Tensor, indices: Any, weight: torch.Tensor, bias: Any, *_transposition: Any
+) -> torch.Tensor:
     return values.new_empty(*values.shape[:-1], weight.shape[1])
 
 
@@ -149,77 +155,84 @@ def _setup_backward(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(grad, values, indices, weight, *transposition)
 
 
-def _double_backward(ctx: Any, grad_gv: torch.Tensor, grad_gw: torch.Tensor) -> Any:
-    """With a, C the gradients of (d values, d weight): both are bilinear in (grad, values,
-    weight)."""
-    grad, values, indices, weight, *grouped = ctx.saved_tensors
+def _double_backward(ctx: Any, upstream_values: torch.Tensor, upstream_weight: torch.Tensor) -> Any:
+    """Return the gradients of grad, values and weight, given those of d values and d weight.
+
+    d values and d weight are bilinear in (grad, values, weight).
+    """
+    grad, values, indices, weight, *transposition = ctx.saved_tensors
     need_grad, need_values, _, need_weight, *_ = ctx.needs_input_grad
-    to_grad = to_values = to_weight = None
-    if ctx.need_values:  # d values = grad . weight[i], seen with upstream a
+    grad_grad = grad_values = grad_weight = None
+    if ctx.need_values:  # d values = grad . weight[i]
         if need_grad:
-            to_grad = sparse_matmul(grad_gv, indices, weight, None, *grouped)
+            grad_grad = sparse_matmul(upstream_values, indices, weight, None, *transposition)
         if need_weight:
-            to_weight = sparse_matmul_backward(
-                grad, grad_gv, indices, weight, False, True, *grouped
-            )[1]
-    if ctx.need_weight:  # d weight = sum values * grad, seen with upstream C
-        upstream = grad_gw.to(weight.dtype)
+            _, grad_weight = sparse_matmul_backward(
+                grad, upstream_values, indices, weight, False, True, *transposition
+            )
+    if ctx.need_weight:  # d weight = sum of values * grad
+        upstream = upstream_weight.to(weight.dtype)
         if need_grad:
-            term = sparse_matmul(values, indices, upstream, None, *grouped)
-            to_grad = term if to_grad is None else to_grad + term
+            term = sparse_matmul(values, indices, upstream, None, *transposition)
+            grad_grad = term if grad_grad is None else grad_grad + term
         if need_values:
-            to_values = sparse_matmul_backward(
-                grad, values, indices, upstream, True, False, *grouped
-            )[0]
-    return to_grad, to_values, None, to_weight, None, None, None, None
+            grad_values, _ = sparse_matmul_backward(
+                grad, values, indices, upstream, True, False, *transposition
+            )
+    return grad_grad, grad_values, None, grad_weight, None, None, None, None
 
 
 # -- batches and autocast --------------------------------------------------------------------------
 
 
-def _stacked(info: Any, in_dims: Any, args: Any, weight_at: int) -> tuple[list[Any], bool]:
-    """Batch dimensions moved to the front; a batch of dictionaries becomes one tall one, indices
-    shifted by b*N."""
+def _batch_first(
+    info: Any, in_dims: Any, args: Any, weight_position: int
+) -> tuple[list[Any], bool]:
+    """Move the batch to the front of all arguments but the weight, and say if that has one, too.
+
+    A batch of weights [B, N, D] becomes one dictionary [B * N, D], entry b's indices shifted by
+    b * N.
+    """
     moved: list[Any] = [
         arg
         if arg is None or not isinstance(arg, torch.Tensor)
         else arg.movedim(dim, 0)
         if dim is not None
         else arg.expand(info.batch_size, *arg.shape)
-        if at != weight_at
+        if position != weight_position
         else arg
-        for at, (arg, dim) in enumerate(zip(args, in_dims, strict=True))
+        for position, (arg, dim) in enumerate(zip(args, in_dims, strict=True))
     ]
-    tall = in_dims[weight_at] is not None
-    if tall:
-        indices, weight = moved[weight_at - 1], moved[weight_at]
-        n = weight.shape[1]
-        steps = torch.arange(info.batch_size, device=indices.device) * n
-        moved[weight_at - 1] = indices + steps.view(-1, *[1] * (indices.dim() - 1))
-        moved[weight_at] = weight.flatten(0, 1)
-    return moved, tall
+    batched_weight = in_dims[weight_position] is not None
+    if batched_weight:
+        indices, weight = moved[weight_position - 1], moved[weight_position]
+        moved[weight_position - 1] = _shift_by_entry(indices, weight.shape[1])
+        moved[weight_position] = weight.flatten(0, 1)
+    return moved, batched_weight
 
 
-def _vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    (values, indices, weight, bias), _ = _stacked(info, in_dims[:4], args[:4], 2)
-    out = sparse_matmul(values, indices, weight, None)
+def _shift_by_entry(indices: torch.Tensor, n: int) -> torch.Tensor:
+    """Return indices [B, ...] with b * n added to those of entry b."""
+    shifts = torch.arange(len(indices), device=indices.device) * n
+    return indices + shifts.view(-1, *[1] * (indices.dim() - 1))
+
+
+def _vmap(operation: Callable[..., torch.Tensor], info: Any, in_dims: Any, *args: Any) -> Any:
+    (values, indices, weight, bias), _ = _batch_first(info, in_dims[:4], args[:4], 2)
+    out = operation(values, indices, weight, None)
     if bias is not None:
         out = out + bias.view(bias.shape[0], *[1] * (out.dim() - 2), -1).to(out.dtype)
     return out, 0
 
 
-def _backward_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    (grad, values, indices, weight, need_values, need_weight), tall = _stacked(
+def _backward_vmap(operation: Callable[..., Any], info: Any, in_dims: Any, *args: Any) -> Any:
+    (grad, values, indices, weight, need_values, need_weight), batched_weight = _batch_first(
         info, in_dims[:6], args[:6], 3
     )
-    if need_weight and not tall:  # one gradient per batch entry: a dictionary each
-        n = weight.shape[0]
-        steps = torch.arange(info.batch_size, device=indices.device) * n
-        indices = indices + steps.view(-1, *[1] * (indices.dim() - 1))
+    if need_weight and not batched_weight:  # each batch entry has its own gradient of the weight
+        indices = _shift_by_entry(indices, weight.shape[0])
         weight = weight.repeat(info.batch_size, 1)
-    grad_values, grad_weight = sparse_matmul_backward(
-        grad, values, indices, weight, need_values, need_weight
-    )
+    grad_values, grad_weight = operation(grad, values, indices, weight, need_values, need_weight)
     batch = info.batch_size
     if need_weight:
         grad_weight = grad_weight.reshape(batch, -1, weight.shape[1])
@@ -230,7 +243,7 @@ def _backward_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
 
 def _autocast(args: Any, dtype: torch.dtype) -> Any:
     values, indices, weight, bias, *transposition = args
-    if torch.float64 in (values.dtype, weight.dtype):  # as torch.matmul: left alone
+    if torch.float64 in (values.dtype, weight.dtype):  # as in torch.matmul
         return args
     if weight.dtype not in (torch.float32, dtype):
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -243,8 +256,8 @@ sparse_matmul = define(
     " Tensor? positions=None) -> Tensor",
     reference=sparse_matmul_reference,
     implementations={
-        "native": _matrices(native.sparse_matmul, "native"),
-        "triton": _matrices(lambda *args: _triton().sparse_matmul(*args), "triton"),
+        "native": _adapt(native.sparse_matmul, "native"),
+        "triton": _adapt(lambda *args: _triton_module().sparse_matmul(*args), "triton"),
     },
     fake=_fake,
     check=check_product,
@@ -261,9 +274,9 @@ sparse_matmul_backward = define(
     " -> (Tensor grad_values, Tensor grad_weight)",
     reference=sparse_matmul_backward_reference,
     implementations={
-        "native": _backward_matrices(native.sparse_matmul_backward, "native"),
-        "triton": _backward_matrices(
-            lambda *args: _triton().sparse_matmul_backward(*args), "triton"
+        "native": _adapt_backward(native.sparse_matmul_backward, "native"),
+        "triton": _adapt_backward(
+            lambda *args: _triton_module().sparse_matmul_backward(*args), "triton"
         ),
     },
     fake=_backward_fake,

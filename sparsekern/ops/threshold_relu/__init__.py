@@ -1,4 +1,4 @@
-"""What exceeds the threshold of its channel, as a tensor full of zeros or without them.
+"""The excess of elements over the threshold of their channel, as a tensor or as codes.
 
 Definition, for a tensor x with channels c:
 
@@ -30,11 +30,11 @@ class ChannelCodes(NamedTuple):
     """The active elements of a tensor with channels, in ascending order of their index."""
 
     values: torch.Tensor
-    """[M], what they exceed the threshold of their channel by."""
+    """[M], by how much they exceed the threshold of their channel."""
     indices: torch.Tensor
     """int64 [M], flat, as in the contiguous tensor."""
     counts: torch.Tensor
-    """int64 [C], how many each channel has."""
+    """int64 [C], the active elements of each channel."""
 
 
 def threshold_relu(
@@ -55,8 +55,9 @@ def threshold_relu(
     Args:
         x: floating point with at least one dimension; any strides.
         threshold: [C] floating point, taken as a constant.
-        scale, shift: [C], what x is multiplied by and then added before it is compared: a
-            normalisation in evaluation mode. Both or neither.
+        scale: [C], factors of x before it is compared, as of a normalisation in evaluation mode;
+            needs shift.
+        shift: [C], added to x after that; needs scale.
         channel_dim: which dimension holds the channels.
 
     Returns:

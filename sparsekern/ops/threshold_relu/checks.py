@@ -1,4 +1,4 @@
-"""What the arguments of threshold_relu and threshold_codes must fulfil."""
+"""Checks of the arguments of threshold_relu and threshold_codes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def check_threshold(
     shift: torch.Tensor | None,
     channel_dim: int,
 ) -> tuple[int, torch.Tensor]:
-    """The dimension of the channels, and the threshold as a constant."""
+    """Check the arguments; return the dimension of the channels and the detached threshold."""
     dim = check_channels(op, x, channel_dim)
     if (scale is None) != (shift is None):
         given, missing = ("shift", "scale") if scale is None else ("scale", "shift")
@@ -31,5 +31,5 @@ def check_arguments(
     shift: torch.Tensor | None,
     channel_dim: int,
 ) -> None:
-    """What torch.ops hands over."""
+    """Check the arguments of the operations, as torch.ops passes them."""
     check_threshold("threshold_relu", x, threshold, scale, shift, channel_dim)

@@ -1,5 +1,4 @@
-"""What torch knows of threshold_relu and threshold_codes: shapes, gradients, batches, and which
-kernels serve them."""
+"""The torch operations threshold_relu and threshold_codes: shapes, gradients, batches, kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from ...dispatch.operations import define, unknown_size
-from ..batching import each_entry, one_by_one
+from ..batching import apply_to_entries, one_by_one
 from ..channels import across, channel_sum, constants, layout
 from ..layout import sum_dtype
 from . import native
@@ -18,14 +17,14 @@ from .checks import check_arguments
 from .reference import threshold_codes_reference, threshold_relu_reference, wide
 
 
-def _triton() -> Any:
-    from . import triton  # at the first call that it serves: it needs the package triton
+def _triton_module() -> Any:
+    from . import triton  # imported at the first call that it serves: the package may be missing
 
     return triton
 
 
-def _dense(kernel: Any) -> Any:
-    """A kernel of [outer, C, inner], for any dimensions and strides."""
+def _adapt(kernel: Callable[..., Any]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Adapt a kernel of [outer, C, inner] to any dimensions and strides."""
 
     def run(
         x: torch.Tensor,
@@ -43,7 +42,7 @@ def _dense(kernel: Any) -> Any:
     return run
 
 
-def _compacted(
+def _native_codes(
     x: torch.Tensor,
     threshold: torch.Tensor,
     scale: torch.Tensor | None,
@@ -56,10 +55,10 @@ def _compacted(
     values, indices, counts = native.threshold_codes(
         placed.tensor, *constants(sum_dtype(x.dtype), threshold, scale, shift)
     )
-    if placed.moved:  # from places in memory to indices, and into their order
+    if placed.moved:  # from positions in memory to indices into x, in ascending order
         channels, inner = x.shape[channel_dim], math.prod(x.shape[channel_dim + 1 :])
-        place, channel = indices // channels, indices % channels
-        indices = (place // inner * channels + channel) * inner + place % inner
+        pixel, channel = indices // channels, indices % channels
+        indices = (pixel // inner * channels + channel) * inner + pixel % inner
         indices, order = indices.sort()
         values = values[order]
     return values, indices, counts
@@ -74,8 +73,8 @@ def _setup_relu(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _relu_backward(ctx: Any, grad: torch.Tensor, _: Any) -> Any:
     y, scale, x = ctx.saved_tensors
-    passed = torch.ops.aten.threshold_backward(grad, y, 0)
-    return _to_inputs(passed, scale, x, ctx.dim)
+    grad_z = torch.ops.aten.threshold_backward(grad, y, 0)
+    return _input_gradients(grad_z, scale, x, ctx.dim)
 
 
 def _setup_codes(ctx: Any, inputs: Any, output: Any) -> None:
@@ -88,33 +87,34 @@ def _setup_codes(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _codes_backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
     indices, scale, x = ctx.saved_tensors
-    dense = grad.new_zeros(math.prod(ctx.shape)).scatter(0, indices, grad).view(ctx.shape)
-    return _to_inputs(dense, scale, x, ctx.dim)
+    grad_z = grad.new_zeros(math.prod(ctx.shape)).scatter(0, indices, grad).view(ctx.shape)
+    return _input_gradients(grad_z, scale, x, ctx.dim)
 
 
-def _to_inputs(
-    passed: torch.Tensor, scale: torch.Tensor | None, x: torch.Tensor | None, dim: int
+def _input_gradients(
+    grad_z: torch.Tensor, scale: torch.Tensor | None, x: torch.Tensor | None, dim: int
 ) -> Any:
-    """Gradients of x, threshold, scale, shift, channel_dim, given that of z."""
+    """Return the gradients of x, threshold, scale, shift, channel_dim, given that of z."""
     if scale is None or x is None:
-        return passed, None, None, None, None
-    of_z = wide(passed)
+        return grad_z, None, None, None, None
+    grad_z = wide(grad_z)
 
-    def sums(tensor: torch.Tensor) -> torch.Tensor:
+    def channel_sums(tensor: torch.Tensor) -> torch.Tensor:
         return channel_sum(tensor, dim).to(scale.dtype)
 
-    of_x = of_z * across(scale.to(of_z.dtype), x.dim(), dim)
-    return of_x.to(x.dtype), None, sums(of_z * wide(x)), sums(of_z), None
+    grad_x = grad_z * across(scale.to(grad_z.dtype), x.dim(), dim)
+    grad_scale, grad_shift = channel_sums(grad_z * wide(x)), channel_sums(grad_z)
+    return grad_x.to(x.dtype), None, grad_scale, grad_shift, None
 
 
-def _codes_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-    """Entry by entry; all must have as many codes."""
-    entries = each_entry(threshold_codes, info, in_dims, args)
-    found = sorted({values.shape[0] for values, *_ in entries})
-    if len(found) > 1:
+def _codes_vmap(operation: Callable[..., Any], info: Any, in_dims: Any, *args: Any) -> Any:
+    """Apply the operation entry by entry; raise unless all entries have equally many codes."""
+    entries = apply_to_entries(operation, info, in_dims, args)
+    counts = sorted({values.shape[0] for values, *_ in entries})
+    if len(counts) > 1:
         raise ValueError(
             "threshold_codes: under vmap all entries must have the same number of codes, got "
-            f"{found[0]}..{found[-1]}; use threshold_relu"
+            f"{counts[0]}..{counts[-1]}; use threshold_relu"
         )
     return tuple(map(torch.stack, zip(*entries, strict=True))), (0, 0, 0)
 
@@ -135,25 +135,25 @@ def _fake_codes(x: torch.Tensor, *options: Any) -> tuple[torch.Tensor, torch.Ten
 
 
 _ARGUMENTS = "(Tensor x, Tensor threshold, Tensor? scale, Tensor? shift, SymInt channel_dim)"
-threshold_relu: Callable[..., Any] = define(
+threshold_relu = define(
     "threshold_relu",
     f"{_ARGUMENTS} -> (Tensor y, Tensor counts)",
     reference=threshold_relu_reference,
     implementations={
-        "native": _dense(native.threshold_relu),
-        "triton": _dense(lambda *args: _triton().threshold_relu(*args)),
+        "native": _adapt(native.threshold_relu),
+        "triton": _adapt(lambda *args: _triton_module().threshold_relu(*args)),
     },
     fake=_fake_relu,
     check=check_arguments,
     setup_context=_setup_relu,
     backward=_relu_backward,
-    vmap=one_by_one(lambda: threshold_relu),
+    vmap=one_by_one,
 )
-threshold_codes: Callable[..., Any] = define(
+threshold_codes = define(
     "threshold_codes",
     f"{_ARGUMENTS} -> (Tensor values, Tensor indices, Tensor counts)",
     reference=threshold_codes_reference,
-    implementations={"native": _compacted},
+    implementations={"native": _native_codes},
     fake=_fake_codes,
     check=check_arguments,
     setup_context=_setup_codes,

@@ -11,7 +11,7 @@ from ..layout import sum_dtype
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:
-    """In the dtype that the operations compute in."""
+    """Return a tensor in the dtype that the operations compute in."""
     return tensor.to(sum_dtype(tensor.dtype))
 
 
@@ -22,15 +22,15 @@ def _excess(
     shift: torch.Tensor | None,
     dim: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """z - t, and where z is not <= t."""
+    """Return z - t, and True where z is not <= t."""
 
-    def spread(tensor: torch.Tensor) -> torch.Tensor:
+    def broadcast(tensor: torch.Tensor) -> torch.Tensor:
         return across(tensor.to(wide(x).dtype), x.dim(), dim)
 
     z = wide(x)
     if scale is not None and shift is not None:
-        z = z * spread(scale) + spread(shift)
-    t = spread(threshold)
+        z = z * broadcast(scale) + broadcast(shift)
+    t = broadcast(threshold)
     return z - t, (z <= t).logical_not()
 
 
@@ -56,6 +56,6 @@ def threshold_codes_reference(
     excess, active = _excess(x, threshold, scale, shift, channel_dim)
     indices = active.reshape(-1).nonzero().view(-1)
     channels = x.shape[channel_dim]
-    found = channels_of(indices, channels, math.prod(x.shape[channel_dim + 1 :]))
-    counts = torch.bincount(found, minlength=channels)
+    code_channels = channels_of(indices, channels, math.prod(x.shape[channel_dim + 1 :]))
+    counts = torch.bincount(code_channels, minlength=channels)
     return excess.reshape(-1)[indices].to(x.dtype), indices, counts

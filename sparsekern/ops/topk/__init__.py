@@ -134,10 +134,11 @@ def topk_mask(x: torch.Tensor, k: int, *, relu: bool = False, abs: bool = False)
 def mask_with_codes(
     x: torch.Tensor, k: int, *, relu: bool = False, abs: bool = False, return_counts: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`topk_mask` with what its kernel knows besides: (masked [..., n], values [..., k], indices
-    [..., k], counts).
+    """Return what `topk_mask` does, and the codes and counts that its kernel makes on the way.
 
-    Indices are in ascending order; counts is int64 [n], or [0] unless return_counts.
+    Returns:
+        masked [..., n]; values and indices [..., k], in ascending order of the indices; counts
+        int64 [n], or [0] unless return_counts.
     """
     check_floating("topk_mask", "x", x)
     k = check_count("topk_mask", "k", k, x.shape[-1], "the size of the last dimension")

@@ -1,4 +1,4 @@
-"""What torch knows of top-k: shapes, gradients, batches, and which kernels serve it."""
+"""The torch operations of top-k: shapes, gradients, batches, and the kernels that serve them."""
 
 from __future__ import annotations
 
@@ -17,25 +17,29 @@ from .reference import topk_mask_reference, topk_reference
 # -- kernels take matrices -------------------------------------------------------------------------
 
 
-def _triton() -> Any:
-    from . import triton  # at the first call that it serves: it needs the package triton
+def _triton_module() -> Any:
+    from . import triton  # imported at the first call that it serves: the package may be missing
 
     return triton
 
 
-def _rows(kernel: Any, reference: Any, name: str, *, contiguous: bool) -> Any:
-    """A kernel of non-empty matrices, for any leading dimensions. contiguous: it takes these by
-    itself where x is contiguous."""
+def _adapt(
+    kernel: Callable[..., Any], reference: Callable[..., Any], name: str, *, any_dimensions: bool
+) -> Callable[..., Any]:
+    """Adapt a kernel of non-empty matrices to any leading dimensions.
+
+    any_dimensions: the kernel takes leading dimensions itself where x is contiguous.
+    """
 
     def run(x: torch.Tensor, k: int, *options: Any) -> Any:
         if x.numel() == 0:
             return reference(x, k, *options)
         check_count(name, "k", k, x.shape[-1], "the size of the last dimension")
         check_row(name, x, x.shape[-1])
-        if x.dim() == 2 or (contiguous and x.is_contiguous()):
+        if x.dim() == 2 or (any_dimensions and x.is_contiguous()):
             return kernel(x, k, *options)
-        *rows, counts = kernel(x.reshape(-1, x.shape[-1]), k, *options)
-        return *(t.view(*x.shape[:-1], t.shape[-1]).detach() for t in rows), counts
+        *matrices, counts = kernel(x.reshape(-1, x.shape[-1]), k, *options)
+        return *(t.view(*x.shape[:-1], t.shape[-1]).detach() for t in matrices), counts
 
     return run
 
@@ -84,53 +88,55 @@ def _topk_mask_backward(
 
 
 def passed_by_relu(values: torch.Tensor) -> torch.Tensor:
-    """Where values after ReLU have a gradient. Backward passes keep this and not the values, which
-    the caller may change in place."""
-    return values != 0  # above zero or NaN
+    """Return True for the values after ReLU that have a gradient: those above zero, and NaN.
+
+    Backward passes save this instead of the values, which the caller may change in place.
+    """
+    return values != 0
 
 
 def _grad_to_dense(
     grad: torch.Tensor, indices: torch.Tensor, passed: torch.Tensor | None, n: int
 ) -> torch.Tensor:
-    if passed is not None:  # ReLU: a slot that ended at zero passes nothing on
+    if passed is not None:  # ReLU: values that ended at zero have no gradient
         grad = torch.where(passed, grad, 0)
     return codes_to_dense(grad, indices, n)
 
 
-topk: Callable[..., Any] = define(
+topk = define(
     "topk",
     "(Tensor x, SymInt k, bool sorted, bool relu, bool abs, bool count)"
     " -> (Tensor values, Tensor indices, Tensor counts)",
     reference=topk_reference,
     implementations={
-        "native": _rows(native.topk, topk_reference, "topk", contiguous=True),
-        "triton": _rows(
-            lambda *args: _triton().topk(*args), topk_reference, "topk", contiguous=False
+        "native": _adapt(native.topk, topk_reference, "topk", any_dimensions=True),
+        "triton": _adapt(
+            lambda *args: _triton_module().topk(*args), topk_reference, "topk", any_dimensions=False
         ),
     },
     fake=_topk_fake,
     setup_context=_setup_topk,
     backward=_topk_backward,
-    vmap=counted_rows(lambda: topk),
+    vmap=counted_rows,
     owned=True,
 )
-topk_mask: Callable[..., Any] = define(
+topk_mask = define(
     "topk_mask",
     "(Tensor x, SymInt k, bool relu, bool abs, bool count)"
     " -> (Tensor masked, Tensor values, Tensor indices, Tensor counts)",
     reference=topk_mask_reference,
     implementations={
-        "native": _rows(native.topk_mask, topk_mask_reference, "topk_mask", contiguous=True),
-        "triton": _rows(
-            lambda *args: _triton().topk_mask(*args),
+        "native": _adapt(native.topk_mask, topk_mask_reference, "topk_mask", any_dimensions=True),
+        "triton": _adapt(
+            lambda *args: _triton_module().topk_mask(*args),
             topk_mask_reference,
             "topk_mask",
-            contiguous=False,
+            any_dimensions=False,
         ),
     },
     fake=_topk_mask_fake,
     setup_context=_setup_topk_mask,
     backward=_topk_mask_backward,
-    vmap=counted_rows(lambda: topk_mask),
+    vmap=counted_rows,
     owned=True,
 )

@@ -1,4 +1,4 @@
-"""Codes grouped by latent: what every gradient of a dictionary needs.
+"""Codes grouped by latent, as every gradient of a dictionary needs them.
 
 Definition: positions = the flat positions of the codes, ordered by index and then by position;
 offsets[i] = how many codes have an index below i. Integers, so there is no gradient.

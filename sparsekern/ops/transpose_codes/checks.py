@@ -1,4 +1,4 @@
-"""What a transposition that somebody hands over must fulfil."""
+"""Checks of a transposition that a caller hands over."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from .reference import transpose_codes_reference
 def check_transposition(
     op: str, transposition: Transposition | None, indices: torch.Tensor, n: int
 ) -> None:
-    """The dtypes, sizes and devices of a transposition of these indices. What it holds is checked
-    where it is used, since it may change until then."""
+    """Check dtypes, sizes and devices of a transposition of these indices.
+
+    Its contents are checked where it is used, since they may change until then.
+    """
     if transposition is None:
         return
     if not isinstance(transposition, tuple) or len(transposition) != 2:
@@ -26,7 +28,7 @@ def check_transposition(
 def check_grouping(
     op: str, offsets: torch.Tensor, positions: torch.Tensor, indices: torch.Tensor, n: int
 ) -> None:
-    """offsets int64 [n + 1] and positions int32 [codes], on the device of the indices."""
+    """Check offsets int64 [n + 1] and positions int32 [codes], on the device of the indices."""
     for name, tensor, dtype, size in (
         ("offsets", offsets, torch.int64, n + 1),
         ("positions", positions, torch.int32, indices.numel()),
@@ -42,12 +44,12 @@ def check_grouping(
                 f"{op}: transposition must come from transpose_codes(indices, {n}), so its {name} "
                 f"have size [{size}], got {list(tensor.shape)}"
             )
-    parts = {"transposition.offsets": offsets, "transposition.positions": positions}
-    check_same_device(op, indices=indices, **parts)
+    named = {"transposition.offsets": offsets, "transposition.positions": positions}
+    check_same_device(op, indices=indices, **named)
 
 
 def not_grouped(op: str) -> ValueError:
-    """The error for a transposition of other indices."""
+    """Return the error for a transposition of other indices."""
     return ValueError(
         f"{op}: transposition must be transpose_codes(indices, n) of these very indices, got one "
         "that does not group them by latent (were they, or it, changed since?)"
@@ -57,10 +59,12 @@ def not_grouped(op: str) -> ValueError:
 def check_grouped(
     op: str, offsets: torch.Tensor, positions: torch.Tensor, indices: torch.Tensor, n: int
 ) -> None:
-    """That they are the transposition of the indices: always on the CPU; on other devices, where it
-    synchronises, only in debug mode."""
+    """Check that offsets and positions are the transposition of the indices.
+
+    On devices other than the CPU the check synchronises, so it is made in debug mode only.
+    """
     if indices.device.type != "cpu" and not debug_checks():
         return
-    right = transpose_codes_reference(indices, n)
-    if not (torch.equal(offsets, right[0]) and torch.equal(positions, right[1])):
+    correct = transpose_codes_reference(indices, n)
+    if not (torch.equal(offsets, correct[0]) and torch.equal(positions, correct[1])):
         raise not_grouped(op)

@@ -1,4 +1,4 @@
-"""What torch knows of transpose_codes: shapes, batches, and which kernels serve it."""
+"""The torch operation transpose_codes: shapes, batches, and the kernels that serve it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,16 @@ def _check(indices: torch.Tensor, n: int) -> None:
     check_size("transpose_codes", "n", n)
 
 
-def _triton() -> Any:
-    from . import triton  # at the first call that it serves: it needs the package triton
+def _triton_module() -> Any:
+    from . import triton  # imported at the first call that it serves: the package may be missing
 
     return triton
 
 
-def _vector(kernel: Any, backend: str) -> Any:
-    """A kernel of contiguous vectors, for any shape."""
+def _adapt(
+    kernel: Callable[..., tuple[torch.Tensor, torch.Tensor]], backend: str
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Adapt a kernel of contiguous vectors to indices of any shape."""
 
     def run(indices: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         if backend != "native" or indices.device.type != "cpu":
@@ -41,15 +43,15 @@ def _fake(indices: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     return offsets, indices.new_empty(indices.numel(), dtype=torch.int32)
 
 
-transpose_codes: Callable[..., Any] = define(
+transpose_codes = define(
     "transpose_codes",
     "(Tensor indices, SymInt n) -> (Tensor offsets, Tensor positions)",
     reference=transpose_codes_reference,
     implementations={
-        "native": _vector(native.transpose_codes, "native"),
-        "triton": _vector(lambda *args: _triton().transpose_codes(*args), "triton"),
+        "native": _adapt(native.transpose_codes, "native"),
+        "triton": _adapt(lambda *args: _triton_module().transpose_codes(*args), "triton"),
     },
     fake=_fake,
     check=_check,
-    vmap=one_by_one(lambda: transpose_codes),
+    vmap=one_by_one,
 )
