@@ -1,5 +1,7 @@
-"""Modules that have moved, under the names that they had in version 0.1: in others' imports, and in
-whole models that were pickled."""
+"""Modules that have moved, under the names that they had in version 0.1.
+
+Imports in other code use these, and pickles of whole models.
+"""
 
 from __future__ import annotations
 
@@ -54,21 +56,25 @@ RENAMED = {
 
 
 class RenamedModules(MetaPathFinder, Loader):
-    """Finds a module by its old name: the same module object as by the new one. At the end of
-    sys.meta_path it is asked only for names that are not there."""
+    """A finder of modules by their old names, which are the same objects as by the new ones.
+
+    It stands at the end of sys.meta_path, so it gets only names that do not exist.
+    """
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        """Return a spec for an old name, else None."""
         package, _, old = name.partition(".")
         if package != __package__ or old not in RENAMED:
             return None
         return ModuleSpec(name, self)
 
     def create_module(self, spec: ModuleSpec) -> None:
-        return None  # the usual empty one, which exec_module replaces
+        """Return None for the usual empty module, which exec_module replaces."""
 
     def exec_module(self, module: ModuleType) -> None:
+        """Put the module of the new name in the place of an empty one, with a warning."""
         name = module.__name__
         new = f"{__package__}.{RENAMED[name.partition('.')[2]]}"
         warnings.warn(f"{name} is now {new}", DeprecationWarning, stacklevel=2)

@@ -1,4 +1,4 @@
-"""Running averages, which 16 bits are too coarse for."""
+"""Running averages, which keep their dtype in a layer that is converted to 16 bits."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 
-def in_its_dtype(before: Tensor, after: Tensor) -> Tensor:
-    """A buffer after half(), bfloat16(), to(...) or to_empty(): where it was moved to, with the
-    dtype that it had before."""
+def keep_dtype(before: Tensor, after: Tensor) -> Tensor:
+    """Return a buffer with the dtype it had before half(), bfloat16(), to(...) or to_empty().
+
+    It is where the conversion moved it to.
+    """
     if after.dtype == before.dtype:
         return after
     if before.is_meta or after.is_meta:

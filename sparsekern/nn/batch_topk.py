@@ -14,24 +14,25 @@ from ..ops.checks import check_floating
 from ..ops.codes import Codes
 from ..ops.count_active import count_active
 from ..ops.jumprelu import at_most
-from .averages import in_its_dtype
+from .averages import keep_dtype
 from .codes import codes_where
 from .counter import DeadNeuronCounter, check_counter
 from .recomputation import recomputing, take
 from .saved_k import SavedK
 
-# The threshold of the next batch is read off a line through those of the last batches: as many as
-# hold so many kept entries, which leaves 3 % of noise in L0, but no fewer than so many batches.
+# The threshold of the next batch is extrapolated from a line through those of the last batches. The
+# line's memory is as many batches as hold 2000 kept entries, which leaves 3 % of noise in L0, and
+# at least 5 batches.
 REMEMBERED_ENTRIES = 2000
 REMEMBERED_BATCHES = 5
-# What a line's slope has to explain: two batches alone tell little about it.
+# Added to the variance of the ages: shrinks a slope that few batches support.
 SLOPE_PRIOR = 1.0
-# The line may leave the last threshold by so much: it has to stay above zero.
+# Largest factor between the smallest entry of a batch and the threshold for the next.
 LARGEST_CHANGE = 2.0
-# A change of k by more than this share between two batches is no trend: earlier ones are forgotten.
+# After a relative change of k by more than this, the batches before are forgotten.
 JUMP_OF_K = 0.1
 
-# private in torch; without it compiled code does not look
+# Private in torch; without it compiled code does not check.
 _assert_async = getattr(torch, "_assert_async", None)
 _UNSET = (
     "BatchTopK: threshold must be set before evaluation, by a batch in training mode with a "
@@ -40,8 +41,9 @@ _UNSET = (
 
 
 class BatchTopK(SavedK):
-    """Keep the k*B largest entries of a batch of B rows in training; in evaluation, what is above
-    a threshold, whatever else is in the batch.
+    """Keep the k*B largest entries of a batch of B rows; in evaluation, those above a threshold.
+
+    The threshold makes the evaluation of a row independent of the rest of its batch.
 
     Equivalent PyTorch::
 
@@ -58,11 +60,11 @@ class BatchTopK(SavedK):
         device: where the threshold lives.
 
     Attributes:
-        threshold: 0-d float32 buffer, saved with the model: what the smallest positive entry kept
-            in the next batch in training mode should be. NaN until there was one. It stays float32
-            in a layer that is converted to another dtype.
-        trend: [6] float32 buffer, saved with the model: what is known of the last batches. A
-            state_dict without it is loaded, too; None with a momentum.
+        threshold: 0-d float32 buffer, saved with the model: estimate of the smallest positive entry
+            kept in the next batch in training mode; NaN before the first one. It stays float32 in a
+            layer that is converted to another dtype.
+        trend: [6] float32 buffer, saved with the model: sums over the last batches, from which the
+            threshold follows; None with a momentum. A state_dict without it is loaded, too.
 
     Shape: x [..., n] floating point -> [..., n] of the same dtype; B is the product of the leading
     dimensions.
@@ -78,11 +80,11 @@ class BatchTopK(SavedK):
         evaluation once after a state_dict was loaded (compiled code never waits: the device reports
         a threshold that is not set).
 
-        The smallest kept entries of the last batches, the older the lighter, are fitted with a
-        line, and the threshold is its value for the next batch: so it follows scores that fall and
-        a schedule of k without a lag, from the first batch on. `calibrate` sets it exactly, for
-        rows at hand; use it at the end of training. In data-parallel training, a batch and its
-        threshold are those of one process.
+        A line is fitted to the smallest kept entries of the last batches, older ones with less
+        weight, and the threshold is its value for the next batch. So it follows falling scores and
+        a schedule of k without a lag, from the first batch on. `calibrate` computes it from given
+        rows; use it at the end of training. In data-parallel training, a batch and its threshold
+        are those of one process.
 
     Source: Bussmann, Leask and Nanda 2024, BatchTopK sparse autoencoders (arXiv 2412.06410),
     section 3; the line through the batches stands for the expectation in its equation for theta.
@@ -118,20 +120,20 @@ class BatchTopK(SavedK):
         # Weighted sums over the batches: 1, age, age^2, threshold, age * threshold; and the last k.
         trend = torch.zeros(6, dtype=torch.float32, device=device) if momentum is None else None
         self.register_buffer("trend", trend)
-        self._known = False  # whether this threshold was seen to be a number
+        self._known = False  # True once this threshold was read and is not NaN
 
     @property
     def k(self) -> int | float:
-        """How many entries a row keeps on average."""
-        kept: int | float = self._kept_k()
-        return kept
+        """Number of entries that a row keeps on average."""
+        k: int | float = self._stored_k()
+        return k
 
     @k.setter
     def k(self, k: int | float) -> None:
-        self._keep(check_share("BatchTopK", "k", k, 2**31 - 1, "the largest index"))
+        self._store_k(check_share("BatchTopK", "k", k, 2**31 - 1, "the largest index"))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., n] -> [..., n], dense."""
+        """Return y [..., n], dense, for x [..., n]."""
         if not self.training:
             check_floating("BatchTopK", "x", x)
             return torch.where(at_most(x, self.known_threshold()), 0, x)
@@ -146,7 +148,7 @@ class BatchTopK(SavedK):
         return masked
 
     def codes(self, x: torch.Tensor) -> Codes:
-        """x [..., n] -> values [..., K] and indices int64 [..., K], ascending.
+        """Return the codes of x [..., n]: values [..., K], indices int64 [..., K], ascending.
 
         K is the largest number of active latents in a row, for which the host waits for the device;
         shorter rows are filled with other latents and their zeros.
@@ -156,26 +158,29 @@ class BatchTopK(SavedK):
 
     @torch.no_grad()
     def observe(self, kept: torch.Tensor) -> None:
-        """Take the smallest positive value of a batch into the threshold; nothing if there is
-        none."""
+        """Update the threshold with the smallest positive of a batch's kept values, if any."""
         if kept.numel() == 0 or recomputing():
             return
         positive = kept > 0
         smallest = torch.where(positive, kept, torch.inf).amin().to(self.threshold.dtype)
         if self.trend is None:
-            following = torch.lerp(smallest, self.threshold, self.momentum or 0.0)
-            following = torch.where(self.threshold.isnan(), smallest, following)
+            new_threshold = torch.lerp(smallest, self.threshold, self.momentum or 0.0)
+            new_threshold = torch.where(self.threshold.isnan(), smallest, new_threshold)
         else:
             k = torch.full((), self.k, dtype=torch.float32, device=kept.device)
-            trend = _followed(self.trend, smallest, positive.sum(), k)
-            following = _predicted(trend, smallest)
+            trend = _add_batch(self.trend, smallest, positive.sum(), k)
+            new_threshold = _extrapolate(trend, smallest)
             take(self.trend, torch.where(smallest < torch.inf, trend, self.trend))
-        take(self.threshold, torch.where(smallest < torch.inf, following, self.threshold))
+        take(self.threshold, torch.where(smallest < torch.inf, new_threshold, self.threshold))
 
     @torch.no_grad()
     def calibrate(self, x: torch.Tensor) -> None:
-        """Set the threshold so that rows of x [..., n] have k active entries on average in
-        evaluation mode, or all their positive ones where these are fewer.
+        """Set the threshold so that rows of x have k active entries on average in evaluation.
+
+        Rows keep all their positive entries where these are fewer.
+
+        Args:
+            x: [..., n] floating point.
 
         Raises:
             ValueError: x has no rows.
@@ -187,28 +192,30 @@ class BatchTopK(SavedK):
     def calibrate_parts(
         self, parts: Iterable[torch.Tensor], rows: int, k: int | float | None = None
     ) -> None:
-        """As `calibrate`, for x in parts that have so many rows together, and for another k."""
+        """Calibrate from x in parts with so many rows together, and for another k if given."""
         if rows < 1:
             raise ValueError("BatchTopK.calibrate: x must have at least one row, got none")
-        following = value_at_rank(parts, kept_in_all("BatchTopK", k or self.k, rows) + 1)
-        self.threshold.copy_(following.clamp_min(0))
+        new_threshold = value_at_rank(parts, kept_in_all("BatchTopK", k or self.k, rows) + 1)
+        self.threshold.copy_(new_threshold.clamp_min(0))
         self._known = False
 
     @torch.no_grad()
     def rescale(self, factor: float) -> None:
-        """Take x to be multiplied by a factor above 0 from now on."""
+        """Adapt the threshold to x that is multiplied by a factor above 0 from now on."""
         self.threshold.mul_(factor)
         if self.trend is not None:
             self.trend[3:5].mul_(factor)  # the sums of thresholds
 
     def known_threshold(self) -> torch.Tensor:
-        """The threshold, 0-d; raises where it was never set, for which the host waits at most
-        once."""
+        """Return the threshold, 0-d; raise if it was never set.
+
+        The host waits for the device at most once.
+        """
         if torch.compiler.is_compiling():
             if _assert_async is not None:
                 _assert_async(~self.threshold.isnan(), _UNSET)
         elif not self._known and not self.threshold.is_meta:
-            # of models together: all of theirs
+            # Under torch.func.stack_module_state it has the thresholds of several models.
             if bool(unwrapped(self.threshold).isnan().any()):
                 raise RuntimeError(_UNSET)
             self._known = self.threshold.is_cuda
@@ -217,19 +224,21 @@ class BatchTopK(SavedK):
     def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *args: Any) -> None:
         self._known = False
         if self.trend is not None and f"{prefix}threshold" in state:
-            # Of a layer with momentum, or saved before there was a trend.
+            # The state is of a layer with momentum, or from before there was a trend.
             state.setdefault(f"{prefix}trend", torch.zeros_like(self.trend))
         super()._load_from_state_dict(state, prefix, *args)
 
     def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> BatchTopK:
-        before, self._known = (self.threshold, self.trend), False
+        old_threshold, old_trend = self.threshold, self.trend
+        self._known = False
         super()._apply(fn, *args, **kwargs)
-        self.threshold = in_its_dtype(before[0], self.threshold)
-        if self.trend is not None and before[1] is not None:
-            self.trend = in_its_dtype(before[1], self.trend)
+        self.threshold = keep_dtype(old_threshold, self.threshold)
+        if self.trend is not None and old_trend is not None:
+            self.trend = keep_dtype(old_trend, self.trend)
         return self
 
     def extra_repr(self) -> str:
+        """Return the arguments for repr."""
         return f"k={self.k}" + ("" if self.momentum is None else f", momentum={self.momentum}")
 
 
@@ -242,13 +251,16 @@ def _check_momentum(momentum: float | None) -> None:
         raise ValueError(f"BatchTopK: momentum must be in 0..1 and below 1, got {momentum}")
 
 
-def _followed(
+def _add_batch(
     trend: torch.Tensor, smallest: torch.Tensor, entries: torch.Tensor, k: torch.Tensor
 ) -> torch.Tensor:
-    """The sums of the batches [6] with one more: its threshold, its number of entries, its k."""
+    """Return the sums over the batches [6] with one more batch, all of it 0-d tensors.
+
+    smallest: its smallest positive kept entry. entries: their number. k: as it was set.
+    """
     count, age, age_squared, total, aged_total, last_k = trend.unbind()
     memory = (REMEMBERED_ENTRIES / entries.clamp_min(1)).clamp_min(REMEMBERED_BATCHES)
-    share = torch.where((k - last_k).abs() > JUMP_OF_K * last_k, 0.0, 1 - 1 / memory)
+    decay = torch.where((k - last_k).abs() > JUMP_OF_K * last_k, 0.0, 1 - 1 / memory)
     older = torch.stack((
         count, age + count, age_squared + 2 * age + count, total, aged_total + total
     ))  # fmt: skip
@@ -256,21 +268,25 @@ def _followed(
         torch.ones_like(smallest), smallest.new_zeros(()), smallest.new_zeros(()), smallest,
         smallest.new_zeros(()),
     ))  # fmt: skip
-    return torch.cat((share * older + newest, k.reshape(1)))
+    return torch.cat((decay * older + newest, k.reshape(1)))
 
 
-def _predicted(trend: torch.Tensor, smallest: torch.Tensor) -> torch.Tensor:
-    """The threshold of the next batch, of age -1, on the line through the last ones."""
+def _extrapolate(trend: torch.Tensor, smallest: torch.Tensor) -> torch.Tensor:
+    """Return the threshold of the next batch, of age -1, on the line through the last ones."""
     count, age, age_squared, total, aged_total, _ = trend.unbind()
-    spread = count * (age_squared + SLOPE_PRIOR) - age * age
-    slope = (count * aged_total - age * total) / spread  # per batch of age
+    age_variance = count * (age_squared + SLOPE_PRIOR) - age * age
+    slope = (count * aged_total - age * total) / age_variance  # per batch of age
     level = (total - slope * age) / count
     return (level - slope).clamp(smallest / LARGEST_CHANGE, smallest * LARGEST_CHANGE)
 
 
 def value_at_rank(parts: Iterable[torch.Tensor], rank: int) -> torch.Tensor:
-    """The rank-th largest (1 is the largest) of the entries of all parts, 0-d float32 (float64 for
-    float64); the smallest of all where there are fewer. Memory: 2 * rank entries and a part."""
+    """Return the rank-th largest (1 is the largest) of the entries of all parts.
+
+    Returns:
+        0-d float32 (float64 for float64); the smallest entry where there are fewer. Memory: 2 *
+        rank entries and a part.
+    """
     kept: torch.Tensor | None = None
     for part in parts:
         entries = part.reshape(-1).to(torch.promote_types(part.dtype, torch.float32))

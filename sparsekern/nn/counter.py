@@ -16,13 +16,14 @@ from .wrappers import in_join
 
 
 class _Alone(NamedTuple):
-    """What a process has counted since the processes last met."""
+    """Counts of one process since the last exchange with the others."""
 
     base: torch.Tensor
-    """int64 [n], the counts when they met."""
+    """int64 [n], the counts after that exchange."""
     since: torch.Tensor
-    """int64 [n], its rows since a latent fired in it, `rows` where none did."""
+    """int64 [n], rows of this process since a latent fired in it; `rows` where it did not."""
     rows: int
+    """Rows of this process since that exchange."""
 
 
 class DeadNeuronCounter(nn.Module):
@@ -48,11 +49,11 @@ class DeadNeuronCounter(nn.Module):
         rows_since_fired: [n] int64, saved with the model. A new latent starts at 0.
 
     Note:
-        Where processes have different numbers of batches, each counts alone and takes the others to
-        advance like itself: inside `no_sync`, and in a DistributedDataParallel once it was given to
-        torch's Join (which never releases it). They meet when all call `synchronize` (say, after an
-        epoch), or at the first update after `no_sync`. Where a latent fired in between is then
-        known up to how evenly the processes advanced.
+        Processes with different numbers of batches count alone: inside `no_sync`, and in a
+        DistributedDataParallel from the time on that it is given to torch's Join. Each then assumes
+        that the others have as many rows. They exchange their counts when all call `synchronize`
+        (say, after an epoch), or at the first update after `no_sync`. The count of a latent that
+        fired in between is then exact if the processes advanced evenly.
 
     Example:
         >>> import torch, sparsekern
@@ -90,13 +91,14 @@ class DeadNeuronCounter(nn.Module):
         counts: torch.Tensor | None = None,
         rows: int | None = None,
     ) -> None:
-        """Take in a batch: dense activations [..., n], or codes, or counts [n] with their number of
-        rows.
+        """Count a batch, given as dense activations, as codes, or as counts with their rows.
 
         Args:
             activations: [..., n] floating point; a row is everything but the last dimension.
-            indices: [..., k] int64 or int32, with values: [..., k]; zero values do not fire.
-            counts: [n] int64 (see `count_active`), with rows: how many rows they were counted over.
+            indices: [..., k] int64 or int32.
+            values: [..., k], with indices; zero values do not fire.
+            counts: [n] int64 (see `count_active`), with rows.
+            rows: number of rows that the counts were made over.
 
         Raises:
             TypeError, ValueError: not exactly one of the three forms, or shapes that do not fit.
@@ -130,10 +132,10 @@ class DeadNeuronCounter(nn.Module):
             fired = counts > 0
         if recomputing():
             return
-        if not (self.distributed and _in_a_group()):
+        if not (self.distributed and _in_process_group()):
             take(self.rows_since_fired, torch.where(fired, 0, self.rows_since_fired + rows))
         elif self._alone is None and not self._counts_alone():
-            self._meet(self.rows_since_fired, torch.where(fired, 0, rows), rows)
+            self._exchange(self.rows_since_fired, torch.where(fired, 0, rows), rows)
         else:
             self._count_alone(fired, rows)
             if not self._counts_alone():
@@ -143,7 +145,7 @@ class DeadNeuronCounter(nn.Module):
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Updates inside count in this process alone, until an update outside or `synchronize`."""
+        """Let updates inside count in this process alone, until one outside or `synchronize`."""
         before, self._no_sync = self._no_sync, True
         try:
             yield
@@ -152,13 +154,13 @@ class DeadNeuronCounter(nn.Module):
 
     @torch.no_grad()
     def synchronize(self) -> None:
-        """Bring together what the processes counted alone; all of them must call it."""
-        if not (self.distributed and _in_a_group()):
+        """Combine what the processes counted alone; all of them must call it."""
+        if not (self.distributed and _in_process_group()):
             return
         base = self.rows_since_fired
         alone = self._alone or _Alone(base, torch.zeros_like(base), 0)
         self._alone = None
-        self._meet(alone.base.to(base.device), alone.since.to(base.device), alone.rows)
+        self._exchange(alone.base.to(base.device), alone.since.to(base.device), alone.rows)
 
     def _counts_alone(self) -> bool:
         return self._no_sync or (not torch.compiler.is_compiling() and in_join())
@@ -168,23 +170,31 @@ class DeadNeuronCounter(nn.Module):
         base, since, before = self._alone or _Alone(count.clone(), torch.zeros_like(count), 0)
         since = torch.where(fired, 0, since.to(count.device) + rows)
         alone = self._alone = _Alone(base.to(count.device), since, before + rows)
-        elsewhere = alone.rows * torch.distributed.get_world_size()
-        count.copy_(torch.where(since < alone.rows, since, alone.base + elsewhere))
+        all_rows = alone.rows * torch.distributed.get_world_size()
+        count.copy_(torch.where(since < alone.rows, since, alone.base + all_rows))
 
-    def _meet(self, base: torch.Tensor, since: torch.Tensor, rows: int) -> None:
-        """Set the counts from those at the last meeting and from every process' rows since then
-        and, for each latent, since it last fired (`rows` of them where it did not)."""
-        place, n = torch.distributed.get_rank(), len(base)
-        # When a latent last fired, as a share of a process' way, and what that way was.
-        found = torch.zeros(
+    def _exchange(self, base: torch.Tensor, since: torch.Tensor, rows: int) -> None:
+        """Set the counts from those of all processes.
+
+        Args:
+            base: int64 [n], the counts after the last exchange.
+            since: int64 [n], rows of this process since a latent last fired; `rows` where it did
+                not.
+            rows: of this process since the last exchange.
+        """
+        rank, n = torch.distributed.get_rank(), len(base)
+        # First n: when each latent last fired, as a share of the process's rows, or -1. Then the
+        # rows of each process.
+        shared = torch.zeros(
             n + torch.distributed.get_world_size(), dtype=torch.float64, device=base.device
         )
-        found[:n] = torch.where(since < rows, 1 - since.double() / max(rows, 1), -1)
-        found[n + place] = rows
-        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-        last, total = found[:n], found[n:].sum()
-        left = ((1 - last) * total).round().to(base.dtype)
-        take(self.rows_since_fired, torch.where(last >= 0, left, base + total.to(base.dtype)))
+        shared[:n] = torch.where(since < rows, 1 - since.double() / max(rows, 1), -1)
+        shared[n + rank] = rows
+        torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+        last_fired, total = shared[:n], shared[n:].sum()
+        since_fired = ((1 - last_fired) * total).round().to(base.dtype)
+        not_fired = base + total.to(base.dtype)
+        take(self.rows_since_fired, torch.where(last_fired >= 0, since_fired, not_fired))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._alone = None
@@ -193,7 +203,7 @@ class DeadNeuronCounter(nn.Module):
     # -- reading -----------------------------------------------------------------------------------
 
     def check_columns(self, layer: str, x: torch.Tensor) -> None:
-        """Raise, in the name of a layer, where its input x [..., n] does not fit this counter."""
+        """Check that the input x [..., n] of a layer fits this counter; errors name the layer."""
         if isinstance(x, torch.Tensor) and x.shape[-1:] != (self.n,):
             raise ValueError(
                 f"{layer}: the last dimension of x must be the counter's n = {self.n}, "
@@ -208,7 +218,7 @@ class DeadNeuronCounter(nn.Module):
             )
 
     def dead(self, threshold: int) -> torch.Tensor:
-        """[n] bool: True where a latent has not fired for more than `threshold` rows."""
+        """Return True [n] for each latent that has not fired for more than `threshold` rows."""
         if isinstance(threshold, bool) or not isinstance(threshold, int) or threshold < 0:
             raise ValueError(
                 "DeadNeuronCounter.dead: threshold must be a number of rows >= 0, "
@@ -217,7 +227,7 @@ class DeadNeuronCounter(nn.Module):
         return self.rows_since_fired > threshold
 
     def fraction(self, threshold: int) -> torch.Tensor:
-        """0-d float32 tensor in 0..1: the share of latents that are dead at `threshold` rows."""
+        """Return the share of latents that are dead at `threshold` rows: 0-d float32 in 0..1."""
         return self.dead(threshold).float().mean()
 
     def reset(self, latents: torch.Tensor | None = None) -> None:
@@ -232,16 +242,17 @@ class DeadNeuronCounter(nn.Module):
             self._alone = self._alone._replace(base=base, since=since)
 
     def extra_repr(self) -> str:
+        """Return the arguments for repr."""
         distributed = ", distributed=True" if self.distributed else ""
         return f"n={self.n}{distributed}"
 
 
-def _in_a_group() -> bool:
+def _in_process_group() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def check_counter(layer: str, counter: DeadNeuronCounter | None) -> DeadNeuronCounter | None:
-    """The counter of a layer, or None."""
+    """Return the counter of a layer, or None; raise for anything else."""
     if counter is not None and not isinstance(counter, DeadNeuronCounter):
         raise TypeError(f"{layer}: counter must be a DeadNeuronCounter or None, got {counter!r}")
     return counter

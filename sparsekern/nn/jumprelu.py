@@ -80,29 +80,38 @@ class JumpReLU(nn.Module):
 
     @property
     def threshold(self) -> torch.Tensor:
-        """[n]: the threshold of each latent, differentiable."""
+        """Threshold of each latent, [n], differentiable."""
         return self.log_threshold.exp()
 
     @property
     def band(self) -> tuple[float, bool]:
-        """The bandwidth, and whether it is relative to each threshold: as `jumprelu` takes them."""
+        """Bandwidth, and True if it is relative to each threshold: arguments of `jumprelu`."""
         return (RELATIVE_BANDWIDTH, True) if self.bandwidth is None else (self.bandwidth, False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., n] -> [..., n], dense."""
+        """Return y [..., n], dense, for x [..., n]."""
         return jumprelu(x, self.threshold, *self.band)
 
     def l0(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., n] -> 0-d: the mean number of active latents per row, in float32 (float64 for
-        float64); its gradient, straight-through, goes to the thresholds alone."""
+        """Return the mean number of active latents per row of x [..., n].
+
+        Returns:
+            0-d float32 (float64 for float64). Its gradient, straight-through, goes to the
+            thresholds alone.
+        """
         active = step(x, self.threshold, *self.band)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         return active.sum(-1, dtype=wide).mean()
 
     @torch.no_grad()
     def calibrate(self, x: torch.Tensor, l0: float) -> None:
-        """Multiply all thresholds by one factor, so that rows of x [..., n] have l0 active latents
-        on average, or all their positive ones where these are fewer.
+        """Scale all thresholds by one factor so that rows of x have l0 active latents on average.
+
+        Rows keep all their positive entries where these are fewer.
+
+        Args:
+            x: [..., n] floating point.
+            l0: number of active latents, above 0 and at most n.
 
         Raises:
             TypeError, ValueError: l0 is not a number above 0 and at most n, or x has no rows.
@@ -112,7 +121,7 @@ class JumpReLU(nn.Module):
 
     @torch.no_grad()
     def calibrate_parts(self, parts: Iterable[torch.Tensor], rows: int, l0: float) -> None:
-        """As `calibrate`, for x in parts that have so many rows together."""
+        """Calibrate from x in parts with so many rows together."""
         if rows < 1:
             raise ValueError("JumpReLU.calibrate: x must have at least one row, got none")
         l0 = check_share("JumpReLU.calibrate", "l0", l0, self.n, "the number of latents")
@@ -123,20 +132,20 @@ class JumpReLU(nn.Module):
         self.log_threshold.add_(factor.clamp_min(smallest).log())
 
     def codes(self, x: torch.Tensor) -> Codes:
-        """x [..., n] -> values [..., K] and indices int64 [..., K], ascending: what is active, and
-        what is in the band while thresholds are trained, so that gradients are those of the dense
-        layer.
+        """Return the codes of x [..., n]: values [..., K], indices int64 [..., K], ascending.
 
-        K is the largest number of these in a row, for which the host waits for the device; shorter
-        rows are filled with other latents and their zeros.
+        They are the active latents, and while thresholds are trained those in the band, so that
+        gradients are those of the dense layer. K is the largest number of these in a row, for which
+        the host waits for the device; shorter rows are filled with other latents and their zeros.
         """
         y = self(x)
         with torch.no_grad():
             theta = self.threshold
-            wanted = ~at_most(x, theta)
+            listed = ~at_most(x, theta)
             if self.log_threshold.requires_grad and y.requires_grad:
-                wanted |= in_band(x, theta, *self.band)
-        return codes_where(y, wanted)
+                listed |= in_band(x, theta, *self.band)
+        return codes_where(y, listed)
 
     def extra_repr(self) -> str:
+        """Return the arguments for repr."""
         return f"n={self.n}" + ("" if self.bandwidth is None else f", bandwidth={self.bandwidth}")

@@ -18,7 +18,7 @@ class SparseLinear(nn.Module):
     Args:
         latents: N, number of latents, at least 1.
         features: D, width of the result, at least 1.
-        bias: whether there is a bias.
+        bias: add a bias.
         device, dtype: of the parameters.
 
     Attributes:
@@ -67,9 +67,12 @@ class SparseLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> SparseLinear:
-        """The same layer for codes: weight and bias are the very parameters of an nn.Linear(N, D),
-        read in place, and so are the names and shapes in the state_dict. It takes the place of the
-        other: in one model, torch's to_empty and load_state_dict(assign=True) separate them."""
+        """Make a layer for codes that shares the parameters of an nn.Linear(N, D).
+
+        They are read in place, and their names and shapes in the state_dict stay. Replace the other
+        layer by this one: in a model with both, torch's to_empty and load_state_dict(assign=True)
+        would give each its own parameters.
+        """
         if not isinstance(linear, nn.Linear):
             raise TypeError(
                 f"SparseLinear: linear must be an nn.Linear, got {type(linear).__name__}"
@@ -86,7 +89,7 @@ class SparseLinear(nn.Module):
 
     @property
     def dictionary(self) -> torch.Tensor:
-        """[N, D]: row i is latent i's direction; a view of the weight where it is [D, N]."""
+        """Dictionary [N, D], row i latent i's direction: the weight, or its transposed view."""
         return self.weight.t() if self._transposed else self.weight
 
     def forward(
@@ -94,8 +97,12 @@ class SparseLinear(nn.Module):
         codes: torch.Tensor | tuple[torch.Tensor, torch.Tensor],
         transposition: Transposition | None = None,
     ) -> torch.Tensor:
-        """Codes (values [..., K], indices [..., K]), with the transposition of their indices if it
-        is known, or a dense tensor [..., N], -> [..., D]."""
+        """Return the product [..., D] of codes, or of a dense tensor, with the dictionary.
+
+        Args:
+            codes: (values [..., K], indices [..., K]), or a dense tensor [..., N].
+            transposition: of the indices, if it is known.
+        """
         if isinstance(codes, torch.Tensor):
             return self._dense(codes)
         if not isinstance(codes, tuple) or len(codes) != 2:
@@ -127,5 +134,6 @@ class SparseLinear(nn.Module):
         return nn.functional.linear(latents.float(), weight, bias).to(latents.dtype)
 
     def extra_repr(self) -> str:
+        """Return the arguments for repr."""
         latents, features = self.dictionary.shape
         return f"latents={latents}, features={features}, bias={self.bias is not None}"

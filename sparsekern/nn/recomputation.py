@@ -1,15 +1,14 @@
 """Forward passes that gradient checkpointing runs again.
 
-Checkpointing (`torch.utils.checkpoint` and all its relatives) runs the forward pass of a segment a
-second time while the backward pass is under way. A layer that counts or averages must not take the
-batch in twice, and what it computes from its state must be what it computed the first time.
+Checkpointing (`torch.utils.checkpoint` and the like) runs the forward pass of a segment a second
+time during the backward pass. A layer that counts or averages must count a batch once, and must
+compute in the second pass what it computed in the first.
 
-The second pass is known by the backward pass around it, which holds for every form of
-checkpointing: reentrant or not, nested, of torch or of another library. So a forward pass that is
-run for its own sake from inside a backward pass (by a gradient hook) counts as a second one, and
-changes no state. One case is not exact: where compiled code is checkpointed (instead of the other
-way round), SpatialSparsity takes a batch in once, but its second pass cannot look for the
-thresholds of the first.
+A pass is a second one if it runs inside a backward pass. That recognises every form of
+checkpointing: reentrant or not, nested, of torch or of another library. A forward pass that a
+gradient hook runs for another purpose counts as a second one, too, and changes no state. One case
+is not exact: if checkpointing is applied to compiled code (instead of the other way round),
+SpatialSparsity counts a batch once, but its second pass does not use the thresholds of the first.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ REMEMBERED = 64
 
 
 def recomputing() -> bool:
-    """Whether a backward pass is running on this thread, so that a forward pass is a second one.
+    """Return True if a backward pass runs on this thread, so that a forward pass is a second one.
 
-    False while code is compiled, which asks when it runs: see `take`.
+    False while code is compiled: compiled code tests it when it runs, see `take`.
     """
     return not torch.compiler.is_compiling() and backward_pass() != NO_PASS
 
 
 def take(buffer: Tensor, new: Tensor) -> None:
-    """Put a new state into a buffer, but not in a second pass."""
+    """Copy a new state into a buffer, except in a second pass."""
     if torch.compiler.is_compiling():
         buffer.copy_(torch.where(first_pass(buffer), new, buffer))
     elif not recomputing():
@@ -45,45 +44,46 @@ def take(buffer: Tensor, new: Tensor) -> None:
 class RecentStates:
     """The states that the last forward passes of a layer used, for the passes run again.
 
-    A pass is recognised by a key: numbers that follow from its batch alone. The nearest counts,
-    since a second pass may differ in the last bits on a GPU, and of equal ones the latest, as
-    backward passes run in the reverse order; so a batch that went through twice before its backward
-    pass has its second state in both. All stays on the device, and nothing waits for it.
+    A pass is recognised by a key: numbers that follow from its batch alone. The nearest key is
+    taken, since a second pass may differ in the last bits on a GPU. Of equal keys the latest is
+    taken, since backward passes run in reverse order; so a batch that was passed twice before its
+    backward pass has the second state in both. All tensors stay on the device, and the host never
+    waits.
 
     Args:
-        most: how many passes are remembered; with more than that between a first and its second
-            pass, the state is that of another.
+        capacity: number of passes that are remembered. If more lie between a first pass and its
+            second, the second gets the state of another pass.
     """
 
-    def __init__(self, most: int = REMEMBERED) -> None:
-        self._passes: deque[tuple[Tensor, Tensor]] = deque(maxlen=most)
+    def __init__(self, capacity: int = REMEMBERED) -> None:
+        self._passes: deque[tuple[Tensor, Tensor]] = deque(maxlen=capacity)
 
     def remember(self, key: Tensor, state: Tensor) -> None:
-        """Of a first pass: its key and the state it used, both of a shape that stays."""
+        """Store the key of a first pass and the state it used, each of a constant shape."""
         if not (torch.compiler.is_compiling() or is_wrapped(key)):
             self._passes.append((key.detach().clone(), state.detach().clone()))
 
     @torch.no_grad()
-    def recall(self, key: Tensor, now: Tensor) -> Tensor:
-        """The state of the remembered pass whose key is nearest; `now` where there is none."""
-        alike = [
-            (known, state)
-            for known, state in reversed(self._passes)
-            if _alike(known, key) and _alike(state, now)
+    def recall(self, key: Tensor, current: Tensor) -> Tensor:
+        """Return the state of the remembered pass with the nearest key; `current` if none is."""
+        passes = [
+            (pass_key, state)
+            for pass_key, state in reversed(self._passes)
+            if _can_be_stacked(pass_key, key) and _can_be_stacked(state, current)
         ]
-        if not alike:
-            return now
-        keys = torch.stack([known for known, _ in alike])
-        distances = (keys - key).abs().reshape(len(alike), -1).sum(1)
+        if not passes:
+            return current
+        keys = torch.stack([pass_key for pass_key, _ in passes])
+        distances = (keys - key).abs().reshape(len(passes), -1).sum(1)
         nearest = distances.nan_to_num(torch.inf).argmin()
-        return torch.stack([state for _, state in alike])[nearest]
+        return torch.stack([state for _, state in passes])[nearest]
 
     def __reduce__(self) -> Any:
-        # Passes belong to the graphs of this process: a copy begins without them.
+        # Passes belong to the graphs of this process, so copies and pickles have none.
         return RecentStates, (self._passes.maxlen,)
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors can be stacked."""
-    kinds = [(type(t), t.shape, t.dtype, t.device) for t in (one, other)]
-    return kinds[0] == kinds[1]
+def _can_be_stacked(one: Tensor, other: Tensor) -> bool:
+    """Return True if two tensors can be stacked."""
+    first, second = ((type(t), t.shape, t.dtype, t.device) for t in (one, other))
+    return first == second

@@ -1,4 +1,4 @@
-"""A number of active latents that is saved with its layer."""
+"""A number of active latents k that is saved with its layer."""
 
 from __future__ import annotations
 
@@ -9,25 +9,27 @@ import torch
 from torch import Tensor, nn
 
 NAME = "current_k"
-"""Of the entry in a state_dict."""
+"""Name of the entry in a state_dict."""
 
 
 class SavedK(nn.Module):
-    """A layer with an attribute k, which is in its state_dict once it was set after construction
-    (an annealed one; a layer whose k stands still has no entry). Loading sets k, and a state
-    without it leaves k as it is."""
+    """A layer with an attribute k, which is in its state_dict once it was changed.
+
+    A layer whose k is that of its construction has no entry. Loading an entry sets k; a state
+    without one leaves k as it is.
+    """
 
     k: Any
     _k_was_set = False
     _kept: Tensor
     _exponent: int | None = None
 
-    def _keep(self, k: int | float) -> None:
-        """Hold k as the width of an empty tensor.
+    def _store_k(self, k: int | float) -> None:
+        """Store k as the width of an empty tensor.
 
-        torch.compile takes the numbers of modules as constants, and would compile again for every k
-        of a schedule; sizes it follows. A float is held as the 53 bits of its fraction, whose
-        exponent, a constant, changes only where k is halved or doubled.
+        For torch.compile the numbers of a module are constants, so a schedule would compile again
+        for every k. Sizes may change. A float is stored as the 53 bits of its fraction; the
+        exponent, which is a constant, changes once per power of two.
         """
         self._k_was_set = "_kept" in vars(self)
         self._exponent = None
@@ -36,19 +38,19 @@ class SavedK(nn.Module):
             k, self._exponent = int(fraction * 2**53), exponent - 53
         self._kept = torch.empty(0, k)
 
-    def _kept_k(self) -> Any:
+    def _stored_k(self) -> Any:
         width = self._kept.shape[1]
         return width if self._exponent is None else width * 2.0**self._exponent
 
     @property
     def current_k(self) -> Tensor:
-        """k as it is saved: 0-d, int64, or float64 where it can be a fraction."""
-        fractions = isinstance(self.k, float)
-        return torch.tensor(self.k, dtype=torch.float64 if fractions else torch.int64, device="cpu")
+        """Tensor that is saved for k: 0-d, int64, or float64 for a float."""
+        dtype = torch.float64 if isinstance(self.k, float) else torch.int64
+        return torch.tensor(self.k, dtype=dtype, device="cpu")
 
     @current_k.setter
     def current_k(self, value: Tensor) -> None:
-        # torch.func.functional_call puts what is given to it where the layer reads it.
+        # torch.func.functional_call sets the entries of the state that it is given as attributes.
         k = value.item()
         if k != self.k:
             self.k = k

@@ -18,22 +18,23 @@ from ..ops.channels import check_channels
 from ..ops.checks import check_count
 from ..ops.threshold_relu import ChannelCodes, threshold_codes, threshold_relu
 from ..ops.topk import topk
-from .averages import in_its_dtype
+from .averages import keep_dtype
 from .recomputation import RecentStates, recomputing, take
 
 EPS = 1e-5  # of torch.nn.BatchNorm2d, whose statistics and formula the layer uses
 
 
 class _Update(NamedTuple):
-    """What a batch makes of the thresholds, and numbers that follow from it alone."""
+    """New state after a batch, and a key of the batch."""
 
     threshold: Tensor
     """[C] or [1]."""
     key: Tensor
-    """[C] or [1]."""
+    """[C] or [1], numbers that follow from the batch alone (see `RecentStates`)."""
     largest: Tensor | None = None
-    """[C or 1, room], where batches are accumulated, with their rows."""
+    """[C or 1, capacity], the largest activations, where batches are accumulated."""
     rows: int | None = None
+    """Number of rows that the largest were taken from."""
 
 
 class SpatialSparsity(nn.Module):
@@ -73,7 +74,7 @@ class SpatialSparsity(nn.Module):
         TypeError, ValueError: an argument is out of its range; x has another number of channels,
             or, on a CPU in training, is not finite. (On a GPU, where looking would make the host
             wait, in evaluation and when compiled, NaN passes through to the loss, but not
-            into the statistics.) A batch that is refused leaves the layer as it was.
+            into the statistics.) A batch that raises leaves the layer as it was.
 
     Note:
         Under gradient checkpointing a batch is taken in once: see `DeadNeuronCounter`.
@@ -149,10 +150,9 @@ class SpatialSparsity(nn.Module):
             self.register_buffer("running_var", torch.ones(self.channels, dtype=wide))
         self.accumulate = accumulate
         if accumulate is not None:
-            room = (
-                2 * check_count(op, "accumulate", accumulate, 2**31 - 1, "a number of motifs") + 2
-            )
-            self.register_buffer("largest", torch.full((columns, room), -math.inf, dtype=wide))
+            motifs = check_count(op, "accumulate", accumulate, 2**31 - 1, "a number of motifs")
+            capacity = 2 * motifs + 2
+            self.register_buffer("largest", torch.full((columns, capacity), -math.inf, dtype=wide))
             self.register_buffer("rows", torch.zeros((), dtype=torch.int64))
 
     @property
@@ -166,49 +166,52 @@ class SpatialSparsity(nn.Module):
         self._density = float(value)
 
     def forward(self, x: Tensor) -> Tensor:
-        """y like x."""
+        """Return y, like x [B, C, ...]."""
         y: Tensor
-        y, counts = self._through(threshold_relu, x)
-        self._note(counts, x)
+        y, counts = self._apply_operation(threshold_relu, x)
+        self._record_counts(counts, x)
         return y
 
     def codes(self, x: Tensor) -> ChannelCodes:
-        """What :meth:`forward` leaves: values, flat indices into x's shape, counts per channel.
+        """Return the codes of y: values, flat indices into x's shape, counts per channel.
 
         See :func:`sparsekern.threshold_codes`.
         """
-        codes: ChannelCodes = self._through(threshold_codes, x)
-        self._note(codes.counts, x)
+        codes: ChannelCodes = self._apply_operation(threshold_codes, x)
+        self._record_counts(codes.counts, x)
         return codes
 
     def measured_density(self) -> float:
-        """Share of the activations that the last forward pass kept; the host waits for it."""
+        """Return the share of activations kept by the last forward pass; the host waits for it."""
         return int(self.counts.sum()) / max(self._elements, 1)
 
     # -- steps of a forward pass -------------------------------------------------------------------
 
-    def _through(self, operation: Callable[..., Any], x: Tensor) -> Any:
-        """What an operation makes of x, normalised before it or, in evaluation mode, in it.
+    def _apply_operation(self, operation: Callable[..., Any], x: Tensor) -> Any:
+        """Return the result of an operation on x, normalised before it; in evaluation, by it.
 
-        In training the state changes at the end, when nothing can be refused any more, and not in
-        a pass that gradient checkpointing runs again, which uses the thresholds of the first.
+        In training the state changes at the end, after everything that may raise. It does not
+        change in a pass that gradient checkpointing runs again, which uses the thresholds of the
+        first pass.
         """
         dim = self._check(x)
         if not self.training or x.numel() == 0:
-            scale, shift = (None, None) if self.affine is None else self._frozen()
-            return operation(x, self._spread(self.threshold), scale=scale, shift=shift,
+            scale, shift = (None, None) if self.affine is None else self._evaluation_constants()
+            return operation(x, self._channel_thresholds(self.threshold), scale=scale, shift=shift,
                              channel_dim=dim)  # fmt: skip
-        z, statistics = self._normalised(x, dim)
-        again = recomputing()
+        z, statistics = self._normalise(x, dim)
+        second_pass = recomputing()
         with torch.no_grad():
             update = self._new_threshold(z, dim)
             threshold = update.threshold
-            if again:
+            if second_pass:
                 threshold = self._recent.recall(update.key, threshold)
-        result = operation(z, self._spread(threshold), scale=None, shift=None, channel_dim=dim)
-        if not again:
+        result = operation(
+            z, self._channel_thresholds(threshold), scale=None, shift=None, channel_dim=dim
+        )
+        if not second_pass:
             self._recent.remember(update.key, threshold)
-            self._take(statistics, update)
+            self._update_state(statistics, update)
         return result
 
     def _check(self, x: Tensor) -> int:
@@ -220,8 +223,8 @@ class SpatialSparsity(nn.Module):
             )
         return dim
 
-    def _normalised(self, x: Tensor, dim: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """x normalised with the statistics of the batch, and the running ones after it."""
+    def _normalise(self, x: Tensor, dim: int) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Return x normalised with the statistics of the batch, and the new running ones."""
         if self.affine is None:
             self._check_finite(x, x)
             return x, None
@@ -232,7 +235,7 @@ class SpatialSparsity(nn.Module):
             )
         running = self.running_mean.clone(), self.running_var.clone()
         if not quicker_than_torch(x, dim):
-            z = self._torch_normalised(x, dim, *running)
+            z = self._normalise_with_torch(x, dim, *running)
             self._check_finite(z.detach(), z)
             return z, running
         z, mean, var = batch_norm(x, self.weight, self.bias, eps=EPS, channel_dim=dim)
@@ -245,30 +248,29 @@ class SpatialSparsity(nn.Module):
                 old.lerp_(new.to(old.dtype), 0.1)
         return z, running
 
-    def _torch_normalised(self, x: Tensor, dim: int, mean: Tensor, var: Tensor) -> Tensor:
-        """Batch normalisation with a momentum of 0.1, the channels in any dimension; takes the
-        batch into the running mean and variance."""
+    def _normalise_with_torch(self, x: Tensor, dim: int, mean: Tensor, var: Tensor) -> Tensor:
+        """Return the batch normalisation of x; update the running mean and variance in place."""
         columns = x if dim == 1 else x.reshape(-1, self.channels)
         weight, bias = (
             None if vector is None else vector.to(mean.dtype) for vector in (self.weight, self.bias)
         )
         return F.batch_norm(columns, mean, var, weight, bias, True, 0.1).view(x.shape)
 
-    def _frozen(self) -> tuple[Tensor, Tensor]:
-        """Scale and shift of the normalisation in evaluation mode."""
+    def _evaluation_constants(self) -> tuple[Tensor, Tensor]:
+        """Return scale and shift of the normalisation in evaluation mode."""
         scale = (self.running_var + EPS).rsqrt()
         if self.weight is not None and self.bias is not None:
             scale = scale * self.weight
             return scale, self.bias - self.running_mean * scale
         return scale, -self.running_mean * scale
 
-    def _spread(self, threshold: Tensor) -> Tensor:
-        """The threshold of each channel."""
+    def _channel_thresholds(self, threshold: Tensor) -> Tensor:
+        """Return the threshold of each channel."""
         return threshold if self.per_channel else threshold.expand(self.channels)
 
     @torch.no_grad()
-    def _take(self, statistics: tuple[Tensor, Tensor] | None, update: _Update) -> None:
-        """Take a batch into the state, but for what is NaN (on a CPU it has been refused)."""
+    def _update_state(self, statistics: tuple[Tensor, Tensor] | None, update: _Update) -> None:
+        """Copy the new state into the buffers, except NaN (for which a CPU has raised)."""
         new = {"threshold": update.threshold}
         if statistics is not None:
             new["running_mean"], new["running_var"] = statistics
@@ -280,9 +282,11 @@ class SpatialSparsity(nn.Module):
             buffer = getattr(self, name)
             take(buffer, torch.where(tensor.isnan(), buffer, tensor))
 
-    def _note(self, counts: Tensor, x: Tensor) -> None:
+    def _record_counts(self, counts: Tensor, x: Tensor) -> None:
         if not recomputing():
-            if self.counts.device != counts.device:  # not in a state_dict, so left on "meta"
+            if (
+                self.counts.device != counts.device
+            ):  # it is not in a state_dict, so it may still be on "meta"
                 self.counts = torch.zeros_like(counts)
             take(self.counts, counts)
             self._elements = x.numel()
@@ -290,24 +294,24 @@ class SpatialSparsity(nn.Module):
     # -- thresholds --------------------------------------------------------------------------------
 
     def _new_threshold(self, z: Tensor, dim: int) -> _Update:
-        if not self.per_channel:  # one column of everything
+        if not self.per_channel:  # all channels as one
             z, dim = z.movedim(dim, -1).reshape(-1, 1), 1
         elements = z.numel() // z.shape[dim]
         if self.accumulate is not None and elements * self.density < self.accumulate:
-            return self._accumulated(z, dim, elements)
-        self._warn_of_few(elements)
+            return self._accumulate(z, dim, elements)
+        self._warn_of_few_activations(elements)
         quantile = channel_threshold(z, self.density, channel_dim=dim)
-        update = _Update(self._moved(quantile), quantile)
-        if self.accumulate is not None:  # enough by itself
+        update = _Update(self._move_towards(quantile), quantile)
+        if self.accumulate is not None:  # this batch suffices
             return update._replace(largest=torch.full_like(self.largest, -math.inf), rows=0)
         return update
 
-    def _moved(self, quantile: Tensor) -> Tensor:
-        """The threshold, moved towards a quantile."""
+    def _move_towards(self, quantile: Tensor) -> Tensor:
+        """Return the threshold after a step towards a quantile."""
         return torch.lerp(self.threshold, quantile.to(self.threshold.dtype), self.momentum)
 
     def _check_finite(self, numbers: Tensor, z: Tensor) -> None:
-        """Raise if z is not finite, on a CPU; then there are such numbers, too."""
+        """Raise on a CPU if z is not finite; numbers: some that are not finite either then."""
         if numbers.device.type != "cpu" or torch.compiler.is_compiling():
             return
         if bool(numbers.sum().isfinite()):
@@ -318,7 +322,7 @@ class SpatialSparsity(nn.Module):
                 "activations that are NaN or infinite after the normalisation"
             )
 
-    def _warn_of_few(self, elements: int) -> None:
+    def _warn_of_few_activations(self, elements: int) -> None:
         if self._warned or self.accumulate is not None or elements * self.density >= 1:
             return
         self._warned = True
@@ -331,43 +335,46 @@ class SpatialSparsity(nn.Module):
             stacklevel=2,
         )
 
-    def _accumulated(self, z: Tensor, dim: int, elements: int) -> _Update:
-        """With the quantile over this and earlier batches, once enough activations are expected.
+    def _accumulate(self, z: Tensor, dim: int, elements: int) -> _Update:
+        """Return the update of a batch that is accumulated with earlier ones.
 
-        Of n elements so far, the threshold at the end is among the n * density + 2 largest of a
-        channel, and n * density stays below 2 * accumulate: so that many are kept. Only where the
-        density has risen since are they too few; then the earlier batches are left out.
+        The threshold moves once the batches together are expected to hold `accumulate` activations
+        per channel. Of n elements so far, their quantile is among the n * density + 2 largest of a
+        channel, and n * density stays below 2 * accumulate: so many are kept. They are too few only
+        if the density was raised in the meantime; then the earlier batches are dropped.
         """
         enough = self.accumulate or 0
-        room = self.largest.shape[1]
+        capacity = self.largest.shape[1]
         rows = int(self.rows) if self._rows is None else self._rows
-        nothing = torch.full_like(self.largest, -math.inf)
-        before = self.largest
+        empty = torch.full_like(self.largest, -math.inf)
+        earlier = self.largest
         if (rows + elements) * self.density >= 2 * enough:
-            rows, before = 0, nothing
-        newest = self._largest_of(z, dim, room)
-        largest = topk(torch.cat((before, newest), 1), room).values
+            rows, earlier = 0, empty
+        newest = self._largest_of(z, dim, capacity)
+        largest = topk(torch.cat((earlier, newest), 1), capacity).values
         rows += elements
         if rows * self.density < enough:
             return _Update(self.threshold.clone(), newest[:, 0], largest, rows)
-        place = rows - max(1, int(rows * (1 - self.density)))
-        return _Update(self._moved(largest[:, place]), newest[:, 0], nothing, 0)
+        rank = rows - max(1, int(rows * (1 - self.density)))
+        return _Update(self._move_towards(largest[:, rank]), newest[:, 0], empty, 0)
 
     def _largest_of(self, z: Tensor, dim: int, count: int) -> Tensor:
-        """At most `count` of the largest of each channel of z, float32 [C, ...]; any others matter
-        no more than what is there already."""
+        """Return the `count` largest of each channel of z, or more: [C, at least count].
+
+        Fewer if a channel has fewer. The dtype is that of the buffer.
+        """
         if dim == z.dim() - 1:
-            found = topk(
+            largest = topk(
                 z.reshape(-1, z.shape[dim]).t(), min(count, z.numel() // z.shape[dim])
             ).values
         else:
             planes = z.flatten(2)
-            found = topk(planes, min(count, planes.shape[2])).values.transpose(0, 1).flatten(1)
-        return found.to(self.largest.dtype)
+            largest = topk(planes, min(count, planes.shape[2])).values.transpose(0, 1).flatten(1)
+        return largest.to(self.largest.dtype)
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self._rows = None  # to be read from the buffer
+        self._rows = None  # read from the buffer again
 
     def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> SpatialSparsity:
         before = dict(self._buffers)
@@ -375,10 +382,11 @@ class SpatialSparsity(nn.Module):
         for name, buffer in self._buffers.items():
             old = before[name]
             if old is not None and buffer is not None and buffer.itemsize == 2:
-                self._buffers[name] = in_its_dtype(old, buffer)
+                self._buffers[name] = keep_dtype(old, buffer)
         return self
 
     def extra_repr(self) -> str:
+        """Return the arguments for repr."""
         parts = [f"{self.channels}, density={self.density:.4g}, momentum={self.momentum}"]
         if not self.per_channel:
             parts.append("per_channel=False")

@@ -98,16 +98,16 @@ class TopK(SavedK):
 
     @property
     def k(self) -> int:
-        """How many entries a row keeps."""
-        kept: int = self._kept_k()
-        return kept
+        """Number of entries that a row keeps."""
+        k: int = self._stored_k()
+        return k
 
     @k.setter
     def k(self, k: int) -> None:
         k = check_count("TopK", "k", k, 2**31 - 1, "the largest index")
         if k % self.groups:
             raise ValueError(f"TopK: k must be a multiple of groups = {self.groups}, got {k}")
-        self._keep(k)
+        self._store_k(k)
 
     @property
     def _fused_relu(self) -> bool:
@@ -115,18 +115,18 @@ class TopK(SavedK):
 
     @property
     def is_plain(self) -> bool:
-        """Whether values are selected as they are and then go through ReLU."""
+        """True if values are selected by size, not magnitude, and then go through ReLU."""
         return self._fused_relu and not self.abs
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., n] -> [..., n], dense (or sparse COO with use_sparse_activations)."""
+        """Return y [..., n] for x [..., n], dense, or sparse COO with use_sparse_activations."""
         if self.use_sparse_activations:
-            return _coalesced(self.codes(x), x.shape)
+            return _to_sparse_coo(self.codes(x), x.shape)
         fused = self._fused_relu
         post = None if fused else self.post
         counter = self._active_counter(x)
         single = self.groups == 1
-        grouped = x if single else self._split(x)
+        grouped = x if single else self._split_groups(x)
         masked, values, indices, counts = mask_with_codes(
             grouped,
             self.k // self.groups,
@@ -146,8 +146,8 @@ class TopK(SavedK):
             counter.update(masked.detach().flatten(-2))
         return masked if single else masked.flatten(-2)
 
-    def _split(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., n] -> [..., groups, n / groups]."""
+    def _split_groups(self, x: torch.Tensor) -> torch.Tensor:
+        """Reshape x [..., n] to [..., groups, n / groups]."""
         if x.shape[-1] % self.groups:
             raise ValueError(
                 f"TopK: groups must divide the last dimension of x, {x.shape[-1]}, "
@@ -157,10 +157,12 @@ class TopK(SavedK):
         return grouped
 
     def codes(self, x: torch.Tensor, *, sorted: bool = False) -> Codes:
-        """x [..., n] -> values [..., k] after `post` and indices int64 [..., k], ascending unless
-        sorted (then the largest of a group first)."""
+        """Return the codes of x [..., n]: values [..., k] after `post`, indices int64 [..., k].
+
+        Indices ascend; with sorted, the largest of a group come first.
+        """
         counter = self._active_counter(x)
-        grouped = x if self.groups == 1 else self._split(x)
+        grouped = x if self.groups == 1 else self._split_groups(x)
         values, indices = topk(
             grouped, self.k // self.groups, sorted=sorted, relu=self._fused_relu, abs=self.abs
         )
@@ -174,7 +176,7 @@ class TopK(SavedK):
         return Codes(values, indices)
 
     def _active_counter(self, x: torch.Tensor) -> DeadNeuronCounter | None:
-        """The counter, if this pass has to be counted."""
+        """Return the counter if this pass has to be counted, else None."""
         counter = self.counter if self.training else None
         if counter is not None:
             counter.check_columns("TopK", x)
@@ -182,11 +184,10 @@ class TopK(SavedK):
 
     @classmethod
     def from_state_dict(cls, state_dict: Mapping[str, Any], strict: bool = True) -> TopK:
-        """Build the layer from OpenAI's state_dict: {"k": int, "postact_fn": name of a class,
-        ...}."""
+        """Make a layer from OpenAI's state_dict: {"k": int, "postact_fn": name of a class, ...}."""
         if "k" not in state_dict:
             raise ValueError(f"TopK: state_dict must have an entry k, got {sorted(state_dict)}")
-        layer = cls(int(state_dict["k"]), _post_named(state_dict.get("postact_fn", "ReLU")))
+        layer = cls(int(state_dict["k"]), _make_post(state_dict.get("postact_fn", "ReLU")))
         unknown = set(state_dict) - {"k", "postact_fn"}
         if strict and unknown:
             raise ValueError(f"TopK: unexpected entries in state_dict: {sorted(unknown)}")
@@ -198,23 +199,24 @@ class TopK(SavedK):
         if (k := state_dict.pop(prefix + "k", None)) is not None:
             self.k = int(k)
         if (name := state_dict.pop(prefix + "postact_fn", None)) is not None:
-            self.post = _post_named(name)
+            self.post = _make_post(name)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
+        """Return the arguments for repr."""
         groups = f", groups={self.groups}" if self.groups > 1 else ""
         return f"k={self.k}{groups}, abs={self.abs}, post={self.post}"
 
 
-def _post_named(name: str) -> nn.Module:
-    """The function that OpenAI's state_dict names."""
+def _make_post(name: str) -> nn.Module:
+    """Make the function that OpenAI's state_dict names."""
     if name not in _POSTS:
         raise ValueError(f"TopK: postact_fn must be one of {', '.join(_POSTS)}, got {name!r}")
     return _POSTS[name]()
 
 
-def _coalesced(codes: Codes, shape: torch.Size) -> torch.Tensor:
-    """Ascending codes as a coalesced sparse COO tensor of the dense shape."""
+def _to_sparse_coo(codes: Codes, shape: torch.Size) -> torch.Tensor:
+    """Return ascending codes as a coalesced sparse COO tensor of the dense shape."""
     k = codes.indices.shape[-1]
     rows = torch.arange(codes.indices.numel() // k, device=codes.indices.device)
     coordinates = [codes.indices.reshape(-1)]

@@ -1,8 +1,8 @@
 """Reconstructions from codes: from all latents, and from prefixes of them.
 
-The code of a latent belongs to the first prefix that contains it. The codes of a prefix's own
-latents are packed into narrower codes, so that all prefixes together read little more of the
-dictionary than one reconstruction does; each reconstruction adds to the one before.
+A latent belongs to the first prefix that contains it. The codes of the latents that belong to a
+prefix are packed into narrower codes, so all prefixes together read little more of the dictionary
+than one reconstruction does. Each reconstruction is the sum of the one before and of its own codes.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from .encoding import Encoding, sizes_are_fixed
 
 @dataclass(frozen=True)
 class Decoder:
-    """codes @ (dictionary / norms) + bias; norms None divides by nothing."""
+    """The map from codes to codes @ (dictionary / norms) + bias; None stands for norms of 1."""
 
     dictionary: Tensor
     bias: Tensor
     norms: Tensor | None
 
     def __call__(self, encoding: Encoding, prefixes: Sequence[int] = ()) -> list[Tensor]:
-        """The reconstructions [..., D] from each prefix of the latents and, last, from all."""
+        """Return reconstructions [..., D] from each prefix of the latents and, last, from all."""
         if encoding.dense:
             return self._dense(encoding.values, prefixes)
         if not prefixes:
             return [self.sparse(*encoding[:3])]
-        made: list[Tensor] = []
+        reconstructions: list[Tensor] = []
         for values, indices in split_codes(encoding.values, encoding.indices, prefixes):
-            part = self.sparse(values, indices, biased=not made)
-            made.append(made[-1] + part if made else part)
-        return made
+            part = self.sparse(values, indices, biased=not reconstructions)
+            reconstructions.append(reconstructions[-1] + part if reconstructions else part)
+        return reconstructions
 
     def sparse(
         self,
@@ -49,7 +49,7 @@ class Decoder:
         *,
         biased: bool = True,
     ) -> Tensor:
-        """The reconstruction [..., D] from codes [..., k]."""
+        """Return the reconstruction [..., D] from codes [..., k]; biased: add the bias."""
         if self.norms is not None:
             values = values / vector_at(self.norms, indices, transposition).to(values.dtype)
         bias = self.bias if biased else None
@@ -57,19 +57,21 @@ class Decoder:
 
     def _dense(self, values: Tensor, prefixes: Sequence[int]) -> list[Tensor]:
         factors = values if self.norms is None else values / self.norms.to(values.dtype)
-        made: list[Tensor] = []
+        reconstructions: list[Tensor] = []
         ends = (*prefixes, len(self.dictionary))
         for first, last in itertools.pairwise((0, *ends)):
             part = self.dictionary[first:last].t()
-            bias = None if made else self.bias
+            bias = None if reconstructions else self.bias
             product = dense_product(factors[..., first:last], part, bias)
-            made.append(made[-1] + product if made else product)
-        return made
+            reconstructions.append(reconstructions[-1] + product if reconstructions else product)
+        return reconstructions
 
 
 def dense_product(factors: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """factors @ weight.T + bias in factors' dtype; 16-bit factors meet a float32 weight as it is,
-    as in sparse_matmul."""
+    """Return factors @ weight.T + bias in factors' dtype.
+
+    A float32 weight of 16-bit factors is not rounded, as in sparse_matmul.
+    """
     check_weight_dtype("decode", factors, weight, "values", "values'", "16-bit values")
     if factors.dtype == weight.dtype or autocasting(factors):
         return nn.functional.linear(factors, weight, bias)
@@ -79,8 +81,16 @@ def dense_product(factors: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 def split_codes(
     values: Tensor, indices: Tensor, prefixes: Sequence[int]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Codes [..., w] -> for each prefix, and for the rest, the codes of the latents that the
-    prefix before does not contain, as codes as wide as the fullest row needs, zeros in others."""
+    """Yield the codes of the latents that belong to each prefix and, last, to none.
+
+    Args:
+        values: [..., w].
+        indices: [..., w].
+        prefixes: ascending numbers of first latents.
+
+    Yields:
+        values and indices, as wide as the fullest row needs; shorter rows end in zeros.
+    """
     bounds = torch.tensor(prefixes, device=indices.device)
     levels = torch.bucketize(indices, bounds, right=True)
     order = levels.argsort(dim=-1, stable=True)
@@ -95,6 +105,6 @@ def split_codes(
         widths = per_row.amax(0).tolist() if len(per_row) else [0] * len(level_ids)
     for level, width in enumerate(widths):
         slots = torch.arange(max(width, 1), device=indices.device)
-        places = (starts[..., level, None] + slots).clamp_max(indices.shape[-1] - 1)
-        mine = slots < counts[..., level, None]
-        yield torch.where(mine, values.gather(-1, places), 0), indices.gather(-1, places)
+        positions = (starts[..., level, None] + slots).clamp_max(indices.shape[-1] - 1)
+        used = slots < counts[..., level, None]
+        yield torch.where(used, values.gather(-1, positions), 0), indices.gather(-1, positions)

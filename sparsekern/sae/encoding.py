@@ -1,4 +1,4 @@
-"""How a sparse autoencoder finds its codes, for each of its activations.
+"""The codes of a sparse autoencoder, for each of its activations.
 
 The scores of all latents, [B, N], are not stored. Latents that may be active are selected slice by
 slice (see ops/linear_topk/slices.py), without gradients. Their scores are then computed again as a
@@ -6,13 +6,12 @@ part of the graph (ops/linear_at.py), and the activation is applied to them. Sin
 not active has no gradient, these are the gradients of the dense expression.
 
 TopK keeps a fixed number of latents in each row. For the others the number differs from row to row,
-so the selection takes the largest scores of each row, as many as the last selections needed, and
-looks at the last of them: if it still qualifies, the row may have more, and the selection is made
-again with twice as many. When some row has more than one in NARROWEST latents active, the dense
-expression is faster, and is what is used. Which of the two it is follows from the input alone, and
-so does what is recorded for the backward pass (gradient checkpointing compares it). Where sizes
-cannot depend on data (compiled or traced code, CUDA graphs, vmap) it is always the dense
-expression.
+so the selection takes the largest scores of each row, about as many as the last batch needed. If
+the last of them is active, the row may have more, and the selection is repeated with twice as many.
+If some row has more than one in NARROWEST latents active, the dense expression is used, which is
+faster then. Which of the two is used depends on the input alone, and so does what is recorded for
+the backward pass (gradient checkpointing compares it). Where sizes cannot depend on data (compiled
+or traced code, CUDA graphs, vmap) the dense expression is used.
 """
 
 from __future__ import annotations
@@ -34,14 +33,14 @@ from ..ops.linear_at import linear_at, vector_at
 from ..ops.linear_topk import linear_topk, linear_topk_transposed
 from ..ops.transpose_codes import transpose_codes
 
-# Dense scores win when rows need more than one latent in so many; measured on a CPU.
+# Dense scores are faster if rows need more than one latent in so many; measured on a CPU.
 NARROWEST = 8
 SMALLEST_SCALE = 1e-20
 
 
 @dataclass(frozen=True)
 class Scores:
-    """((x - pre_bias) @ weight.T + bias) * scale, to be computed where it is needed."""
+    """Scores ((x - pre_bias) @ weight.T + bias) * scale, computed only as far as needed."""
 
     x: Tensor
     weight: Tensor
@@ -51,14 +50,16 @@ class Scores:
 
     @property
     def latents(self) -> int:
-        """How many scores a row has."""
+        """Number of scores of a row."""
         return len(self.weight)
 
     def topk(
         self, k: int, *, groups: int = 1, latents: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Transposition]:
-        """The k largest of each row, ascending indices, with ReLU: values, indices, and the
-        transposition of these."""
+        """Return the k largest of each row after ReLU: values, indices, their transposition.
+
+        Indices ascend.
+        """
         codes, transposition = linear_topk_transposed(
             self.x, self.weight, self.bias, k, pre_bias=self.pre_bias, scale=self.scale,
             groups=groups, latents=latents,
@@ -67,64 +68,64 @@ class Scores:
 
     @torch.no_grad()
     def largest(self, k: int) -> Codes:
-        """The k largest of each row, largest first, without gradients."""
+        """Return the k largest of each row, largest first, without gradients."""
         return linear_topk(
             self.x, self.weight, self.bias, k, pre_bias=self.pre_bias, scale=self.scale,
             relu=False, sorted=True,
         )  # fmt: skip
 
     def at(self, indices: Tensor, transposition: Transposition) -> Tensor:
-        """The scores of some latents of each row."""
+        """Return the scores of some latents of each row."""
         return linear_at(
             self.x, self.weight, self.bias, indices, pre_bias=self.pre_bias, scale=self.scale,
             transposition=transposition,
         )  # fmt: skip
 
-    def all(self, known: Tensor | None = None) -> Tensor:
-        """All of them, [..., N]; known: what `unscaled` gives, where it was computed."""
+    def all(self, unscaled: Tensor | None = None) -> Tensor:
+        """Return all scores, [..., N]; unscaled: the result of `unscaled`, if it is at hand."""
         if torch.compiler.is_compiling():
             scores = self._linear()
-        else:  # recorded in one way, whether it was known or not
-            known = self.unscaled() if known is None else known
-            scores = _KnownLinear.apply(*self._factors(known.dtype), known)
+        else:  # recorded in the same way, whether it was at hand or not
+            unscaled = self.unscaled() if unscaled is None else unscaled
+            scores = _ComputedLinear.apply(*self._factors(unscaled.dtype), unscaled)
         return scores if self.scale is None else scores * self.scale.to(scores.dtype)
 
     @torch.no_grad()
     def unscaled(self) -> Tensor:
-        """All of them divided by the scale, [..., N], recording nothing for a backward pass."""
+        """Return all scores without the scale, [..., N], and without gradients."""
         return self._linear()
 
     def _linear(self) -> Tensor:
         return nn.functional.linear(*self._factors(self.x.dtype))
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """x - pre_bias, weight and bias in a dtype."""
+        """Return x - pre_bias, weight and bias in a dtype."""
         centred = (self.x - self.pre_bias).to(self.x.dtype)
         return centred.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
 
-    def only(self, wanted: Tensor) -> Scores:
-        """Scores that are -inf but for the wanted latents (bool [N])."""
+    def only(self, mask: Tensor) -> Scores:
+        """Return scores that are -inf for latents outside a mask (bool [N])."""
         scale = self.scale
         if scale is not None:
-            scale = torch.where(wanted, scale, 1)  # -inf * 0 is NaN
-        return replace(self, bias=torch.where(wanted, self.bias, -torch.inf), scale=scale)
+            scale = torch.where(mask, scale, 1)  # -inf * 0 is NaN
+        return replace(self, bias=torch.where(mask, self.bias, -torch.inf), scale=scale)
 
     def lowered(self, threshold: Tensor) -> Scores:
-        """Scores minus a threshold [N] of each latent (scores of scale zero stay zero)."""
+        """Return scores minus a threshold [N] of each latent (scores of scale zero stay zero)."""
         offset = threshold
         if self.scale is not None:
             offset = threshold / self.scale.clamp_min(SMALLEST_SCALE)
         return replace(self, bias=self.bias - offset)
 
 
-class _KnownLinear(torch.autograd.Function):
-    """x @ weight.T + bias, whose value is known: records its gradient and computes nothing."""
+class _ComputedLinear(torch.autograd.Function):
+    """The gradient of x @ weight.T + bias, whose result is already computed."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, known: Tensor) -> Tensor:
-        return known.view_as(known)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, result: Tensor) -> Tensor:
+        return result.view_as(result)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -140,10 +141,14 @@ class _KnownLinear(torch.autograd.Function):
 
 
 class Encoding(NamedTuple):
-    """What an activation gives.
+    """Codes of an activation, and its sparsity.
 
-    values, indices: [..., w], zeros where a row has fewer active latents. dense: w = N and the
-    indices are 0..N-1. penalty: what the activation's sparsity loss adds up over the rows.
+    Attributes:
+        values: [..., w], zeros where a row has fewer active latents.
+        indices: [..., w].
+        transposition: of the indices, if it is known.
+        penalty: 0-d, sum of the activation's sparsity loss over the rows.
+        dense: w = N and the indices are 0..N-1.
     """
 
     values: Tensor
@@ -155,32 +160,34 @@ class Encoding(NamedTuple):
 
 @dataclass
 class Width:
-    """How many latents the fullest row had the last time. It decides where a search begins, not
-    what it finds."""
+    """Number of active latents in the fullest row of the last batch.
+
+    A search begins there; its result does not depend on it.
+    """
 
     count: int = 48
 
-    def first(self, most: int) -> int:
-        """How many latents of a row to look at first."""
-        return min(self.count + self.count // 4 + 8, most)
+    def first_guess(self, limit: int) -> int:
+        """Return the number of latents of a row, at most `limit`, that a search begins with."""
+        return min(self.count + self.count // 4 + 8, limit)
 
-    def dense(self, latents: int) -> bool:
-        """Whether dense scores were faster the last time."""
+    def favours_dense(self, latents: int) -> bool:
+        """Return True if dense scores are faster for rows with so many active latents."""
         return self.count * NARROWEST > latents
 
-    def note(self, active: Tensor) -> None:
-        """Take in which scores [..., m] were active, for which the host waits."""
+    def measure(self, active: Tensor) -> None:
+        """Set the count from the active ones among scores (bool [..., m]); the host waits."""
         self.count = int(active.sum(-1).max()) if active.numel() else 0
 
 
 def encode(layer: nn.Module, scores: Scores, width: Width) -> Encoding:
-    """Codes of an activation layer, in the layer's training or evaluation mode.
+    """Return the codes of an activation layer, in the layer's training or evaluation mode.
 
-    A layer with hooks is called with all scores, and what it then returns are the codes: hooks see,
-    and may replace, its dense input and output.
+    A layer with hooks is called with all scores, and its output is the code: hooks get, and may
+    replace, its dense input and output.
     """
     if _has_hooks(layer):
-        return _called(layer, scores.all())
+        return _call(layer, scores.all())
     return _ENCODERS[type(layer)](layer, scores, width)
 
 
@@ -193,18 +200,20 @@ def _has_hooks(layer: nn.Module) -> bool:
     )
 
 
-def _called(layer: nn.Module, scores: Tensor) -> Encoding:
-    """What a layer returns for all scores, with the penalty that it has."""
+def _call(layer: nn.Module, scores: Tensor) -> Encoding:
+    """Call a layer with all scores; return its dense codes and penalty."""
     encoding = _dense(layer(scores))
     if isinstance(layer, JumpReLU):
-        return encoding._replace(penalty=_total(step(scores, layer.threshold, *layer.band)))
+        return encoding._replace(
+            penalty=_sum_in_float32(step(scores, layer.threshold, *layer.band))
+        )
     if isinstance(layer, nn.ReLU):
-        return encoding._replace(penalty=_total(encoding.values))
+        return encoding._replace(penalty=_sum_in_float32(encoding.values))
     return encoding
 
 
 def check_activation(layer: nn.Module, latents: int) -> None:
-    """An activation that `encode` knows, fitting the number of latents.
+    """Check that `encode` supports an activation, and that it fits the number of latents.
 
     Raises:
         TypeError: another layer.
@@ -234,8 +243,11 @@ def check_activation(layer: nn.Module, latents: int) -> None:
 
 
 def sizes_are_fixed(x: Tensor) -> bool:
-    """Whether no size may follow from the numbers in x: in compiled code, while a CUDA graph is
-    captured, and where there are none or they are not the only ones."""
+    """Return True if no size may depend on the numbers in x.
+
+    So it is in compiled and traced code, under vmap, while a CUDA graph is captured, and where x
+    has no numbers.
+    """
     if torch.compiler.is_compiling() or is_fake(x):
         return True
     if traced_or_vmapped():
@@ -243,58 +255,58 @@ def sizes_are_fixed(x: Tensor) -> bool:
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _nothing(like: Tensor) -> Tensor:
+def _no_penalty(like: Tensor) -> Tensor:
     return torch.zeros((), device=like.device)
 
 
 def _topk(layer: TopK, scores: Scores, _: Width) -> Encoding:
-    return Encoding(*scores.topk(layer.k, groups=layer.groups), _nothing(scores.x))
+    return Encoding(*scores.topk(layer.k, groups=layer.groups), _no_penalty(scores.x))
 
 
 def _relu(_: nn.ReLU, scores: Scores, width: Width) -> Encoding:
-    found = _above(scores, 0.0, width)
-    if isinstance(found, Tensor):
-        values = found.relu()
-        return _dense(values)._replace(penalty=_total(values))
-    values = scores.at(*found).relu()
-    return Encoding(values, *found, _total(values))
+    selected = _select_above(scores, 0.0, width)
+    if isinstance(selected, Tensor):
+        values = selected.relu()
+        return _dense(values)._replace(penalty=_sum_in_float32(values))
+    values = scores.at(*selected).relu()
+    return Encoding(values, *selected, _sum_in_float32(values))
 
 
 def _jumprelu(layer: JumpReLU, scores: Scores, width: Width) -> Encoding:
     # The pseudo-derivative reaches half a bandwidth below the threshold.
     theta, (bandwidth, relative) = layer.threshold, layer.band
     lowest = theta.detach() * (1 - bandwidth / 2) if relative else theta.detach() - bandwidth / 2
-    found = _above(scores, 0.0, width, lowest)
-    if isinstance(found, Tensor):
-        penalty = _total(step(found, theta, bandwidth, relative))
-        return _dense(layer(found))._replace(penalty=penalty)
-    z, limit = scores.at(*found), vector_at(theta, *found)
-    values = jumprelu(z, limit, bandwidth, relative)
-    return Encoding(values, *found, _total(step(z, limit, bandwidth, relative)))
+    selected = _select_above(scores, 0.0, width, lowest)
+    if isinstance(selected, Tensor):
+        penalty = _sum_in_float32(step(selected, theta, bandwidth, relative))
+        return _dense(layer(selected))._replace(penalty=penalty)
+    z, thresholds = scores.at(*selected), vector_at(theta, *selected)
+    values = jumprelu(z, thresholds, bandwidth, relative)
+    return Encoding(values, *selected, _sum_in_float32(step(z, thresholds, bandwidth, relative)))
 
 
 def _batch_topk(layer: BatchTopK, scores: Scores, width: Width) -> Encoding:
     if layer.training:
-        return _trained_batch_topk(layer, scores, width)
+        return _batch_topk_in_training(layer, scores, width)
     threshold = layer.known_threshold()
-    found = _above(scores, threshold, width)
-    if isinstance(found, Tensor):
-        return _dense(layer(found))
-    z = scores.at(*found)
-    return Encoding(torch.where(at_most(z, threshold), 0, z), *found, _nothing(scores.x))
+    selected = _select_above(scores, threshold, width)
+    if isinstance(selected, Tensor):
+        return _dense(layer(selected))
+    z = scores.at(*selected)
+    return Encoding(torch.where(at_most(z, threshold), 0, z), *selected, _no_penalty(scores.x))
 
 
-def _trained_batch_topk(layer: BatchTopK, scores: Scores, width: Width) -> Encoding:
+def _batch_topk_in_training(layer: BatchTopK, scores: Scores, width: Width) -> Encoding:
     if sizes_are_fixed(scores.x):
         return _dense(layer(scores.all()))
-    known = scores.unscaled() if width.dense(scores.latents) else None
-    chosen = _largest_of_batch(layer, scores, width, known)
-    if chosen is None:
-        return _dense(layer(scores.all(known)))
-    indices, kept = chosen
+    unscaled = scores.unscaled() if width.favours_dense(scores.latents) else None
+    selected = _select_largest_of_batch(layer, scores, width, unscaled)
+    if selected is None:
+        return _dense(layer(scores.all(unscaled)))
+    indices, kept = selected
     transposition = transpose_codes(indices, scores.latents)
     values = torch.where(kept, scores.at(indices, transposition).relu(), 0)
-    return Encoding(values, indices, transposition, _nothing(scores.x))
+    return Encoding(values, indices, transposition, _no_penalty(scores.x))
 
 
 _ENCODERS: dict[type[nn.Module], Callable[..., Encoding]] = {
@@ -305,105 +317,122 @@ _ENCODERS: dict[type[nn.Module], Callable[..., Encoding]] = {
 }
 
 
-def _total(values: Tensor) -> Tensor:
+def _sum_in_float32(values: Tensor) -> Tensor:
     return values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
 
 
 def _dense(values: Tensor) -> Encoding:
     indices = torch.arange(values.shape[-1], device=values.device).expand(values.shape)
-    return Encoding(values, indices, None, _nothing(values), dense=True)
+    return Encoding(values, indices, None, _no_penalty(values), dense=True)
 
 
-def _above(
+def _select_above(
     scores: Scores, floor: float | Tensor, width: Width, theta: Tensor | None = None
 ) -> tuple[Tensor, Transposition] | Tensor:
-    """Indices, with their transposition, that contain every score above a floor (with theta [N]:
-    every score that is above it when theta is subtracted), as wide as the fullest row needs; or all
-    scores, where that is faster."""
+    """Select at least all scores above a floor; with theta [N], scores minus theta.
+
+    Returns:
+        Indices, as wide as the fullest row needs, and their transposition; or all scores, if that
+        is faster.
+    """
     n = scores.latents
     if sizes_are_fixed(scores.x):
         return scores.all()
     # One element: a number, or a 0-d tensor, would be rounded to the scores' dtype.
     wide = torch.promote_types(scores.x.dtype, torch.float32)
     floor = torch.as_tensor(floor, dtype=wide, device=scores.x.device).reshape(1)
-    if width.dense(n):
-        known = scores.unscaled()
+    if width.favours_dense(n):
+        unscaled = scores.unscaled()
         with torch.no_grad():
-            seen = scores.all(known)
-            width.note(~at_most(seen if theta is None else seen - theta, floor))
-        if width.dense(n):
-            return scores.all(known)
-    searched = scores if theta is None else scores.lowered(theta)
-    found = _search(searched, lambda values: ~at_most(values, floor), width)
-    if found is None:
+            z = scores.all(unscaled)
+            width.measure(~at_most(z if theta is None else z - theta, floor))
+        if width.favours_dense(n):
+            return scores.all(unscaled)
+    lowered = scores if theta is None else scores.lowered(theta)
+    selected = _search(lowered, lambda values: ~at_most(values, floor), width)
+    if selected is None:
         return scores.all()
-    indices = found[1]
+    _, indices, _ = selected
     return indices, transpose_codes(indices, n)
 
 
 @torch.no_grad()
-def _largest_of_batch(
-    layer: BatchTopK, scores: Scores, width: Width, known: Tensor | None
+def _select_largest_of_batch(
+    layer: BatchTopK, scores: Scores, width: Width, unscaled: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
-    """Indices and which of them are among the k B largest scores of the batch; None where dense
-    scores are faster."""
+    """Select at least the k B largest scores of the batch.
+
+    Returns:
+        Indices, and True for those among the k B largest (bool); None if dense scores are faster.
+    """
     n = scores.latents
-    if known is not None:
-        width.note(batch_topk(scores.all(known), layer.k, relu=True) != 0)
-        if width.dense(n):
+    if unscaled is not None:
+        width.measure(batch_topk(scores.all(unscaled), layer.k, relu=True) != 0)
+        if width.favours_dense(n):
             return None
     least = int(layer.k) + 1
-    if least > _most(n):
-        width.count = _most(n)
+    if least > _search_limit(n):
+        width.count = _search_limit(n)
         return None
-    found = _search(scores, lambda values: _kept(values, layer.k) & ~(values <= 0), width, least)
-    if found is None:
+
+    def is_kept(candidates: Tensor) -> Tensor:
+        return _among_largest(candidates, layer.k) & ~(candidates <= 0)
+
+    selected = _search(scores, is_kept, width, least)
+    if selected is None:
         return None
-    values, indices, kept = found
+    values, indices, kept = selected
     layer.observe(values[kept])
     return indices, kept
 
 
-def _most(latents: int) -> int:
-    """How many latents of a row are looked at before dense scores are taken."""
+def _search_limit(latents: int) -> int:
+    """Return how many latents of a row are searched before dense scores are used."""
     return min(latents, latents // NARROWEST + 1)
 
 
 @torch.no_grad()
 def _search(
-    scores: Scores, active: Callable[[Tensor], Tensor], width: Width, least: int = 1
+    scores: Scores, is_active: Callable[[Tensor], Tensor], width: Width, least: int = 1
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The largest scores of each row, with indices and which of them are active, as wide as the
-    fullest row needs; None where dense scores are faster.
+    """Search the largest scores of each row, until no row can have more active ones.
 
-    active: of scores, largest first, which are active; in a row, all before one that is. NaN
-    counts, and is passed on.
+    Args:
+        scores: of all latents.
+        is_active: a function of scores, largest first, that is True for active ones. If one is
+            active, so are all before it in its row. NaN is active.
+        width: the number of active latents in the fullest row of the last batch; updated.
+        least: least number of scores of a row to look at.
+
+    Returns:
+        Values, indices, and True for active ones, as wide as the fullest row needs; None if dense
+        scores are faster.
     """
-    most = _most(scores.latents)
-    k = max(width.first(most), least)
+    limit = _search_limit(scores.latents)
+    k = max(width.first_guess(limit), least)
     while True:
         values, indices = scores.largest(k)
-        found = active(values)
-        if not found[..., -1].any():
-            width.note(found)
+        active = is_active(values)
+        if not active[..., -1].any():
+            width.measure(active)
             break
-        if k == most:
-            width.count = most
+        if k == limit:
+            width.count = limit
             return None
-        k = min(2 * k, most)
-    if width.dense(scores.latents):
+        k = min(2 * k, limit)
+    if width.favours_dense(scores.latents):
         return None
     used = slice(0, max(width.count, 1))
-    return values[..., used], indices[..., used].contiguous(), found[..., used]
+    return values[..., used], indices[..., used].contiguous(), active[..., used]
 
 
-def _kept(candidates: Tensor, k: float) -> Tensor:
-    """Which of the candidates [..., m], largest first, are among the k B largest of all."""
+def _among_largest(candidates: Tensor, k: float) -> Tensor:
+    """Return True for the candidates [..., m], largest first, among the k B largest of all."""
     flat = candidates.reshape(-1)
     rows = flat.numel() // candidates.shape[-1]
     kept = torch.zeros_like(flat, dtype=torch.bool)
     if rows > 0:
         total = kept_in_all("BatchTopK", k, rows)
-        places = torch.arange(len(flat), device=flat.device)
-        kept[largest_of_list(flat, places, total)[1]] = True
+        _, positions = largest_of_list(flat, torch.arange(len(flat), device=flat.device), total)
+        kept[positions] = True
     return kept.view(candidates.shape)

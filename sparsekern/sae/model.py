@@ -13,9 +13,9 @@ mean sum of a row's codes for ReLU (L1). With a target, JumpReLU's is (L0 / targ
 appendix on other sparsity losses). `prefixes` make a Matryoshka autoencoder (Bussmann et al.
 2025, arXiv 2503.17547): the reconstruction from the first latents alone has a loss, too.
 
-AuxK (Gao et al. 2024, arXiv 2406.04093, appendix A.2) lets dead latents explain what is left: with
-e = x - reconstruction, held constant, and e' the reconstruction of e by the auxk largest scores
-among the dead latents alone (without decoder_bias, which e does not contain),
+AuxK (Gao et al. 2024, arXiv 2406.04093, appendix A.2) trains dead latents to reconstruct the error.
+With e = x - reconstruction, held constant, and e' the reconstruction of e from the auxk largest
+scores among the dead latents alone (without decoder_bias, which e does not contain),
 
     AuxK = min(1, dead / auxk) * sum |e - e'|^2 / sum |x - mean over the batch of x|^2
 
@@ -46,23 +46,25 @@ from .encoding import Scores, Width, check_activation, encode, sizes_are_fixed
 from .statistics import at_least_float32, geometric_median, squared_error, total_variance
 from .wrappers import Wrapper
 
-# Squares of norms below this count as this.
+# Lower bound for squared norms in denominators.
 SMALLEST_NORM = 1e-30
-# The encoder's first rows: measured with TopK on activations of several layers of a sentence model,
-# at widths 2 to 16 and k from 8 to 64, norms of 0.3 to 0.6 learn fastest, those of 1 far slower
-# (after 150 steps of 1024 rows FVU is 5 % to 80 % larger). With rows at hand, the best of them is
-# about 0.75 times the scale whose reconstruction has the least error.
+# Norm of the encoder's rows at first. Measured with TopK on activations of several layers of a
+# sentence model, N / D from 2 to 16 and k from 8 to 64: norms of 0.3 to 0.6 learn fastest; with 1,
+# FVU after 150 steps of 1024 rows is 5 % to 80 % larger. The best norm is about 0.75 times the one
+# whose reconstructions have the least error.
 FIRST_SCALE = 0.5
 FORWARD_ROWS = 1024
 SHARE_OF_BEST = 0.75
-# Scores that are computed together in calibration, 64 MiB in float32.
+# Scores that calibration computes at a time, 64 MiB in float32.
 CALIBRATED_SCORES = 1 << 24
 
 
 @exported("sparsekern.models.sae.SAEOutput")
 class SAEOutput(NamedTuple):
-    """What a forward pass gives: reconstruction [..., D], values [..., w] and indices [..., w]: for
-    TopK w = k and indices ascend; for others see :meth:`SparseAutoencoder.encode`."""
+    """Result of a forward pass: reconstruction [..., D], values [..., w], indices [..., w].
+
+    For TopK w = k and indices ascend; for others see :meth:`SparseAutoencoder.encode`.
+    """
 
     reconstruction: Tensor
     values: Tensor
@@ -71,8 +73,10 @@ class SAEOutput(NamedTuple):
 
 @exported("sparsekern.models.sae.SAELoss")
 class SAELoss(NamedTuple):
-    """The loss and its parts, scalars: total = fvu + auxk_weight * auxk + multi_weight * multi +
-    sparsity_weight * sparsity + prefixes."""
+    """The loss and its parts, scalars.
+
+    total = fvu + auxk_weight * auxk + multi_weight * multi + sparsity_weight * sparsity + prefixes
+    """
 
     total: Tensor
     fvu: Tensor
@@ -93,15 +97,15 @@ class SparseAutoencoder(nn.Module):
             `torch.nn.ReLU`, instead of k. It is applied to codes, not to all N scores, except where
             many are active, or where it has hooks: these see all N, and the codes are then as wide.
         sparsity_weight: weight of the activation's own sparsity loss: L0 for JumpReLU, L1 for ReLU.
-            None takes 1 with target_l0, and 0 without: then these two learn no sparsity, unless by
-            a loss of the caller's own.
+            None takes 1 with target_l0 and 0 without. With 0 these two do not become sparse, unless
+            the caller adds a loss.
         target_l0: for JumpReLU, the number of active latents of a row that the sparsity loss, then
-            (L0 / target_l0 - 1)^2, steers to; None: the loss is L0 itself. `calibrate` at
-            the end makes up for the few percent that are left.
+            (L0 / target_l0 - 1)^2, leads to; None: the loss is L0 itself. `calibrate` at the end
+            removes the remaining difference of a few percent.
         prefixes: numbers of first latents, ascending and below N, whose reconstructions have a loss
             of their own (Matryoshka).
         auxk: dead latents per row in the auxiliary loss; 0 leaves it out. The paper takes a power
-            of two near D / 2; in short training as many as are active do better.
+            of two near D / 2; in short training k is better.
         auxk_weight: weight of that loss.
         multi_k: active latents per row in the second reconstruction; 0 leaves it out.
         multi_weight: weight of its FVU.
@@ -176,8 +180,8 @@ class SparseAutoencoder(nn.Module):
         elif isinstance(self.activation, (TopK, BatchTopK)):
             self.k = self.activation.k  # set, so that it is in every state_dict
         self.target_l0 = _check_target(target_l0, self.activation, latents)
-        steered = self.target_l0 is not None
-        self.sparsity_weight = float(steered) if sparsity_weight is None else sparsity_weight
+        default_weight = 0.0 if self.target_l0 is None else 1.0
+        self.sparsity_weight = default_weight if sparsity_weight is None else sparsity_weight
         self.prefixes = tuple(prefixes)
         self._width = Width()
         self._recent = RecentStates()
@@ -189,31 +193,31 @@ class SparseAutoencoder(nn.Module):
 
     @property
     def k(self) -> int | float:
-        """Active latents per row, on average for BatchTopK; other activations have none."""
+        """Active latents per row, on average for BatchTopK; other activations have no k."""
         if not isinstance(self.activation, (TopK, BatchTopK)):
-            raise AttributeError(self._without_k())
+            raise AttributeError(self._message_without_k())
         return self.activation.k
 
     @k.setter
     def k(self, k: int | float) -> None:
-        layer = self._counted()
+        layer = self._activation_with_k()
         check: Callable[..., Any] = check_count if isinstance(layer, TopK) else check_share
         what = "the number of latents"
         layer.k = check("SparseAutoencoder", "k", k, len(self.dictionary), what)
 
-    def _counted(self) -> TopK | BatchTopK:
-        """The activation, if it keeps a given number of latents."""
+    def _activation_with_k(self) -> TopK | BatchTopK:
+        """Return the activation if it has a number k of active latents; else raise."""
         if not isinstance(self.activation, (TopK, BatchTopK)):
-            raise TypeError(self._without_k())
+            raise TypeError(self._message_without_k())
         return self.activation
 
-    def _without_k(self) -> str:
+    def _message_without_k(self) -> str:
         name = type(self.activation).__name__
         return f"SparseAutoencoder: {name} has no number of active latents k"
 
     @property
     def tied(self) -> bool:
-        """Whether encoder and dictionary are one matrix."""
+        """True if encoder and dictionary are one matrix."""
         return self.encoder is self.dictionary
 
     def __getattr__(self, name: str) -> Any:
@@ -221,8 +225,8 @@ class SparseAutoencoder(nn.Module):
         # would separate from the first.
         if name == "encoder" and self.__dict__.get("_tied"):
             return self.dictionary
-        if name == "k":  # its property has raised; an AttributeError, as hasattr expects
-            raise AttributeError(self._without_k())
+        if name == "k":  # its property has raised AttributeError, as hasattr expects
+            raise AttributeError(self._message_without_k())
         return super().__getattr__(name)
 
     def _load_from_state_dict(
@@ -237,7 +241,7 @@ class SparseAutoencoder(nn.Module):
     ) -> None:
         encoder, dictionary = (state.get(prefix + name) for name in ("encoder", "dictionary"))
         if self.tied and encoder is not None:
-            if not _same(encoder, dictionary):
+            if not _equal(encoder, dictionary):
                 errors.append(
                     f"SparseAutoencoder: the state has an {prefix}encoder that differs from its "
                     f"{prefix}dictionary, but this model is tied: make one with tied=False"
@@ -265,21 +269,21 @@ class SparseAutoencoder(nn.Module):
 
     def _decoder(self) -> Decoder:
         norms = self._norms()
-        if norms is not None:  # the scores of a latent without a direction are zero
+        if norms is not None:  # a dictionary row of norm zero has scores of zero
             norms = torch.where(norms > 0, norms, 1)
         return Decoder(self.dictionary, self.decoder_bias, norms)
 
     def encode(self, x: Tensor, k: int | None = None) -> Codes:
-        """Codes of activations: x [..., D] -> values [..., w] and indices int64 [..., w].
+        """Return the codes of activations x.
 
         Args:
-            x: floating point, of the parameters' dtype (or any, inside an autocast region).
-            k: keep the k largest instead of what the activation says.
+            x: [..., D] of the parameters' dtype (or any floating one, inside an autocast region).
+            k: keep the k largest scores instead of applying the activation.
 
         Returns:
-            Codes(values, indices); for TopK w is k and indices ascend; for the others w is what the
-            fullest row needs, the largest scores come first, and rows with fewer active latents
-            end in zeros.
+            Codes(values [..., w], indices int64 [..., w]). For TopK w is k and indices ascend. For
+            the others w is the number of active latents in the fullest row, the largest scores come
+            first, and rows with fewer active latents end in zeros.
         """
         if k is not None:
             return Codes(*self._scores(x).topk(k)[:2])
@@ -287,7 +291,7 @@ class SparseAutoencoder(nn.Module):
         return Codes(encoding.values, encoding.indices)
 
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:
-        """Reconstruction [..., D] of codes [..., k]."""
+        """Return the reconstruction [..., D] of codes [..., k]."""
         return self._decoder().sparse(values, indices)
 
     def forward(
@@ -300,7 +304,7 @@ class SparseAutoencoder(nn.Module):
     ) -> SAEOutput | tuple[SAEOutput, SAELoss]:
         """Reconstruct x [..., D]; with return_loss, return what `loss` does.
 
-        So a wrapper that works on the forward pass alone can train the model:
+        A wrapper that only knows the forward pass can thus train the model:
         ``output, loss = DistributedDataParallel(model)(x, return_loss=True)``.
         """
         if return_loss:
@@ -308,13 +312,12 @@ class SparseAutoencoder(nn.Module):
         return self._reconstruct(x)[0]
 
     def reconstruct(self, x: Tensor) -> tuple[SAEOutput, list[Tensor]]:
-        """Reconstruct x [..., D], also from the first latents alone: one [..., D] a prefix."""
+        """Reconstruct x [..., D]; return the output and one reconstruction [..., D] a prefix."""
         output, _, prefixes = self._reconstruct(x)
         return output, prefixes
 
     def _reconstruct(self, x: Tensor) -> tuple[SAEOutput, Tensor, list[Tensor]]:
-        """The output, the sum of the activation's sparsity over the rows, and the reconstructions
-        of the prefixes."""
+        """Return the output, the activation's penalty, and the prefixes' reconstructions."""
         encoding = encode(self.activation, self._scores(x), self._width)
         values, indices = encoding.values, encoding.indices
         *prefixes, reconstruction = self._decoder()(encoding, self.prefixes)
@@ -327,18 +330,21 @@ class SparseAutoencoder(nn.Module):
     def loss(
         self, x: Tensor, variance: Tensor | None = None, rows: int | None = None
     ) -> tuple[SAEOutput, SAELoss]:
-        """Reconstruct x [..., D] and compare: (output, loss).
-
-        Args:
-            x: floating point.
-            variance: what the errors are divided by; None takes that of x.
-            rows: what the sparsity is divided by; None takes the rows of x. With variance and rows
-                of a whole batch, the losses of its parts add up to that of the batch (except that
-                AuxK takes the latents dead at each part, and BatchTopK and target_l0 the part as
-                their batch).
+        """Reconstruct x; return the output and its loss.
 
         In training the call is passed on to a DistributedDataParallel around the model, or to
         fully_shard, as ``model(x, return_loss=True)``: gradients are averaged.
+
+        Args:
+            x: [..., D] floating point.
+            variance: 0-d, divisor of the errors; None takes that of x.
+            rows: divisor of the sparsity; None takes the rows of x. With variance and rows of a
+                whole batch, the losses of its parts add up to that of the batch (except that AuxK
+                takes the latents dead at each part, and BatchTopK and target_l0 take the part as
+                their batch).
+
+        Returns:
+            SAEOutput and SAELoss.
 
         Raises:
             RuntimeError: DistributedDataParallel wraps a larger model, outside whose forward pass
@@ -347,32 +353,35 @@ class SparseAutoencoder(nn.Module):
         wrapper = self._wrapper.around(self, "loss")
         if wrapper is None:
             return self._output_and_loss(x, variance, rows)
-        both: tuple[SAEOutput, SAELoss] = wrapper(x, return_loss=True, variance=variance, rows=rows)
-        return both
+        result: tuple[SAEOutput, SAELoss] = wrapper(
+            x, return_loss=True, variance=variance, rows=rows
+        )
+        return result
 
     def _output_and_loss(
         self, x: Tensor, variance: Tensor | None, rows: int | None
     ) -> tuple[SAEOutput, SAELoss]:
-        output, penalty, partial = self._reconstruct(x)
+        output, penalty, prefix_reconstructions = self._reconstruct(x)
         variance = total_variance(x) if variance is None else variance
         own_rows = max(1, x.numel() // x.shape[-1])
         rows = own_rows if rows is None else rows
         error = squared_error(x, output.reconstruction)
         fvu = error / variance
-        auxk = self._auxk(x, output.reconstruction, error) if self.auxk else fvu.new_zeros(())
+        auxk = self._auxk_error(x, output.reconstruction, error) if self.auxk else fvu.new_zeros(())
         auxk = auxk / variance
-        multi = self._multi(x) / variance if self.multi_k else fvu.new_zeros(())
+        multi = self._multi_error(x) / variance if self.multi_k else fvu.new_zeros(())
         sparsity = penalty / rows
         if self.target_l0 is not None:
             sparsity = own_rows / rows * (penalty / own_rows / self.target_l0 - 1).square()
-        prefixes = sum((squared_error(x, part) / variance for part in partial), fvu.new_zeros(()))
+        prefix_fvus = (squared_error(x, part) / variance for part in prefix_reconstructions)
+        prefixes = sum(prefix_fvus, fvu.new_zeros(()))
         total = fvu + self.auxk_weight * auxk + self.multi_weight * multi
         total = total + self.sparsity_weight * sparsity + prefixes
         return output, SAELoss(total, fvu, auxk, multi, sparsity, prefixes)
 
-    def _auxk(self, x: Tensor, reconstruction: Tensor, error: Tensor) -> Tensor:
-        """min(1, dead / auxk) * sum |e - e'|^2."""
-        dead = self._dead(error)
+    def _auxk_error(self, x: Tensor, reconstruction: Tensor, error: Tensor) -> Tensor:
+        """Return min(1, dead / auxk) * sum |e - e'|^2, see above."""
+        dead = self._dead_latents(error)
         residual = (x - reconstruction).detach()
         if sizes_are_fixed(x):
             count = dead.sum()
@@ -388,9 +397,12 @@ class SparseAutoencoder(nn.Module):
         estimate = self._decoder().sparse(*codes, biased=False)
         return min(1.0, len(latents) / self.auxk) * squared_error(residual, estimate)
 
-    def _dead(self, error: Tensor) -> Tensor:
-        """bool [N]: which latents are dead, or were when this batch, known by its squared error,
-        went through the first time."""
+    def _dead_latents(self, error: Tensor) -> Tensor:
+        """Return True for dead latents [N].
+
+        In a pass that gradient checkpointing runs again, these are the latents that were dead in
+        the first pass, which is recognised by the squared error of its batch.
+        """
         dead = self.counter.dead(self.dead_after)
         if recomputing():
             return self._recent.recall(error, dead)
@@ -398,7 +410,7 @@ class SparseAutoencoder(nn.Module):
             self._recent.remember(error, dead)
         return dead
 
-    def _multi(self, x: Tensor) -> Tensor:
+    def _multi_error(self, x: Tensor) -> Tensor:
         codes = self._scores(x).topk(self.multi_k)
         return squared_error(x, self._decoder().sparse(*codes))
 
@@ -411,7 +423,7 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def remove_parallel_gradient(self) -> None:
-        """Subtract from the dictionary's gradient what would only change the norms of its rows."""
+        """Subtract the part of the dictionary's gradient that is parallel to its rows."""
         gradient, rows = self.dictionary.grad, self.dictionary
         if gradient is not None:
             share = (gradient * rows).sum(1, keepdim=True)
@@ -425,9 +437,11 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Fit first weights to activations x [rows, D]: decoder_bias to their geometric median, the
-        thresholds of BatchTopK and JumpReLU (see `calibrate`), and, where it is not tied, the
-        encoder's scale to what reconstructs them well."""
+        """Fit first weights to activations x [rows, D].
+
+        decoder_bias becomes their geometric median. Thresholds of BatchTopK and JumpReLU are
+        calibrated (see `calibrate`). An encoder that is not tied is scaled to reconstruct them.
+        """
         self.initialize_bias(x)
         training = self.training
         self.eval()
@@ -439,16 +453,17 @@ class SparseAutoencoder(nn.Module):
                 product = product + (estimate * (part - self.decoder_bias)).sum()
                 square = square + estimate.square().sum()
             best = product / square
-            if best > 0:  # also: no latent is active, or something is not finite
+            if best > 0:  # else no latent is active, or x is not finite
                 self.encoder.mul_(SHARE_OF_BEST * best)
                 self.calibrate(x)
         self.train(training)
 
     @torch.no_grad()
     def fold_normalization(self, scale: float) -> None:
-        """Make a model of activations that were multiplied by scale one of the activations as they
-        are: reconstructions and codes are divided by scale, up to rounding, and which latents are
-        active stays. Encoder and dictionary stay; biases and thresholds are divided.
+        """Adapt a model of activations that were multiplied by scale to the original ones.
+
+        Biases and thresholds are divided by scale; encoder and dictionary stay. So reconstructions
+        and codes are divided by scale, up to rounding, and the same latents are active.
 
         Raises:
             TypeError, ValueError: scale is not a number above 0.
@@ -463,22 +478,22 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, l0: float | None = None) -> None:
-        """Set the thresholds of BatchTopK or JumpReLU so that activations x [rows, D] have the
-        wanted number of active latents on average in evaluation mode. For other activations it
-        does nothing.
+        """Set the thresholds of BatchTopK or JumpReLU for a number of active latents.
+
+        Rows then have as many on average in evaluation mode. Other activations do not change.
 
         Args:
-            x: rows to measure; those of training, thousands of them.
-            l0: active latents per row; None takes k of BatchTopK and target_l0 of JumpReLU, whose
-                thresholds then stay where it has none.
+            x: [rows, D], thousands of rows from the training data.
+            l0: active latents per row; None takes k of BatchTopK and target_l0 of JumpReLU, without
+                which its thresholds do not change.
         """
         layer, rows = self.activation, x.numel() // x.shape[-1]
         step = max(1, CALIBRATED_SCORES // len(self.dictionary))
         parts = (self._scores(part).all() for part in x.reshape(rows, -1).split(step))
         if isinstance(layer, BatchTopK):
             layer.calibrate_parts(parts, rows, l0)
-        elif isinstance(layer, JumpReLU) and (wanted := l0 or self.target_l0) is not None:
-            layer.calibrate_parts(parts, rows, wanted)
+        elif isinstance(layer, JumpReLU) and (target := l0 or self.target_l0) is not None:
+            layer.calibrate_parts(parts, rows, target)
 
 
 def _check_target(target: float | None, activation: nn.Module, latents: int) -> int | float | None:
@@ -491,8 +506,8 @@ def _check_target(target: float | None, activation: nn.Module, latents: int) -> 
     return check_share("SparseAutoencoder", "target_l0", target, latents, what)
 
 
-def _same(one: Tensor, other: Tensor | None) -> bool:
-    """Whether two saved matrices are one, or may be (without data)."""
+def _equal(one: Tensor, other: Tensor | None) -> bool:
+    """Return True if two saved matrices are equal, or may be (without data)."""
     if other is None or one is other or one.is_meta or other.is_meta:
         return other is not None
     return one.shape == other.shape and bool((one == other.to(one.device)).all())
@@ -501,5 +516,5 @@ def _same(one: Tensor, other: Tensor | None) -> bool:
 def _check_prefixes(prefixes: Sequence[int], latents: int) -> None:
     for prefix in prefixes:
         check_count("SparseAutoencoder", "prefixes", prefix, latents - 1, "below the latents")
-    if any(first >= then for first, then in itertools.pairwise(prefixes)):
+    if any(one >= following for one, following in itertools.pairwise(prefixes)):
         raise ValueError(f"SparseAutoencoder: prefixes must ascend, got {list(prefixes)}")

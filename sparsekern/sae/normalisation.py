@@ -1,7 +1,7 @@
-"""torch's batch normalisation, whose running statistics are not led astray.
+"""torch's batch normalisation with safer running statistics.
 
-A batch is taken into them once under gradient checkpointing, where torch's own layers take it in
-twice; and one that is not finite not at all, since no later batch would make up for it.
+Under gradient checkpointing they are updated once for a batch (torch's own layers do so twice). A
+batch that is not finite does not change them: no later batch could make up for it.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from ..nn.recomputation import take
 
 
 class BatchNorm1d(nn.BatchNorm1d):
-    """As torch's, but for gradient checkpointing and batches that are not finite."""
+    """torch's layer, except under gradient checkpointing and for batches that are not finite."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, C] or [B, C, L] -> the same."""
+        """Return x [B, C] or [B, C, L] normalised."""
         self._check_input_dim(x)
-        return _normalised(self, x) if self.training else super().forward(x)
+        return _train(self, x) if self.training else super().forward(x)
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """As torch's, but for gradient checkpointing and batches that are not finite."""
+    """torch's layer, except under gradient checkpointing and for batches that are not finite."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, H, W] -> the same."""
+        """Return x [B, C, H, W] normalised."""
         self._check_input_dim(x)
-        return _normalised(self, x) if self.training else super().forward(x)
+        return _train(self, x) if self.training else super().forward(x)
 
 
-def _normalised(layer: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """What a layer with running statistics makes of x in training."""
+def _train(layer: nn.BatchNorm1d | nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """Return x normalised in training mode; update the running statistics."""
     mean, var, count = layer.running_mean, layer.running_var, layer.num_batches_tracked
     if mean is None or var is None or count is None or layer.momentum is None:
         raise ValueError(f"{type(layer).__name__}: running statistics and momentum must be kept")

@@ -1,4 +1,4 @@
-"""Sums over rows that the losses of an autoencoder are made of."""
+"""Sums over rows for the losses of an autoencoder, and the geometric median."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ MEDIAN_TOLERANCE = 1e-6
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """x in float32, or in its own dtype where that is wider."""
+    """Return x in float32, or in its own dtype where that is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def total_variance(x: Tensor) -> Tensor:
-    """sum |x - mean over rows|^2 of x [..., D], a scalar of at least float32.
+    """Return sum |x - mean over rows|^2 of x [..., D], a scalar of at least float32.
 
-    Where the rows do not differ (one row, or equal ones up to rounding) it is sum |x|^2, and 1 if
-    that is zero, so that a loss divided by it stays of its usual size.
+    If the rows do not differ (one row, or equal ones up to rounding) it is sum |x|^2, and 1 if that
+    is zero, so that a loss divided by it has its usual size.
 
-    The differences from the first row are exact where rows are alike, so that an offset of any size
-    costs nothing; what rounding leaves of the mean of the centred rows is taken off again (the
-    corrected two-pass algorithm: Chan, Golub and LeVeque 1983).
+    Differences from the first row are exact where rows are similar, so a large offset costs no
+    precision. The mean that rounding leaves in the centred rows is subtracted again (the corrected
+    two-pass algorithm: Chan, Golub and LeVeque 1983).
     """
     rows = at_least_float32(x.reshape(-1, x.shape[-1]))
     centred = rows - rows[:1]
     centred = centred - centred.mean(0)
-    spread = centred.square().sum() - centred.sum(0).square().sum() / max(1, len(rows))
+    variance = centred.square().sum() - centred.sum(0).square().sum() / max(1, len(rows))
     energy = rows.square().sum()
     rounding = (2 * torch.finfo(rows.dtype).eps) ** 2 * energy
-    scale = torch.where(spread > rounding, spread, energy)
+    scale = torch.where(variance > rounding, variance, energy)
     return torch.where(scale == 0, 1.0, scale)
 
 
 def squared_error(x: Tensor, estimate: Tensor) -> Tensor:
-    """sum |x - estimate|^2 over everything, a scalar of at least float32."""
+    """Return sum |x - estimate|^2 over all elements, a scalar of at least float32."""
     return (at_least_float32(x) - at_least_float32(estimate)).square().sum()
 
 
@@ -43,12 +43,12 @@ def squared_error(x: Tensor, estimate: Tensor) -> Tensor:
 def geometric_median(
     x: Tensor, steps: int = MEDIAN_STEPS, tolerance: float = MEDIAN_TOLERANCE
 ) -> Tensor:
-    """The point with the least sum of distances to the rows of x [rows, D]: Weiszfeld's iteration.
+    """Return the point with the least sum of distances to rows, by Weiszfeld's iteration.
 
     Args:
-        x: at least one row, floating point.
-        steps: at most so many iterations.
-        tolerance: ends when the point moves by less than this share of the rows' mean distance.
+        x: [rows, D], at least one row, floating point.
+        steps: largest number of iterations.
+        tolerance: stop when the point moves by less than this share of the rows' mean distance.
 
     Returns:
         [D] of x's dtype.
