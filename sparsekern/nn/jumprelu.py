@@ -100,8 +100,8 @@ class JumpReLU(nn.Module):
             thresholds alone.
         """
         active = step(x, self.threshold, *self.band)
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        return active.sum(-1, dtype=wide).mean()
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return active.sum(-1, dtype=dtype).mean()
 
     @torch.no_grad()
     def calibrate(self, x: torch.Tensor, l0: float) -> None:

@@ -136,8 +136,8 @@ class SpatialSparsity(nn.Module):
         self.momentum, self.per_channel, self.affine = momentum, per_channel, affine
         self.channel_dim = channel_dim
         columns = self.channels if per_channel else 1
-        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        self.register_buffer("threshold", torch.zeros(columns, dtype=wide))
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.register_buffer("threshold", torch.zeros(columns, dtype=dtype))
         self.register_buffer("counts", torch.zeros(self.channels, dtype=torch.int64), False)
         if affine:
             self.weight = nn.Parameter(torch.ones(self.channels))
@@ -146,13 +146,13 @@ class SpatialSparsity(nn.Module):
             self.register_parameter("weight", None)
             self.register_parameter("bias", None)
         if affine is not None:
-            self.register_buffer("running_mean", torch.zeros(self.channels, dtype=wide))
-            self.register_buffer("running_var", torch.ones(self.channels, dtype=wide))
+            self.register_buffer("running_mean", torch.zeros(self.channels, dtype=dtype))
+            self.register_buffer("running_var", torch.ones(self.channels, dtype=dtype))
         self.accumulate = accumulate
         if accumulate is not None:
             motifs = check_count(op, "accumulate", accumulate, 2**31 - 1, "a number of motifs")
             capacity = 2 * motifs + 2
-            self.register_buffer("largest", torch.full((columns, capacity), -math.inf, dtype=wide))
+            self.register_buffer("largest", torch.full((columns, capacity), -math.inf, dtype=dtype))
             self.register_buffer("rows", torch.zeros((), dtype=torch.int64))
 
     @property

@@ -22,8 +22,8 @@ def exported(name: str) -> Callable[[type[Named]], type[Named]]:
     name: of the tuple in saved programs, which must stay when its module moves.
     """
 
-    def register(kind: type[Named]) -> type[Named]:
-        register_name(kind, serialized_type_name=name)
-        return kind
+    def register(cls: type[Named]) -> type[Named]:
+        register_name(cls, serialized_type_name=name)
+        return cls
 
     return register

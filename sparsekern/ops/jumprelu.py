@@ -134,13 +134,13 @@ def _sum_in_band(
     grad: torch.Tensor, x: torch.Tensor, theta: torch.Tensor, bandwidth: float, relative: bool
 ) -> torch.Tensor:
     """Sum the gradients of the elements in the band to the shape of theta."""
-    wide = torch.float64 if torch.float64 in (x.dtype, theta.dtype) else torch.float32
+    dtype = torch.float64 if torch.float64 in (x.dtype, theta.dtype) else torch.float32
     band_grad = torch.where(in_band(x, theta, bandwidth, relative), grad, 0)
     if theta.dim() == 0:
-        return band_grad.sum(dtype=wide)
+        return band_grad.sum(dtype=dtype)
     if theta.shape == x.shape:
-        return band_grad.to(wide)
-    return band_grad.reshape(-1, theta.shape[0]).sum(0, dtype=wide)
+        return band_grad.to(dtype)
+    return band_grad.reshape(-1, theta.shape[0]).sum(0, dtype=dtype)
 
 
 class _JumpReLU(torch.autograd.Function):

@@ -221,7 +221,7 @@ def check_activation(layer: nn.Module, latents: int) -> None:
     """
     op = "SparseAutoencoder"
     if type(layer) not in _ENCODERS:
-        known = ", ".join(kind.__name__ for kind in _ENCODERS)
+        known = ", ".join(layer_type.__name__ for layer_type in _ENCODERS)
         raise TypeError(f"{op}: activation must be one of {known}, got {type(layer).__name__}")
     if isinstance(layer, TopK) and not layer.is_plain:
         raise ValueError(f"{op}: activation must have ReLU and no abs, got {layer}")
@@ -339,8 +339,8 @@ def _select_above(
     if sizes_are_fixed(scores.x):
         return scores.all()
     # One element: a number, or a 0-d tensor, would be rounded to the scores' dtype.
-    wide = torch.promote_types(scores.x.dtype, torch.float32)
-    floor = torch.as_tensor(floor, dtype=wide, device=scores.x.device).reshape(1)
+    dtype = torch.promote_types(scores.x.dtype, torch.float32)
+    floor = torch.as_tensor(floor, dtype=dtype, device=scores.x.device).reshape(1)
     if width.favours_dense(n):
         unscaled = scores.unscaled()
         with torch.no_grad():

@@ -23,9 +23,9 @@ def _native(
     channel_dim: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     placed = layout(x, channel_dim)
-    kind = sum_dtype(x.dtype)
-    weight, bias = constants(kind, weight, bias)
-    z, mean, var = native.batch_norm(placed.tensor, weight, bias, eps, kind)
+    dtype = sum_dtype(x.dtype)
+    weight, bias = constants(dtype, weight, bias)
+    z, mean, var = native.batch_norm(placed.tensor, weight, bias, eps, dtype)
     return placed.restored(z), mean, var
 
 

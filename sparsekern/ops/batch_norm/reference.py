@@ -15,12 +15,12 @@ def batch_norm_reference(
     eps: float,
     channel_dim: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    kind = sum_dtype(x.dtype)
-    wide = x.to(kind)
+    dtype = sum_dtype(x.dtype)
+    wide = x.to(dtype)
     n = x.numel() // x.shape[channel_dim]
 
     def broadcast(tensor: torch.Tensor) -> torch.Tensor:
-        return across(tensor.to(kind), x.dim(), channel_dim)
+        return across(tensor.to(dtype), x.dim(), channel_dim)
 
     def mean_of(tensor: torch.Tensor) -> torch.Tensor:
         return channel_sum(tensor, channel_dim) / n

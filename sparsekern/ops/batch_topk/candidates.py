@@ -82,7 +82,7 @@ def largest_of_list(
     """Return the `total` largest of a list in the list's order; of equal values the first ones."""
     key = key_of(values)
     threshold = key.topk(total, sorted=False).values.amin()
-    above, equal = key > threshold, key == threshold
-    taken = above | (equal & (equal.cumsum(0) <= total - above.sum()))
-    places = taken.nonzero_static(size=total).view(-1)
+    greater, equal = key > threshold, key == threshold
+    selected = greater | (equal & (equal.cumsum(0) <= total - greater.sum()))
+    places = selected.nonzero_static(size=total).view(-1)
     return values[places], positions[places]

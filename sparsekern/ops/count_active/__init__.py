@@ -1,4 +1,4 @@
-"""How often each latent fired.
+"""Counts of how often each latent fired.
 
 Definition: counts[i] = number of codes (b, j) with indices[b, j] = i, and, where values are given,
 values[b, j] != 0. Integers, so the order of counting does not matter, and there is no gradient.

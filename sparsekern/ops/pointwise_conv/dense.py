@@ -38,12 +38,12 @@ def dense_pointwise_conv(
     outputs, channels = weight.shape
     elements = outer * channels * inner
     check_range("pointwise_conv", indices, elements)
-    kind = sum_dtype(values.dtype)
-    x = values.new_zeros(elements, dtype=kind).index_add(0, indices.long(), values.to(kind))
+    dtype = sum_dtype(values.dtype)
+    x = values.new_zeros(elements, dtype=dtype).index_add(0, indices.long(), values.to(dtype))
     x = x.view(outer, channels, inner)
-    bias = None if bias is None else bias.to(kind)
+    bias = None if bias is None else bias.to(dtype)
     if inner == 1:
-        out = torch.nn.functional.linear(x.squeeze(2), weight.to(kind), bias)
+        out = torch.nn.functional.linear(x.squeeze(2), weight.to(dtype), bias)
     else:
-        out = torch.nn.functional.conv1d(x, weight.to(kind).unsqueeze(2), bias)
+        out = torch.nn.functional.conv1d(x, weight.to(dtype).unsqueeze(2), bias)
     return out.view(outer, outputs, inner).to(values.dtype)

@@ -28,12 +28,12 @@ def pointwise_conv_reference(
 ) -> torch.Tensor:
     outputs, channels = weight.shape
     check_range("pointwise_conv", indices, outer * channels * inner)
-    kind = sum_dtype(values.dtype)
+    dtype = sum_dtype(values.dtype)
     code_channels, rows = _channels_and_rows(indices, channels, inner)
-    terms = values.to(kind).unsqueeze(1) * weight.to(kind).t()[code_channels]
+    terms = values.to(dtype).unsqueeze(1) * weight.to(dtype).t()[code_channels]
     out = terms.new_zeros(outer * inner, outputs).index_add(0, rows, terms)
     if bias is not None:
-        out = out + bias.to(kind)
+        out = out + bias.to(dtype)
     out = out.view(outer, inner, outputs).transpose(1, 2)
     return out.to(values.dtype).contiguous()
 
@@ -44,12 +44,12 @@ def pointwise_conv_backward_reference(
     outer, _, inner = grad.shape
     outputs, channels = weight.shape
     check_range("pointwise_conv", indices, outer * channels * inner)
-    kind = sum_dtype(values.dtype)
+    dtype = sum_dtype(values.dtype)
     code_channels, rows = _channels_and_rows(indices, channels, inner)
-    wide = grad.to(kind)
+    wide = grad.to(dtype)
     code_grads = wide.transpose(1, 2).flatten(0, 1)[rows]
-    grad_values = (code_grads * weight.to(kind).t()[code_channels]).sum(1).to(values.dtype)
-    terms = code_grads * values.to(kind).unsqueeze(1)
+    grad_values = (code_grads * weight.to(dtype).t()[code_channels]).sum(1).to(values.dtype)
+    terms = code_grads * values.to(dtype).unsqueeze(1)
     grad_weight = terms.new_zeros(channels, outputs).index_add(0, code_channels, terms).t()
     grad_bias = wide.sum((0, 2))
     return grad_values, grad_weight.to(weight.dtype).contiguous(), grad_bias.to(weight.dtype)

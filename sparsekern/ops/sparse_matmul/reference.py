@@ -18,10 +18,10 @@ def sparse_matmul_reference(
     *_transposition: Any,
 ) -> torch.Tensor:
     check_range("sparse_matmul", indices, weight.shape[0])
-    wide = sum_dtype(values.dtype)
-    out = torch.einsum("...k,...kd->...d", values.to(wide), weight[indices.long()].to(wide))
+    dtype = sum_dtype(values.dtype)
+    out = torch.einsum("...k,...kd->...d", values.to(dtype), weight[indices.long()].to(dtype))
     if bias is not None:
-        out = out + bias.to(wide)
+        out = out + bias.to(dtype)
     return out.to(values.dtype).contiguous()
 
 
@@ -36,14 +36,14 @@ def sparse_matmul_backward_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     n, d = weight.shape
     check_range("sparse_matmul", indices, n)
-    wide = sum_dtype(values.dtype)
+    dtype = sum_dtype(values.dtype)
     grad_values, grad_weight = values.new_empty(0), weight.new_empty(0)
     if need_values:
-        gathered = weight[indices.long()].to(wide)
-        grad_values = torch.einsum("...d,...kd->...k", grad.to(wide), gathered)
+        gathered = weight[indices.long()].to(dtype)
+        grad_values = torch.einsum("...d,...kd->...k", grad.to(dtype), gathered)
         grad_values = grad_values.to(values.dtype).contiguous()
     if need_weight:
-        terms = torch.einsum("...k,...d->...kd", values.to(wide), grad.to(wide))
+        terms = torch.einsum("...k,...d->...kd", values.to(dtype), grad.to(dtype))
         terms = matrix_of(terms)
         grad_weight = empty_like_dictionary(weight)
         grad_weight.copy_(terms.new_zeros(n, d).index_add(0, indices.reshape(-1).long(), terms))
