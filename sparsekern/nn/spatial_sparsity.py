@@ -34,7 +34,7 @@ class _Update(NamedTuple):
     largest: Tensor | None = None
     """[C or 1, capacity], the largest activations, where batches are accumulated."""
     rows: int | None = None
-    """Number of rows that the largest were taken from."""
+    """Number of activations per channel that the largest were taken from."""
 
 
 class SpatialSparsity(nn.Module):
@@ -188,7 +188,7 @@ class SpatialSparsity(nn.Module):
     # -- steps of a forward pass -------------------------------------------------------------------
 
     def _apply_operation(self, operation: Callable[..., Any], x: Tensor) -> Any:
-        """Return the result of an operation on x, normalised before it; in evaluation, by it.
+        """Normalise x and apply an operation; in evaluation the operation normalises x itself.
 
         In training the state changes at the end, after everything that may raise. It does not
         change in a pass that gradient checkpointing runs again, which uses the thresholds of the
@@ -270,7 +270,7 @@ class SpatialSparsity(nn.Module):
 
     @torch.no_grad()
     def _update_state(self, statistics: tuple[Tensor, Tensor] | None, update: _Update) -> None:
-        """Copy the new state into the buffers, except NaN (for which a CPU has raised)."""
+        """Copy the new state into the buffers, except NaN (on a CPU NaN has raised before)."""
         new = {"threshold": update.threshold}
         if statistics is not None:
             new["running_mean"], new["running_var"] = statistics
@@ -284,9 +284,8 @@ class SpatialSparsity(nn.Module):
 
     def _record_counts(self, counts: Tensor, x: Tensor) -> None:
         if not recomputing():
-            if (
-                self.counts.device != counts.device
-            ):  # it is not in a state_dict, so it may still be on "meta"
+            # The buffer is not in a state_dict, so it may still be on "meta".
+            if self.counts.device != counts.device:
                 self.counts = torch.zeros_like(counts)
             take(self.counts, counts)
             self._elements = x.numel()
@@ -311,7 +310,10 @@ class SpatialSparsity(nn.Module):
         return torch.lerp(self.threshold, quantile.to(self.threshold.dtype), self.momentum)
 
     def _check_finite(self, numbers: Tensor, z: Tensor) -> None:
-        """Raise on a CPU if z is not finite; numbers: some that are not finite either then."""
+        """Raise on a CPU if z is not finite.
+
+        numbers: any tensor that is not finite if z is not; a small one saves time.
+        """
         if numbers.device.type != "cpu" or torch.compiler.is_compiling():
             return
         if bool(numbers.sum().isfinite()):
