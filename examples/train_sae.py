@@ -1,7 +1,8 @@
 """Train a sparse autoencoder on the activations of a module: python examples/train_sae.py
 
-The module is a block of a small transformer that is trained first (language_model.py); put your
-own in its place. `sparsekern train sae` does all this, and more, from the command line.
+The module is a block of a small transformer that is trained first (language_model.py). For a model
+of your own, capture its activations (capture_tokens.py) and name the file: --activations FILE.
+`sparsekern train sae` does all this, and more, from the command line.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def trained_autoencoder(store: ActivationStore, latents: int, k: int) -> SparseA
         optimizer.zero_grad()
         loss.total.backward()
         optimizer.step()
-        if step % 50 == 0:
+        if step % 25 == 0:
             dead = float(model.counter.fraction(store.tokens // 5))
             print(f"autoencoder, step {step}: FVU {loss.fvu:.3f}, {dead:.1%} dead")
     return model.eval()
@@ -37,17 +38,20 @@ def trained_autoencoder(store: ActivationStore, latents: int, k: int) -> SparseA
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--activations", type=Path, help="file of another model's")
     parser.add_argument("--steps", type=int, default=300, help="of the language model")
     parser.add_argument("--out", type=Path, help="file for the weights of the autoencoder")
     options = parser.parse_args()
 
-    text = characters()
-    language_model = trained(text, options.steps)
-    inputs = (batch[:, :CONTEXT] for batch in batches(text, 64, 24, seed=1))
     with tempfile.TemporaryDirectory() as folder:
-        rows = capture(language_model, "blocks.0", inputs, f"{folder}/activations.h5")
-        print(f"{rows} activations captured")
-        with ActivationStore(f"{folder}/activations.h5") as store:
-            model = trained_autoencoder(store, latents=1024, k=16)
+        path = options.activations
+        if path is None:
+            path = Path(folder, "activations.h5")
+            text = characters()
+            inputs = (batch[:, :CONTEXT] for batch in batches(text, 64, 24, seed=1))
+            rows = capture(trained(text, options.steps), "blocks.0", inputs, path)
+            print(f"{rows} activations captured")
+        with ActivationStore(path) as store:
+            model = trained_autoencoder(store, latents=8 * store.features, k=16)
     if options.out:
         torch.save(model.state_dict(), options.out)

@@ -166,7 +166,7 @@ def draw_regimes() -> None:
             if panel == 0:
                 parts.append(text(left - 6, y + 4, f"2^{power}", "faint", "end"))
         parts.append(text(left + side / 2, 30 + side + 30, "n", "faint", "middle"))
-    parts.append(text(8, 24, "k", "faint"))
+    parts.append(text(8, 14, "k", "faint"))
     figure("topk-regimes.svg", 44 + 3 * (side + 44) - 20, 30 + side + 38, "Regimes", parts)
 
 

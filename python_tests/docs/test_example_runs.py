@@ -71,6 +71,12 @@ def test_an_autoencoder_of_a_modules_activations(tmp_path, monkeypatch, capsys):
     assert set(torch.load(tmp_path / "weights.pt")) >= {"dictionary", "encoder"}
 
 
+def test_an_autoencoder_of_activations_in_a_file(tokens, monkeypatch, capsys):
+    text = printed("train_sae.py", monkeypatch, capsys, "--activations", tokens)
+    assert "language model" not in text
+    assert text.splitlines()[0].startswith("autoencoder, step 25: FVU")
+
+
 @pytest.mark.slow
 def test_a_language_model_is_steered(monkeypatch, capsys):
     text = printed("steer.py", monkeypatch, capsys, "--steps", 60)
