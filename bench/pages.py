@@ -35,8 +35,6 @@ HEADLINES = (
         "codes times dictionary, and gradients",
     ),
     ("SparseAutoencoder", "forward+backward", "eai-sparsify", "SAE training step"),
-    ("SparseAutoencoder", "forward+backward", "dictionary-learning", "SAE training step"),
-    ("SparseAutoencoder", "forward+backward", "sae-lens", "SAE training step"),
     ("adam_step", "forward", "fused Adam, projection, normalization", "Adam, unit-norm dictionary"),
     ("channel_threshold", "forward", "torch.kthvalue", "quantile of each channel"),
     ("pointwise_conv", "forward+backward", "F.conv2d", "1x1 convolution of few activations"),
