@@ -11,6 +11,8 @@ import pytest
 from builds import CXX, ROOT, build, copy_sources, last_line, report_of, run_setup, write_program
 from setup_file import setup_file
 
+import sparsekern
+
 FOLDERS = ("bench", "csrc", "docs", "examples", "python_tests", "sparsekern", ".ci")
 FILES = {
     "CHANGELOG.md",
@@ -51,6 +53,7 @@ def compilers(folder: pathlib.Path) -> dict[str, str]:
 
 
 def test_an_sdist_holds_all_that_the_build_and_the_tests_need(unpacked):
+    assert unpacked.name == f"sparsekern-{sparsekern.__version__}"
     assert {path.name for path in unpacked.iterdir() if path.is_file()} == {
         *FILES,
         "PKG-INFO",

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import pathlib
 import pydoc
+import re
 import subprocess
 import sys
 
@@ -105,6 +106,13 @@ def test_moved_modules_are_found_by_their_old_names():
         assert module.__spec__.name == module.__name__ == f"sparsekern.{new}"
     with pytest.raises(ModuleNotFoundError, match=r"sparsekern\.models\.nothing"):
         importlib.import_module("sparsekern.models.nothing")
+
+
+def test_the_changelog_lists_the_renamed_modules():
+    text = (PACKAGE.parent / "CHANGELOG.md").read_text()
+    table = text.split("Modules, inside `sparsekern`:")[1].split("\n#")[0]
+    rows = re.findall(r"^\| `(.+)` \| `(.+)` \|$", table, re.MULTILINE)
+    assert len(rows) == len(RENAMED) and dict(rows) == RENAMED
 
 
 def test_parts_of_the_package_are_imported_when_first_used():
