@@ -15,7 +15,7 @@ import triton.language as tl
 
 
 class Bits(NamedTuple):
-    """A dtype as the kernels see it: its integer twin, the magnitude bits, and +inf's bits."""
+    """The integer dtype of a floating one's width, its magnitude bits, and the bits of +inf."""
 
     integer: torch.dtype
     magnitude: int
@@ -30,13 +30,13 @@ _BITS = {
 
 
 def bits_of(dtype: torch.dtype) -> Bits:
-    """The integer view of float32, bfloat16 or float16."""
+    """Return the bits of float32, bfloat16 or float16."""
     return _BITS[dtype]
 
 
 @triton.jit
 def key_of(bits, MAGNITUDE: tl.constexpr, INFINITY: tl.constexpr, ABS: tl.constexpr):
-    """int32 with key(a) > key(b) iff a comes before b: -inf is -INFINITY, NaN is INFINITY + 1."""
+    """Return int32 keys, key(a) > key(b) iff a comes before b; -inf -INFINITY, NaN INFINITY + 1."""
     magnitude = bits & MAGNITUDE
     key = magnitude
     if not ABS:
@@ -47,11 +47,11 @@ def key_of(bits, MAGNITUDE: tl.constexpr, INFINITY: tl.constexpr, ABS: tl.conste
 
 @triton.jit
 def rectified(bits, MAGNITUDE: tl.constexpr, INFINITY: tl.constexpr):
-    """max(v, 0) on bits: negative numbers and -0 become +0, NaN stays as it is."""
+    """Return max(v, 0) on bits: negative numbers and -0 become +0, NaN stays as it is."""
     return tl.where((bits < 0) & ((bits & MAGNITUDE) <= INFINITY), 0, bits)
 
 
 @triton.jit
 def fires(bits, MAGNITUDE: tl.constexpr):
-    """v != 0 on bits, true for NaN."""
+    """Return v != 0 on bits, true for NaN."""
     return (bits & MAGNITUDE) != 0

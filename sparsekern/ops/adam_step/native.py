@@ -21,7 +21,7 @@ def adam_step(
     weight_decay: float,
     unit_rows: bool,
 ) -> None:
-    """Contiguous float32 tensors of one shape ([rows, d] with unit_rows); all but grad change."""
+    """Update contiguous float32 tensors of one shape ([rows, d] with unit_rows), all but grad."""
     d = parameter.shape[-1] if parameter.dim() else 1
     launch(
         "adam_step",

@@ -22,8 +22,10 @@ def moved(
     parameter, grad, mean, square, where, inside, x, along, step_size, new_mean, beta2, new_square,
     root_scale, eps, weight_decay,
 ):  # fmt: skip
-    """x - step_size * mean / (sqrt(square) * root_scale + eps), the moments being updated with
-    grad + (weight_decay - along) * x."""
+    """Return x - step_size * mean / (sqrt(square) * root_scale + eps).
+
+    The moments mean and square are updated first, with grad + (weight_decay - along) * x.
+    """
     g = tl.load(grad + where, mask=inside, other=0.0) + (weight_decay - along) * x
     m = tl.load(mean + where, mask=inside, other=0.0)
     m = m + new_mean * (g - m)
@@ -39,7 +41,7 @@ def adam_step_kernel(
     parameter, grad, mean, square, count, step_size, new_mean, beta2, new_square,
     root_scale, eps, weight_decay, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """parameter[i] = moved(parameter[i])."""
+    """Set parameter[i] = moved(parameter[i])."""
     where = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = where < count
 
@@ -56,8 +58,10 @@ def adam_unit_rows_kernel(
     parameter, grad, mean, square, d, step_size, new_mean, beta2, new_square,
     root_scale, eps, weight_decay, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """parameter[i] = normalized(moved(parameter[i])), grad[i] having lost its part along
-    parameter[i]."""
+    """Set parameter[i] = normalized(moved(parameter[i])).
+
+    The part of grad[i] along parameter[i] is subtracted first.
+    """
     begin = tl.program_id(0).to(tl.int64) * d
     columns = tl.arange(0, BLOCK)
 
@@ -106,7 +110,7 @@ def adam_step(
     weight_decay: float,
     unit_rows: bool,
 ) -> None:
-    """Contiguous float32 tensors of one shape ([rows, d] with unit_rows); all but grad change."""
+    """Update contiguous float32 tensors of one shape ([rows, d] with unit_rows), all but grad."""
     tensors = (parameter, grad, mean, square)
     numbers = (step_size, new_mean, beta2, new_square, root_scale, eps, weight_decay)
     with device_of(parameter):

@@ -14,8 +14,10 @@ def batch_norm(
     eps: float,
     wide: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x [outer, C, inner], weight and bias [C] in `wide`, its sums' dtype, contiguous -> z like x,
-    mean and variance [C] in `wide`."""
+    """Return z like x, mean and variance [C] of x [outer, C, inner].
+
+    All are contiguous; weight, bias, mean and variance are in `wide`, the dtype of sums over x.
+    """
     outer, channels, inner = x.shape
     z = new_output(x, outer, channels, inner)
     mean, var = x.new_empty(channels, dtype=wide), x.new_empty(channels, dtype=wide)
@@ -41,8 +43,10 @@ def batch_norm_backward(
     var: torch.Tensor,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """grad and x [outer, C, inner] of one dtype, the others [C] in its sums' dtype, contiguous ->
-    gradients of x, weight and bias."""
+    """Return the gradients of x, weight and bias for grad and x [outer, C, inner] of one dtype.
+
+    All are contiguous; the others are [C] in the dtype of sums over x.
+    """
     outer, channels, inner = x.shape
     grad_x = new_output(x, outer, channels, inner)
     grad_weight, grad_bias = torch.empty_like(mean), torch.empty_like(mean)

@@ -8,7 +8,7 @@ from ...dispatch.launch import channel_tensor, launch
 
 
 def channel_threshold(x: torch.Tensor, rank: int) -> torch.Tensor:
-    """x [outer, C, inner], contiguous -> the rank-th smallest of each channel [C]."""
+    """Return the rank-th smallest of each channel [C] of x [outer, C, inner], contiguous."""
     thresholds = x.new_empty(x.shape[1])
     launch(
         "channel_threshold",

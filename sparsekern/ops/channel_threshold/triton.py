@@ -3,12 +3,12 @@
 A tensor is [outer, C, inner]; a channel consists of `outer` runs of `inner` neighbours.
 
 `digits_kernel` counts one digit of the ordered integer keys, the most significant first, among the
-elements that agree with the digits before; `extend_kernel` then finds the digit in which the wanted
-element lies. One program of the former owns a part of one channel, or, where channels are the last
-dimension, of several, walks over it in blocks of BLOCK elements, coalesced in both cases, keeps the
-counts in registers and adds them to those of the other programs in the end. Integers: their order
-does not show. Three passes over float32 (four where channels are last), two over 16 bits; bound by
-these reads.
+elements that agree with the digits before. `extend_kernel` then finds the digit of the element that
+is searched. One program of `digits_kernel` owns a part of one channel, or of several if channels
+are the last dimension. It reads that part in blocks of BLOCK elements, coalesced in both cases,
+counts in registers, and adds its counts to those of the other programs at the end. Sums of integers
+do not depend on their order. Float32 takes three passes (four if channels are last), 16 bits take
+two; bound by these reads.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def digits_kernel(
     LONG: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """counts[c, d] += #{ x of channel c : (key >> high) = (prefix_c >> high) and digit = d }.
+    """Add #{ x of channel c : (key >> high) = (prefix_c >> high) and digit = d } to counts[c, d].
 
-    digit = (key >> shift) mod 2^(high - shift). The first one, with TOP, is that of all keys and
-    has their sign in it. SLOTS > 1 only with inner = 1; LONG: inner >= BLOCK.
+    digit = (key >> shift) mod 2^(high - shift). The first digit, with TOP, contains the sign, and
+    no prefix restricts it. SLOTS > 1 only with inner = 1; LONG: inner >= BLOCK.
     """
     program = tl.program_id(0)
     first = (program // parts).to(tl.int64) * SLOTS
@@ -109,7 +109,7 @@ def extend_kernel(
     LAST: tl.constexpr,
     BITS: tl.constexpr,
 ):
-    """prefix_c += digit << shift, the digit in which the wanted element of channel c lies."""
+    """Add digit << shift to prefix_c, the digit of the element of channel c that is searched."""
     channel = tl.program_id(0).to(tl.int64)
     address = counts + (channel << BITS) + tl.arange(0, 1 << BITS)
     found = tl.load(address)
@@ -131,7 +131,7 @@ def extend_kernel(
 
 
 def digit_block(channels: int, inner: int) -> tuple[int, int]:
-    """(bits of a digit, channels) of a program."""
+    """Return the bits of a digit and the channels of one program."""
     if inner > 1 or channels == 1:
         bits, slots = ONE_CHANNEL
         return (bits if channels <= MOST_LARGE_COUNTS else SEVERAL_CHANNELS[0]), slots
@@ -140,7 +140,7 @@ def digit_block(channels: int, inner: int) -> tuple[int, int]:
 
 
 def channel_threshold(x: torch.Tensor, rank: int) -> torch.Tensor:
-    """x [outer, C, inner], contiguous -> the rank-th smallest of each channel [C]."""
+    """Return the rank-th smallest of each channel [C] of x [outer, C, inner], contiguous."""
     outer, channels, inner = x.shape
     out = torch.empty(channels, dtype=x.dtype, device=x.device)
     if channels == 0:

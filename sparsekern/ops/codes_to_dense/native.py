@@ -8,7 +8,7 @@ from ...dispatch.launch import codes, launch, new_output
 
 
 def codes_to_dense(values: torch.Tensor, indices: torch.Tensor, n: int) -> torch.Tensor:
-    """values [rows, k], indices int64 [rows, k], unique within a row -> dense [rows, n]."""
+    """Return dense [rows, n] of values and indices int64 [rows, k], unique within a row."""
     dense = new_output(values, len(values), n)
     launch(
         "codes_to_dense",

@@ -18,7 +18,7 @@ SCATTER_BLOCK = 1024
 
 @triton.jit
 def scatter_kernel(values, indices, dense, total, k, n, BLOCK: tl.constexpr):
-    """dense[b, indices[b, j]] = values[b, j]: one program owns BLOCK consecutive codes."""
+    """Set dense[b, indices[b, j]] = values[b, j]; one program owns BLOCK consecutive codes."""
     entries = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = entries < total
     latents = tl.load(indices + entries, mask=inside, other=-1).to(tl.int64)
@@ -28,7 +28,7 @@ def scatter_kernel(values, indices, dense, total, k, n, BLOCK: tl.constexpr):
 
 
 def codes_to_dense(values: torch.Tensor, indices: torch.Tensor, n: int) -> torch.Tensor:
-    """Dense [rows, n] of contiguous codes [rows, k]; indices outside 0..n-1 are left out."""
+    """Return dense [rows, n] of contiguous codes [rows, k] but for indices outside 0..n-1."""
     rows, k = values.shape
     dense = torch.zeros(rows, n, dtype=values.dtype, device=values.device)
     integer = bits_of(values.dtype).integer

@@ -9,7 +9,7 @@ from ..checks import bad_index, check_range
 
 
 def count_active(indices: torch.Tensor, n: int, values: torch.Tensor | None) -> torch.Tensor:
-    """indices [codes], values [codes] or None, contiguous -> counts int64 [n]."""
+    """Return counts int64 [n] of indices [codes] and values [codes] or None, contiguous."""
     if indices.device.type != "cpu":
         check_range("count_active", indices, n)
     counts = indices.new_zeros(n, dtype=torch.int64)

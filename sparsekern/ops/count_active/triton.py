@@ -1,8 +1,8 @@
-"""How often each latent fired.
+"""Counts of how often each latent fired.
 
 One program owns BLOCK consecutive codes: it reads their indices (and values) once, coalesced, and
 adds one to the counter of each code that fired. Bound by the atomic additions in the L2 cache;
-they are integers, so their order does not show in the result.
+sums of integers do not depend on their order.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BLOCK = 1024
 def count_active_kernel(
     indices, values, counts, total, n, HAS_VALUES: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """counts[i] += #{ e : indices[e] = i and values[e] != 0 }, NaN being other than zero."""
+    """Add #{ e : indices[e] = i and values[e] != 0 } to counts[i]; NaN is not zero."""
     entries = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = entries < total
 
@@ -37,7 +37,7 @@ def count_active_kernel(
 
 
 def count_active(indices: torch.Tensor, n: int, values: torch.Tensor | None) -> torch.Tensor:
-    """counts int64 [n] of contiguous indices [count], int64 or int32, and values [count] or None.
+    """Return counts int64 [n] of contiguous indices [count] and values [count] or None.
 
     Indices outside 0..n-1 are left out. 16-bit values are compared in float32, which is exact.
     """

@@ -1,7 +1,7 @@
 """Calls of the native sparse 1x1 convolution, for the CPU and for CUDA.
 
-The kernels of the CPU take the codes in any order. Those of CUDA find the codes of a site, or of a
-channel, next to each other: the codes are grouped here, by a stable sort, so that sums keep their
+The kernels of the CPU take the codes in any order. Those of CUDA need the codes of a site, or of a
+channel, next to each other, so the codes are grouped here. The sort is stable, so sums keep their
 order.
 """
 
@@ -21,8 +21,10 @@ def pointwise_conv(
     outer: int,
     inner: int,
 ) -> torch.Tensor:
-    """values, indices [M], weight [E, C] of any strides, bias [E] of its dtype -> out
-    [outer, E, inner]."""
+    """Return out [outer, E, inner] of values and indices [M].
+
+    weight is [E, C] of any strides, bias [E] of its dtype.
+    """
     outputs, channels = weight.shape
     if _wants_groups(values):
         sites = indices.long() // max(channels * inner, 1) * inner + indices % max(inner, 1)
@@ -45,8 +47,10 @@ def pointwise_conv(
 def pointwise_conv_backward(
     grad: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """grad [outer, E, inner] contiguous, values, indices [M], weight [E, C] -> gradients of values
-    [M], weight [E, C] and bias [E]."""
+    """Return the gradients of values [M], weight [E, C] and bias [E].
+
+    grad is [outer, E, inner], contiguous.
+    """
     outer, outputs, inner = grad.shape
     channels = weight.shape[1]
     order = None
@@ -79,8 +83,10 @@ def _wants_groups(values: torch.Tensor) -> bool:
 
 
 def _order(keys: torch.Tensor, limit: int, indices: torch.Tensor, size: int) -> torch.Tensor:
-    """The codes by ascending key below `limit`, those of one key as they come, and last the ones
-    whose index lies outside 0..size-1."""
+    """Return the order of the codes by ascending key below `limit`, stable for equal keys.
+
+    Codes whose index lies outside 0..size-1 come last.
+    """
     keys = torch.where((indices >= 0) & (indices < size), keys, limit)
     if limit < 2**31:  # half as many passes of a radix sort
         keys = keys.int()

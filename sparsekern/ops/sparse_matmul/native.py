@@ -14,8 +14,10 @@ from ..transpose_codes.native import transpose_codes
 def sparse_matmul(
     values: torch.Tensor, indices: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """values, indices [rows, k], weight [n, d] row- or column-major, bias [d] or None -> out [rows,
-    d]."""
+    """Return out [rows, d] of values and indices [rows, k].
+
+    weight is [n, d], row- or column-major, bias [d] or None.
+    """
     n, d = weight.shape
     out = values.new_empty(len(values), d)
     wrong = launch(
@@ -41,8 +43,11 @@ def sparse_matmul_backward(
     offsets: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """grad [rows, d] -> gradients of values [rows, k] and of weight [n, d] in weight's layout; [0]
-    where not needed. offsets and positions: the indices' transposition, if it is known."""
+    """Return the gradients of values [rows, k] and of weight [n, d], in weight's layout.
+
+    One that is not needed is [0]. grad is [rows, d]; offsets and positions are the transposition of
+    the indices, if it is known.
+    """
     checked = offsets is not None and indices.is_cpu  # a GPU's module would have to wait to tell
     if offsets is None or positions is None:
         offsets, positions = transpose_codes(indices, weight.shape[0])

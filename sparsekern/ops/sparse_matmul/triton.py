@@ -53,7 +53,10 @@ def forward_kernel(
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """out[b, :] = sum_j values[b, j] * weight[indices[b, j], :] + bias, in float32, j ascending."""
+    """Write out[b, :] = sum_j values[b, j] * weight[indices[b, j], :] + bias.
+
+    Sums run in float32 over ascending j.
+    """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < d
@@ -100,7 +103,7 @@ def backward_kernel(
     BLOCK: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """For latent i and the entries e = (b, j) with indices[b, j] = i:
+    """Write the gradients of one latent i, whose entries are e = (b, j) with indices[b, j] = i.
 
     dots[part, e]     = sum over this part's columns of grad[b, :] * weight[i, :]
     grad_weight[i, :] = sum_e values[e] * grad[b, :], in float32, e ascending
@@ -140,20 +143,23 @@ def backward_kernel(
 
 
 def forward_block(d: int, element_bytes: int) -> tuple[int, int]:
-    """(columns, warps) of one forward program: 16 bytes of a dictionary row a thread."""
+    """Return columns and warps of one forward program: 16 bytes of a dictionary row a thread."""
     columns = min(FORWARD_COLUMNS, max(32, triton.next_power_of_2(d)))
     return columns, max(1, columns * element_bytes // (LOAD_BYTES * 32))
 
 
 def backward_block(d: int) -> int:
-    """Columns of one backward program."""
+    """Return the number of columns of one backward program."""
     return min(BACKWARD_COLUMNS, max(32, triton.next_power_of_2(d)))
 
 
 def sparse_matmul(
     values: torch.Tensor, indices: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """out [rows, d] of codes [rows, k], weight [n, d] (row- or column-major), bias [d] or None."""
+    """Return out [rows, d] of codes [rows, k].
+
+    weight is [n, d], row- or column-major, bias [d] or None.
+    """
     rows, k = values.shape
     n, d = weight.shape
     out = torch.empty(rows, d, dtype=values.dtype, device=values.device)
@@ -190,8 +196,11 @@ def sparse_matmul_backward(
     offsets: torch.Tensor | None = None,
     entries: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(grad_values [rows, k], grad_weight [n, d] in weight's layout), [0] where not needed. offsets
-    and entries: the indices' transposition, if it is known."""
+    """Return the gradients of values [rows, k] and of weight [n, d], in weight's layout.
+
+    One that is not needed is [0]. offsets and entries are the transposition of the indices, if it
+    is known.
+    """
     rows, k = values.shape
     n, d = weight.shape
     grad_values, grad_weight = values.new_empty(0), weight.new_empty(0)

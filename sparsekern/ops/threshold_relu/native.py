@@ -6,8 +6,8 @@ import torch
 
 from ...dispatch.launch import channel_tensor, launch, new_output, pointer
 
-# Room for codes at first: one element of so many. Where more are active, a second call has room for
-# all of them.
+# The first call has room for one code per so many elements. If more are active, a second call has
+# room for all.
 ELEMENTS_PER_CODE = 64
 LEAST_ROOM = 1024
 
@@ -18,8 +18,10 @@ def threshold_relu(
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [outer, C, inner] and constants [C] in its sums' dtype, contiguous -> y like x, counts
-    int64 [C]."""
+    """Return y like x and counts int64 [C] for x [outer, C, inner].
+
+    All are contiguous; the constants are [C] in the dtype of sums over x.
+    """
     y = new_output(x, *x.shape)
     counts = x.new_zeros(x.shape[1], dtype=torch.int64)
     launch(
@@ -41,8 +43,11 @@ def threshold_codes(
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x [outer, C, inner] and constants [C] in its sums' dtype, contiguous -> values [M], flat
-    indices int64 [M], ascending, counts int64 [C]. The host waits for M."""
+    """Return values [M], flat indices int64 [M], ascending, and counts int64 [C].
+
+    x is [outer, C, inner], the constants are [C] in the dtype of sums over x, all contiguous. The
+    host waits for M.
+    """
     channels = x.shape[1]
     room = min(x.numel(), max(LEAST_ROOM, x.numel() // ELEMENTS_PER_CODE))
     while True:

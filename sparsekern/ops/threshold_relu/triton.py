@@ -1,4 +1,4 @@
-"""By how much elements exceed the threshold of their channel.
+"""The excess of elements over the threshold of their channel.
 
 A tensor is [outer, C, inner]; a channel consists of `outer` runs of `inner` neighbours. One program
 of `threshold_relu_kernel` owns a tile of runs, or of rows of all channels where runs are short, and
@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ...dispatch.launch import device_of
 
-# Elements of a tile, and from which length on runs fill the lanes of its rows.
+# Elements of a tile, and the least length of runs that fill the lanes of its rows.
 TILE = 4096
 LONG_RUN = 16
 
@@ -35,7 +35,7 @@ def threshold_relu_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """y = z - t_c where not z <= t_c, else 0, with z = x * scale_c + shift_c; counts_c of these."""
+    """Write y = z - t_c unless z <= t_c, else 0, with z = x * scale_c + shift_c; count these."""
     side = tl.cdiv(columns, COLUMNS)
     row = (tl.program_id(0) // side).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = (tl.program_id(0) % side).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
@@ -60,7 +60,7 @@ def threshold_relu_kernel(
 
 
 def tile_block(columns: int) -> tuple[int, int]:
-    """(rows, columns) of a program of threshold_relu."""
+    """Return rows and columns of one program of threshold_relu."""
     side = min(TILE, triton.next_power_of_2(columns))
     return TILE // side, side
 
@@ -71,7 +71,10 @@ def threshold_relu(
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [outer, C, inner] and constants float32 [C], contiguous -> y like x, counts int64 [C]."""
+    """Return y like x and counts int64 [C] for x [outer, C, inner].
+
+    All are contiguous; the constants are float32 [C].
+    """
     outer, channels, inner = x.shape
     y = torch.empty_like(x)
     counts = torch.zeros(channels, dtype=torch.int64, device=x.device)

@@ -10,16 +10,20 @@ from ...dispatch.launch import launch, matrix, new_output, pointer
 def topk(
     x: torch.Tensor, k: int, sorted: bool, relu: bool, abs: bool, count: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x [rows, n] of any strides or [..., n] contiguous -> values [..., k], indices int64 [..., k],
-    counts int64 [n] or [0]."""
+    """Return values [..., k], indices int64 [..., k] and counts int64 [n], or [0] without count.
+
+    x is [rows, n] of any strides, or [..., n] contiguous.
+    """
     return _select(x, k, sorted, relu, abs, None, count)
 
 
 def topk_mask(
     x: torch.Tensor, k: int, relu: bool, abs: bool, count: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x [rows, n] of any strides or [..., n] contiguous -> masked [..., n] and the codes behind it,
-    in ascending index order."""
+    """Return masked [..., n], and its codes and counts as `topk` does, by ascending index.
+
+    x is [rows, n] of any strides, or [..., n] contiguous.
+    """
     masked = new_output(x, *x.shape)
     return masked, *_select(x, k, False, relu, abs, masked, count)
 

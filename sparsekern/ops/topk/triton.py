@@ -46,7 +46,7 @@ STEPS_PER_TEST = tl.constexpr(2)
 
 @triton.jit
 def kth_key(key, k, INFINITY: tl.constexpr, ROWS: tl.constexpr):
-    """For each row of key [ROWS, N], a t with #{key > t} < k <= #{key >= t}, by bisection.
+    """Bisect each row of key [ROWS, N] for a t with #{key > t} < k <= #{key >= t}.
 
     Invariant: #{key >= low} >= k > #{key >= high}. A step that counts exactly k ends the search of
     its row.
@@ -84,7 +84,9 @@ def select_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """taken[r, s] = columns of the k largest of x[r, s * length : (s + 1) * length], ascending.
+    """Write to taken[r, s] the columns of the k largest of a slice s of row r, ascending.
+
+    The slice is x[r, s * length : (s + 1) * length].
 
     With the bound t, the k-th largest key, these are the elements with key > t and, of those with
     key = t, the first k - #{key > t}.
@@ -125,14 +127,14 @@ def select_kernel(
 
 
 def row_block(n: int) -> tuple[int, int, int]:
-    """(rows, columns, warps) of one program for rows of n elements, at most REGISTER_ROW."""
+    """Return rows, columns and warps of one program for rows of n <= REGISTER_ROW elements."""
     columns = max(16, triton.next_power_of_2(n))
     rows = max(1, min(MOST_ROWS, SHORT_ROWS // columns))
     return rows, columns, max(1, columns // KEYS_PER_WARP)
 
 
 def slice_length(rows: int, n: int, k: int) -> int:
-    """Length of the slices that a row is cut into, n where one program takes it whole."""
+    """Return the length of the slices of a row; n if one program takes it whole."""
     even = triton.cdiv(n, max(1, MANY_PROGRAMS // rows))
     length = min(REGISTER_ROW, max(even, MIN_SLICE, 4 * k))
     return triton.cdiv(length, ALIGNMENT) * ALIGNMENT if length < n else n
@@ -141,7 +143,10 @@ def slice_length(rows: int, n: int, k: int) -> int:
 def topk(
     x: torch.Tensor, k: int, sorted: bool, relu: bool, abs: bool, count: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(values [rows, k], indices int64 [rows, k], counts int64 [n] or [0]); x has any strides."""
+    """Return values [rows, k], indices int64 [rows, k], counts int64 [n], or [0] without count.
+
+    x is [rows, n] of any strides.
+    """
     with device_of(x):
         columns = _select_columns(x, k, abs)
         return finish_codes(x, columns, sorted, relu, abs, count, None)
@@ -150,7 +155,7 @@ def topk(
 def topk_mask(
     x: torch.Tensor, k: int, relu: bool, abs: bool, count: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(masked [rows, n], values [rows, k], indices int64 [rows, k], counts), by ascending index."""
+    """Return masked [rows, n], and its codes and counts as `topk` does, by ascending index."""
     masked = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     with device_of(x):
         columns = _select_columns(x, k, abs)
@@ -158,7 +163,7 @@ def topk_mask(
 
 
 def _select_columns(x: torch.Tensor, k: int, abs: bool) -> torch.Tensor:
-    """Columns int32 [rows, k] of the k largest of each row of x, ascending."""
+    """Return columns int32 [rows, k] of the k largest of each row of x, ascending."""
     rows, n = x.shape
     if n > REGISTER_ROW and 2 * k > REGISTER_ROW:
         return columns_by_passes(x, k, abs)
@@ -174,7 +179,7 @@ def _select_columns(x: torch.Tensor, k: int, abs: bool) -> torch.Tensor:
 def _launch_select(
     x: torch.Tensor, candidates: torch.Tensor | None, n: int, k: int, length: int, abs: bool
 ) -> torch.Tensor:
-    """One level: the columns [rows, slices * k] of the k largest of each slice of n elements."""
+    """Return columns [rows, slices * k] of the k largest of each slice: one level."""
     rows = x.shape[0]
     slices = triton.cdiv(n, length)
     bits = bits_of(x.dtype)

@@ -1,4 +1,4 @@
-"""Columns turned into codes.
+"""Codes made from the columns of a selection.
 
 The selection leaves the columns of a row in ascending order. One program owns SIDE of them in ROWS
 rows: it gathers their values and, for codes in order of value, counts for each how many codes of
@@ -44,7 +44,7 @@ def finish_kernel(
     ROWS: tl.constexpr,
     SIDE: tl.constexpr,
 ):
-    """values[r, rank(i)] = x[r, columns[r, i]], indices[r, rank(i)] = columns[r, i].
+    """Write values[r, rank(i)] = x[r, columns[r, i]] and indices[r, rank(i)] = columns[r, i].
 
     rank(i) = #{j : (-key_j, j) < (-key_i, i)} when SORTED, else i.
     """
@@ -85,7 +85,7 @@ def finish_kernel(
 
 
 def finish_block(k: int, sorted: bool) -> tuple[int, int]:
-    """(rows, side) of one program."""
+    """Return rows and side of one program."""
     side = min(SIDE, max(16, triton.next_power_of_2(k)))
     if sorted:
         return (TILE // (side * side) if k <= side else 1), side
@@ -101,9 +101,9 @@ def finish_codes(
     count: bool,
     masked: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(values, indices int64, counts int64 [n] or [0]) of the columns int32 [rows, k] of x.
+    """Return values, indices int64 and counts int64 [n] or [0] of columns int32 [rows, k] of x.
 
-    masked, when given, is zeros [rows, n], and receives the values in their places.
+    masked, if given, is zeros [rows, n]; the values are written to it, too.
     """
     rows, n = x.shape
     k = columns.shape[1]

@@ -23,7 +23,7 @@ BLOCK = 1024
 
 @triton.jit
 def load_bits(row, begin, n, col_stride, BLOCK: tl.constexpr):
-    """(bits, inside) of columns begin .. begin + BLOCK of the row that starts at pointer `row`."""
+    """Load columns begin .. begin + BLOCK of the row at pointer `row`; return bits and a mask."""
     columns = begin + tl.arange(0, BLOCK)
     inside = columns < n
     bits = tl.load(row + columns * col_stride, mask=inside, other=0).to(tl.int32)
@@ -44,10 +44,10 @@ def passes_kernel(
     WAYS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """taken[row, :] = columns of the k largest of x[row, :], ascending.
+    """Write to taken[row, :] the columns of the k largest of x[row, :], ascending.
 
     Invariant of the search: #{key >= low} >= k > #{key >= high} = above. It ends at low + 1 = high,
-    so that the bound low is the k-th key and k - above of its equals are wanted.
+    so the bound low is the k-th key, and k - above elements equal to it are taken.
     """
     program = tl.program_id(0).to(tl.int64)
     row = x + program * row_stride
@@ -92,7 +92,7 @@ def passes_kernel(
 
 
 def columns_by_passes(x: torch.Tensor, k: int, abs: bool) -> torch.Tensor:
-    """Columns int32 [rows, k] of the k largest of each row of x [rows, n], ascending."""
+    """Return columns int32 [rows, k] of the k largest of each row of x [rows, n], ascending."""
     rows, n = x.shape
     bits = bits_of(x.dtype)
     taken = torch.empty(rows, k, dtype=torch.int32, device=x.device)

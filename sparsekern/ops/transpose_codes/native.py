@@ -9,8 +9,7 @@ from ..checks import bad_index
 
 
 def transpose_codes(indices: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """indices [...] -> offsets int64 [n + 1] and positions int32 [codes]: the codes grouped by
-    latent, in order."""
+    """Return offsets int64 [n + 1] and positions int32 [codes] of contiguous indices."""
     count = indices.numel()
     if count >= 2**31:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The transposition where there is no kernel of ours."""
+"""The transposition by torch's sort, in the place of a Triton kernel."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def transpose_codes(indices: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(offsets int64 [n + 1], entries int32 [rows * k]), the codes grouped by latent.
+    """Return offsets int64 [n + 1] and entries int32 [rows * k], the codes grouped by latent.
 
     entries[offsets[i] : offsets[i + 1]] are the flat positions with index i, ascending. Indices
     outside 0..n-1 lie before offsets[0] or behind offsets[n].
