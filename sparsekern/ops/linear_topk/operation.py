@@ -137,7 +137,7 @@ def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
     g = grad if passed is None else torch.where(passed, grad, 0)
     if need_scale:
         factors = scale[indices]
-        if passed is not None:  # a score of scale zero is zero, and passes nothing on
+        if passed is not None:  # a score of scale zero is zero, and has no gradient
             factors = torch.where(passed, factors, 1)
         d_scale = sum_scalars_per_latent((g * (values / factors)).to(x.dtype), scale)
     if scale is not None:

@@ -8,9 +8,8 @@ from ...dispatch.backends import forced_backend
 from ..checks import check_range
 from ..layout import sum_dtype
 
-ELEMENTS_PER_CODE = (
-    16  # with fewer of them the dense product is mostly faster (see `pointwise_conv`)
-)
+# With fewer of them the dense product is mostly faster: see the note of `pointwise_conv`.
+ELEMENTS_PER_CODE = 16
 
 
 def dense_wins(values: torch.Tensor, elements: int) -> bool:

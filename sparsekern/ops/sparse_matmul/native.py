@@ -48,7 +48,7 @@ def sparse_matmul_backward(
     One that is not needed is [0]. grad is [rows, d]; offsets and positions are the transposition of
     the indices, if it is known.
     """
-    checked = offsets is not None and indices.is_cpu  # a GPU's module would have to wait to tell
+    checked = offsets is not None and indices.is_cpu  # on a GPU the host would have to wait
     if offsets is None or positions is None:
         offsets, positions = transpose_codes(indices, weight.shape[0])
     grad_values = torch.empty_like(values) if need_values else values.new_empty(0)

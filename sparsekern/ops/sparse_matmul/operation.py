@@ -85,7 +85,7 @@ def _adapt_backward(kernel: Callable[..., Any], backend: str) -> Callable[..., A
             check_grouping("sparse_matmul", offsets, positions, indices, weight.shape[0])
             if not _kernel_checks(backend, values):
                 check_grouped("sparse_matmul", offsets, positions, indices, weight.shape[0])
-            if not values.is_cpu:  # not checked, but never an address outside the codes
+            if not values.is_cpu:  # not checked, but no address may lie outside the codes
                 codes = indices.numel()
                 offsets, positions = offsets.clamp(0, codes), positions.clamp(0, codes - 1)
             transposition = (offsets.contiguous(), positions.contiguous())
