@@ -26,12 +26,7 @@ __device__ Int block_prefix(Int x, Int* total) {
   __shared__ Int warp_sums[kScanThreads / kWarp];
   const int lane = threadIdx.x % kWarp;
   const int warp = threadIdx.x / kWarp;
-  Int inclusive = x;
-#pragma unroll
-  for (int step = 1; step < kWarp; step *= 2) {
-    const Int before = __shfl_up_sync(kFullMask, inclusive, step);
-    if (lane >= step) inclusive += before;
-  }
+  const Int inclusive = warp_sum_upto(x);
   __syncthreads();
   if (lane == kWarp - 1) warp_sums[warp] = inclusive;
   __syncthreads();

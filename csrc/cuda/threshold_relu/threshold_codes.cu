@@ -193,12 +193,7 @@ __global__ void __launch_bounds__(kChannelThreads)
 #pragma unroll
   for (int pack = 0; pack < kPacks; ++pack) {
     const int own = __popc(mask[pack]);
-    int upto = own;  // the sum over the lanes up to this one
-#pragma unroll
-    for (int step = 1; step < kWarp; step *= 2) {
-      const int other = __shfl_up_sync(kFullMask, upto, step);
-      if (lane >= step) upto += other;
-    }
+    const int upto = warp_sum_upto(own);
     write_pack(source, start, begin, local_of<T>(pack), x[pack], mask[pack], position + upto - own,
                capacity, values, indices);
     position += __shfl_sync(kFullMask, upto, kWarp - 1);

@@ -42,13 +42,7 @@ __device__ inline Prefix extend(BlockReduce& reduce, const unsigned* histogram, 
   const int first = threadIdx.x * kDigitsPerThread;
   int own = 0;
   for (int d = 0; d < kDigitsPerThread; ++d) own += static_cast<int>(histogram[first + d]);
-  int upto = own;  // the sum over the lanes up to this one
-#pragma unroll
-  for (int step = 1; step < kWarp; step *= 2) {
-    const int other = __shfl_up_sync(kFullMask, upto, step);
-    if (static_cast<int>(threadIdx.x % kWarp) >= step) upto += other;
-  }
-  int before = reduce.before_warp(own) + upto - own;
+  int before = reduce.before_warp(own) + warp_sum_upto(own) - own;
   if (before < prefix.wanted && prefix.wanted <= before + own) {
     int digit = first;
     while (before + static_cast<int>(histogram[digit]) < prefix.wanted) {
