@@ -149,7 +149,7 @@ def test_more_codes_than_there_is_room_for(target):
         threshold = torch.full(shape[1:2], 0.1, device=target.device)
         codes = sparsekern.threshold_codes(x, threshold)
         dense, active, counts = expected(x, threshold, None, None, 1)
-        assert len(codes.values) > native.LEAST_ROOM
+        assert len(codes.values) > native.LEAST_CAPACITY
         testing.assert_same("indices", codes.indices, active.flatten().nonzero().flatten())
         testing.assert_same("values", codes.values, dense[active])
         testing.assert_same("counts", codes.counts, counts)

@@ -36,7 +36,10 @@ def check_floating(op: str, name: str, tensor: torch.Tensor) -> None:
 
 
 def check_count(op: str, name: str, value: int, upper: int, what: str) -> int:
-    """Return an integer in 1..upper as an int (or symbolic integer); raise for others."""
+    """Return an integer in 1..upper as an int (or symbolic integer); raise for others.
+
+    what: the upper bound in words, for the message.
+    """
     if type(value) is not int:  # torch.compile takes the index of a symbolic integer as a constant
         value = _to_index(op, name, value)
     if upper < 1:

@@ -91,7 +91,10 @@ def kept_in_all(op: str, k: int | float, rows: int) -> int:
 
 
 def check_share(op: str, name: str, k: int | float, upper: int, what: str) -> int | float:
-    """Return k, an int in 1..upper or a float above 0 and at most upper; raise for others."""
+    """Return k, an int in 1..upper or a float above 0 and at most upper; raise for others.
+
+    what: the upper bound in words, for the message.
+    """
     if not isinstance(k, (float, torch.SymFloat)):
         real = isinstance(k, numbers.Real) and not isinstance(k, numbers.Integral)
         if not real:

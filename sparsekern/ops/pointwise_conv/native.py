@@ -26,9 +26,9 @@ def pointwise_conv(
     weight is [E, C] of any strides, bias [E] of its dtype.
     """
     outputs, channels = weight.shape
-    if _wants_groups(values):
+    if _needs_grouped_codes(values):
         sites = indices.long() // max(channels * inner, 1) * inner + indices % max(inner, 1)
-        order = _order(sites, outer * inner, indices, outer * channels * inner)
+        order = _order_by_key(sites, outer * inner, indices, outer * channels * inner)
         values, indices = values[order], indices[order]
     out = new_output(values, outer, outputs, inner)
     launch(
@@ -54,9 +54,9 @@ def pointwise_conv_backward(
     outer, outputs, inner = grad.shape
     channels = weight.shape[1]
     order = None
-    if _wants_groups(values):
-        found = channels_of(indices.long(), max(channels, 1), max(inner, 1))
-        order = _order(found, channels, indices, outer * channels * inner)
+    if _needs_grouped_codes(values):
+        code_channels = channels_of(indices.long(), max(channels, 1), max(inner, 1))
+        order = _order_by_key(code_channels, channels, indices, outer * channels * inner)
         values, indices = values[order], indices[order]
     grad_values = torch.empty_like(values)
     grad_weight = weight.new_empty(outputs, channels)
@@ -78,11 +78,11 @@ def pointwise_conv_backward(
     return grad_values, grad_weight, grad_bias
 
 
-def _wants_groups(values: torch.Tensor) -> bool:
+def _needs_grouped_codes(values: torch.Tensor) -> bool:
     return getattr(module_for(values), "GROUPED_CODES", False)
 
 
-def _order(keys: torch.Tensor, limit: int, indices: torch.Tensor, size: int) -> torch.Tensor:
+def _order_by_key(keys: torch.Tensor, limit: int, indices: torch.Tensor, size: int) -> torch.Tensor:
     """Return the order of the codes by ascending key below `limit`, stable for equal keys.
 
     Codes whose index lies outside 0..size-1 come last.

@@ -9,7 +9,7 @@ from ...dispatch.launch import channel_tensor, launch, new_output, pointer
 # The first call has room for one code per so many elements. If more are active, a second call has
 # room for all.
 ELEMENTS_PER_CODE = 64
-LEAST_ROOM = 1024
+LEAST_CAPACITY = 1024
 
 
 def threshold_relu(
@@ -49,9 +49,9 @@ def threshold_codes(
     host waits for M.
     """
     channels = x.shape[1]
-    room = min(x.numel(), max(LEAST_ROOM, x.numel() // ELEMENTS_PER_CODE))
+    capacity = min(x.numel(), max(LEAST_CAPACITY, x.numel() // ELEMENTS_PER_CODE))
     while True:
-        values, indices = x.new_empty(room), x.new_empty(room, dtype=torch.int64)
+        values, indices = x.new_empty(capacity), x.new_empty(capacity, dtype=torch.int64)
         counts = x.new_zeros(channels, dtype=torch.int64)
         launch(
             "threshold_codes",
@@ -60,12 +60,12 @@ def threshold_codes(
             threshold=threshold.data_ptr(),
             scale=pointer(scale),
             shift=pointer(shift),
-            capacity=room,
+            capacity=capacity,
             values=values.data_ptr(),
             indices=indices.data_ptr(),
             counts=counts.data_ptr(),
         )
         count = int(counts.sum())
-        if count <= room:
+        if count <= capacity:
             return values[:count], indices[:count], counts
-        room = count
+        capacity = count
