@@ -15,6 +15,7 @@ from .channel_threshold import channel_threshold
 from .codes import Codes, Transposition
 from .codes_to_dense import codes_to_dense
 from .count_active import count_active
+from .gather_dot import gather_dot
 from .jumprelu import jumprelu, step
 from .linear_at import linear_at
 from .linear_topk import linear_topk, linear_topk_transposed
@@ -34,6 +35,7 @@ __all__ = [
     "channel_threshold",
     "codes_to_dense",
     "count_active",
+    "gather_dot",
     "jumprelu",
     "linear_at",
     "linear_topk",

@@ -37,3 +37,15 @@ def empty_like_dictionary(
     if column_major(weight):
         return new(weight, d, n).t()
     return new(weight, n, d)
+
+
+def contiguous_matrix(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor [..., d] as a contiguous matrix [rows, d], itself where it is one."""
+    if tensor.dim() != 2:
+        tensor = matrix_of(tensor)
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def unit_stride(weight: torch.Tensor) -> torch.Tensor:
+    """Return weight itself where one of its strides is 1, else a contiguous copy."""
+    return weight if weight.stride(1) == 1 or column_major(weight) else weight.contiguous()

@@ -17,10 +17,10 @@ import torch
 
 from .checks import autocasting, check_codes
 from .codes import Transposition
+from .gather_dot.operation import gather_dot
 from .linear_topk.checks import check_layer
 from .linear_topk.operation import autocast_layer
 from .linear_topk.reference import centred
-from .sparse_matmul.operation import sparse_matmul_backward
 from .transpose_codes.checks import check_transposition
 
 
@@ -94,25 +94,12 @@ def _scores_at(
     scale: torch.Tensor | None,
     transposition: Transposition | None,
 ) -> torch.Tensor:
-    scores = _gather_dot(centred(x, pre_bias), weight, indices, transposition)
+    scores = gather_dot(centred(x, pre_bias), weight, indices, *(transposition or (None, None)))
     if bias is not None:
         scores = scores + vector_at(bias.to(x.dtype), indices, transposition)
     if scale is not None:
         scores = scores * vector_at(scale.to(x.dtype), indices, transposition)
     return scores
-
-
-def _gather_dot(
-    rows: torch.Tensor,
-    dictionary: torch.Tensor,
-    indices: torch.Tensor,
-    transposition: Transposition | None,
-) -> torch.Tensor:
-    """Return rows . dictionary[indices] for rows [..., D], dictionary [N, D], indices [..., k]."""
-    shape = rows.new_empty(indices.shape)  # of the result; its content is not read
-    return sparse_matmul_backward(
-        rows, shape, indices, dictionary, True, False, *(transposition or (None, None))
-    )[0]
 
 
 def vector_at(
@@ -123,4 +110,7 @@ def vector_at(
     Each latent's terms are added in the same order every time, and quickly where latents repeat.
     """
     ones = vector.new_ones(*indices.shape[:-1], 1)
-    return _gather_dot(ones, vector.unsqueeze(1), indices, transposition)
+    products: torch.Tensor = gather_dot(
+        ones, vector.unsqueeze(1), indices, *(transposition or (None, None))
+    )
+    return products

@@ -114,7 +114,8 @@ __device__ void stage_batch(const Gradients<Values, Weight>& p, int64_t first, i
   const int position = p.positions[first + e];
   shared->position[e] = position;
   shared->row[e] = p.row_of(position);
-  shared->value[e] = to_float(p.values[position]);
+  // null where only dots are wanted
+  shared->value[e] = p.values == nullptr ? 0.0f : to_float(p.values[position]);
 }
 
 // slice.sum += value * grad[row, slice] for the entries of the batch, in ascending order; with

@@ -8,26 +8,15 @@ from typing import Any
 import torch
 
 from ...dispatch.operations import define
+from ..batching import shift_by_entry
 from ..checks import check_range
-from ..layout import column_major, empty_like_dictionary, matrix_of, sum_dtype
+from ..layout import contiguous_matrix, empty_like_dictionary, matrix_of, sum_dtype, unit_stride
 from ..transpose_codes.checks import check_grouped, check_grouping
 from . import native
 from .checks import check_gradients, check_product
 from .reference import sparse_matmul_backward_reference, sparse_matmul_reference
 
 # -- kernels take matrices -------------------------------------------------------------------------
-
-
-def _contiguous_matrix(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor [..., d] as a contiguous matrix [rows, d], itself where it is one."""
-    if tensor.dim() != 2:
-        tensor = matrix_of(tensor)
-    return tensor if tensor.is_contiguous() else tensor.contiguous()
-
-
-def _unit_stride(weight: torch.Tensor) -> torch.Tensor:
-    """Return weight itself where one of its strides is 1, else a contiguous copy."""
-    return weight if weight.stride(1) == 1 or column_major(weight) else weight.contiguous()
 
 
 def _triton_module() -> Any:
@@ -53,7 +42,7 @@ def _adapt(kernel: Callable[..., torch.Tensor], backend: str) -> Callable[..., t
             return sparse_matmul_reference(values, indices, weight, bias)
         bias = None if bias is None else bias.contiguous()
         out = kernel(
-            _contiguous_matrix(values), _contiguous_matrix(indices), _unit_stride(weight), bias
+            contiguous_matrix(values), contiguous_matrix(indices), unit_stride(weight), bias
         )
         if values.dim() == 2:
             return out
@@ -90,10 +79,10 @@ def _adapt_backward(kernel: Callable[..., Any], backend: str) -> Callable[..., A
                 offsets, positions = offsets.clamp(0, codes), positions.clamp(0, codes - 1)
             transposition = (offsets.contiguous(), positions.contiguous())
         grad_values, grad_weight = kernel(
-            _contiguous_matrix(grad),
-            _contiguous_matrix(values),
-            _contiguous_matrix(indices),
-            _unit_stride(weight),
+            contiguous_matrix(grad),
+            contiguous_matrix(values),
+            contiguous_matrix(indices),
+            unit_stride(weight),
             need_values,
             need_weight,
             *transposition,
@@ -206,15 +195,9 @@ def _batch_first(
     batched_weight = in_dims[weight_position] is not None
     if batched_weight:
         indices, weight = moved[weight_position - 1], moved[weight_position]
-        moved[weight_position - 1] = _shift_by_entry(indices, weight.shape[1])
+        moved[weight_position - 1] = shift_by_entry(indices, weight.shape[1])
         moved[weight_position] = weight.flatten(0, 1)
     return moved, batched_weight
-
-
-def _shift_by_entry(indices: torch.Tensor, n: int) -> torch.Tensor:
-    """Return indices [B, ...] with b * n added to those of entry b."""
-    shifts = torch.arange(len(indices), device=indices.device) * n
-    return indices + shifts.view(-1, *[1] * (indices.dim() - 1))
 
 
 def _vmap(operation: Callable[..., torch.Tensor], info: Any, in_dims: Any, *args: Any) -> Any:
@@ -230,7 +213,7 @@ def _backward_vmap(operation: Callable[..., Any], info: Any, in_dims: Any, *args
         info, in_dims[:6], args[:6], 3
     )
     if need_weight and not batched_weight:  # each batch entry has its own gradient of the weight
-        indices = _shift_by_entry(indices, weight.shape[0])
+        indices = shift_by_entry(indices, weight.shape[0])
         weight = weight.repeat(info.batch_size, 1)
     grad_values, grad_weight = operation(grad, values, indices, weight, need_values, need_weight)
     batch = info.batch_size

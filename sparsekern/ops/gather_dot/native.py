@@ -1,0 +1,41 @@
+"""Calls of the native kernel of gather_dot, for the CPU and for CUDA."""
+
+from __future__ import annotations
+
+import torch
+
+from ...dispatch.launch import DTYPE_TAGS, INDEX_TAGS, NO_MATRIX, launch, matrix
+from ..transpose_codes.checks import not_grouped
+from ..transpose_codes.native import transpose_codes
+
+
+def gather_dot(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    indices: torch.Tensor,
+    offsets: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x [rows, d], weight [n, d] row- or column-major, indices [rows, k] -> products [rows, k].
+    offsets and positions: the indices' transposition, if it is known."""
+    checked = offsets is not None and indices.is_cpu  # a GPU's module would have to wait to tell
+    if offsets is None or positions is None:
+        offsets, positions = transpose_codes(indices, weight.shape[0])
+    products = x.new_empty(indices.shape)
+    # Codes without values, which this gradient does not need.
+    index_address = indices.data_ptr() if checked else 0
+    codes = (0, DTYPE_TAGS[x.dtype], index_address, INDEX_TAGS[indices.dtype], *indices.shape)
+    fits = launch(
+        "sparse_matmul_backward",
+        x,
+        grad=x.data_ptr(),
+        codes=codes,
+        weight=matrix(weight),
+        offsets=offsets.data_ptr(),
+        positions=positions.data_ptr(),
+        grad_values=products.data_ptr(),
+        grad_weight=NO_MATRIX,
+    )
+    if not fits:
+        raise not_grouped("gather_dot")
+    return products
