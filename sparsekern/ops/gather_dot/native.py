@@ -16,8 +16,10 @@ def gather_dot(
     offsets: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x [rows, d], weight [n, d] row- or column-major, indices [rows, k] -> products [rows, k].
-    offsets and positions: the indices' transposition, if it is known."""
+    """Return products [rows, k] of x [rows, d] with rows of weight [n, d], indices [rows, k].
+
+    offsets and positions are the indices' transposition, if it is known; weight is row- or column-major.
+    """
     checked = offsets is not None and indices.is_cpu  # a GPU's module would have to wait to tell
     if offsets is None or positions is None:
         offsets, positions = transpose_codes(indices, weight.shape[0])

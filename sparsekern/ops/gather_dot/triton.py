@@ -14,7 +14,9 @@ def gather_dot(
     offsets: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x [rows, d], weight [n, d], indices [rows, k] -> products [rows, k]. offsets and positions:
-    the indices' transposition, if it is known."""
+    """Return products [rows, k] of x [rows, d] with rows of weight [n, d], indices [rows, k].
+
+    offsets and positions are the indices' transposition, if it is known.
+    """
     values = x.new_zeros(()).expand(indices.shape)  # codes of that shape, whose values count not
     return sparse_matmul_backward(x, values, indices, weight, True, False, offsets, positions)[0]
