@@ -18,7 +18,8 @@ def gather_dot(
 ) -> torch.Tensor:
     """Return products [rows, k] of x [rows, d] with rows of weight [n, d], indices [rows, k].
 
-    offsets and positions are the indices' transposition, if it is known; weight is row- or column-major.
+    offsets and positions are the indices' transposition, if it is known. weight may be
+    column-major.
     """
     checked = offsets is not None and indices.is_cpu  # a GPU's module would have to wait to tell
     if offsets is None or positions is None:
