@@ -107,7 +107,7 @@ def row(target: Target, seconds: dict[str, list[float]], dtype: str) -> Row:
         ours=lambda: None,  # timed already
         peers={},
         check=lambda backend: 0.0,
-        traffic=2 * workload.n * workload.d,
+        traffic=2 * workload.file_rows * workload.d,
         formula="the file read once",
         roof=None,
     )

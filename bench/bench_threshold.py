@@ -1,9 +1,8 @@
 """The bottleneck of Sparling: thresholds per channel, the layer in training, the sparse 1x1
 convolution after it; against plain PyTorch.
 
-The sizes of a workload: `rows` batch entries of `n` channels at `k` positions; `d` is the density
-in units of 1e-6 or, of the convolution, the number of its outputs, at a density of 1e-3. Layout
-"column-major" is channels first.
+A workload has `rows` batch entries of `channels` at `positions`; the layout "column-major" is
+channels first.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from problem import Problem, Tensors, check_exact
 from targets import Workload
 
 OPS = ("channel_threshold", "SpatialSparsity", "pointwise_conv")
-CONV_DENSITY = 1e-3
 F = torch.nn.functional
 
 
@@ -32,11 +30,9 @@ def _input(workload: Workload) -> tuple[torch.Tensor, int]:
     """Normal activations and the dimension of their channels."""
     generator = torch.Generator().manual_seed(1)
     first = workload.layout == "column-major"
-    side = math.isqrt(workload.k)
-    space = (side, workload.k // side)
-    shape = (
-        (workload.rows, workload.n, *space) if first else (workload.rows * workload.k, workload.n)
-    )
+    rows, channels, positions = workload.rows, workload.channels, workload.positions
+    side = math.isqrt(positions)
+    shape = (rows, channels, side, positions // side) if first else (rows * positions, channels)
     x = torch.randn(shape, generator=generator).to(getattr(torch, workload.dtype))
     return x.to(workload.device), 1 if first else -1
 
@@ -48,7 +44,7 @@ def _kth(x: torch.Tensor, density: float, dim: int) -> torch.Tensor:
 
 def _threshold(workload: Workload) -> Problem:
     x, dim = _input(workload)
-    density = workload.d * 1e-6
+    density = workload.density
 
     def ours() -> torch.Tensor:
         return sparsekern.channel_threshold(x, density, channel_dim=dim)
@@ -90,7 +86,7 @@ def _layer(workload: Workload) -> Problem:
     x, dim = _input(workload)
     x.requires_grad_()
     upstream = torch.randn_like(x)
-    layer = sparsekern.SpatialSparsity(workload.n, workload.d * 1e-6, channel_dim=dim)
+    layer = sparsekern.SpatialSparsity(workload.channels, workload.density, channel_dim=dim)
     layer = layer.to(workload.device)
     plain = _Plain(layer, dim)
 
@@ -131,13 +127,14 @@ def _layer(workload: Workload) -> Problem:
 def _convolution(workload: Workload) -> Problem:
     x, _ = _input(workload)
     generator = torch.Generator().manual_seed(2)
-    x = x.abs() * (torch.rand(x.shape, generator=generator) < CONV_DENSITY).to(x.device)
+    x = x.abs() * (torch.rand(x.shape, generator=generator) < workload.density).to(x.device)
     indices = x.flatten().nonzero().flatten()
     values = x.flatten()[indices].requires_grad_()
-    weight = torch.randn(workload.d, workload.n, 1, 1, generator=generator).to(x).requires_grad_()
-    bias = torch.randn(workload.d, generator=generator).to(x).requires_grad_()
+    weight = torch.randn(workload.outputs, workload.channels, 1, 1, generator=generator)
+    weight = weight.to(x).requires_grad_()
+    bias = torch.randn(workload.outputs, generator=generator).to(x).requires_grad_()
     x.requires_grad_()
-    upstream = torch.randn(x.shape[0], workload.d, *x.shape[2:], generator=generator).to(x)
+    upstream = torch.randn(x.shape[0], workload.outputs, *x.shape[2:], generator=generator).to(x)
 
     def ours() -> Tensors:
         out = sparsekern.pointwise_conv(values, indices, x.shape, weight, bias)

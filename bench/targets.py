@@ -23,8 +23,9 @@ HARD = (
 DENSE_INPUT = (
     "linear_topk", "SparseAutoencoder", "training step", "SparseBottleneck", "VAE-SAE step",
 )  # fmt: skip
-# Operations on tensors with channels: rows entries of n channels at k positions.
+# Operations on tensors with channels.
 BY_CHANNEL = ("channel_threshold", "SpatialSparsity", "pointwise_conv")
+CONV_DENSITY = 1e-3
 ITSELF = "itself, normal data"
 RUN = "python bench/run.py"
 STORE = "python bench/activations.py"
@@ -34,12 +35,18 @@ STORE_BYTES = 4 * 10**9
 
 @dataclass(frozen=True)
 class Workload:
-    """One thing to time: an operation, its sizes, and what its input looks like."""
+    """One thing to time: an operation, its sizes, and what its input looks like.
+
+    Sizes that an operation does not have are 0. rows: of the input, or of a batch; n: latents;
+    k: how many are kept; d: features of the dense side. Operations BY_CHANNEL have rows entries of
+    channels at positions, of which the share density is kept or active; outputs: channels of the
+    convolution's output. file_rows: rows of an activation file.
+    """
 
     op: str
-    rows: int
-    n: int
-    k: int
+    rows: int = 0
+    n: int = 0
+    k: int = 0
     d: int = 0
     dtype: str = "float32"
     mode: str = "forward"
@@ -47,6 +54,11 @@ class Workload:
     layout: str = "row-major"
     device: str = "cpu"
     autocast: str = ""
+    channels: int = 0
+    positions: int = 0
+    outputs: int = 0
+    density: float = 0.0
+    file_rows: int = 0
 
     @property
     def case(self) -> str:
@@ -60,14 +72,14 @@ class Workload:
         if self.op == "count_active":
             return f"{self.rows * self.k} codes n={self.n}"
         if self.op in BY_CHANNEL:
-            shape = f"({self.rows}, {self.n}, {self.k})"
+            shape = f"({self.rows}, {self.channels}, {self.positions})"
             if self.layout == "row-major":
-                shape = f"({self.rows * self.k}, {self.n})"
+                shape = f"({self.rows * self.positions}, {self.channels})"
             if self.op == "pointwise_conv":
-                return f"{shape} to {self.d} channels, density 0.001"
-            return f"{shape}, density {self.d * 1e-6:.1g}"
+                return f"{shape} to {self.outputs} channels, density {self.density:g}"
+            return f"{shape}, density {self.density:.1g}"
         if self.op == "ActivationStore":
-            return f"{self.n * self.d * 2 / 1e9:.3g} GB, d={self.d}, batches of {self.rows}"
+            return f"{self.file_rows * self.d * 2 / 1e9:.3g} GB, d={self.d}, batches of {self.rows}"
         return f"B={self.rows} n={self.n} k={self.k}"
 
     def __str__(self) -> str:
@@ -136,9 +148,24 @@ class Target:
 
 def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
     """The fields that tell one line of measurements from another."""
+    sizes = {**row, **_renamed_sizes(row)}
     # Rows are older than some fields, whose defaults then say what was measured.
-    about = (row.get(f.name, f.default) for f in fields(Workload))
+    about = (sizes.get(f.name, f.default) for f in fields(Workload))
     return (*about, row["backend"], row["peer"])
+
+
+def _renamed_sizes(row: dict[str, Any]) -> dict[str, Any]:
+    """The sizes of rows that were written when every operation had rows, n, k and d."""
+    if "channels" in row:
+        return {}
+    if row["op"] in BY_CHANNEL:
+        sizes = {"channels": row["n"], "positions": row["k"], "n": 0, "k": 0, "d": 0}
+        if row["op"] == "pointwise_conv":
+            return {**sizes, "outputs": row["d"], "density": CONV_DENSITY}
+        return {**sizes, "density": row["d"] / 1e6}
+    if row["op"] == "ActivationStore":
+        return {"file_rows": row["n"], "n": 0, "k": 0}
+    return {"rows": 0, "k": 0} if row["op"] == "adam_step" else {}
 
 
 def peak_of(row: dict[str, Any]) -> int | None:
@@ -196,7 +223,7 @@ def _autoencoder() -> Iterable[Target]:
         yield Target(cast, "dictionary-learning", 5)
     wide = replace(step, n=131072, k=64)
     yield Target(wide, "F.linear forward", beyond_gradients=128 * MIB)
-    adam = Workload("adam_step", 1, 16384, 1, 768)
+    adam = Workload("adam_step", n=16384, d=768)
     yield Target(adam, "fused Adam, projection, normalization", 1.5)
 
 
@@ -211,10 +238,12 @@ def _vae_sae() -> Iterable[Target]:
 
 
 def _sparling() -> Iterable[Target]:
+    small = Workload("channel_threshold", 10, channels=10, positions=10_000, density=5e-5)
+    large = Workload("channel_threshold", 8, channels=32, positions=43_200, density=1e-5)
     cases = (
-        Workload("channel_threshold", 10, 10, 10_000, 50),
-        Workload("channel_threshold", 10, 10, 10_000, 50, layout="column-major"),
-        Workload("channel_threshold", 8, 32, 43_200, 10, layout="column-major"),
+        small,
+        replace(small, layout="column-major"),
+        replace(large, layout="column-major"),
     )
     for case in cases:
         yield Target(case, "torch.kthvalue", 15)
@@ -222,8 +251,9 @@ def _sparling() -> Iterable[Target]:
         layer = replace(case, op="SpatialSparsity", mode="forward+backward")
         yield Target(layer, "batch_norm, kthvalue, relu", 3)
     conv = Workload(
-        "pointwise_conv", 10, 10, 10_000, 512, layout="column-major", mode="forward+backward"
-    )
+        "pointwise_conv", 10, channels=10, positions=10_000, outputs=512, density=CONV_DENSITY,
+        layout="column-major", mode="forward+backward",
+    )  # fmt: skip
     yield Target(conv, "F.conv2d", 5)
 
 
@@ -231,7 +261,7 @@ def activation_store(rows: int, features: int, batch_size: int, dtype: str, page
     """An epoch of shuffled batches from a float16 file [rows, features], as float16 or float32;
     pages: "dropped" from the system's cache before each pass, or "cached", which has no bar."""
     workload = Workload(
-        "ActivationStore", batch_size, rows, 1, features, "float16",
+        "ActivationStore", batch_size, file_rows=rows, d=features, dtype="float16",
         mode=f"to {dtype}", fill=f"pages {pages}",
     )  # fmt: skip
     bar = 0.5 if pages == "dropped" else None
