@@ -23,12 +23,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
-from checkout import RESULTS
-from measure import summary
-from problem import Problem
+from cases.problem import Problem
+from measuring.checkout import RESULTS
+from measuring.timing import summary
 from rows import Row, append
-from session import Outcome, describe, row_of
 from targets import STORE_BYTES, Target, activation_store
+from workloads import Outcome, describe, row_of
 
 from sparsekern.data import ActivationStore, write_activations
 

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from checkout import sparsekern
+from measuring.checkout import sparsekern
 
 from sparsekern.dispatch import modules
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkout import RESULTS
-from measure import Effort, automatic, forced
-from peers import usable
-from problem import Problem
+from cases.peers import usable
+from cases.problem import Problem
+from measuring.checkout import RESULTS
+from measuring.timing import Effort, automatic, forced
 from rows import append
-from session import SERVED_BY, describe, measure_workload
 from targets import EXTRAS, TARGETS, Target, Workload, by_workload
+from workloads import SERVED_BY, describe, measure_workload
 
 REPORT = pytest.StashKey[list[str]]()
 SHOWN = ("median_ms", "peer", "peer_median_ms", "ratio", "requirement", "reached", "gbps")

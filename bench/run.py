@@ -20,12 +20,12 @@ from pathlib import Path
 
 import pages
 import torch
-from checkout import RESULTS, sparsekern
-from measure import Effort
-from peers import usable
+from cases.peers import usable
+from measuring.checkout import RESULTS, sparsekern
+from measuring.timing import Effort
 from rows import append
-from session import describe, measure_workload
 from targets import RUN, TARGETS, Target, by_workload
+from workloads import describe, measure_workload
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

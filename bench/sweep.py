@@ -17,11 +17,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from checkout import RESULTS
-from measure import Effort
+from measuring.checkout import RESULTS
+from measuring.timing import Effort
 from rows import append
-from session import describe, measure_workload
 from targets import Target, Workload
+from workloads import describe, measure_workload
 
 WIDTHS = (4096, 16384, 65536, 262144, 1048576)
 KS = (8, 32, 64, 128, 512)

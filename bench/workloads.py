@@ -1,4 +1,4 @@
-"""One session of measurements: workloads in, rows out."""
+"""Measure workloads: checked and timed beside their peers, a row for each line of the table."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import bench_activity
-import bench_autoencoder
-import bench_layers
-import bench_sparse_matmul
-import bench_threshold
-import bench_topk
-import bench_training
-import bench_vae_sae
 import torch
-from machine import facts
-from measure import Effort, Subject, Timing, automatic, forced, interleave
-from memory import Peak, peak
-from peers import release
-from problem import Problem
-from roofline import roofline
+from cases import (
+    bench_activity,
+    bench_autoencoder,
+    bench_layers,
+    bench_sparse_matmul,
+    bench_threshold,
+    bench_topk,
+    bench_training,
+    bench_vae_sae,
+)
+from cases.peers import release
+from cases.problem import Problem
+from measuring.machine import facts
+from measuring.memory import Peak, peak
+from measuring.roofline import roofline
+from measuring.timing import Effort, Subject, Timing, automatic, forced, interleave
 from rows import Row, rounded
 from targets import MIB, Target, Workload, peak_of
 

@@ -11,10 +11,11 @@ import copy
 import math
 
 import torch
-from checkout import sparsekern, testing
-from measure import forced
-from problem import Problem, Tensors, check_exact
+from measuring.checkout import sparsekern, testing
+from measuring.timing import forced
 from targets import Workload
+
+from cases.problem import Problem, Tensors, check_exact
 
 OPS = ("channel_threshold", "SpatialSparsity", "pointwise_conv")
 F = torch.nn.functional

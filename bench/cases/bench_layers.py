@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
-from bench_topk import make_rows
-from checkout import sparsekern
-from problem import Problem, Tensors, check_exact
+from measuring.checkout import sparsekern
 from targets import Workload
+
+from cases.bench_topk import make_rows
+from cases.problem import Problem, Tensors, check_exact
 
 OPS = ("TopK",)
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkout import ROOT, sparsekern
+
+from measuring.checkout import ROOT, sparsekern
 
 CPU_INFO = Path("/proc/cpuinfo")
 SOURCES = ("sparsekern/**/*.py", "csrc/**/*")

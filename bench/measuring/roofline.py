@@ -11,7 +11,8 @@ import json
 import sys
 
 import torch
-from measure import Effort, Subject, interleave
+
+from measuring.timing import Effort, Subject, interleave
 
 # Larger than any cache; a GPU needs more to reach its rate.
 BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}

@@ -10,11 +10,11 @@ import copy
 from collections.abc import Callable
 
 import torch
-from checkout import sparsekern, testing
-from measure import forced
-from problem import Problem, Tensors, region
+from measuring.checkout import sparsekern, testing
+from measuring.timing import forced
 from targets import Workload
 
+from cases.problem import Problem, Tensors, region
 from sparsekern.models import VAESAE, SparseBottleneck, vae_sae_loss
 
 OPS = ("SparseBottleneck", "VAE-SAE step")

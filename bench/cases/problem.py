@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from checkout import testing
-from measure import forced
+from measuring.checkout import testing
+from measuring.timing import forced
 from targets import Workload
 
 Tensors = tuple[torch.Tensor, ...]

@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import peers
 import torch
-from checkout import sparsekern, testing
-from measure import forced
-from problem import Problem, Tensors, region, worst_ratio
+from measuring.checkout import sparsekern, testing
+from measuring.timing import forced
 from targets import Workload, peers_of
 
+from cases import peers
+from cases.problem import Problem, Tensors, region, worst_ratio
 from sparsekern.models import SparseAutoencoder
 from sparsekern.ops.adam_step import adam_step
 from sparsekern.ops.adam_step.reference import adam_step_reference

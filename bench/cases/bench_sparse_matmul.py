@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from checkout import sparsekern, testing
-from measure import forced
-from problem import Problem, Tensors, worst_ratio
+from measuring.checkout import sparsekern, testing
+from measuring.timing import forced
 from targets import Workload
+
+from cases.problem import Problem, Tensors, worst_ratio
 
 OPS = ("sparse_matmul",)
 INDEX_BYTES = 8

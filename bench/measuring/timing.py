@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from checkout import sparsekern
+
+from measuring.checkout import sparsekern
 
 # More than twice the L2 cache of any GPU of today; writing it takes about 0.1 ms, longer than the
 # host needs to launch a call.

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from checkout import sparsekern
+
+from measuring.checkout import sparsekern
 
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")

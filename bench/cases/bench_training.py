@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import peers
 import torch
-from measure import forced
-from problem import Problem, region
+from measuring.timing import forced
 from targets import Workload
 
+from cases import peers
+from cases.problem import Problem, region
 from sparsekern.models import SparseAutoencoder
 from sparsekern.optim import Adam
 from sparsekern.sae.statistics import squared_error, total_variance

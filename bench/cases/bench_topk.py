@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from checkout import sparsekern, testing
-from problem import Problem, check_exact
+from measuring.checkout import sparsekern, testing
 from targets import ITSELF, Workload
+
+from cases.problem import Problem, check_exact
 
 OPS = ("topk", "topk_mask")
 INDEX_BYTES = 8

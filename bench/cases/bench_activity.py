@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from checkout import sparsekern
-from problem import Problem, check_exact
+from measuring.checkout import sparsekern
 from targets import Workload
+
+from cases.problem import Problem, check_exact
 
 OPS = ("count_active",)
 COUNT_BYTES = 8

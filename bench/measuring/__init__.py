@@ -1,0 +1,1 @@
+"""How it is timed: loops, memory, the machine and its roofline, and the library under test."""
