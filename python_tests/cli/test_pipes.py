@@ -75,6 +75,7 @@ def test_a_process_says_nothing_of_it_either(place):
     process.stderr.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_a_standard_stream_that_is_closed_is_no_error(closed, place, tmp_path):
     words = [sys.executable, "-m", "sparsekern", *training(place, tmp_path / "run")]

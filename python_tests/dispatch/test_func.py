@@ -296,6 +296,7 @@ def test_an_ensemble_with_a_threshold_that_was_never_set_is_refused():
         vmap(run, in_dims=(0, 0, None))(*state, torch.randn(5, 8, dtype=torch.float64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sparse_matmul"])
 def test_compiled_transforms(name):
     function, arguments, all_of_them = case(name)

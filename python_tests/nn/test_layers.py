@@ -300,6 +300,7 @@ def test_codes_of_batch_topk(target):
         assert values.shape == indices.shape == (len(x), 1) and not values.any()
 
 
+@pytest.mark.slow
 def test_inductor_trains_all_of_them():
     """The default compiler, forward and backward, on the automatic backend."""
     torch.compiler.reset()

@@ -256,6 +256,7 @@ def _step_in_a_process(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo between processes: run on POSIX")
 def test_sharded_parameters_step_as_whole_ones(tmp_path):
     torch.multiprocessing.spawn(_step_in_a_process, (str(tmp_path),), nprocs=2)

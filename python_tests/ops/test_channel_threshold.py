@@ -85,6 +85,7 @@ def check(name, x, rank, dim):
     testing.assert_same("the input", x, before)
 
 
+@pytest.mark.slow_on("triton-interpreter", torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_thresholds_equal_a_sort(target, counted, dtype):
     cases = [
@@ -99,6 +100,7 @@ def test_thresholds_equal_a_sort(target, counted, dtype):
         counted()
 
 
+@pytest.mark.slow_on("triton-interpreter")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides(target, counted, layout):
     for shape, dim in (((3, 5, 7, 6), 1), ((4, 6, 50), 1), ((2, 3, 2, 3, 4), 1), ((40, 9), 1)):
@@ -109,6 +111,7 @@ def test_any_strides(target, counted, layout):
                 counted()
 
 
+@pytest.mark.slow_on("triton-interpreter")
 @pytest.mark.parametrize("shape", [(9, 5, 4000), (20000, 3, 3), (33000, 6), (1, 140000)], ids=str)
 def test_blocks_that_share_a_channel(target, counted, shape):
     """Enough elements for a GPU to use several blocks for a channel; few above it, and ties."""

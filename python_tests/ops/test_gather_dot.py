@@ -30,6 +30,7 @@ def dense(x, weight, indices):
     return (x @ weight.t()).gather(-1, indices)
 
 
+@pytest.mark.slow_on("triton-interpreter")
 @pytest.mark.parametrize("dtypes", DTYPE_PAIRS, ids=str)
 @pytest.mark.parametrize("form", ["row-major", "column-major", "transposition", "int32"])
 def test_products_and_gradients_equal_dense_autograd(target, counted, dtypes, form):

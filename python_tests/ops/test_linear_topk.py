@@ -88,6 +88,7 @@ def test_only_the_given_latents_are_selected(target, sliced):
 GROUPS = [(2, 20, 4), (5, 40, 10), (20, 60, 20), (3, 33, 33), (1, 30, 7)]
 
 
+@pytest.mark.slow_on("triton-interpreter")
 @pytest.mark.parametrize("sorted_", [False, True])
 def test_groups_are_selected_separately(target, counted, sliced, sorted_):
     for groups, n, k in GROUPS:
@@ -103,6 +104,7 @@ def test_groups_are_selected_separately(target, counted, sliced, sorted_):
         counted()
 
 
+@pytest.mark.slow_on("triton-interpreter")
 @pytest.mark.parametrize("k", [4, 45], ids=["few", "more than the positive ones"])
 def test_gradients_equal_dense_autograd(target, counted, sliced, k):
     torch.manual_seed(k)
@@ -191,6 +193,7 @@ def test_autocast_keeps_the_weight_and_its_gradient_in_float32(target):
     assert weight.grad.dtype == torch.float32
 
 
+@pytest.mark.slow_on("triton-interpreter")
 def test_operator_registration(target):
     x, weight = torch.randn(5, 4, device=target.device), torch.randn(20, 4, device=target.device)
     bias, scale = torch.randn(20, device=target.device), torch.rand(20, device=target.device) + 1

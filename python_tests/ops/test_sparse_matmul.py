@@ -124,6 +124,7 @@ def test_special_values_pass_through(target):
     assert out.tolist() == [[7.0, torch.inf], [torch.inf, torch.inf]]
 
 
+@pytest.mark.slow_on("triton-interpreter")
 def test_repeats_give_the_same_bits(target):
     case = CASES["skewed"]
     values, indices, weight, _ = case.make(torch.float32, device=target.device)

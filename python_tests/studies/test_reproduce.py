@@ -166,6 +166,8 @@ def complete(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
+@pytest.mark.study
 def test_a_reproduction_has_its_cells_and_a_report(complete):
     assert set(results(complete)) == {"shapes3d-topk-0", "shapes3d-fixed-0"}
     for name in ("report.md", "report.html"):
@@ -194,6 +196,8 @@ def test_finished_cells_are_kept_and_arms_can_be_added(complete, capsys, tmp_pat
     ]  # fmt: skip
 
 
+@pytest.mark.slow
+@pytest.mark.study
 def test_another_protocol_needs_another_folder(complete, capsys):
     assert main(command(complete, *SMALL, settings=[*TINY, "learning_rate=0.5"])) == 2
     err = capsys.readouterr().err
@@ -249,6 +253,8 @@ def test_data_files_are_looked_at_before_anything_starts(tmp_path, capsys):
         assert not (tmp_path / "report").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.study
 def test_a_folder_in_use(complete, capsys):
     unlock = lock_file(complete / "lock")
     assert main(command(complete, *SMALL)) == 2
@@ -262,6 +268,8 @@ def test_a_folder_with_something_else(tmp_path, capsys):
     assert f"folder is not empty: {tmp_path} holds thesis.tex" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.study
 def test_a_damaged_request(complete, tmp_path, capsys):
     (tmp_path / "reproduction.json").write_text("{")
     assert main(command(tmp_path, *SMALL)) == 2

@@ -102,6 +102,8 @@ def complete(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
+@pytest.mark.study
 def test_a_report_says_what_the_cells_measured(complete):
     found = results(complete)
     assert set(found) == {"sparling-0", "l1-3-0"}
@@ -139,6 +141,8 @@ def test_killed_and_started_again_it_ends_with_the_same_results(complete, tmp_pa
     assert results(folder) == results(complete)
 
 
+@pytest.mark.slow
+@pytest.mark.study
 def test_another_protocol_needs_another_folder(complete, capsys):
     assert main(command(complete, *WANTED, settings=[*SMALL, "learning_rate=0.5"])) == 2
     assert "holds a reproduction with overrides" in capsys.readouterr().err

@@ -220,6 +220,7 @@ def test_a_run_anneals_and_measures(complete):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_killed_and_resumed_it_ends_with_the_same_bits(complete, tmp_path, number):
     folder = tmp_path / "run"
