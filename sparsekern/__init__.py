@@ -37,7 +37,7 @@ from .ops import (
     transpose_codes,
 )
 
-__version__ = "0.2.0"
+__version__ = "0.2.0"  # and in pyproject.toml; the test of the sdist compares them
 
 __all__ = [
     "BackendUnavailableError",
