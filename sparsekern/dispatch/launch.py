@@ -101,6 +101,18 @@ def codes(
     )
 
 
+def codes_without_values(
+    indices: torch.Tensor, dtype: torch.dtype, *, with_indices: bool
+) -> tuple[int, int, int, int, int, int]:
+    """Describe contiguous codes [rows, k] of a dtype to a kernel that reads no values.
+
+    with_indices: it reads the indices; else only their shape counts.
+    """
+    address = indices.data_ptr() if with_indices else 0
+    rows, k = indices.shape
+    return (0, DTYPE_TAGS[dtype], address, INDEX_TAGS[indices.dtype], rows, k)
+
+
 def index_list(indices: torch.Tensor) -> tuple[int, int, int]:
     """Describe contiguous indices without values: data, dtype, count."""
     return (indices.data_ptr(), INDEX_TAGS[indices.dtype], indices.numel())

@@ -149,7 +149,10 @@ def define(
     operations[name] = operation
     qualified = f"{NAMESPACE}::{name}"
     _definitions.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    _definitions.impl(name, _with_check(operation, check), "CompositeExplicitAutograd")
+    implementation = _with_check(operation, check)
+    if mutated and not CAN_RECORD:  # else a kernel for ADInplaceOrView does it
+        implementation = _with_versions(implementation, mutated)
+    _definitions.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_definitions)
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
     call = _entrance(operation, overload)
@@ -178,9 +181,17 @@ def _with_check(operation: Operation, check: Callable[..., object] | None) -> Ca
 
     def run(*args: Any) -> Any:
         check(*args)
-        outputs = operation(*args)
-        if operation.mutated and not CAN_RECORD:
-            increment_versions(operation.mutated, args)
+        return operation(*args)
+
+    return run
+
+
+def _with_versions(function: Callable[..., Any], mutated: list[int]) -> Callable[..., Any]:
+    """Tell autograd after each call which arguments it changed."""
+
+    def run(*args: Any) -> Any:
+        outputs = function(*args)
+        increment_versions(mutated, args)
         return outputs
 
     return run

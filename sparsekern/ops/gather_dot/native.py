@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...dispatch.launch import DTYPE_TAGS, INDEX_TAGS, NO_MATRIX, launch, matrix
+from ...dispatch.launch import NO_MATRIX, codes_without_values, launch, matrix
 from ..transpose_codes.checks import not_grouped
 from ..transpose_codes.native import transpose_codes
 
@@ -25,14 +25,11 @@ def gather_dot(
     if offsets is None or positions is None:
         offsets, positions = transpose_codes(indices, weight.shape[0])
     products = x.new_empty(indices.shape)
-    # Codes without values, which this gradient does not need.
-    index_address = indices.data_ptr() if checked else 0
-    codes = (0, DTYPE_TAGS[x.dtype], index_address, INDEX_TAGS[indices.dtype], *indices.shape)
     fits = launch(
         "sparse_matmul_backward",
         x,
         grad=x.data_ptr(),
-        codes=codes,
+        codes=codes_without_values(indices, x.dtype, with_indices=checked),
         weight=matrix(weight),
         offsets=offsets.data_ptr(),
         positions=positions.data_ptr(),

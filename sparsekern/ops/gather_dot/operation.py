@@ -12,7 +12,7 @@ from ..batching import shift_by_entry
 from ..checks import check_range
 from ..layout import contiguous_matrix, unit_stride
 from ..sparse_matmul.operation import sparse_matmul, sparse_matmul_backward
-from ..transpose_codes.checks import check_grouped
+from ..transpose_codes.checks import usable_grouping
 from . import native
 from .checks import check_arguments
 from .reference import gather_dot_reference
@@ -41,12 +41,9 @@ def _adapt(kernel: Callable[..., torch.Tensor], backend: str) -> Callable[..., t
         if indices.numel() == 0 or weight.numel() == 0:
             return gather_dot_reference(x, weight, indices)
         if offsets is not None and positions is not None:
-            if not kernel_checks:
-                check_grouped("gather_dot", offsets, positions, indices, n)
-            if not x.is_cpu:  # not checked, but never an address outside the codes
-                codes = indices.numel()
-                offsets, positions = offsets.clamp(0, codes), positions.clamp(0, codes - 1)
-            offsets, positions = offsets.contiguous(), positions.contiguous()
+            offsets, positions = usable_grouping(
+                "gather_dot", offsets, positions, indices, n, kernel_checks=kernel_checks
+            )
         rows, places = contiguous_matrix(x), contiguous_matrix(indices)
         products = kernel(rows, unit_stride(weight), places, offsets, positions)
         return products.view(indices.shape)

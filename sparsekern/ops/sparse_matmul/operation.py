@@ -11,7 +11,7 @@ from ...dispatch.operations import define
 from ..batching import shift_by_entry
 from ..checks import check_range
 from ..layout import contiguous_matrix, empty_like_dictionary, matrix_of, sum_dtype, unit_stride
-from ..transpose_codes.checks import check_grouped, check_grouping
+from ..transpose_codes.checks import usable_grouping
 from . import native
 from .checks import check_gradients, check_product
 from .reference import sparse_matmul_backward_reference, sparse_matmul_reference
@@ -71,13 +71,10 @@ def _adapt_backward(kernel: Callable[..., Any], backend: str) -> Callable[..., A
             check_range("sparse_matmul", indices, weight.shape[0])
         if transposition and transposition[0] is not None:
             offsets, positions = transposition
-            check_grouping("sparse_matmul", offsets, positions, indices, weight.shape[0])
-            if not _kernel_checks(backend, values):
-                check_grouped("sparse_matmul", offsets, positions, indices, weight.shape[0])
-            if not values.is_cpu:  # not checked, but no address may lie outside the codes
-                codes = indices.numel()
-                offsets, positions = offsets.clamp(0, codes), positions.clamp(0, codes - 1)
-            transposition = (offsets.contiguous(), positions.contiguous())
+            transposition = usable_grouping(
+                "sparse_matmul", offsets, positions, indices, weight.shape[0],
+                kernel_checks=_kernel_checks(backend, values),
+            )  # fmt: skip
         grad_values, grad_weight = kernel(
             contiguous_matrix(grad),
             contiguous_matrix(values),

@@ -56,6 +56,28 @@ def not_grouped(op: str) -> ValueError:
     )
 
 
+def usable_grouping(
+    op: str,
+    offsets: torch.Tensor,
+    positions: torch.Tensor,
+    indices: torch.Tensor,
+    n: int,
+    *,
+    kernel_checks: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return offsets and positions as kernels take them: checked as far as they are, contiguous.
+
+    kernel_checks: the kernel itself finds a transposition of other indices.
+    """
+    check_grouping(op, offsets, positions, indices, n)
+    if not kernel_checks:
+        check_grouped(op, offsets, positions, indices, n)
+    if not indices.is_cpu:  # not checked, but no address may lie outside the codes
+        codes = indices.numel()
+        offsets, positions = offsets.clamp(0, codes), positions.clamp(0, codes - 1)
+    return offsets.contiguous(), positions.contiguous()
+
+
 def check_grouped(
     op: str, offsets: torch.Tensor, positions: torch.Tensor, indices: torch.Tensor, n: int
 ) -> None:
