@@ -51,9 +51,9 @@ class _Dense(torch.nn.Module):
 def build(workload: Workload) -> Problem:
     """One step after another, each on the weights that the last one left."""
     torch.manual_seed(0)
-    x = torch.randn(workload.rows, workload.d).to(workload.device)
-    model = SparseAutoencoder(workload.d, workload.n, workload.k)
-    model = model.to(workload.device)
+    with torch.device(workload.device):
+        x = torch.randn(workload.rows, workload.d)
+        model = SparseAutoencoder(workload.d, workload.n, workload.k)
     calls = {}
     if not peers.trouble(PACKAGE):
         peer = peers.build(PACKAGE, model, x)

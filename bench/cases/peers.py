@@ -106,7 +106,8 @@ def trouble(name: str) -> str | None:
     except PackageNotFoundError:
         return "not installed (pip install '.[peers]')"
     # eai-sparsify decides when it is imported, and its Triton kernels take no CPU tensors.
-    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
+    if not torch.cuda.is_available():
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             __import__(_KNOWN[name][0])
