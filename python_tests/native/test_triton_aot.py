@@ -208,6 +208,8 @@ CASES = {
     "forward float16, float32 weight": forward_case(768, "fp16", "fp32"),
     "forward float32, column-major": forward_case(4096, "fp32", "fp32", row_major=False),
     "backward bfloat16": backward_case(4096, "bf16", "bf16"),
+    "backward bfloat16, float32 weight": backward_case(4096, "bf16", "fp32"),
+    "backward float16, float32 weight": backward_case(768, "fp16", "fp32", row_major=False),
     "backward float32, column-major": backward_case(4096, "fp32", "fp32", row_major=False),
     "adam step": adam_case(adam.adam_step_kernel, "count", 4),
     "adam, unit rows": adam_case(adam.adam_unit_rows_kernel, "d", 4),

@@ -125,9 +125,9 @@ def backward_kernel(
         for step in tl.static_range(UNROLL):
             there = begin + step < end
             entry = tl.load(entries + begin + step, mask=there, other=0).to(tl.int64)
-            address = grad + entry // k * d + columns
+            part_of_row = grad + entry // k * d + columns
             used = columns < tl.where(there, d, 0)
-            upstream = tl.load(address, mask=used, other=0.0).to(tl.float32)
+            upstream = tl.load(part_of_row, mask=used, other=0.0).to(tl.float32)
             if NEED_WEIGHT:
                 value = tl.load(values + entry, mask=there, other=0.0).to(tl.float32)
                 summed += value * upstream
