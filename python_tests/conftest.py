@@ -22,6 +22,7 @@ if not torch.cuda.is_available():
 import pytest
 
 import sparsekern
+from sparsekern import testing
 from sparsekern.dispatch import backends, modules, operations
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,6 +59,36 @@ class Target:
     def checks_indices(self) -> bool:
         """Whether an index out of range is an error: on CUDA the check would synchronise."""
         return self.device == "cpu" and not self.emulated
+
+    @property
+    def torch_on_cuda(self) -> bool:
+        """Whether torch's own CUDA kernels compute: they assert that indices are in range, and
+        index_add, which adds with atomics, rounds differently each time."""
+        return self.backend == "reference" and self.device == "cuda"
+
+    def require_any_index(self) -> None:
+        """Skips the test where an index out of range ends the process's use of its GPU."""
+        if self.torch_on_cuda:
+            pytest.skip(
+                f"{self.name}: torch's kernels assert that indices are in range, after which no "
+                "test of the process can use the GPU; run on another target"
+            )
+
+    def require_repeats(self) -> None:
+        """Skips the test where the same call may round differently each time."""
+        if self.torch_on_cuda:
+            pytest.skip(
+                f"{self.name}: torch's index_add adds with atomics on CUDA, in any order; run on "
+                "another target"
+            )
+
+    def assert_repeated(self, what: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
+        """Raises AssertionError unless both hold the same bits: close numbers are enough where the
+        same call may round differently each time."""
+        if not self.torch_on_cuda:
+            testing.assert_same(what, actual, expected)
+        else:
+            torch.testing.assert_close(actual, expected, msg=lambda text: f"{what}: {text}")
 
     @property
     def float64(self) -> bool:

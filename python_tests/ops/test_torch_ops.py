@@ -116,8 +116,8 @@ def backward(output, *inputs):
         assert not tensor.grad.isnan().any()
 
 
-def leaf(*shape):
-    return torch.ones(shape, requires_grad=True)
+def leaf(device, *shape):
+    return torch.ones(shape, device=device, requires_grad=True)
 
 
 @pytest.mark.parametrize("rows", [0, 3])
@@ -125,25 +125,28 @@ def leaf(*shape):
 @pytest.mark.parametrize("d", [0, 4])
 @pytest.mark.parametrize("columns", [False, True], ids=["row-major", "column-major"])
 def test_products_with_sizes_of_zero(target, rows, k, d, columns):
-    values, weight, bias = leaf(rows, k), leaf(*((d, 5) if columns else (5, d))), leaf(d)
+    device = target.device
+    values, bias = leaf(device, rows, k), leaf(device, d)
+    weight = leaf(device, *((d, 5) if columns else (5, d)))
     dictionary = weight.t() if columns else weight
-    indices = i(rows, k)
+    indices = i(rows, k).to(device)
     for transposition in (None, sparsekern.transpose_codes(indices, 5)):
         values.grad = weight.grad = bias.grad = None
         out = sparsekern.sparse_matmul(
             values, indices, dictionary, bias, transposition=transposition
         )
         assert out.shape == (rows, d)
-        assert torch.equal(out.detach(), torch.full((rows, d), 1.0 + k))
+        assert torch.equal(out.detach().cpu(), torch.full((rows, d), 1.0 + k))
         backward(out, values, weight, bias)
-    scores = sparsekern.linear_at(leaf(rows, d), dictionary, None, indices)
-    assert torch.equal(scores.detach(), torch.full((rows, k), float(d)))
+    scores = sparsekern.linear_at(leaf(device, rows, d), dictionary, None, indices)
+    assert torch.equal(scores.detach().cpu(), torch.full((rows, k), float(d)))
 
 
 @pytest.mark.parametrize("k", [0, 2])
 def test_a_dictionary_without_latents(target, k):
-    values, weight = leaf(0, k), leaf(0, 4)
-    backward(sparsekern.sparse_matmul(values, i(0, k), weight), values, weight)
+    values, weight = leaf(target.device, 0, k), leaf(target.device, 0, 4)
+    indices = i(0, k).to(target.device)
+    backward(sparsekern.sparse_matmul(values, indices, weight), values, weight)
 
 
 @pytest.mark.parametrize("codes", [0, 2])
@@ -153,30 +156,32 @@ def test_convolutions_with_sizes_of_zero(target, codes, outputs, shape):
     if target.backend == "triton":
         pytest.skip("pointwise_conv has no triton implementation: run on another target")
     count = codes if f(*shape).numel() else 0
-    values, weight, bias = leaf(count), leaf(outputs, shape[1]), leaf(outputs)
-    out = sparsekern.pointwise_conv(values, i(count), shape, weight, bias)
+    sizes = ((count,), (outputs, shape[1]), (outputs,))
+    values, weight, bias = (leaf(target.device, *size) for size in sizes)
+    indices = i(count).to(target.device)
+    out = sparsekern.pointwise_conv(values, indices, shape, weight, bias)
     assert out.shape == (shape[0], outputs, *shape[2:])
     backward(out, values, weight, bias)
 
 
 @pytest.mark.parametrize("shape", [(0, 6), (0, 3, 6), (3, 0, 6)], ids=str)
 def test_selections_from_no_rows(target, shape):
-    x = leaf(*shape)
+    x = leaf(target.device, *shape)
     backward(sparsekern.topk(x, 2).values, x)
-    x = leaf(*shape)
+    x = leaf(target.device, *shape)
     backward(sparsekern.topk_mask(x, 2), x)
-    x = leaf(*shape)
+    x = leaf(target.device, *shape)
     backward(sparsekern.batch_topk(x, 2), x)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 3, 0), (2, 0, 4)], ids=str)
 def test_channels_with_sizes_of_zero(target, shape):
-    x, threshold = leaf(*shape), f(shape[1])
+    x, threshold = leaf(target.device, *shape), f(shape[1]).to(target.device)
     y, counts = threshold_relu(x, threshold)
     backward(y, x)
     assert counts.tolist() == [0] * shape[1]
     if target.backend != "triton":
-        x = leaf(*shape)
+        x = leaf(target.device, *shape)
         backward(threshold_codes(x, threshold).values, x)
     if target.name == "native-cpu":
         with pytest.raises(ValueError, match="x must not be empty"):
@@ -184,8 +189,9 @@ def test_channels_with_sizes_of_zero(target, shape):
 
 
 def test_nothing_to_count(target):
-    assert sparsekern.count_active(i(0), 3).tolist() == [0, 0, 0]
-    assert sparsekern.transpose_codes(i(0), 3).offsets.tolist() == [0, 0, 0, 0]
+    indices = i(0).to(target.device)
+    assert sparsekern.count_active(indices, 3).tolist() == [0, 0, 0]
+    assert sparsekern.transpose_codes(indices, 3).offsets.tolist() == [0, 0, 0, 0]
 
 
 def test_no_parameters_to_step():

@@ -13,11 +13,12 @@ from sparsekern.ops.linear_at import vector_at
 N = 20
 
 
-def codes(seed=0, dtype=torch.int64):
+def codes(seed=0, dtype=torch.int64, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(8, 4, generator=generator)
     indices = torch.randint(0, N, (8, 4), generator=generator).to(dtype)
-    return values, indices, torch.randn(N, 6, generator=generator)
+    weight = torch.randn(N, 6, generator=generator)
+    return [t.to(device) for t in (values, indices, weight)]
 
 
 def weight_gradient(values, indices, weight, transposition):
@@ -58,7 +59,7 @@ REFUSED = {
     "a tensor": (TypeError, lambda t: t.offsets),
     "positions [8, 4]": (ValueError, lambda t: t._replace(positions=t.positions.view(8, 4))),
     "too few positions": (ValueError, lambda t: t._replace(positions=t.positions[:-1])),
-    "too many offsets": (ValueError, lambda t: t._replace(offsets=torch.arange(N + 2))),
+    "too many offsets": (ValueError, lambda t: t._replace(offsets=t.offsets.repeat(2))),
     "on another device": (ValueError, lambda t: t._replace(offsets=t.offsets.to("meta"))),
 }
 
@@ -83,20 +84,21 @@ def test_a_changed_transposition_is_refused(target, how, dtype):
 @pytest.mark.parametrize("how", REFUSED)
 def test_a_transposition_of_another_form_is_refused(target, how):
     error, change = REFUSED[how]
-    values, indices, weight = codes()
+    values, indices, weight = codes(device=target.device)
     wrong = change(sparsekern.transpose_codes(indices, N))
     with pytest.raises(error, match="transposition"):
         weight_gradient(values, indices, weight, wrong)
+    rows = torch.ones(8, 6, device=target.device)
     with pytest.raises(error, match="transposition"):
-        sparsekern.linear_at(torch.ones(8, 6), weight, None, indices, transposition=wrong)
+        sparsekern.linear_at(rows, weight, None, indices, transposition=wrong)
 
 
 def test_a_transposition_with_strides_gives_the_same_gradient(target):
-    values, indices, weight = codes()
+    values, indices, weight = codes(device=target.device)
     dense = sparsekern.transpose_codes(indices, N)
     apart = Transposition(*(t.repeat_interleave(2)[::2] for t in dense))
     assert not apart.positions.is_contiguous()
-    testing.assert_same(
+    target.assert_repeated(
         "weight",
         weight_gradient(values, indices, weight, apart),
         weight_gradient(values, indices, weight, dense),

@@ -9,7 +9,7 @@ import torch
 
 from ...dispatch.operations import define
 from ..batching import leading_dimensions
-from ..checks import check_codes, check_range, check_size
+from ..checks import check_codes, check_range, check_size, in_range
 from . import native
 from .reference import codes_to_dense_reference
 
@@ -51,7 +51,10 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _backward(ctx: Any, grad: torch.Tensor) -> Any:
     (indices,) = ctx.saved_tensors
-    return grad.gather(-1, indices.long()), None, None
+    if indices.is_cpu:  # torch raises an error for an index that has changed since
+        return grad.gather(-1, indices.long()), None, None
+    inside, places = in_range(indices, grad.shape[-1])
+    return torch.where(inside, grad.gather(-1, places), 0), None, None
 
 
 codes_to_dense = define(

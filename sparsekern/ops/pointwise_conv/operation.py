@@ -8,7 +8,7 @@ import torch
 
 from ...dispatch.operations import define, differentiating
 from ..batching import one_by_one
-from ..checks import check_range
+from ..checks import check_range, in_range
 from . import native
 from .checks import check_gradients, check_product
 from .reference import pointwise_conv_backward_reference, pointwise_conv_reference
@@ -50,10 +50,23 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(values, indices, weight)
 
 
+def _differentiable_backward(
+    grad: torch.Tensor, values: torch.Tensor, indices: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run the reference's backward pass, which consists of differentiable operations."""
+    if indices.is_cpu:
+        return pointwise_conv_backward_reference(grad, values, indices, weight)
+    inside, indices = in_range(indices, grad.shape[0] * weight.shape[1] * grad.shape[2])
+    values = torch.where(inside, values, 0)
+    grad_values, grad_weight, grad_bias = pointwise_conv_backward_reference(
+        grad, values, indices, weight
+    )
+    return torch.where(inside, grad_values, 0), grad_weight, grad_bias
+
+
 def _backward(ctx: Any, grad: torch.Tensor) -> Any:
     values, indices, weight = ctx.saved_tensors
-    # The reference's backward pass consists of differentiable operations.
-    run = pointwise_conv_backward_reference if differentiating() else pointwise_conv_backward
+    run = _differentiable_backward if differentiating() else pointwise_conv_backward
     grad_values, grad_weight, bias_sums = run(grad, values, indices, weight)
     grad_bias = None if ctx.bias_dtype is None else bias_sums.to(ctx.bias_dtype)
     return grad_values, None, grad_weight, grad_bias, None, None
