@@ -325,8 +325,10 @@ def test_latents_out_of_range(target):
 
 def test_latents_of_scale_zero_pass_nothing_on(target):
     torch.manual_seed(0)
-    x, weight = torch.randn(6, 4), torch.randn(5, 4, requires_grad=True)
-    scale = torch.tensor([1.0, 0.0, 2.0, 0.5, 0.0], requires_grad=True)
+    device = target.device
+    x, weight = torch.randn(6, 4, device=device), torch.randn(5, 4, device=device)
+    scale = torch.tensor([1.0, 0.0, 2.0, 0.5, 0.0], device=device, requires_grad=True)
+    weight.requires_grad_()
     values = sparsekern.linear_topk(x, weight, None, 5, scale=scale).values
     found = torch.autograd.grad(values.square().sum(), (weight, scale), create_graph=True)
     dense = ((x @ weight.t()).relu() * scale).square().sum()
