@@ -32,15 +32,19 @@ RENAMED = {
     **{
         f"data.activation_{part}": f"data.activations.{part}"
         for part in (
-            "arrays", "capture", "cutting", "files", "format", "hdf5", "order", "origins", "rows",
-            "sources", "statistics", "writing",
+            "arrays", "capture", "hdf5", "order", "origins", "rows", "sources", "statistics",
+            "writing",
         )
     },
+    "data.activation_cutting": "data.activations.batching",
+    "data.activation_files": "data.activations.opening",
+    "data.activation_format": "data.activations.activation_file",
     **{
         f"data.{part}": f"data.images.{part}"
         for part in ("dsprites", "factors", "shapes3d", "shapes3d_scene")
     },
-    **{f"data.image_{part}": f"data.images.{part}" for part in ("files", "sets", "writing")},
+    **{f"data.image_{part}": f"data.images.{part}" for part in ("files", "writing")},
+    "data.image_sets": "data.images.factor_images",
     "data.motif_drawing": "data.motifs.drawing",
     **{
         f"data.{part}": f"data.motifs.{part}"

@@ -1,5 +1,4 @@
-"""Data sets with known factors, rendered here or read from files, motif domains, and stores of
-activations."""
+"""Read, render and write data sets: images with known factors, motif domains, activations."""
 
 from .activations import (
     ActivationStatistics,

@@ -27,7 +27,7 @@ BLOCK_WORDS = 1 << 14  # hashed at a time: with its copy 256 KB, which stays in 
 
 
 def starts(seed: int, samples: np.ndarray) -> np.ndarray:
-    """Where the numbers of each sample start.
+    """Find where the numbers of each sample start.
 
     Args:
         seed: of the stream, any int64.
@@ -41,18 +41,20 @@ def starts(seed: int, samples: np.ndarray) -> np.ndarray:
 
 
 def words(start: np.ndarray, position: int, count: int) -> np.ndarray:
-    """Numbers ``position .. position + count - 1`` of each sample: uint64 ``[n, count]``, all 64
-    bits random, of starts uint64 ``[n]``."""
+    """Draw numbers ``position .. position + count - 1`` of each sample, uint64 ``[n, count]``.
+
+    All 64 bits are random. ``start`` is uint64 ``[n]``, from :func:`starts`.
+    """
     return _mix(start[:, None] + _steps(position, count))
 
 
 def fractions(word: np.ndarray) -> np.ndarray:
-    """Numbers in [0, 1), multiples of 2^-53: float64, of words of any shape."""
+    """Convert words of any shape to float64 in [0, 1), multiples of 2^-53."""
     return (word >> np.uint64(11)) * 2.0**-53
 
 
 def integers(word: np.ndarray, below: int | np.ndarray) -> np.ndarray:
-    """Integers in ``0 .. below - 1``: int64, of words of a shape that ``below`` broadcasts to.
+    """Convert words to integers in ``0 .. below - 1``, int64; ``below`` broadcasts to their shape.
 
     The upper half of the word, times ``below``, over 2^32: for ``below`` up to 2^20, probabilities
     are off by less than 2^-12 of themselves.
@@ -62,7 +64,7 @@ def integers(word: np.ndarray, below: int | np.ndarray) -> np.ndarray:
 
 
 def coins(start: np.ndarray, position: int, count: int, probability: float) -> np.ndarray:
-    """True with the given probability: bool ``[n, count]``.
+    """Draw bool ``[n, count]``, true with the given probability.
 
     Every word gives four coins of 16 bits each, so the probability is rounded to a multiple of
     2^-16, and ``ceil(count / 4)`` positions are used.
@@ -85,7 +87,7 @@ def _steps(position: int, count: int) -> np.ndarray:
 
 
 def _mix(z: np.ndarray) -> np.ndarray:
-    """Hashes uint64 of any shape, overwriting them."""
+    """Hash uint64 of any shape, overwriting them."""
     shifted = np.empty_like(z)
     for shift, factor in ((30, MIX_1), (27, MIX_2)):
         z ^= np.right_shift(z, np.uint64(shift), out=shifted)

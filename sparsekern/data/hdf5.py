@@ -13,7 +13,7 @@ from .errors import DataError
 
 # Deflate packs zeros a thousand times; a file that claims more has never held what it claims.
 LARGEST_RATIO = 1024
-SMALLEST = 1 << 16
+SMALLEST_STORED = 1 << 16
 # What h5py and numpy raise about damaged files: HDF5 has no error codes.
 DAMAGE = (
     OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, OverflowError, MemoryError,
@@ -22,9 +22,10 @@ DAMAGE = (
 
 
 def open_hdf5(path: Path, what: str, **options: Any) -> Any:
-    """Opens an HDF5 file to read it; on a file system without locks, without one.
+    """Open an HDF5 file to read it; on a file system without locks, without one.
 
     Args:
+        path: the file.
         what: how messages call the file.
         options: of h5py.File.
 
@@ -37,28 +38,28 @@ def open_hdf5(path: Path, what: str, **options: Any) -> Any:
         try:
             file = h5py.File(path, "r", **options)
         except OSError as error:
-            if lock_error(error) not in NO_LOCKS:
+            if lock_error_number(error) not in NO_LOCKS:
                 raise
             # Nobody can hold a lock there, a writer neither.
             file = h5py.File(path, "r", locking=False, **options)
     except DAMAGE as error:
-        raise DataError(_opening_failed(path, what, error)) from error
+        raise DataError(_describe_failure(path, what, error)) from error
     if file.mode != "r":  # HDF5 shares it with a writer in this process
         file.close()
-        raise DataError(_locked(path, what, "it is open for writing in this process"))
+        raise DataError(_describe_lock(path, what, "it is open for writing in this process"))
     return file
 
 
-def lock_error(error: OSError) -> int | None:
-    """The number of the error that locking a file met; None if it was another step."""
+def lock_error_number(error: OSError) -> int | None:
+    """Find the number of the error that locking a file met; None if it was another step."""
     if "lock file" not in str(error):
         return None
-    found = re.search(r"errno = (\d+)", str(error))
-    return int(found[1]) if found else error.errno
+    match = re.search(r"errno = (\d+)", str(error))
+    return int(match[1]) if match else error.errno
 
 
-def no_locks(path: Path, error: object) -> str:
-    """What to say where locks are needed and the file system has none."""
+def explain_no_locks(path: Path, error: object) -> str:
+    """Say where locks are needed and the file system has none."""
     return (
         f"the file system of {path} has no locks (set HDF5_USE_FILE_LOCKING=FALSE if no other "
         f"process writes it: {error})"
@@ -66,7 +67,7 @@ def no_locks(path: Path, error: object) -> str:
 
 
 def descriptor_of(dataset: Any) -> int | None:
-    """The system's descriptor of the file that a dataset lives in; None where there is none.
+    """Return the system's descriptor of the file that a dataset lives in; None without one.
 
     An external link may lead to another file than the one that was opened.
     """
@@ -77,7 +78,7 @@ def descriptor_of(dataset: Any) -> int | None:
 
 
 def check_stored(dataset: Any, path: Path, where: str) -> None:
-    """Raises DataError where a dataset is not what its file, or others, stored.
+    """Raise DataError where a dataset is not what its file, or others, stored.
 
     HDF5 gives fill values for what it does not find: where a header promises far more than was
     ever written (so that nobody makes room, or plans, for it), and where the files of external
@@ -93,7 +94,7 @@ def check_stored(dataset: Any, path: Path, where: str) -> None:
     if descriptor is not None:
         stored = min(stored, os.fstat(descriptor).st_size)
     claimed = dataset.size * dataset.dtype.itemsize
-    if claimed > LARGEST_RATIO * max(stored, SMALLEST):
+    if claimed > LARGEST_RATIO * max(stored, SMALLEST_STORED):
         raise DataError(
             f"{where} claims {list(dataset.shape)}, {claimed} bytes, of which at most {stored} "
             f"were ever stored"
@@ -117,7 +118,7 @@ def _check_sources(dataset: Any, path: Path, where: str) -> None:
     h5py = require("h5py", f"reading {path}")
     sources = dataset.virtual_sources()
     mapped = sum(source.vspace.get_select_npoints() for source in sources)
-    if dataset.size > LARGEST_RATIO * max(mapped, SMALLEST):
+    if dataset.size > LARGEST_RATIO * max(mapped, SMALLEST_STORED):
         raise DataError(
             f"{where} claims {list(dataset.shape)}, of which {mapped} values have sources"
         )
@@ -129,29 +130,29 @@ def _check_sources(dataset: Any, path: Path, where: str) -> None:
         if part is None:
             raise DataError(f"{where} is virtual, and its source is missing: {one_line(name)}")
         with open_hdf5(part, "activation file") as file:
-            found = file.get(source.dset_name)
-            if not isinstance(found, h5py.Dataset) or not _covers(found, source):
+            origin = file.get(source.dset_name)
+            if not isinstance(origin, h5py.Dataset) or not _covers(origin, source):
                 raise DataError(
                     f"{where} is virtual, and {one_line(source.dset_name)!r} is missing or too "
                     f"small in {part}"
                 )
-            if found.is_virtual:
+            if origin.is_virtual:
                 raise DataError(f"{where} is a virtual dataset of virtual ones")
-            check_stored(found, part, f"{where}: {one_line(source.dset_name)} in {part}")
+            check_stored(origin, part, f"{where}: {one_line(source.dset_name)} in {part}")
 
 
-def _covers(found: Any, source: Any) -> bool:
-    """Whether a dataset has all that a virtual one takes from it."""
+def _covers(dataset: Any, source: Any) -> bool:
+    """Tell whether a dataset has all that a virtual one takes from it."""
     h5py = require("h5py", "reading HDF5")
     if source.src_space.get_select_type() == h5py.h5s.SEL_ALL:
-        return bool(found.size == source.vspace.get_select_npoints())
+        return bool(dataset.size == source.vspace.get_select_npoints())
     _, last = source.src_space.get_select_bounds()
-    shape = found.shape or ()
+    shape = dataset.shape or ()
     return len(shape) == len(last) and all(map(int.__lt__, map(int, last), shape))
 
 
 def _source_file(name: str, dataset: Any) -> Path | None:
-    """The file of a virtual dataset's source, looked for where HDF5 does."""
+    """Find the file of a virtual dataset's source where HDF5 looks for it."""
     folder = os.path.dirname(os.path.abspath(dataset.file.filename))
     prefixes = os.environ.get("HDF5_VDS_PREFIX", "").replace("${ORIGIN}", folder).split(os.pathsep)
     places = [os.path.join(prefix, name) for prefix in prefixes if prefix]
@@ -162,17 +163,17 @@ def _source_file(name: str, dataset: Any) -> Path | None:
 
 
 def one_line(text: object) -> str:
-    """The text without line breaks and control characters, which names in damaged files hold."""
+    """Remove line breaks and control characters, which names in damaged files hold."""
     return "".join(c if c.isprintable() else " " for c in " ".join(str(text).split()))
 
 
-def _opening_failed(path: Path, what: str, error: BaseException) -> str:
+def _describe_failure(path: Path, what: str, error: BaseException) -> str:
     text = one_line(error)
-    number = lock_error(error) if isinstance(error, OSError) else None
+    number = lock_error_number(error) if isinstance(error, OSError) else None
     if number in NO_LOCKS:
-        return f"{what} cannot be locked: {no_locks(path, text)}"
+        return f"{what} cannot be locked: {explain_no_locks(path, text)}"
     if isinstance(error, BlockingIOError) or number is not None or "already open for" in text:
-        return _locked(path, what, text)
+        return _describe_lock(path, what, text)
     if "signature not found" in text:
         return f"{what} is not HDF5: {path}"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EMFILE):
@@ -180,7 +181,7 @@ def _opening_failed(path: Path, what: str, error: BaseException) -> str:
     return f"{what} is truncated or damaged: {path} ({text})"
 
 
-def _locked(path: Path, what: str, reason: str) -> str:
+def _describe_lock(path: Path, what: str, reason: str) -> str:
     killed = "; after one that was killed, h5clear -s frees it" if "h5clear" in reason else ""
     return (
         f"{what} is locked by a writer: {path} (wait until it has finished and closed the file"

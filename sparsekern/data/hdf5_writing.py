@@ -38,7 +38,7 @@ class NewFile:
         self._raw, self._function = raw, function
 
     def reserve(self, size: int) -> None:
-        """Takes space for so many bytes more, and some, from the system.
+        """Take space for so many bytes more, and some, from the system.
 
         Raises:
             DataError: the disk is full, or the file would be larger than files may be.
@@ -51,7 +51,7 @@ class NewFile:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Errors of the disk, in HDF5's words or the system's, become a DataError."""
+        """Turn errors of the disk, in HDF5's words or the system's, into a DataError."""
         try:
             yield
         except DataError:
@@ -62,9 +62,10 @@ class NewFile:
 
 @contextmanager
 def new_hdf5(path: Path, function: str) -> Iterator[NewFile]:
-    """An HDF5 file that gets its name when the block ends, and is removed when it raises.
+    """Open a file that gets its name when the block ends, and is removed when it raises.
 
     Args:
+        path: the name it gets.
         function: how messages begin.
 
     Raises:
@@ -100,7 +101,7 @@ def new_hdf5(path: Path, function: str) -> Iterator[NewFile]:
             with new.writing():
                 file.close()
             with new.writing():
-                cut(raw)
+                trim(raw)
                 os.fsync(raw.fileno())
                 os.replace(temporary, new.path)
                 sync(path.parent)
@@ -112,7 +113,7 @@ def new_hdf5(path: Path, function: str) -> Iterator[NewFile]:
 
 
 def reserve(file: Any, raw: BinaryIO, size: int) -> None:
-    """Takes space for so many bytes more, and some, from the system; :func:`cut` gives it back.
+    """Take space for so many bytes more, and some; :func:`trim` gives it back.
 
     Raises:
         OSError: the disk is full, or the file would be larger than files may be.
@@ -122,7 +123,7 @@ def reserve(file: Any, raw: BinaryIO, size: int) -> None:
 
 
 def check_new(path: Path, function: str) -> None:
-    """Raises DataError where a file of that name is there, or its folder is not."""
+    """Raise DataError where a file of that name is there, or its folder is not."""
     if os.path.lexists(path):
         raise DataError(f"{function}: {path} exists already (remove it or name another)")
     if not path.parent.is_dir():
@@ -130,7 +131,7 @@ def check_new(path: Path, function: str) -> None:
 
 
 def check_space(path: Path, size: int, function: str) -> None:
-    """Raises DataError where a file of so many bytes will not fit."""
+    """Raise DataError where a file of so many bytes will not fit."""
     free = shutil.disk_usage(path.parent).free
     if free < size:
         raise DataError(
@@ -139,8 +140,8 @@ def check_space(path: Path, size: int, function: str) -> None:
         )
 
 
-def cut(raw: BinaryIO) -> None:
-    """Gives back the space after the end of a closed file, which its superblock states.
+def trim(raw: BinaryIO) -> None:
+    """Give back the space after the end of a closed file, which its superblock states.
 
     Superblocks begin with 8 bytes of signature and the version. Version 0: sizes, flags, two
     offsets, and the end at byte 40; from version 2 on the end lies at byte 28

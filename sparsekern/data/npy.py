@@ -15,12 +15,12 @@ _SEEKING = threading.Lock()
 
 
 def read_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether in column-major order, and dtype; leaves the stream where the data begin.
+    """Read shape, whether in column-major order, and dtype; stop where the data begin.
 
     Raises:
         ValueError: the header is damaged or of an unknown version.
     """
-    read = {
+    readers = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
         # Differs in the encoding of field names, which no number type has.
@@ -28,11 +28,11 @@ def read_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     }
     try:
         version = np.lib.format.read_magic(stream)
-        if version not in read:
-            known = ", ".join(f"{major}.{minor}" for major, minor in read)
+        if version not in readers:
+            known = ", ".join(f"{major}.{minor}" for major, minor in readers)
             major, minor = version
             raise ValueError(f"its header has version {major}.{minor}, known are {known}")
-        shape, fortran, dtype = read[version](stream)
+        shape, fortran, dtype = readers[version](stream)
     # numpy reads the header as Python and lets Python's errors through.
     except (SyntaxError, tokenize.TokenError, TypeError, RecursionError, MemoryError) as error:
         raise ValueError(str(error)) from error
@@ -73,21 +73,22 @@ class NpyArray:
         return self.shape[0]
 
     def __getitem__(self, rows: slice) -> np.ndarray:
-        """A copy of neighbouring rows ``[n, ...]``, in the machine's byte order.
+        """Read a copy of neighbouring rows ``[n, ...]``, in the machine's byte order.
 
         Raises:
             EOFError: the file has become shorter.
         """
         start, stop, _ = rows.indices(len(self))
         if self._whole is not None:
-            return self._whole[start:stop].astype(self.dtype.newbyteorder("="))
-        found = np.empty((max(0, stop - start), *self.shape[1:]), self.dtype)
-        read_bytes(self._file.fileno(), self._start + start * self._row, found)
-        return found if self.dtype.isnative else found.astype(self.dtype.newbyteorder("="))
+            rows_in_memory: np.ndarray = self._whole[start:stop]
+            return rows_in_memory.astype(self.dtype.newbyteorder("="))
+        values = np.empty((max(0, stop - start), *self.shape[1:]), self.dtype)
+        read_bytes(self._file.fileno(), self._start + start * self._row, values)
+        return values if self.dtype.isnative else values.astype(self.dtype.newbyteorder("="))
 
 
 def read_bytes(descriptor: int, offset: int, target: np.ndarray) -> None:
-    """Fills a contiguous array from a byte of an open file on, whatever else reads that file.
+    """Fill a contiguous array from a byte of an open file on, whatever else reads that file.
 
     Raises:
         EOFError: the file ends before.

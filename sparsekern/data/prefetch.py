@@ -13,7 +13,7 @@ _END = object()
 
 
 def prefetched(source: Generator[Item], ahead: int) -> Generator[Item]:
-    """Yields the items of ``source``, made by a thread while the consumer works.
+    """Yield the items of ``source``, made by a thread while the consumer works.
 
     The thread starts with the first item asked for. It has ended, and ``source`` is closed, when
     this iterator is exhausted, closed, or raises.

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import DataError
 from ..hdf5 import DAMAGE, one_line
 from ..npy import read_bytes, read_header
-from .format import DIRECTIONS, FROM_NUMPY, LISTED, ActivationFile
+from .activation_file import DIRECTIONS, FROM_NUMPY, LISTED, ActivationFile
 
 # safetensors' own limit.
 LARGEST_HEADER = 100_000_000
@@ -81,7 +81,9 @@ class NpyFile(_ArrayFile):
         if dtype.hasobject:
             raise ValueError("it holds Python objects")
         self._swapped = not dtype.isnative
-        self._check("the array", shape, FROM_NUMPY.get(dtype.newbyteorder("=").name), str(dtype))
+        self._set_layout(
+            "the array", shape, FROM_NUMPY.get(dtype.newbyteorder("=").name), str(dtype)
+        )
         if fortran:
             raise DataError(
                 f"activation file has another layout: {self.path}: the array must be in "
@@ -112,10 +114,10 @@ class SafetensorsFile(_ArrayFile):
             )
         kind, shape, self._start = self._entries[name]
         known = None if kind == "F64" else _FROM_SAFETENSORS.get(kind)
-        self._check(name, shape, known, kind)
+        self._set_layout(name, shape, known, kind)
 
     def _header(self) -> dict[str, tuple[str, tuple[int, ...], int]]:
-        """Kind, shape and first byte of each tensor, which together fill the file.
+        """Read kind, shape and first byte of each tensor; together they fill the file.
 
         The layout: its length in 8 bytes, little-endian, then JSON with ``dtype``, ``shape`` and
         ``data_offsets`` for each (https://github.com/huggingface/safetensors#format).
@@ -126,11 +128,11 @@ class SafetensorsFile(_ArrayFile):
             raise EOFError(f"its header claims {length} bytes, the file has {size}")
         raw = np.empty(length, np.uint8)
         read_bytes(self._stream.fileno(), 8, raw)
-        header = json.loads(raw.tobytes().decode(), object_pairs_hook=_once)
+        header = json.loads(raw.tobytes().decode(), object_pairs_hook=_unique_keys)
         if not isinstance(header, dict):
             raise ValueError("its header is no JSON object")
         header.pop("__metadata__", None)
-        end, found = 0, {}
+        end, entries = 0, {}
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             kind, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
             numbers = [*shape, first, last]
@@ -141,12 +143,16 @@ class SafetensorsFile(_ArrayFile):
                 raise ValueError(f"bytes {end} to {first} belong to no tensor, or to two")
             if known is not None and last - first != prod(shape) * known.itemsize:
                 raise ValueError(f"{name!r} is {kind} {shape} in {last - first} bytes")
-            end, found[name] = last, (kind, tuple(shape), 8 + length + first)
+            end, entries[name] = last, (kind, tuple(shape), 8 + length + first)
         if 8 + length + end != size:
             raise EOFError(f"its tensors end at byte {8 + length + end}, the file at {size}")
-        return found
+        return entries
 
     def directions(self) -> Tensor | None:
+        """Read the true directions, float32 ``[n, D]``; None if the file holds none.
+
+        Raises as :meth:`read`, and where they have another layout.
+        """
         with self._reading(DIRECTIONS):
             if DIRECTIONS not in self._entries:
                 return None
@@ -163,8 +169,8 @@ class SafetensorsFile(_ArrayFile):
             return values.float()
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
         raise ValueError("its header names something twice")
-    return found
+    return unique

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DataError
-from .format import DOCUMENTS, POSITIONS, TOKEN_IDS
+from .activation_file import DOCUMENTS, POSITIONS, TOKEN_IDS
 from .writing import STORED, check_new, with_progress, write_pieces
 
 ATTENTION_MASK, INPUT_IDS, DECODER = "attention_mask", "input_ids", "decoder_"
@@ -49,7 +49,7 @@ def capture(
     skip_first: int = 0,
     skip_tokens: Sequence[int] = (),
 ) -> int:
-    """Runs a module and writes what one of its submodules returns.
+    """Run a module and write what one of its submodules returns.
 
     The module runs without gradients and in evaluation mode; its mode is restored. Padding is left
     out where the inputs say what it is; tokens like [CLS], [SEP] and BOS are written, unless
@@ -73,7 +73,8 @@ def capture(
             ``[batch, D, ...]``.
         inputs: what the module is called with: a tensor, a tuple of positional or a mapping of
             keyword arguments, such as what a tokenizer of transformers returns.
-        path, chunk_rows: see :func:`write_activations`.
+        path: see :func:`write_activations`.
+        chunk_rows: see :func:`write_activations`.
         dtype: stored; by default that of the submodule's output, float32 for float64.
         mask: which positions are written. The name of an argument ``[batch, positions]`` of 0 and
             1; or a function of an input that returns such a mask; or None to write all positions,
@@ -106,29 +107,29 @@ def capture(
     if not isinstance(skip_first, int) or skip_first < 0:
         raise ValueError(f"capture: skip_first must be an integer of at least 0, got {skip_first}")
     check_new(path)
-    choice = _Choice(hook_point, mask, skip_first, torch.tensor(list(skip_tokens)))
-    outputs = _captured(module, hook_point, inputs, choice)
+    choice = _RowChoice(hook_point, mask, skip_first, torch.tensor(list(skip_tokens)))
+    outputs = _capture_rows(module, hook_point, inputs, choice)
     outputs = with_progress(outputs, "capturing", lambda piece: len(piece[0]))
     with closing(outputs) as pieces:
         return write_pieces(
-            path, pieces, dtype=dtype, default=_as_computed, chunk_rows=chunk_rows,
+            path, pieces, dtype=dtype, default=_computed_dtype, chunk_rows=chunk_rows,
             keep_partial=True,
         )  # fmt: skip
 
 
-def _as_computed(given: torch.dtype) -> torch.dtype:
+def _computed_dtype(given: torch.dtype) -> torch.dtype:
     return given if given in STORED else torch.float32
 
 
 Piece = tuple[Tensor, dict[str, Tensor]]
 
 
-def _captured(
-    module: nn.Module, hook_point: str, inputs: Iterable[Any], choice: _Choice
+def _capture_rows(
+    module: nn.Module, hook_point: str, inputs: Iterable[Any], choice: _RowChoice
 ) -> Generator[Piece]:
-    """What the submodule returns for each input, [rows, D], and where the rows come from."""
+    """Yield what the submodule returns for each input, [rows, D], and where the rows come from."""
     outputs: list[Tensor] = []
-    arranged = _arrangement(module, hook_point)
+    arranged = _batch_first_layout(module, hook_point)
 
     def keep(_module: nn.Module, _args: Any, output: Any) -> None:
         # A copy: the module may go on in place.
@@ -144,7 +145,7 @@ def _captured(
                 _call(module, given, device)
             if not outputs:
                 raise DataError(f"capture: {hook_point!r} was not called by the module's forward")
-            arguments = _belonging(_arguments(module, given), hook_point)
+            arguments = _own_arguments(_named_arguments(module, given), hook_point)
             sequences = 0
             for output in outputs:
                 rows, columns, sequences = choice.rows_of(output, given, arguments)
@@ -158,7 +159,7 @@ def _captured(
 
 
 def _tensor_of(output: Any, hook_point: str) -> Tensor:
-    """The tensor [..., D] in what a submodule returned."""
+    """Take the tensor [..., D] out of what a submodule returned."""
     got = type(output).__name__
     if isinstance(output, (tuple, list)) and output:
         output = output[0]
@@ -175,9 +176,11 @@ def _tensor_of(output: Any, hook_point: str) -> Tensor:
     return output
 
 
-def _arrangement(module: nn.Module, hook_point: str) -> Callable[[Tensor], Tensor]:
-    """What makes [batch, positions, D] of a submodule's output, where torch's layers say how it is
-    laid out."""
+def _batch_first_layout(module: nn.Module, hook_point: str) -> Callable[[Tensor], Tensor]:
+    """Choose the function that arranges a submodule's output as [batch, positions, D].
+
+    Torch's own layers say how their outputs are laid out; all others are taken as they are.
+    """
     names = hook_point.split(".") if hook_point else []
     around = [module.get_submodule(".".join(names[:n])) for n in range(len(names) + 1)]
     layer = around[-1]
@@ -192,7 +195,10 @@ def _arrangement(module: nn.Module, hook_point: str) -> Callable[[Tensor], Tenso
 
 
 def _batch_first(layer: nn.Module) -> bool:
-    """Of one of SEQUENCE_LAYERS, which have it in themselves, their attention or first layer."""
+    """Tell whether the batch comes first in the outputs of one of SEQUENCE_LAYERS.
+
+    The layer says so itself, or its attention or its first layer does.
+    """
     for name in ("layers", "self_attn"):
         inner = getattr(layer, name, None)
         if isinstance(inner, nn.ModuleList):
@@ -204,6 +210,7 @@ def _batch_first(layer: nn.Module) -> bool:
 
 def _call(module: nn.Module, given: Any, device: torch.device) -> None:
     def moved(value: Any) -> Any:
+        """Call the module with one of the inputs, moved to its device."""
         value = torch.from_numpy(value) if isinstance(value, np.ndarray) else value
         return value.to(device) if isinstance(value, Tensor) else value
 
@@ -215,8 +222,8 @@ def _call(module: nn.Module, given: Any, device: torch.device) -> None:
         module(moved(given))
 
 
-def _arguments(module: nn.Module, given: Any) -> dict[str, Any]:
-    """The arguments of a call by name."""
+def _named_arguments(module: nn.Module, given: Any) -> dict[str, Any]:
+    """Name the arguments of a call."""
     if isinstance(given, Mapping):
         return dict(given)
     positional = given if isinstance(given, (tuple, list)) else (given,)
@@ -226,9 +233,11 @@ def _arguments(module: nn.Module, given: Any) -> dict[str, Any]:
         return {}
 
 
-def _belonging(arguments: dict[str, Any], hook_point: str) -> dict[str, Any]:
-    """The arguments without those of the other half of an encoder and decoder: what does not lie in
-    the encoder has the decoder's tokens and mask, here without their prefix."""
+def _own_arguments(arguments: dict[str, Any], hook_point: str) -> dict[str, Any]:
+    """Leave out the arguments of the other half of an encoder and decoder.
+
+    What does not lie in the encoder has the decoder's tokens and mask, here without their prefix.
+    """
     decoder = {DECODER + name: name for name in (INPUT_IDS, ATTENTION_MASK, "inputs_embeds")}
     in_encoder = "encoder" in hook_point.split(".")
     if "tgt" in arguments:  # torch's
@@ -240,25 +249,28 @@ def _belonging(arguments: dict[str, Any], hook_point: str) -> dict[str, Any]:
     return kept | {decoder[name]: value for name, value in kept.items() if name in decoder}
 
 
-def _real_positions(arguments: Mapping[str, Any]) -> tuple[str, Any]:
-    """Name of a mask among the arguments, and the mask, not 0 where no padding is, or None."""
-    found = arguments.get(ATTENTION_MASK)
-    if found is None:
+def _attention_mask(arguments: Mapping[str, Any]) -> tuple[str, Any]:
+    """Find a mask among the arguments; return its name and the mask, not 0 where no padding is.
+
+    The mask is None where the arguments hold none.
+    """
+    mask = arguments.get(ATTENTION_MASK)
+    if mask is None:
         for name in PADDING_MASKS:
             padding = arguments.get(name)
             if isinstance(padding, (Tensor, np.ndarray)):
                 return name, padding == 0
-    return ATTENTION_MASK, found
+    return ATTENTION_MASK, mask
 
 
-def _sequences(arguments: Mapping[str, Any], unknown: int) -> int:
-    """The number of sequences in the inputs, where they have tokens."""
+def _count_sequences(arguments: Mapping[str, Any], unknown: int) -> int:
+    """Count the sequences in the inputs, where they have tokens; else return ``unknown``."""
     tokens = _token_ids(arguments)
     return unknown if tokens is None or tokens.dim() != 2 else len(tokens)
 
 
 def _token_ids(arguments: Mapping[str, Any]) -> Tensor | None:
-    """The tokens in the inputs: what is called so, or the only argument, if it has integers."""
+    """Find the tokens in the inputs: what is called so, or the only argument if it is integer."""
     given = arguments.get(INPUT_IDS)
     if given is None and len(arguments) == 1:
         given = next(iter(arguments.values()))
@@ -268,7 +280,7 @@ def _token_ids(arguments: Mapping[str, Any]) -> Tensor | None:
     return tokens if tokens.dtype in (torch.int64, torch.int32) else None
 
 
-class _Choice:
+class _RowChoice:
     """Which rows of an output are written, and where each comes from."""
 
     def __init__(self, hook_point: str, mask: Mask, skip_first: int, skip_tokens: Tensor) -> None:
@@ -280,11 +292,15 @@ class _Choice:
     def rows_of(
         self, output: Tensor, given: Any, arguments: Mapping[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor], int]:
-        """Rows [n, D], columns [n], and the number of sequences in an output [..., D]."""
+        """Choose rows of an output [..., D].
+
+        Returns:
+            The rows [n, D], their columns [n], and the number of sequences in the output.
+        """
         lead = output.shape[:-1]
         rows = output.reshape(-1, output.shape[-1])
-        real = self._fitting(_real_positions(arguments)[1], lead)
-        chosen = self._chosen(given, arguments, lead)
+        real = self._mask_of_output(_attention_mask(arguments)[1], lead)
+        chosen = self._write_mask(given, arguments, lead)
         tokens = self._tokens(arguments, lead)
         known = next((m for m in (chosen, real, tokens) if m is not None), None)
         layout = lead if known is None else known.shape
@@ -293,7 +309,9 @@ class _Choice:
             shape = (layout[0], len(rows) // max(1, layout[0]))
         else:  # one of a mask or of tokens is a sequence, one of the output alone a batch
             shape = (1, len(rows)) if has_positions else (len(rows), 1)
-        unclear = known is None and (len(lead) != 2 or lead[0] != _sequences(arguments, lead[0]))
+        unclear = known is None and (
+            len(lead) != 2 or lead[0] != _count_sequences(arguments, lead[0])
+        )
         if self.skip_first and (not has_positions or unclear):
             raise DataError(
                 f"capture: skip_first needs outputs [batch, positions, D], {self.hook_point!r} "
@@ -334,40 +352,42 @@ class _Choice:
             columns[TOKEN_IDS] = ids.int()
         return columns
 
-    def _chosen(self, given: Any, arguments: Mapping[str, Any], lead: torch.Size) -> Tensor | None:
-        """The mask of the positions to write; None for all."""
+    def _write_mask(
+        self, given: Any, arguments: Mapping[str, Any], lead: torch.Size
+    ) -> Tensor | None:
+        """Make the mask of the positions to write; None for all."""
         if self.mask is None:
             return None
-        found: Any
+        mask: Any
         if callable(self.mask):
-            name, found = "mask", self.mask(given)
+            name, mask = "mask", self.mask(given)
         else:
-            name, found = self.mask, arguments.get(self.mask)
+            name, mask = self.mask, arguments.get(self.mask)
             if name == ATTENTION_MASK:
-                name, found = _real_positions(arguments)
-            elif found is None:
+                name, mask = _attention_mask(arguments)
+            elif mask is None:
                 raise DataError(
                     f"capture: the inputs have no {name!r}; they have "
                     f"{', '.join(map(repr, arguments)) or 'no names'}"
                 )
-        if found is None:
-            return None
-        mask = self._fitting(found, lead)
         if mask is None:
-            got = list(getattr(found, "shape", []))
+            return None
+        fitted = self._mask_of_output(mask, lead)
+        if fitted is None:
+            got = list(getattr(mask, "shape", []))
             raise DataError(
                 f"capture: {name} {got} does not say which rows of {self.hook_point!r} "
                 f"{[*lead, 'D']} are padding (mask=None writes all, a function of the input may "
                 f"return another mask)"
             )
-        values = torch.as_tensor(found)
+        values = torch.as_tensor(mask)
         if values.dtype != torch.bool and not ((values == 0) | (values == 1)).all():
             raise DataError(f"capture: {name} must hold 0 and 1, got {values.max()}")
-        return mask
+        return fitted
 
     @staticmethod
-    def _fitting(given: Any, lead: torch.Size) -> Tensor | None:
-        """A mask of an output [*lead, D], bool on the CPU; None if it fits no such output."""
+    def _mask_of_output(given: Any, lead: torch.Size) -> Tensor | None:
+        """Convert a mask of an output [*lead, D] to bool on the CPU; None if it does not fit."""
         if not isinstance(given, (Tensor, np.ndarray, list)):
             return None
         mask = torch.as_tensor(given).cpu()
@@ -375,7 +395,7 @@ class _Choice:
         return mask != 0 if mask.shape == lead or flattened else None
 
     def _tokens(self, arguments: Mapping[str, Any], lead: torch.Size) -> Tensor | None:
-        """The tokens of the rows, where the inputs have them."""
+        """Find the tokens of the rows, where the inputs have them."""
         tokens = _token_ids(arguments)
         if tokens is None:
             return None

@@ -20,11 +20,11 @@ from ..._system import require
 from ..errors import DataError
 from ..hdf5 import check_stored, descriptor_of, one_line, open_hdf5
 from ..npy import read_bytes
-from .format import DIRECTIONS, FROM_NUMPY, LISTED, ActivationFile
+from .activation_file import DIRECTIONS, FROM_NUMPY, LISTED, ActivationFile
 
 
 class Hdf5File(ActivationFile):
-    """A dataset ``[tokens, D]``; see :func:`~.activation_files.open_activations`."""
+    """A dataset ``[tokens, D]``; see :func:`~.opening.open_activations`."""
 
     def __init__(self, path: Path, name: str) -> None:
         self.path = path
@@ -34,13 +34,13 @@ class Hdf5File(ActivationFile):
         self._chunks = np.empty(0, np.int64), np.empty(0, np.int64)
         try:
             with self._reading():
-                self._rows = self._dataset(name)
+                self._rows = self._open_dataset(name)
                 self._descriptor = descriptor_of(self._rows)
                 self.stamp = self._stamp()
                 check_stored(
                     self._rows, path, f"activation file is truncated or damaged: {path}: {name}"
                 )
-                self._raw = self._is_plain()
+                self._raw = self._lies_as_read()
                 self._check_chunks()
         except BaseException:
             self._file.close()
@@ -49,8 +49,8 @@ class Hdf5File(ActivationFile):
     def _stat(self) -> os.stat_result:
         return os.stat(self.path) if self._descriptor is None else os.fstat(self._descriptor)
 
-    def _is_plain(self) -> bool:
-        """Whether whole rows lie in the file as they are read."""
+    def _lies_as_read(self) -> bool:
+        """Tell whether whole rows lie in the file as they are read."""
         h5py = require("h5py", f"reading {self.path}")
         rows, properties = self._rows, self._rows.id.get_create_plist()
         kind = np.dtype("uint16" if self.dtype == torch.bfloat16 else rows.dtype.name)
@@ -66,7 +66,10 @@ class Hdf5File(ActivationFile):
             return False
         if properties.get_layout() == h5py.h5d.CONTIGUOUS:
             offset = rows.id.get_offset()
-            return offset is not None and self._holds(offset, self.tokens * self._row_bytes())
+            if offset is None:
+                return False
+            self._check_end(offset, self.tokens * self._row_bytes())
+            return True
         return bool(
             properties.get_layout() == h5py.h5d.CHUNKED
             and rows.chunks[1] == self.features
@@ -76,23 +79,23 @@ class Hdf5File(ActivationFile):
     def _row_bytes(self) -> int:
         return self.features * self.dtype.itemsize
 
-    def _holds(self, offset: int, size: int) -> bool:
+    def _check_end(self, offset: int, size: int) -> None:
+        """Raise EOFError where the file ends before so many bytes from the offset on."""
         if offset + size > self.stamp[0]:
             raise EOFError(f"the file ends before byte {offset + size}")
-        return True
 
     def _check_chunks(self) -> None:
-        """Looks at where all chunks lie, once: HDF5 walks through them all to find one, too.
+        """Check where all chunks lie, once: HDF5 walks through them all to find one, too.
 
         A damaged table gives fill values, rows of other chunks, or kills the process.
         """
         if self._rows.chunks is None or not hasattr(self._rows.id, "chunk_iter"):
             return
-        found: list[tuple[int, ...]] = []
+        chunks: list[tuple[int, ...]] = []
         self._rows.id.chunk_iter(
-            lambda chunk: found.append((*chunk.chunk_offset, chunk.byte_offset, chunk.size))
+            lambda chunk: chunks.append((*chunk.chunk_offset, chunk.byte_offset, chunk.size))
         )
-        table = np.array(sorted(found), np.int64).reshape(-1, 4)
+        table = np.array(sorted(chunks), np.int64).reshape(-1, 4)
         corners, places, sizes = table[:, :2], table[:, 2], table[:, 3]
         in_file = np.argsort(places, kind="stable")
         ends = places[in_file] + sizes[in_file]
@@ -110,8 +113,8 @@ class Hdf5File(ActivationFile):
             raise ValueError("its chunks have other sizes than their rows")
         self._chunks = np.ascontiguousarray(corners[:, 0]), np.ascontiguousarray(places)
 
-    def _place(self, row: int, stop: int) -> tuple[int | None, int]:
-        """The byte at which a row lies, and the end of the rows that follow it there.
+    def _locate(self, row: int, stop: int) -> tuple[int | None, int]:
+        """Find the byte at which a row lies, and the end of the rows that follow it there.
 
         None for the byte where nothing was ever written.
         """
@@ -125,11 +128,11 @@ class Hdf5File(ActivationFile):
             return None, end
         return int(places[number]) + (row - first) * self._row_bytes(), end
 
-    def _dataset(self, name: str) -> Any:
+    def _open_dataset(self, name: str) -> Any:
         h5py = require("h5py", f"reading {self.path}")
         rows = self._file.get(name)
         if not isinstance(rows, h5py.Dataset):
-            raise DataError(self._no_dataset(name, h5py))
+            raise DataError(self._describe_missing(name, h5py))
         if rows.file.mode != "r":
             raise DataError(
                 f"activation file is locked by a writer: {self.path}: {name} lies in "
@@ -137,33 +140,33 @@ class Hdf5File(ActivationFile):
             )
         native = rows.dtype.newbyteorder("=")
         dtype = FROM_NUMPY.get(native.name)
-        if native == np.uint16 and _says_bfloat16(rows):
+        if native == np.uint16 and _is_bfloat16(rows):
             dtype = torch.bfloat16
-        self._check(name, rows.shape or (), dtype, str(rows.dtype))
+        self._set_layout(name, rows.shape or (), dtype, str(rows.dtype))
         self.chunk_rows = min(rows.chunks[0], self.tokens) if rows.chunks else 1
         return rows
 
-    def _no_dataset(self, name: str, h5py: Any) -> str:
+    def _describe_missing(self, name: str, h5py: Any) -> str:
         where = f"activation file has another layout: {self.path}"
         link = self._file.get(name, getlink=True) if self._file.get(name) is None else None
         if isinstance(link, h5py.ExternalLink):
             return f"{where}: {name} leads to {link.path} in {link.filename}, which is missing"
-        there: list[str] = []
+        datasets: list[str] = []
         self._file.visititems(
             lambda key, item: (
-                there.append(one_line(f"{key} {item.dtype} {list(item.shape or ())}"))
+                datasets.append(one_line(f"{key} {item.dtype} {list(item.shape or ())}"))
                 if isinstance(item, h5py.Dataset)
                 else None
             )
         )
-        listed = ", ".join(there[:LISTED]) or "no dataset"
-        more = ", ..." if len(there) > LISTED else ""
+        listed = ", ".join(datasets[:LISTED]) or "no dataset"
+        more = ", ..." if len(datasets) > LISTED else ""
         return f"{where} has no dataset {name!r}; it holds {listed}{more}"
 
     def _read(self, start: int, target: np.ndarray) -> None:
         row, stop = start, start + len(target)
         while row < stop:
-            offset, end = self._place(row, stop) if self._raw else (None, stop)
+            offset, end = self._locate(row, stop) if self._raw else (None, stop)
             part = target[row - start : end - start]
             if offset is None or self._descriptor is None:
                 self._rows.read_direct(part, np.s_[row:end])
@@ -172,13 +175,17 @@ class Hdf5File(ActivationFile):
             row = end
 
     def directions(self) -> Tensor | None:
+        """Read the true directions, float32 ``[n, D]``; None if the file holds none.
+
+        Raises as :meth:`read`, and where they have another layout.
+        """
         with self._reading(DIRECTIONS):
             field = self._file.get(DIRECTIONS)
             if field is None:
                 return None
             self._check_directions(getattr(field, "shape", None) or ())
             self._check_field(DIRECTIONS, field)
-            if field.dtype.newbyteorder("=") == np.uint16 and _says_bfloat16(field):
+            if field.dtype.newbyteorder("=") == np.uint16 and _is_bfloat16(field):
                 bits = torch.from_numpy(field[:].astype(np.uint16))
                 return bits.view(torch.bfloat16).float()
             if field.dtype.kind != "f":
@@ -189,6 +196,10 @@ class Hdf5File(ActivationFile):
             return torch.from_numpy(field[:]).float()
 
     def origins(self, name: str, start: int, stop: int) -> np.ndarray | None:
+        """Read rows ``start`` to ``stop`` of a column of origins, int64; None if there is none.
+
+        Raises as :meth:`read`, and where the column has another layout.
+        """
         with self._reading(name):
             field = self._file.get(name)
             if field is None:
@@ -200,7 +211,7 @@ class Hdf5File(ActivationFile):
                     f"[{self.tokens}], got {kind} {list(shape or ())}"
                 )
             self._check_field(name, field)
-            column = field[start:stop].astype(np.int64)
+            column: np.ndarray = field[start:stop].astype(np.int64)
             self._check_unchanged()
             return column
 
@@ -210,11 +221,12 @@ class Hdf5File(ActivationFile):
         )
 
     def close(self) -> None:
+        """Release the file."""
         self._file.close()
 
 
-def _says_bfloat16(dataset: Any) -> bool:
-    """Whether the attribute ``dtype`` says so, however its writer stores strings."""
-    said = dataset.attrs.get("dtype")
-    said = said.item() if isinstance(said, np.ndarray) and said.size == 1 else said
-    return said in ("bfloat16", b"bfloat16") if isinstance(said, (str, bytes)) else False
+def _is_bfloat16(dataset: Any) -> bool:
+    """Tell whether the attribute ``dtype`` says bfloat16, however its writer stores strings."""
+    value = dataset.attrs.get("dtype")
+    value = value.item() if isinstance(value, np.ndarray) and value.size == 1 else value
+    return value in ("bfloat16", b"bfloat16") if isinstance(value, (str, bytes)) else False

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .format import ActivationFile
+from .activation_file import ActivationFile
 
 # Long enough that reading blocks in a random order costs little more than in their own.
 BLOCK_BYTES = 1 << 20
@@ -51,29 +51,30 @@ class EpochPlan:
         return len(self.bounds) - 1
 
     def group_of(self, row: int) -> int:
-        """The group that holds the row of this number in the epoch; ``groups`` after the last."""
+        """Find the group that holds this row of the epoch; ``groups`` after the last row."""
         return int(np.searchsorted(self.first_rows, row, side="right")) - 1
 
     def blocks_of(self, group: int) -> list[list[int]]:
-        """A group's blocks, in the order of the files: the rows are shuffled after reading."""
+        """List a group's blocks in the order of the files: the rows are shuffled after reading."""
         chosen = np.sort(self.order[self.bounds[group] : self.bounds[group + 1]])
-        return self.blocks[chosen].tolist()
+        blocks: list[list[int]] = self.blocks[chosen].tolist()
+        return blocks
 
     def rows_of(self, group: int) -> Tensor:
-        """The order of a group's rows, int64: a permutation of those it keeps."""
+        """Order a group's rows: int64, a permutation of those it keeps."""
         rows = int(self.first_rows[group + 1] - self.first_rows[group])
         if self.key is None:
             return torch.arange(rows)
         return torch.from_numpy(_permutation(rows, (*self.key, 1 + group)))
 
 
-def plan(
+def plan_epoch(
     files: Sequence[ActivationFile],
     left_out: Sequence[np.ndarray],
     buffer_rows: int,
     key: tuple[int, int] | None,
 ) -> EpochPlan:
-    """Plans an epoch.
+    """Plan the blocks and groups of an epoch.
 
     Args:
         files: in their order.
@@ -82,32 +83,32 @@ def plan(
         key: ``(seed, epoch)``; None for the order of the files.
     """
     blocks, kept = [], []
-    for number, (file, bad) in enumerate(zip(files, left_out, strict=True)):
+    for number, (file, gone) in enumerate(zip(files, left_out, strict=True)):
         starts = np.arange(0, file.tokens, block_rows(file, buffer_rows))
         stops = np.append(starts[1:], file.tokens)
         blocks.append(np.stack([np.full(len(starts), number), starts, stops], axis=1))
-        kept.append(stops - starts - (np.searchsorted(bad, stops) - np.searchsorted(bad, starts)))
-    every = np.concatenate(blocks)
-    order = np.arange(len(every)) if key is None else _permutation(len(every), (*key, 0))
-    sizes = (every[:, 2] - every[:, 1])[order]
+        kept.append(stops - starts - (np.searchsorted(gone, stops) - np.searchsorted(gone, starts)))
+    all_blocks = np.concatenate(blocks)
+    order = np.arange(len(all_blocks)) if key is None else _permutation(len(all_blocks), (*key, 0))
+    sizes = (all_blocks[:, 2] - all_blocks[:, 1])[order]
     ends = np.cumsum(sizes)
     bounds = [0]
     while bounds[-1] < len(order):
         room = ends[bounds[-1]] - sizes[bounds[-1]] + buffer_rows
         bounds.append(int(np.searchsorted(ends, room, side="right")))
-    raw = np.append(0, ends)[bounds]
+    row_bounds = np.append(0, ends)[bounds]
     return EpochPlan(
-        blocks=every,
+        blocks=all_blocks,
         order=order,
         bounds=np.array(bounds),
         first_rows=np.append(0, np.cumsum(np.concatenate(kept)[order]))[bounds],
-        capacity=int(np.diff(raw).max()),
+        capacity=int(np.diff(row_bounds).max()),
         key=key,
     )
 
 
 def block_rows(file: ActivationFile, buffer_rows: int) -> int:
-    """Rows of a block: whole chunks, about :data:`BLOCK_BYTES`, as far as the buffer holds them."""
+    """Choose the rows of a block: whole chunks, about 1 MiB, as far as the buffer holds them."""
     row_bytes = file.features * file.dtype.itemsize
     wanted = min(BLOCK_BYTES // row_bytes, buffer_rows // BLOCKS_PER_GROUP)
     return min(max(1, wanted // file.chunk_rows) * file.chunk_rows, buffer_rows)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .format import DOCUMENTS, POSITIONS, TOKEN_IDS, ActivationFile
+from .activation_file import DOCUMENTS, POSITIONS, TOKEN_IDS, ActivationFile
 
 
 class Origins(NamedTuple):
@@ -28,25 +28,27 @@ class Origins(NamedTuple):
 def origins_of(
     files: Sequence[ActivationFile], left_out: Sequence[np.ndarray], start: int, stop: int
 ) -> Origins | None:
-    """Origins of the rows from ``start`` to ``stop``, numbered without those left out, in the order
-    of the files; None where a file does not say."""
-    found: dict[str, list[np.ndarray]] = {}
-    at = after = 0
-    for file, out in zip(files, left_out, strict=True):
-        here = file.tokens - len(out)
-        if start < at + here and at < stop:
-            first, last = max(start - at, 0), min(stop - at, here)
-            row, end = _place(out, first), _place(out, last - 1) + 1
-            gone = out[(out >= row) & (out < end)] - row
+    """Read the origins of rows ``start`` to ``stop``; None where a file does not hold them.
+
+    The rows are numbered in the order of the files, without those left out.
+    """
+    parts: dict[str, list[np.ndarray]] = {}
+    first_here = documents_before = 0
+    for file, left in zip(files, left_out, strict=True):
+        rows_here = file.tokens - len(left)
+        if start < first_here + rows_here and first_here < stop:
+            first, last = max(start - first_here, 0), min(stop - first_here, rows_here)
+            row, end = _place(left, first), _place(left, last - 1) + 1
+            skipped = left[(left >= row) & (left < end)] - row
             for name in (DOCUMENTS, POSITIONS, TOKEN_IDS):
                 column = file.origins(name, row, end)
                 if column is not None:
-                    offset = after if name == DOCUMENTS else 0
-                    found.setdefault(name, []).append(np.delete(column, gone) + offset)
-        at += here
-        after += file.documents
-    columns = {name: torch.from_numpy(np.concatenate(parts)) for name, parts in found.items()}
-    rows = max(0, min(stop, at) - max(start, 0))
+                    offset = documents_before if name == DOCUMENTS else 0
+                    parts.setdefault(name, []).append(np.delete(column, skipped) + offset)
+        first_here += rows_here
+        documents_before += file.documents
+    columns = {name: torch.from_numpy(np.concatenate(pieces)) for name, pieces in parts.items()}
+    rows = max(0, min(stop, first_here) - max(start, 0))
     if any(len(columns.get(name, ())) != rows for name in (DOCUMENTS, POSITIONS)) or not columns:
         return None
     tokens = columns.get(TOKEN_IDS)
@@ -55,7 +57,7 @@ def origins_of(
 
 
 def origin_columns(files: Sequence[ActivationFile]) -> list[str]:
-    """The columns that all files hold; none without documents and positions."""
+    """List the columns that all files hold; none without documents and positions."""
     known = [
         name
         for name in (DOCUMENTS, POSITIONS, TOKEN_IDS)
@@ -65,6 +67,6 @@ def origin_columns(files: Sequence[ActivationFile]) -> list[str]:
 
 
 def _place(left_out: np.ndarray, number: int) -> int:
-    """The row of a file that has this number when those left out (ascending) are not counted."""
+    """Find the row of a file with this number when those left out (ascending) are not counted."""
     before = np.searchsorted(left_out - np.arange(len(left_out)), number, side="right")
     return number + int(before)

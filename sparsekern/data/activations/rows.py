@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..._system import require
 from ..errors import DataError
-from .format import ActivationFile
+from .activation_file import ActivationFile
 from .order import block_rows
 
 SCAN_ROWS = 65536
@@ -20,7 +20,7 @@ POSITIONS_NAMED = 5
 NO_ROWS = np.empty(0, np.int64)
 HELD_OUT_PIECES = 16
 # Bits of the sign removed; the exponent of infinities and NaN, the largest there is.
-_BITS = {
+_FLOAT_BITS = {
     torch.float32: (torch.int32, np.int32(0x7FFFFFFF), 0x7F800000),
     torch.float16: (torch.int16, np.int16(0x7FFF), 0x7C00),
     torch.bfloat16: (torch.int16, np.int16(0x7FFF), 0x7F80),
@@ -28,8 +28,8 @@ _BITS = {
 
 
 def nonfinite_rows(rows: Tensor) -> Tensor:
-    """Numbers, int64 ``[m]``, of the rows of ``[n, D]`` that hold NaN or infinities."""
-    integer, magnitude, exponent = _BITS[rows.dtype]
+    """Find the rows of ``[n, D]`` that hold NaN or infinities: their numbers, int64 ``[m]``."""
+    integer, magnitude, exponent = _FLOAT_BITS[rows.dtype]
     # On integers: two plain passes, where isfinite takes several in half precision.
     bits = rows.contiguous().view(integer).numpy() & magnitude
     if bits.size == 0 or bits.max() < exponent:
@@ -38,8 +38,11 @@ def nonfinite_rows(rows: Tensor) -> Tensor:
 
 
 def held_out_blocks(lengths: list[int], rows: int) -> list[list[int]]:
-    """Rows to hold out of files of these lengths: the ends of up to 16 equal parts of them all, as
-    [number of the file, first row, row after the last]."""
+    """Choose the rows to hold out of files of these lengths: spread evenly over them all.
+
+    They are the ends of up to 16 equal parts of all files together, as [number of the file, first
+    row, row after the last].
+    """
     total, pieces = sum(lengths), min(HELD_OUT_PIECES, rows)
     firsts = np.cumsum([0, *lengths])
     blocks = []
@@ -53,7 +56,7 @@ def held_out_blocks(lengths: list[int], rows: int) -> list[list[int]]:
 
 
 def row_norms(rows: Tensor) -> np.ndarray:
-    """L2 norms, float64 ``[n]``, of rows ``[n, D]`` on the CPU.
+    """Compute the L2 norms, float64 ``[n]``, of rows ``[n, D]`` on the CPU.
 
     Summed in float64 in an order that depends on nothing but D, so that a row is as long in every
     run, on any number of threads.
@@ -66,10 +69,10 @@ def row_norms(rows: Tensor) -> np.ndarray:
     return norms
 
 
-def scan(
+def find_unusable_rows(
     file: ActivationFile, nonfinite: str, max_norm: float | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Reads a whole file for the rows to leave out, int64, ascending.
+    """Read a whole file for the rows to leave out, int64, ascending.
 
     Returns:
         Those that are not finite, and the finite ones whose norm exceeds ``max_norm``.
@@ -80,24 +83,26 @@ def scan(
     tqdm = require("tqdm", "looking for rows to leave out").tqdm
     step = block_rows(file, SCAN_ROWS)
     buffer = torch.empty(step, file.features, dtype=file.dtype)
-    bad, long = [NO_ROWS], [NO_ROWS]
+    all_nonfinite, all_longer = [NO_ROWS], [NO_ROWS]
     # disable=None: no bar where nobody watches.
     for start in tqdm(range(0, file.tokens, step), f"checking {file.path.name}", disable=None):
         rows = buffer[: min(step, file.tokens - start)]
         file.read(start, rows)
-        found = nonfinite_rows(rows).numpy()
-        if len(found) and nonfinite == "refuse":
-            raise not_finite([(file, start + row) for row in found.tolist()], len(rows))
-        bad.append(start + found)
+        nonfinite_here = nonfinite_rows(rows).numpy()
+        if len(nonfinite_here) and nonfinite == "refuse":
+            raise nonfinite_error(
+                [(file, start + row) for row in nonfinite_here.tolist()], len(rows)
+            )
+        all_nonfinite.append(start + nonfinite_here)
         if max_norm is not None:
             # NaN compares as not longer; infinities are found already.
             longer = np.flatnonzero(row_norms(rows) > max_norm)
-            long.append(start + np.setdiff1d(longer, found, assume_unique=True))
-    return np.concatenate(bad), np.concatenate(long)
+            all_longer.append(start + np.setdiff1d(longer, nonfinite_here, assume_unique=True))
+    return np.concatenate(all_nonfinite), np.concatenate(all_longer)
 
 
-def not_finite(bad: list[tuple[ActivationFile, int]], read: int) -> DataError:
-    """The error that names rows which hold NaN or infinities."""
+def nonfinite_error(bad: list[tuple[ActivationFile, int]], read: int) -> DataError:
+    """Make the error that names rows which hold NaN or infinities."""
     named = ", ".join(f"row {row} of {file.path}" for file, row in bad[:POSITIONS_NAMED])
     return DataError(
         f"activations are not finite: {len(bad)} of {read} rows read together hold NaN or "
@@ -106,8 +111,8 @@ def not_finite(bad: list[tuple[ActivationFile, int]], read: int) -> DataError:
     )
 
 
-def without(rows: Tensor, start: int, left_out: np.ndarray) -> Tensor:
-    """Moves the rows that stay to the front; ``rows`` are those from number ``start`` on."""
+def drop_rows(rows: Tensor, start: int, left_out: np.ndarray) -> Tensor:
+    """Move the rows that stay to the front; ``rows`` are those from number ``start`` on."""
     first, last = np.searchsorted(left_out, [start, start + len(rows)])
     if first == last:
         return rows

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hdf5_writing import check_space
-from .format import ACTIVATIONS, DOCUMENTS, POSITIONS, TOKEN_IDS
+from .activation_file import ACTIVATIONS, DOCUMENTS, POSITIONS, TOKEN_IDS
 from .origins import origin_columns
 from .store import ActivationStore
 from .writing import check_new, with_progress, write_activations, write_pieces
@@ -32,12 +32,15 @@ def convert(
     nonfinite: str = "refuse",
     chunk_rows: int | None = None,
 ) -> int:
-    """Puts activation files of any kind one after the other into a new HDF5 file.
+    """Put activation files of any kind one after the other into a new HDF5 file.
 
     Args:
-        paths, dataset, nonfinite: see :class:`~sparsekern.data.ActivationStore`.
-        path, chunk_rows: see :func:`write_activations`.
+        paths: see :class:`~sparsekern.data.ActivationStore`.
+        path: see :func:`write_activations`.
+        dataset: see :class:`~sparsekern.data.ActivationStore`.
         dtype: stored; by default that of the files, which keeps every bit.
+        nonfinite: see :class:`~sparsekern.data.ActivationStore`.
+        chunk_rows: see :func:`write_activations`.
 
     Returns:
         The number of rows.
@@ -49,7 +52,7 @@ def convert(
     with ActivationStore(paths, dataset=dataset, nonfinite=nonfinite) as store:
         stored = store.dtype if dtype is None else dtype
         check_space(Path(path), store.tokens * store.features * stored.itemsize, "convert")
-        pieces = with_progress(_rows_of(store), "converting", _size, store.tokens)
+        pieces = with_progress(_read_rows(store), "converting", _row_count, store.tokens)
         with closing(pieces):
             return write_pieces(
                 path, pieces, dtype=stored, default=lambda given: given, chunk_rows=chunk_rows,
@@ -57,12 +60,12 @@ def convert(
             )  # fmt: skip
 
 
-def _size(piece: tuple[Tensor, dict[str, Tensor]]) -> int:
+def _row_count(piece: tuple[Tensor, dict[str, Tensor]]) -> int:
     return len(piece[0])
 
 
-def _rows_of(store: ActivationStore) -> Generator[tuple[Tensor, dict[str, Tensor]]]:
-    """All rows of a store in their order, and where they come from, if it is known."""
+def _read_rows(store: ActivationStore) -> Generator[tuple[Tensor, dict[str, Tensor]]]:
+    """Yield all rows of a store in their order, and where they come from, if it is known."""
     at, known = 0, origin_columns(store._files)
     batches = store.batches(
         CONVERT_ROWS, seed=0, shuffle=False, buffer_rows=CONVERT_ROWS, dtype=store.dtype
@@ -91,14 +94,14 @@ def synthetic(
     dtype: torch.dtype = torch.float16,
     chunk_rows: int | None = None,
 ) -> int:
-    """Writes sparse mixtures of known directions, so that a dictionary can be scored.
+    """Write sparse mixtures of known directions, so that a dictionary can be scored.
 
     ``x = sum_j c_j * directions[i_j] + noise * normal``: ``active`` different latents ``i_j``,
     drawn with weights ``(1 + i) ** -0.25``, and coefficients ``c_j`` uniform in 0.5..1.5. The
     directions are random unit vectors, stored in the file as ``directions [latents, features]``.
 
     Args:
-        path, dtype, chunk_rows: see :func:`write_activations`.
+        path: see :func:`write_activations`.
         features: D.
         latents: how many directions.
         active: how many of them each row mixes. At the defaults the 4 largest scalar products of
@@ -106,6 +109,8 @@ def synthetic(
         tokens: rows.
         seed: determines the file, for a version of torch.
         noise: standard deviation of the noise in each feature.
+        dtype: see :func:`write_activations`.
+        chunk_rows: see :func:`write_activations`.
 
     Returns:
         The number of rows.

@@ -50,7 +50,7 @@ class ActivationStatistics:
         return length / spread if spread else (float("inf") if length else 0.0)
 
     def outlier_features(self, multiple: float = OUTLIER_MULTIPLE) -> Tensor:
-        """Numbers, int64 ``[m]``, of the features that outgrow the others, largest first.
+        """Find the features that outgrow the others: their numbers, int64 ``[m]``, largest first.
 
         Their root mean square exceeds ``multiple`` times the median of all features' root mean
         squares. One such feature can hold nearly all of the variance, so that FVU says how well
@@ -62,7 +62,7 @@ class ActivationStatistics:
 
 
 def statistics_of(batches: Iterable[Tensor], rows: int) -> ActivationStatistics:
-    """Statistics of the first ``rows`` rows of finite batches ``[n, D]`` on the CPU.
+    """Summarise the first ``rows`` rows of finite batches ``[n, D]`` on the CPU.
 
     Single-threaded sums in numpy: the same to the bit on any number of threads.
     """
@@ -80,12 +80,12 @@ def statistics_of(batches: Iterable[Tensor], rows: int) -> ActivationStatistics:
         count = total
         if count >= rows:
             break
-    every = np.concatenate(norms)
+    all_norms = np.concatenate(norms)
     return ActivationStatistics(
         rows=count,
         mean=torch.from_numpy(mean),
         deviation=torch.from_numpy(np.sqrt(squares / count)),
-        mean_norm=float(every.mean()),
-        median_norm=float(np.median(every)),
-        largest_norm=float(every.max()),
+        mean_norm=float(all_norms.mean()),
+        median_norm=float(np.median(all_norms)),
+        largest_norm=float(all_norms.max()),
     )

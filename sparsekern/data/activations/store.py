@@ -31,12 +31,19 @@ from torch import Tensor
 
 from ..errors import DataError
 from ..prefetch import prefetched
-from .cutting import cut
-from .files import open_activations
-from .format import ACTIVATIONS, ActivationFile
-from .order import EpochPlan, plan
+from .activation_file import ACTIVATIONS, ActivationFile
+from .batching import cut_batches
+from .opening import open_activations
+from .order import EpochPlan, plan_epoch
 from .origins import Origins, origins_of
-from .rows import NO_ROWS, held_out_blocks, nonfinite_rows, not_finite, scan, without
+from .rows import (
+    NO_ROWS,
+    drop_rows,
+    find_unusable_rows,
+    held_out_blocks,
+    nonfinite_error,
+    nonfinite_rows,
+)
 from .statistics import ActivationStatistics, statistics_of
 
 NONFINITE = ("refuse", "skip")
@@ -45,7 +52,7 @@ STATISTICS_ROWS = 4096  # taken together
 # Attributes that a pickle keeps beside the names of the files: rows are not looked for again.
 _PICKLED = (
     "nonfinite", "max_norm", "features", "dtype", "tokens", "skipped", "outliers", "_left_out",
-    "held_out", "_held_out", "_unfit",
+    "held_out", "_held_out", "_unusable",
 )  # fmt: skip
 
 
@@ -122,14 +129,16 @@ class ActivationStore:
             raise
 
     def _leave_out(self) -> None:
-        """Finds the rows that no batch takes, for each file, and counts those that remain."""
+        """Find the rows that no batch takes, for each file, and count those that remain."""
         if self.nonfinite == "skip" or self.max_norm is not None:
-            found = [scan(file, self.nonfinite, self.max_norm) for file in self._files]
+            unusable = [
+                find_unusable_rows(file, self.nonfinite, self.max_norm) for file in self._files
+            ]
         else:
-            found = [(NO_ROWS, NO_ROWS)] * len(self._files)
-        self.skipped = sum(len(bad) for bad, _ in found)
-        self.outliers = sum(len(long) for _, long in found)
-        self._left_out = [np.union1d(bad, long) for bad, long in found]
+            unusable = [(NO_ROWS, NO_ROWS)] * len(self._files)
+        self.skipped = sum(len(nonfinite) for nonfinite, _ in unusable)
+        self.outliers = sum(len(longer) for _, longer in unusable)
+        self._left_out = [np.union1d(nonfinite, longer) for nonfinite, longer in unusable]
         self.tokens = sum(f.tokens for f in self._files) - self.skipped - self.outliers
         if self.tokens == 0:
             limit = "" if self.max_norm is None else f" of a norm up to {self.max_norm:g}"
@@ -138,7 +147,7 @@ class ActivationStore:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """What opens the same files again in another process: no rows, nothing open."""
+        """Keep what opens the same files again in another process: no rows, nothing open."""
         paths, stamps = zip(*((f.path.absolute(), f.stamp) for f in self._files), strict=True)
         kept = {name: getattr(self, name) for name in ("_dataset", *_PICKLED)}
         return {"paths": paths, "stamps": stamps, **kept}
@@ -156,37 +165,37 @@ class ActivationStore:
         self.__dict__.update({name: state[name] for name in _PICKLED})
 
     def _hold_out(self, rows: int) -> None:
-        """Takes rows out of the batches, after those that are left out altogether."""
+        """Take rows out of the batches, after those that are left out altogether."""
         lengths = [file.tokens for file in self._files]
         self._held_out = held_out_blocks(lengths, min(rows, self.tokens // 10))
-        self._unfit, taken = self._left_out, [[NO_ROWS] for _ in self._files]
+        self._unusable, ranges = self._left_out, [[NO_ROWS] for _ in self._files]
         for number, start, stop in self._held_out:
-            taken[number].append(np.arange(start, stop))
+            ranges[number].append(np.arange(start, stop))
         self._left_out = [
-            np.union1d(bad, np.concatenate(held))
-            for bad, held in zip(self._unfit, taken, strict=True)
+            np.union1d(unusable, np.concatenate(held))
+            for unusable, held in zip(self._unusable, ranges, strict=True)
         ]
-        self.held_out = sum(map(len, self._left_out)) - sum(map(len, self._unfit))
+        self.held_out = sum(map(len, self._left_out)) - sum(map(len, self._unusable))
         self.tokens -= self.held_out
 
     def held_out_rows(self) -> Tensor:
-        """The rows held out, float32 ``[held_out, D]``, in the order of the files.
+        """Read the rows held out, float32 ``[held_out, D]``, in the order of the files.
 
         Raises:
             DataError: as :meth:`batches`.
         """
         size = sum(stop - start for _, start, stop in self._held_out)
         buffer = torch.empty(size, self.features, dtype=self.dtype)
-        return self._read(self._held_out, buffer, self._unfit).float()
+        return self._read(self._held_out, buffer, self._unusable).float()
 
     def _check_same(self, file: ActivationFile) -> None:
         first = self._files[0]
-        for what in ("features", "dtype"):
-            there, here = getattr(first, what), getattr(file, what)
-            if there != here:
+        for name in ("features", "dtype"):
+            expected, got = getattr(first, name), getattr(file, name)
+            if expected != got:
                 raise DataError(
-                    f"activation files differ in {what}: {there} in {first.path}, "
-                    f"{here} in {file.path}"
+                    f"activation files differ in {name}: {expected} in {first.path}, "
+                    f"{got} in {file.path}"
                 )
 
     @property
@@ -201,20 +210,20 @@ class ActivationStore:
         Raises:
             DataError: the files hold different ones.
         """
-        found: tuple[Path, Tensor] | None = None
+        first: tuple[Path, Tensor] | None = None
         for file in self._files:
             directions = file.directions()
             if directions is None:
                 continue
-            if found is not None and not torch.equal(found[1], directions):
+            if first is not None and not torch.equal(first[1], directions):
                 raise DataError(
-                    f"activation files differ in their directions: {found[0]} and {file.path}"
+                    f"activation files differ in their directions: {first[0]} and {file.path}"
                 )
-            found = (file.path, directions)
-        return None if found is None else found[1]
+            first = (file.path, directions)
+        return None if first is None else first[1]
 
     def statistics(self, rows: int = 65536, *, seed: int = 0) -> ActivationStatistics:
-        """Mean, deviations and norms of a random sample of the rows that batches are made of.
+        """Measure mean, deviations and norms of a random sample of the rows that batches have.
 
         Args:
             rows: how many rows are sampled; all, where there are fewer. They are the first of
@@ -241,8 +250,10 @@ class ActivationStore:
             return statistics_of(sample, rows)
 
     def stored_rows(self, start: int, stop: int) -> Tensor:
-        """Rows ``[stop - start, D]`` of the files one after the other, as they are stored; those
-        that batches leave out count and are read, too."""
+        """Read rows ``[stop - start, D]`` of the files one after the other, as they are stored.
+
+        Those that batches leave out count and are read, too.
+        """
         rows = torch.empty(stop - start, self.features, dtype=self.dtype)
         first = 0
         for file in self._files:
@@ -253,7 +264,7 @@ class ActivationStore:
         return rows
 
     def origins(self, start: int = 0, stop: int | None = None) -> Origins | None:
-        """Where rows ``start`` to ``stop`` of a pass without shuffling come from.
+        """Tell where rows ``start`` to ``stop`` of a pass without shuffling come from.
 
         None unless all files hold it, as those of :func:`capture` do.
         """
@@ -261,7 +272,7 @@ class ActivationStore:
         return origins_of(self._files, self._left_out, start, last)
 
     def count_batches(self, batch_size: int) -> int:
-        """Batches in an epoch, the last and smaller one included."""
+        """Count the batches of an epoch, the last and smaller one included."""
         _check_count("count_batches", "batch_size", batch_size, 1)
         return math.ceil(self.tokens / batch_size)
 
@@ -278,7 +289,7 @@ class ActivationStore:
         shuffle: bool = True,
         prefetch: bool = True,
     ) -> Generator[Tensor]:
-        """One epoch of batches: each row once, in an order that the arguments determine.
+        """Start an epoch of batches: each row once, in an order that the arguments determine.
 
         Args:
             batch_size: rows of a batch; the last one of an epoch may have fewer.
@@ -318,7 +329,7 @@ class ActivationStore:
             )
         if not dtype.is_floating_point:
             raise ValueError(f"batches: dtype must be floating, got {dtype}")
-        epoch_plan = plan(
+        epoch_plan = plan_epoch(
             self._files, self._left_out, buffer_rows, (seed, epoch) if shuffle else None
         )
         return self._stream(epoch_plan, batch_size, start, torch.device(device), dtype, prefetch)
@@ -339,7 +350,7 @@ class ActivationStore:
         # One group ahead, so that the reader may use two buffers in turn.
         groups = prefetched(groups, ahead=1) if prefetch else groups
         stored = self.dtype if on_gpu else dtype  # to a GPU as stored: fewer bytes
-        batches = cut(groups, self.tokens - skip, batch_size, stored, pin=on_gpu)
+        batches = cut_batches(groups, self.tokens - skip, batch_size, stored, pin=on_gpu)
         batches = prefetched(batches, ahead=BATCHES_AHEAD) if prefetch else batches
         try:
             for batch in batches:
@@ -352,7 +363,7 @@ class ActivationStore:
     def _groups(
         self, epoch_plan: EpochPlan, group: int, skip: int
     ) -> Generator[tuple[Tensor, Tensor]]:
-        """Rows ``[n, D]`` of each group from ``group`` on, and the order to take them in.
+        """Yield the rows ``[n, D]`` of each group from ``group`` on, and the order to take them in.
 
         The rows of a group are valid until the group after the next is asked for. The order of
         the first one starts after its first ``skip`` rows.
@@ -365,7 +376,7 @@ class ActivationStore:
             skip = 0
 
     def _read(self, blocks: list[list[int]], buffer: Tensor, left_out: list[np.ndarray]) -> Tensor:
-        """Fills the buffer with the blocks' rows, without those left out, and returns that part."""
+        """Fill the buffer with the blocks' rows, without those left out, and return that part."""
         if not self._files:
             raise ValueError("batches: the store is closed")
         at, bad = 0, []
@@ -375,13 +386,13 @@ class ActivationStore:
             file.read(start, rows)
             if self.nonfinite == "refuse":
                 bad += [(file, start + row) for row in nonfinite_rows(rows).tolist()]
-            at += len(without(rows, start, left_out[number]))
+            at += len(drop_rows(rows, start, left_out[number]))
         if bad:
-            raise not_finite(bad, at)
+            raise nonfinite_error(bad, at)
         return buffer[:at]
 
     def close(self) -> None:
-        """Releases the files. Iterators of batches have to be closed before."""
+        """Release the files; iterators of batches have to be closed before."""
         for file in self._files:
             file.close()
         self._files = []

@@ -21,7 +21,7 @@ from ..._system import require
 from ..errors import DataError
 from ..hdf5_writing import NewFile, new_hdf5
 from ..hdf5_writing import check_new as check_path
-from .format import ACTIVATIONS, DIRECTIONS
+from .activation_file import ACTIVATIONS, DIRECTIONS
 from .order import BLOCK_BYTES
 from .rows import nonfinite_rows
 
@@ -42,7 +42,7 @@ def write_activations(
     directions: Tensor | None = None,
     keep_partial: bool = False,
 ) -> int:
-    """Writes batches of activations to a new HDF5 file and returns the number of rows.
+    """Write batches of activations to a new HDF5 file and return the number of rows.
 
     Args:
         path: the file, ``.h5`` or ``.hdf5``; it must not exist.
@@ -63,12 +63,12 @@ def write_activations(
     """
     pieces: Iterator[Piece] = ((batch, {}) for batch in batches)
     return write_pieces(
-        path, pieces, dtype=dtype, default=_compact, chunk_rows=chunk_rows, directions=directions,
-        keep_partial=keep_partial,
+        path, pieces, dtype=dtype, default=_compact_dtype, chunk_rows=chunk_rows,
+        directions=directions, keep_partial=keep_partial,
     )  # fmt: skip
 
 
-def _compact(given: torch.dtype) -> torch.dtype:
+def _compact_dtype(given: torch.dtype) -> torch.dtype:
     return given if given == torch.bfloat16 else torch.float16
 
 
@@ -82,11 +82,23 @@ def write_pieces(
     directions: Tensor | None = None,
     keep_partial: bool = False,
 ) -> int:
-    """:func:`write_activations` of batches with columns of integers ``[rows]`` beside them.
+    """Write batches as :func:`write_activations` does, with columns of integers beside them.
 
     Args:
-        pieces: batches, and columns by name, the same for all.
+        path: see :func:`write_activations`.
+        pieces: batches ``[rows, D]``, and columns ``[rows]`` by name, the same for all.
+        dtype: see :func:`write_activations`.
         default: what dtype to store where ``dtype`` is None, from that of the first batch.
+        chunk_rows: see :func:`write_activations`.
+        directions: see :func:`write_activations`.
+        keep_partial: see :func:`write_activations`.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        DataError: as :func:`write_activations`.
+        ValueError: as :func:`write_activations`.
     """
     path = Path(path)
     if dtype is not None and dtype not in STORED:
@@ -98,16 +110,16 @@ def write_pieces(
     check_new(path)
     failure: BaseException | None = None
     with new_hdf5(path, FUNCTION) as new:
-        rows = _Rows(new, chunk_rows, directions)
+        rows = _RowWriter(new, chunk_rows, directions)
         try:
-            for batch, columns in _checked(pieces, dtype, default):
+            for batch, columns in _stored_batches(pieces, dtype, default):
                 rows.add(batch, columns)
             if rows.count == 0:
                 raise DataError(f"{FUNCTION}: there are no rows to write to {path}")
         except BaseException as error:
             if not keep_partial or rows.count == 0:
                 raise
-            failure, new.path = error, _partial(path)
+            failure, new.path = error, _partial_path(path)
         rows.finish()
         partial = new.path
     if failure is not None:
@@ -115,7 +127,7 @@ def write_pieces(
         if isinstance(failure, DataError):
             raise DataError(f"{failure}; {kept}") from failure
         # What add_note does, from Python 3.11 on.
-        failure.__notes__ = [*getattr(failure, "__notes__", ()), kept]  # type: ignore[attr-defined]
+        failure.__notes__ = [*getattr(failure, "__notes__", ()), kept]
         raise failure
     return rows.count
 
@@ -123,7 +135,7 @@ def write_pieces(
 def with_progress(
     pieces: Generator[Item], what: str, size: Callable[[Item], int], tokens: int | None = None
 ) -> Generator[Item]:
-    """The pieces, with a progress bar in tokens where somebody watches; closes them."""
+    """Show a progress bar in tokens while the pieces pass, where somebody watches; close them."""
     tqdm = require("tqdm", what).tqdm
     unit = {"unit": " tokens", "unit_scale": True}
     # disable=None: no bar where nobody watches.
@@ -134,26 +146,26 @@ def with_progress(
 
 
 def check_new(path: str | Path) -> None:
-    """Raises what :func:`write_activations` would, as far as the path alone tells."""
+    """Raise what :func:`write_activations` would, as far as the path alone tells."""
     path = Path(path)
     if path.suffix.lower() not in (".h5", ".hdf5"):
         raise ValueError(f"{FUNCTION}: path must end in .h5 or .hdf5, got {path}")
     check_path(path, FUNCTION)
 
 
-def _partial(path: Path) -> Path:
-    """A name beside the file's own that is free, of the same kind."""
+def _partial_path(path: Path) -> Path:
+    """Name a file beside this one that is not there yet, of the same kind."""
     numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
     names = (path.with_name(f"{path.stem}.partial{n}{path.suffix}") for n in numbers)
     return next(name for name in names if not os.path.lexists(name))
 
 
-def _checked(
+def _stored_batches(
     pieces: Iterable[Piece],
     dtype: torch.dtype | None,
     default: Callable[[torch.dtype], torch.dtype],
 ) -> Iterator[tuple[Tensor, Mapping[str, Tensor]]]:
-    """The batches as CPU tensors [rows, D] of the stored dtype, those without rows left out."""
+    """Convert the batches to CPU tensors [rows, D] of the stored dtype; leave out empty ones."""
     features, given_dtype, stored_dtype = None, None, dtype
     for number, (given, columns) in enumerate(pieces):
         batch = torch.as_tensor(given).detach()
@@ -191,7 +203,7 @@ def _check_range(number: int, batch: Tensor, stored: Tensor) -> None:
         )
 
 
-class _Rows:
+class _RowWriter:
     """The datasets of a file: pieces of whole chunks are written, the rest waits."""
 
     def __init__(self, new: NewFile, chunk_rows: int | None, directions: Tensor | None) -> None:
@@ -207,7 +219,7 @@ class _Rows:
         return self._written + sum(map(len, self._waiting))
 
     def add(self, batch: Tensor, columns: Mapping[str, Tensor]) -> None:
-        """Takes a batch [rows, D]; columns [rows]."""
+        """Take a batch [rows, D] and its columns [rows]."""
         row_bytes = batch.shape[1] * batch.element_size()
         if self._rows is None and not self._waiting:
             self._check_directions(batch.shape[1])
@@ -232,7 +244,7 @@ class _Rows:
             self._waiting = [rows[whole:].clone()]
 
     def finish(self) -> None:
-        """Writes what waits."""
+        """Write what waits."""
         if self._waiting:
             rows, self._waiting = torch.cat(self._waiting), []
             self._write(rows)

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from . import writing as image_writing
+from .factor_images import FactorImages
 from .factors import Factors
 from .files import HDF5, NPZ, Fields
-from .sets import FactorImages
 
 FACTORS = ("color", "shape", "scale", "orientation", "posX", "posY")
 SIZES = (1, 3, 6, 40, 32, 32)
@@ -99,7 +99,7 @@ class DSprites(FactorImages):
 
     @staticmethod
     def draw(classes: Tensor) -> Tensor:
-        """Images uint8 ``[n, 64, 64]`` of valid classes int64 ``[n, 6]``, on their device."""
+        """Draw uint8 ``[n, 64, 64]`` of valid classes int64 ``[n, 6]``, on their device."""
         images = torch.zeros(len(classes) * SIDE * SIDE, dtype=torch.uint8, device=classes.device)
         size = CPU_BLOCK if classes.device.type == "cpu" else GPU_BLOCK
         for shape, inside in enumerate((_in_square, _in_ellipse, _in_heart)):
@@ -109,17 +109,17 @@ class DSprites(FactorImages):
 
 
 def classes_of(indices: np.ndarray) -> np.ndarray:
-    """Factor classes int64 ``[..., 6]`` of image numbers ``[...]`` in 0..737279."""
+    """Convert image numbers ``[...]`` in 0..737279 to factor classes int64 ``[..., 6]``."""
     return DSprites.factors.classes_of(indices)
 
 
 def index_of(classes: np.ndarray) -> np.ndarray:
-    """Image numbers int64 ``[...]`` of factor classes ``[..., 6]``."""
+    """Convert factor classes ``[..., 6]`` to image numbers int64 ``[...]``."""
     return DSprites.factors.index_of(classes)
 
 
 def values_of(classes: np.ndarray) -> np.ndarray:
-    """Factor values float64 ``[..., 6]`` of factor classes ``[..., 6]``, as in the published file.
+    """Look up the factor values float64 ``[..., 6]`` of classes ``[..., 6]``, as published.
 
     color 1; shape 1 square, 2 ellipse, 3 heart; scale 0.5..1; orientation 0..2 pi in radians, both
     ends included (classes 0 and 39 look the same); posX and posY 0..1.
@@ -128,7 +128,7 @@ def values_of(classes: np.ndarray) -> np.ndarray:
 
 
 def render(classes: Array) -> Array:
-    """Draws images uint8 ``[..., 64, 64]``, 0 or 1, of factor classes ``[..., 6]``.
+    """Draw images uint8 ``[..., 64, 64]``, 0 or 1, of factor classes ``[..., 6]``.
 
     Args:
         classes: integers, any leading dimensions, in numpy or torch.
@@ -145,7 +145,7 @@ def render(classes: Array) -> Array:
 def _draw_block(
     images: Tensor, rows: Tensor, classes: Tensor, inside: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
-    """Draws classes [b, 6] of one shape into the pixels [n * 64 * 64], as images ``rows``."""
+    """Draw classes [b, 6] of one shape into the pixels [n * 64 * 64], as images ``rows``."""
     device = classes.device
     scale = torch.from_numpy(VALUES[2]).to(device)[classes[:, 2], None]
     # The angle wraps at 39 steps, so that the first and last class give the very same numbers.
@@ -192,7 +192,7 @@ def _in_heart(u: Tensor, v: Tensor) -> Tensor:
 
 
 def rendered(count: int | None = None, *, seed: int = 0) -> DSprites:
-    """Renders a random subset of the dSprites-compatible set, or all of it in its own order.
+    """Render a random subset of the dSprites-compatible set, or all of it in its own order.
 
     Args:
         count: number of images, 1..737280; ``None`` for all, in the published order (3 GB).
@@ -205,7 +205,7 @@ def rendered(count: int | None = None, *, seed: int = 0) -> DSprites:
 
 
 def load(path: str | Path, count: int | None = None, *, seed: int = 0) -> DSprites:
-    """Reads the published dSprites file, ``.npz`` or HDF5, told apart by content.
+    """Read the published dSprites file, ``.npz`` or HDF5, told apart by content.
 
     The file is streamed, so memory is needed for the result only.
 
@@ -230,7 +230,7 @@ def write(
     seed: int = 0,
     chunk_rows: int = image_writing.CHUNK_ROWS,
 ) -> int:
-    """Writes the images of :func:`rendered` to a new file in the published layout.
+    """Write the images of :func:`rendered` to a new file in the published layout.
 
     The fields are those of the published file, ``imgs`` uint8 ``[n, 64, 64]``, ``latents_values``
     float64 ``[n, 6]``, ``latents_classes`` int64 ``[n, 6]`` and ``metadata`` (which says that the
@@ -239,7 +239,8 @@ def write(
 
     Args:
         path: the file, ``.npz``, ``.h5`` or ``.hdf5``; it must not exist.
-        count, seed: as for :func:`rendered`.
+        count: as for :func:`rendered`.
+        seed: as for :func:`rendered`.
         chunk_rows: images that are drawn at a time and, once on the disk, not drawn again.
 
     Returns:

@@ -44,7 +44,7 @@ class Factors:
         return int(np.prod(self.sizes))
 
     def classes_of(self, indices: np.ndarray) -> np.ndarray:
-        """Classes int64 ``[..., f]`` of combination numbers ``[...]``.
+        """Convert combination numbers ``[...]`` to classes int64 ``[..., f]``.
 
         Raises:
             ValueError: a number is out of range.
@@ -58,20 +58,25 @@ class Factors:
         return np.stack(np.unravel_index(indices, self.sizes), axis=-1).astype(np.int64)
 
     def index_of(self, classes: np.ndarray) -> np.ndarray:
-        """Combination numbers int64 ``[...]`` of classes ``[..., f]``.
+        """Convert classes ``[..., f]`` to combination numbers int64 ``[...]``.
 
         Raises:
             ValueError: the classes are not integers of that shape, or out of range.
         """
-        return self.checked("index_of", np.asarray(classes)).numpy() @ self.bases
+        numbers: np.ndarray = self.checked("index_of", np.asarray(classes)).numpy() @ self.bases
+        return numbers
 
     def values_of(self, classes: np.ndarray) -> np.ndarray:
-        """Values float64 ``[..., f]`` of classes ``[..., f]``; raises as :meth:`index_of`."""
+        """Look up the values float64 ``[..., f]`` of classes ``[..., f]``.
+
+        Raises:
+            ValueError: the classes are not integers of that shape, or out of range.
+        """
         classes = self.checked("values_of", np.asarray(classes)).numpy()
         return np.stack([table[classes[..., i]] for i, table in enumerate(self.tables)], axis=-1)
 
     def nearest(self, values: np.ndarray, where: str) -> np.ndarray:
-        """Classes int64 ``[n, f]`` of values ``[n, f]`` on evenly spaced tables.
+        """Find the classes int64 ``[n, f]`` of values ``[n, f]`` on evenly spaced tables.
 
         Raises:
             DataError: a value is not in its table; ``where`` begins the message.
@@ -90,40 +95,40 @@ class Factors:
         return classes
 
     def checked(self, function: str, classes: np.ndarray | Tensor) -> Tensor:
-        """The classes as int64 ``[..., f]``, of a tensor on its device.
+        """Convert the classes to int64 ``[..., f]``, those in a tensor on its device.
 
         Raises:
             ValueError: they are not integers ``[..., f]`` below the sizes.
         """
         if isinstance(classes, Tensor):
             kinds = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-            integers = classes.dtype in kinds
+            is_integer = classes.dtype in kinds
         else:
-            integers = classes.dtype.kind in "iu"
-        if classes.ndim == 0 or classes.shape[-1] != len(self.names) or not integers:
+            is_integer = classes.dtype.kind in "iu"
+        if classes.ndim == 0 or classes.shape[-1] != len(self.names) or not is_integer:
             raise ValueError(
                 f"{function}: classes must be integers of shape [..., {len(self.names)}], "
                 f"got {str(classes.dtype).removeprefix('torch.')} {list(classes.shape)}"
             )
         if isinstance(classes, Tensor):
-            found = classes.long()
+            numbers = classes.long()
         else:
             # A copy, since torch refuses to share memory that is read-only or runs backwards.
-            found = torch.from_numpy(np.array(classes, np.int64))
-        sizes = torch.tensor(self.sizes, device=found.device)
-        if bool(((found < 0) | (found >= sizes)).any()):
+            numbers = torch.from_numpy(np.array(classes, np.int64))
+        sizes = torch.tensor(self.sizes, device=numbers.device)
+        if bool(((numbers < 0) | (numbers >= sizes)).any()):
             raise ValueError(f"{function}: classes must lie below {list(self.sizes)} per factor")
-        return found
+        return numbers
 
 
 def check_seed(function: str, seed: int) -> None:
-    """ValueError if the seed is negative."""
+    """Raise ValueError if the seed is negative."""
     if seed < 0:
         raise ValueError(f"{function}: seed must be at least 0, got {seed}")
 
 
 def check_count(function: str, available: int, count: int) -> None:
-    """CountError if there are fewer images, or the count is not positive."""
+    """Raise CountError if there are fewer images, or the count is not positive."""
     if not 1 <= count <= available:
         raise CountError(
             f"{function}: count must lie in 1..{available} (the number of images), got {count}"
@@ -131,7 +136,9 @@ def check_count(function: str, available: int, count: int) -> None:
 
 
 def subset(function: str, available: int, count: int | None, seed: int) -> np.ndarray | None:
-    """Numbers of a random subset; ``None`` for all. That of n images is the front of n + 1's.
+    """Choose a random subset: its numbers, or ``None`` for all.
+
+    The subset of n images is the front of that of n + 1.
 
     Raises:
         CountError: count is out of range.
@@ -150,7 +157,9 @@ def gather(
     shape: tuple[int, ...],
     dtype: np.dtype,
 ) -> np.ndarray:
-    """The wanted rows, in the wanted order, of an array ``shape`` that comes in blocks of rows.
+    """Gather the wanted rows, in the wanted order, of an array that comes in blocks of rows.
+
+    The array has ``shape``, the result ``[w, *shape[1:]]``.
 
     Memory is needed for the result and one block, also when all rows are wanted.
     """

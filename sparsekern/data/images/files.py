@@ -15,7 +15,7 @@ import numpy as np
 
 from ..._system import require
 from ..hdf5 import check_stored, open_hdf5
-from ..hdf5_writing import cut, reserve
+from ..hdf5_writing import reserve, trim
 from ..npy import read_header
 
 NPZ, HDF5 = ".npz", ".h5"
@@ -48,7 +48,7 @@ class NpzFields:
         self._archive.close()
 
     def header(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
-        """Shape and dtype.
+        """Read shape and dtype.
 
         Raises:
             KeyError: there is no such field, or it is not in row-major order.
@@ -65,7 +65,7 @@ class NpzFields:
             return shape, dtype
 
     def blocks(self, name: str) -> Iterator[np.ndarray]:
-        """The rows, from first to last."""
+        """Read the rows in blocks, from first to last."""
         with self._open(name) as stream:
             shape, dtype = self._header(name, stream)
             width = dtype.itemsize * int(np.prod(shape[1:]))
@@ -106,7 +106,7 @@ class Hdf5Fields:
         self._file.close()
 
     def header(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
-        """Shape and dtype; KeyError if there is no such field."""
+        """Read shape and dtype; KeyError if there is no such field."""
         if name not in self._file or not hasattr(self._file[name], "dtype"):
             raise KeyError(name)
         field = self._file[name]
@@ -117,7 +117,7 @@ class Hdf5Fields:
         return field.shape, field.dtype
 
     def blocks(self, name: str) -> Iterator[np.ndarray]:
-        """The rows, from first to last."""
+        """Read the rows in blocks, from first to last."""
         field = self._file[name]
         for start in range(0, field.shape[0], READ_ROWS):
             yield field[start : start + READ_ROWS]
@@ -127,14 +127,14 @@ READERS: dict[str, Callable[[Path], NpzFields | Hdf5Fields]] = {NPZ: NpzFields, 
 
 
 def kind_of(path: Path) -> str | None:
-    """NPZ or HDF5, told by the first bytes; ``None`` for anything else."""
+    """Tell NPZ or HDF5 by the first bytes; ``None`` for anything else."""
     with open(path, "rb") as file:
         start = file.read(8)
     return next((kind for kind, magic in MAGIC.items() if start.startswith(magic)), None)
 
 
 def suffix_kind(path: Path) -> str:
-    """NPZ or HDF5 (``.h5`` or ``.hdf5``) by the suffix, or the suffix itself."""
+    """Tell NPZ or HDF5 (``.h5`` or ``.hdf5``) by the suffix; else return the suffix itself."""
     suffix = path.suffix.lower()
     return HDF5 if suffix == ".hdf5" else suffix
 
@@ -150,9 +150,12 @@ class Column(NamedTuple):
 def pack(
     path: Path, kind: str, arrays: Mapping[str, Column], metadata: Mapping[str, Any] | None
 ) -> None:
-    """Writes a new file of the given kind; the same arrays give the same bytes.
+    """Write a new file of the given kind; the same arrays give the same bytes.
 
     Args:
+        path: the file.
+        kind: NPZ or HDF5.
+        arrays: by name.
         metadata: an ``.npz`` gets it as the published one has it, a pickled mapping in a field
             ``metadata``, which :class:`NpzFields` never opens; HDF5 as attributes, for which
             mappings are too much and left out.
@@ -195,4 +198,4 @@ def _pack_hdf5(path: Path, arrays: Mapping[str, Column], metadata: Mapping[str, 
             if not isinstance(value, Mapping):
                 file.attrs[name] = value
     with open(path, "r+b", buffering=0) as raw:
-        cut(raw)
+        trim(raw)

@@ -27,9 +27,9 @@ from torch.nn import functional as F
 
 from . import shapes3d_scene
 from . import writing as image_writing
+from .factor_images import FactorImages
 from .factors import Factors
 from .files import HDF5, Fields
-from .sets import FactorImages
 from .shapes3d_scene import FLOOR, OBJECT, SIDE, SKY, WALL
 
 FACTORS = ("floor_hue", "wall_hue", "object_hue", "scale", "shape", "orientation")
@@ -89,7 +89,7 @@ class Shapes3D(FactorImages):
 
     @staticmethod
     def draw(classes: Tensor) -> Tensor:
-        """Images uint8 ``[n, 64, 64, 3]`` of valid classes int64 ``[n, 6]``, on their device."""
+        """Draw uint8 ``[n, 64, 64, 3]`` of valid classes int64 ``[n, 6]``, on their device."""
         device = classes.device
         images = torch.empty(len(classes), SIDE * SIDE, 3, dtype=torch.uint8, device=device)
         geometry = classes[:, 3:] @ torch.tensor(BASES[3:], device=device)
@@ -106,17 +106,17 @@ class Shapes3D(FactorImages):
 
 
 def classes_of(indices: np.ndarray) -> np.ndarray:
-    """Factor classes int64 ``[..., 6]`` of image numbers ``[...]`` in 0..479999."""
+    """Convert image numbers ``[...]`` in 0..479999 to factor classes int64 ``[..., 6]``."""
     return Shapes3D.factors.classes_of(indices)
 
 
 def index_of(classes: np.ndarray) -> np.ndarray:
-    """Image numbers int64 ``[...]`` of factor classes ``[..., 6]``."""
+    """Convert factor classes ``[..., 6]`` to image numbers int64 ``[...]``."""
     return Shapes3D.factors.index_of(classes)
 
 
 def values_of(classes: np.ndarray) -> np.ndarray:
-    """Factor values float64 ``[..., 6]`` of factor classes ``[..., 6]``, as in the published file.
+    """Look up the factor values float64 ``[..., 6]`` of classes ``[..., 6]``, as published.
 
     Hues 0, 0.1, ..., 0.9; scale 0.75..1.25; shape 0 cube, 1 cylinder, 2 sphere, 3 capsule;
     orientation -30..30 degrees.
@@ -125,7 +125,7 @@ def values_of(classes: np.ndarray) -> np.ndarray:
 
 
 def render(classes: Array) -> Array:
-    """Draws images uint8 ``[..., 64, 64, 3]`` of factor classes ``[..., 6]``.
+    """Draw images uint8 ``[..., 64, 64, 3]`` of factor classes ``[..., 6]``.
 
     What depends on scale, shape and orientation alone is traced once per process and device (about
     10 ms and 0.3 MB for each of their 480 combinations, 150 MB for all) and kept.
@@ -158,7 +158,7 @@ class _Table:
         self.first_rows = torch.tensor(regions, device=device)[:, None]
 
     def fill(self, geometries: list[int]) -> None:
-        """Traces what is still missing."""
+        """Trace what is still missing."""
         for geometry in geometries:
             if not self.filled[geometry]:
                 scale, shape, orientation = np.unravel_index(geometry, SIZES[3:])
@@ -168,14 +168,14 @@ class _Table:
                 self.filled[geometry] = True
 
     def bags(self, geometry: Tensor, hues: Tensor) -> Tensor:
-        """Rows [b, 3, 4] for each channel of geometries [b] with the hues [b, 3] of regions."""
+        """List the table's rows [b, 3, 4] for each channel of geometries [b] with hues [b, 3]."""
         levels = self.levels[hues]  # [b, region, channel]
         first = geometry[:, None, None] * TABLE_ROWS
-        found = first + self.first_rows + levels
+        regions = first + self.first_rows + levels
         # Floor and wall add nothing at level 0. One row of zeros for all of them stays in a cache.
-        found[:, :2].masked_fill_(levels[:, :2] == 0, len(self.rows) - 1)
+        regions[:, :2].masked_fill_(levels[:, :2] == 0, len(self.rows) - 1)
         sky = first + torch.arange(3, device=geometry.device)
-        return torch.cat([sky, found], 1).transpose(1, 2).contiguous()
+        return torch.cat([sky, regions], 1).transpose(1, 2).contiguous()
 
 
 @functools.cache
@@ -184,15 +184,19 @@ def _table(device: str) -> _Table:
 
 
 def _levels() -> np.ndarray:
-    """int64 [10, 3]: the level of each channel at each hue, full saturation and brightness."""
+    """Compute the level of each channel at each hue, int64 [10, 3].
+
+    At full saturation and brightness.
+    """
     distance = np.abs((VALUES[0][:, None] * 6 - np.array([3, 2, 4]) + 3) % 6 - 3)
     rising = np.array([-1, 1, 1])
     share = np.clip(rising * (2 - distance) + np.array([1, 0, 0]), 0, 1)
-    return np.rint(share * (len(LEVELS) - 1)).astype(np.int64)
+    levels: np.ndarray = np.rint(share * (len(LEVELS) - 1))
+    return levels.astype(np.int64)
 
 
 def _traced_rows(scale: int, shape: int, orientation: int) -> np.ndarray:
-    """The rows float32 [TABLE_ROWS, 4096] of one combination of classes.
+    """Trace one combination of classes: its rows of the table, float32 [TABLE_ROWS, 4096].
 
     A region adds the share of the pixel that it takes up, times its colour times the brightness
     there, plus the white there, at most 255.
@@ -215,7 +219,7 @@ def _traced_rows(scale: int, shape: int, orientation: int) -> np.ndarray:
 
 
 def rendered(count: int | None = None, *, seed: int = 0) -> Shapes3D:
-    """Renders a random subset of the Shapes3D-compatible set, or all of it in its own order.
+    """Render a random subset of the Shapes3D-compatible set, or all of it in its own order.
 
     Args:
         count: number of images, 1..480000; ``None`` for all, in the published order (5.9 GB).
@@ -228,7 +232,7 @@ def rendered(count: int | None = None, *, seed: int = 0) -> Shapes3D:
 
 
 def load(path: str | Path, count: int | None = None, *, seed: int = 0) -> Shapes3D:
-    """Reads the published HDF5 file, 3dshapes.h5.
+    """Read the published HDF5 file, 3dshapes.h5.
 
     The file is streamed, so memory is needed for the result only.
 
@@ -252,7 +256,7 @@ def write(
     seed: int = 0,
     chunk_rows: int = image_writing.CHUNK_ROWS,
 ) -> int:
-    """Writes the images of :func:`rendered` to a new file in the published layout.
+    """Write the images of :func:`rendered` to a new file in the published layout.
 
     The fields are those of the published file: ``images`` uint8 ``[n, 64, 64, 3]`` and ``labels``
     float64 ``[n, 6]``; attributes say that the images are rendered. Killed at any moment, the same
@@ -260,7 +264,8 @@ def write(
 
     Args:
         path: the file, ``.h5`` or ``.hdf5``; it must not exist.
-        count, seed: as for :func:`rendered`.
+        count: as for :func:`rendered`.
+        seed: as for :func:`rendered`.
         chunk_rows: images that are drawn at a time and, once on the disk, not drawn again.
 
     Returns:

@@ -59,12 +59,13 @@ class Traced(NamedTuple):
 
 
 def trace(orientation: float, shape: int, scale: float, samples: int) -> Traced:
-    """Sends samples x samples rays through every pixel, row by row.
+    """Send samples x samples rays through every pixel, row by row.
 
     Args:
         orientation: the label's angle in degrees, -30..30.
         shape: one of CUBE, CYLINDER, SPHERE, CAPSULE.
         scale: the label's scale, 0.75..1.25.
+        samples: rays per pixel are its square.
     """
     turn = np.radians(orientation * TURN_PER_DEGREE)
     size = tuple(scale**SCALE_POWER * length for length in DIMENSIONS[shape])
@@ -95,7 +96,7 @@ def trace(orientation: float, shape: int, scale: float, samples: int) -> Traced:
 
 
 def _camera(turn: float, samples: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The eye [3], the unit direction of view [3] and unit rays [R, 3]."""
+    """Place the camera: the eye [3], the unit direction of view [3] and unit rays [R, 3]."""
     pitch = np.radians(PITCH_DEGREES)
     ahead = np.array([-np.sin(turn), np.cos(turn), 0.0])
     aside = np.array([np.cos(turn), np.sin(turn), 0.0])
@@ -113,7 +114,7 @@ def _camera(turn: float, samples: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def _room(eye: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distance [R], normal [R, 3] and region [R] of the floor, wall or sky behind the object."""
+    """Find distance [R], normal [R, 3] and region [R] of floor, wall or sky behind the object."""
     planes = (  # axis, place, normal
         (2, 0.0, 1.0),
         (1, BACK, -1.0),
@@ -147,7 +148,10 @@ def _cylinder(origin: np.ndarray, rays: np.ndarray, radius: float, height: float
         lid = (height - origin[..., 2]) / rays[:, 2]
         across = origin[..., :2] + lid[:, None] * rays[:, :2]
         on = ((across**2).sum(1) <= radius * radius) & (lid > TOO_NEAR)
-    return np.minimum(_tube(origin, rays, radius, 0.0, height), np.where(on, lid, np.inf))
+    nearest: np.ndarray = np.minimum(
+        _tube(origin, rays, radius, 0.0, height), np.where(on, lid, np.inf)
+    )
+    return nearest
 
 
 def _sphere(origin: np.ndarray, rays: np.ndarray, radius: float, height: float) -> np.ndarray:
@@ -157,7 +161,8 @@ def _sphere(origin: np.ndarray, rays: np.ndarray, radius: float, height: float) 
 def _capsule(origin: np.ndarray, rays: np.ndarray, radius: float, height: float) -> np.ndarray:
     low, high = radius, height - radius
     ends = np.minimum(_ball(origin, rays, radius, low), _ball(origin, rays, radius, high))
-    return np.minimum(_tube(origin, rays, radius, low, high), ends)
+    nearest: np.ndarray = np.minimum(_tube(origin, rays, radius, low, high), ends)
+    return nearest
 
 
 # Distance [R], inf where missed, of the object from origins [3] or [R, 3] along rays [R, 3].
@@ -191,7 +196,7 @@ def _tube(
 
 
 def _object_normals(points: np.ndarray, shape: int, radius: float, height: float) -> np.ndarray:
-    """Normals [n, 3] at points [n, 3] of the object's surface."""
+    """Compute the normals [n, 3] at points [n, 3] of the object's surface."""
     normals = points / np.float32(radius)
     if shape == CUBE:
         normals[:, 2] -= 1

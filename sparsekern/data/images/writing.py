@@ -32,8 +32,8 @@ import numpy as np
 from ..._system import lock_file, require, stop_signals, sync
 from ..errors import DataError
 from . import files as image_files
+from .factor_images import FactorImages
 from .factors import subset
-from .sets import FactorImages
 
 CHUNK_ROWS = 1024  # 4 MB of dSprites, 13 MB of Shapes3D
 LEVEL = 1  # of the chunks, which are soon gone
@@ -60,7 +60,7 @@ def write(
     seed: int,
     chunk_rows: int,
 ) -> int:
-    """Draws and writes a set; see :func:`sparsekern.data.images.dsprites.write`."""
+    """Draw a set and write it; see :func:`sparsekern.data.images.dsprites.write`."""
     path, function = Path(path), f"{kind.title.lower()}.write"
     suffix = kind.checked_suffix(function, path)
     if chunk_rows < 1:
@@ -102,41 +102,41 @@ class _Writer:
         self.stop: list[int] = []
 
     def run(self) -> None:
-        """Everything that is still to be done."""
+        """Do everything that is still to be done."""
         # Before a folder is made for nothing.
         if self.path.exists() and not self.parts.exists():
-            raise self._exists()
+            raise self._exists_error()
         with self._locked(), stop_signals() as self.stop:
             if self.path.exists():
-                self._leave()
+                self._keep_finished()
                 return
             # Of an earlier file, which was taken away.
             (self.parts / MOVED).unlink(missing_ok=True)
             self._check_settings()
             if not (self.parts / WHOLE).exists():
-                self._draw()
+                self._draw_chunks()
                 self._pack()
-            self._create(self.parts / MOVED, self._note())
+            self._write_durably(self.parts / MOVED, self._settings_note())
             os.replace(self.parts / WHOLE, self.path)
             sync(self.path.parent)
-            self._clean()
+            self._remove_parts()
 
-    def _exists(self) -> DataError:
+    def _exists_error(self) -> DataError:
         return DataError(f"{self.function}: {self.path} exists already (remove it or name another)")
 
-    def _leave(self) -> None:
-        """The file is there. It is what was asked for only if the folder beside it says so."""
+    def _keep_finished(self) -> None:
+        """Keep the file that is there if the folder beside it says that it is this one."""
         moved = self.parts / MOVED
         if moved.exists() and not (self.parts / WHOLE).exists():
-            same = moved.read_bytes() == self._note()
-            self._clean()
+            same = moved.read_bytes() == self._settings_note()
+            self._remove_parts()
             if same:
                 return
         elif {path.name for path in self.parts.iterdir()} <= {LOCK}:
-            self._clean()
-        raise self._exists()
+            self._remove_parts()
+        raise self._exists_error()
 
-    def _note(self) -> bytes:
+    def _settings_note(self) -> bytes:
         return (json.dumps(self.settings) + "\n").encode()
 
     @contextmanager
@@ -151,14 +151,14 @@ class _Writer:
             unlock()
 
     def _check_settings(self) -> None:
-        """Notes the settings of a new file, or compares them with those that it was begun with."""
+        """Note the settings of a new file, or compare them with those that it was begun with."""
         note = self.parts / SETTINGS
         if not note.exists():
-            self._create(note, self._note())
+            self._write_durably(note, self._settings_note())
             return
         try:
-            found = json.loads(note.read_text())
-            differs = [name for name in self.settings if found[name] != self.settings[name]]
+            begun = json.loads(note.read_text())
+            differs = [name for name in self.settings if begun[name] != self.settings[name]]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{self.function}: {self.parts} holds no part of an image set (remove it)"
@@ -167,12 +167,12 @@ class _Writer:
             name = differs[0]
             raise DataError(
                 f"{self.function}: a part of {self.path} was written with {name} "
-                f"{found[name]}, it cannot be completed with {self.settings[name]} (use the same "
+                f"{begun[name]}, it cannot be completed with {self.settings[name]} (use the same "
                 f"settings, or remove {self.parts})"
             )
 
-    def _create(self, path: Path, content: bytes) -> None:
-        """A file that has its name only when its content is on the disk."""
+    def _write_durably(self, path: Path, content: bytes) -> None:
+        """Write a file that has its name only when its content is on the disk."""
         temporary = path.with_name("new")
         try:
             with open(temporary, "wb") as file:
@@ -185,11 +185,11 @@ class _Writer:
         os.replace(temporary, path)
         sync(path.parent)
 
-    def _chunk(self, start: int) -> Path:
+    def _chunk_path(self, start: int) -> Path:
         return self.parts / f"{start}.z"
 
     def _starts(self, what: str) -> Iterator[int]:
-        """Where the chunks start, with a progress bar where somebody watches."""
+        """Yield where the chunks start, with a progress bar where somebody watches."""
         tqdm = require("tqdm", what).tqdm
         unit = {"unit": " images", "unit_scale": True, "dynamic_ncols": True}
         # disable=None: no bar where nobody watches.
@@ -207,22 +207,22 @@ class _Writer:
                 self.stop[0],
             )
 
-    def _draw(self) -> None:
+    def _draw_chunks(self) -> None:
         for start in self._starts("rendering"):
-            if not self._chunk(start).exists():
-                self._create(self._chunk(start), self._drawn(start))
+            if not self._chunk_path(start).exists():
+                self._write_durably(self._chunk_path(start), self._compressed_chunk(start))
 
-    def _drawn(self, start: int) -> bytes:
+    def _compressed_chunk(self, start: int) -> bytes:
         numbers = self.indices[start : start + self.chunk_rows]
         images = np.asarray(self.kind.render(self.kind.factors.classes_of(numbers)))
         return zlib.compress(images.data, LEVEL)
 
     def _pack(self) -> None:
-        """Makes the file of the chunks."""
+        """Make the file of the chunks."""
         self._check_space()
         shape = (len(self.indices), *self.kind.image_shape)
-        images = image_files.Column(shape, np.dtype(np.uint8), self._images())
-        arrays = self.kind.arrays(self.suffix, images, self._classes)
+        images = image_files.Column(shape, np.dtype(np.uint8), self._read_images())
+        arrays = self.kind.arrays(self.suffix, images, self._read_classes)
         temporary = self.parts / "packed"
         try:
             image_files.pack(temporary, self.suffix, arrays, self.kind.metadata)
@@ -239,7 +239,7 @@ class _Writer:
         sync(self.parts)
 
     def _check_space(self) -> None:
-        """Raises OSError where the packed file may not fit: HDF5 can crash on a full disk."""
+        """Raise OSError where the packed file may not fit: HDF5 can crash on a full disk."""
         factors = 2 * 8 * len(self.kind.factors.names) * len(self.indices)
         # The chunks are packed less tightly than the file will be.
         held = sum(chunk.stat().st_size for chunk in self.parts.glob("*.z"))
@@ -250,13 +250,13 @@ class _Writer:
                 f"{free / 1e6:.0f} MB are free",
             )  # fmt: skip
 
-    def _classes(self) -> Iterator[np.ndarray]:
+    def _read_classes(self) -> Iterator[np.ndarray]:
         for start in range(0, len(self.indices), BLOCK_ROWS):
             yield self.kind.factors.classes_of(self.indices[start : start + BLOCK_ROWS])
 
-    def _images(self) -> Iterator[np.ndarray]:
+    def _read_images(self) -> Iterator[np.ndarray]:
         for start in self._starts("packing"):
-            chunk = self._chunk(start)
+            chunk = self._chunk_path(start)
             try:
                 data = zlib.decompress(chunk.read_bytes())
                 yield np.frombuffer(data, np.uint8).reshape(-1, *self.kind.image_shape)
@@ -265,8 +265,8 @@ class _Writer:
                     f"{self.function}: {chunk} is damaged (remove it, and start again)"
                 ) from error
 
-    def _clean(self) -> None:
-        """Removes the folder; the note that the file is complete goes last."""
+    def _remove_parts(self) -> None:
+        """Remove the folder; the note that the file is complete goes last."""
         for path in self.parts.iterdir():
             if path.name != MOVED:
                 path.unlink(missing_ok=True)

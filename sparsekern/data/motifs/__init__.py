@@ -1,8 +1,8 @@
 """Motif domains: inputs made of known motifs, whose places and labels are known, too."""
 
 from .domain import TEST_SEED, VALIDATION_SEED, MotifBatch, MotifDomain
-from .domains import motif_domain
 from .drawing import draw_motifs
+from .registry import motif_domain
 
 __all__ = [
     "TEST_SEED",

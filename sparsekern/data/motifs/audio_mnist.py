@@ -50,14 +50,14 @@ class Recordings:
         self._signal = require("scipy.signal", "bringing recordings to another rate")
 
     def _check(self) -> None:
-        found = {
+        names_by_speaker = {
             speaker: {path.name for path in self._speaker(speaker).glob("*.wav")}
             for speaker in range(1, self.speakers + 1)
         }
-        speakers = [f"{speaker:02d}" for speaker, names in found.items() if not names]
+        speakers = [f"{speaker:02d}" for speaker, names in names_by_speaker.items() if not names]
         missing = {
             (speaker, digit): [name for name in self._names(digit, speaker) if name not in names]
-            for speaker, names in found.items()
+            for speaker, names in names_by_speaker.items()
             for digit in range(DIGITS)
             if names
         }
@@ -79,7 +79,7 @@ class Recordings:
             )
 
     def sound(self, digit: int, speaker: int, take: int) -> np.ndarray:
-        """A recording: float32 ``[samples]`` in -1 .. 1; do not change it.
+        """Read a recording, float32 ``[samples]`` in -1 .. 1; do not change it.
 
         Args:
             digit: 0..9.

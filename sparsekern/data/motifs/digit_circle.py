@@ -124,28 +124,34 @@ class DigitCircle(MotifDomain):
 
     @property
     def symbols(self) -> tuple[str, ...]:
+        """The kinds of digits."""
         return tuple(self.digits)
 
     @property
     def space(self) -> tuple[int, ...]:
+        """Rows and columns of an image."""
         return (self.side, self.side)
 
     @property
     def max_length(self) -> int:
+        """The largest number of digits of an image."""
         return self.distinct[1]
 
     @property
     def max_motifs(self) -> int:
+        """The largest number of digits of an image."""
         return self.distinct[1]
 
     def mean_motifs(self) -> float:
+        """Compute the expected number of digits of an image."""
         return sum(self.distinct) / 2
 
     def bitmaps(self) -> np.ndarray:
-        """The stamps of the symbols, uint8 ``[n, rows, columns]`` of 0 and 1."""
+        """Stack the stamps of the symbols, uint8 ``[n, rows, columns]`` of 0 and 1."""
         return np.stack([STAMPS[self.stamps][digit] for digit in self.digits])
 
     def draw(self, start: np.ndarray) -> MotifBatch:
+        """Draw the images whose random numbers start at ``start``, uint64 ``[B]``."""
         labels, counts = self._sequences(start)
         layout = self._layouts(start, counts)
         order = self._from_smallest(labels, counts)
@@ -160,35 +166,41 @@ class DigitCircle(MotifDomain):
 
     @property
     def origin(self) -> str:
+        """Whether the images are the published ones, for reports."""
         if self != DigitCircle():
             return "digits on a circle, smaller or easier than the published domain: our own"
         return "digits on a circle as published, with bitmaps of our own and without overlaps"
 
     def replacements(self, label: list[int], symbols: list[int]) -> list[Replacement]:
-        found = []
+        """List every way to make one digit another that the image does not have.
+
+        The label that follows starts at its smallest digit, too.
+        """
+        possible = []
         for motif, symbol in enumerate(symbols):
             for other in range(len(self.digits)):
                 if other not in label:
                     digits = [other if digit == symbol else digit for digit in label]
                     first = digits.index(min(digits))
-                    found.append(Replacement(motif, other, digits[first:] + digits[:first]))
-        return found
+                    possible.append(Replacement(motif, other, digits[first:] + digits[:first]))
+        return possible
 
     def _sequences(self, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Distinct digits in angular order int64 [B, M], and how many of them count int64 [B]."""
+        """Draw distinct digits in angular order int64 [B, M], and how many count int64 [B]."""
         fewest, most = self.distinct
         numbers = words(start, DIGITS, 1 + len(self.digits))
         counts = fewest + integers(numbers[:, 0], most - fewest + 1)
         return np.argsort(numbers[:, 1:], axis=1, kind="stable")[:, :most], counts
 
     def _from_smallest(self, labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Which digit comes at each place when the label starts at its smallest, int64 [B, M]."""
+        """Find the place of each digit when the label starts at its smallest, int64 [B, M]."""
         places = np.arange(self.max_motifs)
         first = np.where(places < counts[:, None], labels, len(self.digits)).argmin(1)
-        return (first[:, None] + places) % counts[:, None]
+        old_places: np.ndarray = (first[:, None] + places) % counts[:, None]
+        return old_places
 
     def _layouts(self, start: np.ndarray, counts: np.ndarray) -> _Layout:
-        """Layouts without an overlap: attempts until there is none.
+        """Draw layouts without an overlap: attempts until there is none.
 
         Raises:
             RuntimeError: there is an overlap in all of 1000 attempts for some sample.
@@ -196,10 +208,10 @@ class DigitCircle(MotifDomain):
         layout = _Layout(*np.empty((2, len(start), self.max_motifs), np.int64))
         todo = np.arange(len(start))
         for attempt in range(ATTEMPTS):
-            found = self._attempt(start[todo], counts[todo], attempt)
-            for whole, part in zip(layout, found, strict=True):
+            layouts = self._attempt(start[todo], counts[todo], attempt)
+            for whole, part in zip(layout, layouts, strict=True):
                 whole[todo] = part
-            todo = todo[self._overlap(found, counts[todo])]
+            todo = todo[self._overlap(layouts, counts[todo])]
             if not len(todo):
                 return layout
         raise RuntimeError(
@@ -208,7 +220,7 @@ class DigitCircle(MotifDomain):
         )
 
     def _attempt(self, start: np.ndarray, counts: np.ndarray, attempt: int) -> _Layout:
-        """Layouts that may have overlaps, a new one for each attempt."""
+        """Draw layouts that may have overlaps, new ones for each attempt."""
         most = self.max_motifs
         number = 4 + 3 * most
         random = words(start, LAYOUT + attempt * number, number)
@@ -233,16 +245,17 @@ class DigitCircle(MotifDomain):
         return _Layout(tops + shifts[:, :most], lefts.astype(np.int64) + shifts[:, most:])
 
     def _overlap(self, layout: _Layout, counts: np.ndarray) -> np.ndarray:
-        """Whether any two boxes of a sample share a pixel, bool [B]."""
+        """Tell whether any two boxes of a sample share a pixel, bool [B]."""
         one, other = np.triu_indices(self.max_motifs, 1)
         _, rows, columns = self.bitmaps().shape
         near = np.abs(layout.tops[:, one] - layout.tops[:, other]) < rows
         near &= np.abs(layout.lefts[:, one] - layout.lefts[:, other]) < columns
         near &= other < counts[:, None]
-        return near.any(1)
+        overlapping: np.ndarray = near.any(1)
+        return overlapping
 
     def _images(self, start: np.ndarray, motifs: np.ndarray) -> np.ndarray:
-        """Images uint8 [B, 1, side, side] of motifs int64 [B, M, 5]."""
+        """Draw images uint8 [B, 1, side, side] of motifs int64 [B, M, 5]."""
         pixels = self.side**2
         images = coins(start, BACKGROUND, pixels, self.background).view(np.uint8)
         bitmaps = self.bitmaps()

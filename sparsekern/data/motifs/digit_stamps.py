@@ -34,7 +34,7 @@ _SMALL = """
 
 
 def _read(sheet: str, digits: str) -> dict[str, np.ndarray]:
-    """The bitmaps of a sheet that shows digits side by side, uint8 [rows, columns] of 0 and 1."""
+    """Read a sheet that shows digits side by side: bitmaps uint8 [rows, columns] of 0 and 1."""
     rows = [line.split() for line in sheet.split("\n") if line]
     return {
         digit: np.array([[pixel == "#" for pixel in row[place]] for row in rows], np.uint8)

@@ -49,8 +49,10 @@ class Replacement(NamedTuple):
 
 
 class MotifDomain(ABC):
-    """What the domains have in common. Subclasses are frozen dataclasses: equal parameters mean
-    equal samples."""
+    """What the domains have in common.
+
+    Subclasses are frozen dataclasses: equal parameters mean equal samples.
+    """
 
     name: str
     in_channels: int = 1
@@ -69,8 +71,10 @@ class MotifDomain(ABC):
 
     @property
     def label_symbols(self) -> tuple[str, ...]:
-        """What the numbers of ``labels`` stand for; the same as :attr:`symbols` unless a label
-        holds more than motifs."""
+        """What the numbers of ``labels`` stand for.
+
+        The same as :attr:`symbols` unless a label holds more than motifs.
+        """
         return self.symbols
 
     @property
@@ -90,15 +94,15 @@ class MotifDomain(ABC):
 
     @abstractmethod
     def mean_motifs(self) -> float:
-        """Expected number of motifs of an input."""
+        """Compute the expected number of motifs of an input."""
 
     @abstractmethod
     def draw(self, start: np.ndarray) -> MotifBatch:
-        """The samples whose random numbers start at ``start``, uint64 ``[B]``."""
+        """Draw the samples whose random numbers start at ``start``, uint64 ``[B]``."""
 
     @abstractmethod
     def replacements(self, label: list[int], symbols: list[int]) -> list[Replacement]:
-        """Every way to make one motif another symbol so that the label is known and possible.
+        """List every way to make one motif another symbol so that the label is known and possible.
 
         Args:
             label: of an input, without its padding.
@@ -106,7 +110,8 @@ class MotifDomain(ABC):
         """
 
     def density(self, channels: int) -> float:
-        """The share of activations that are not zero where each motif has one, delta*:
+        """Compute the share of activations that are not zero where each motif has one, delta*.
+
         ``mean_motifs() / (prod(space) * channels)``.
 
         Raises:
@@ -117,7 +122,7 @@ class MotifDomain(ABC):
         return self.mean_motifs() / (float(np.prod(self.space)) * channels)
 
     def batch(self, seed: int, first: int, count: int) -> MotifBatch:
-        """Samples ``first .. first + count - 1`` of stream ``seed``.
+        """Draw samples ``first .. first + count - 1`` of stream ``seed``.
 
         Args:
             seed: any int64; 0 and more for training, :data:`VALIDATION_SEED`, :data:`TEST_SEED`.
@@ -139,7 +144,7 @@ class MotifDomain(ABC):
 
 
 def check_parameters(domain: MotifDomain, *rules: tuple[str, bool, str]) -> None:
-    """Checks the parameters of a domain: each rule is a parameter, whether it is met, and a text.
+    """Check a domain's parameters: a rule is a parameter, whether it is met, and a text.
 
     Raises:
         ValueError: a rule is not met.

@@ -34,7 +34,7 @@ def draw_motifs(
     found: Tensor | None = None,
     channel_symbols: Sequence[int] | None = None,
 ) -> None:
-    """Draws an input with its true motifs boxed and named, and what was found in it.
+    """Draw an input with its true motifs boxed and named, and what was found in it.
 
     Without ``found`` the boxes are blue. With it, a motif's box is green when an activation that
     means its symbol lies in its region (the box, widened by the domain's margin), else orange;
@@ -80,7 +80,7 @@ def draw_motifs(
 
 
 def _figure(domain: MotifDomain) -> tuple[Any, Any]:
-    """A figure of the input's proportions and its axes, without a display."""
+    """Make a figure of the input's proportions and its axes, without a display."""
     if len(domain.space) == 1:
         size = INCHES, SOUND_INCHES + TITLE_INCHES
     else:
@@ -94,12 +94,13 @@ def _figure(domain: MotifDomain) -> tuple[Any, Any]:
 
 
 def _label(domain: MotifDomain, label: Tensor) -> str:
+    """Write out a label int64 [L]."""
     # A dollar sign would switch matplotlib to formulas; there is none among the symbols.
     return "".join(domain.label_symbols[number] for number in label.tolist() if number != NONE)
 
 
 def _as_planar(motifs: np.ndarray, domain: MotifDomain) -> np.ndarray:
-    """Motifs int64 [n, 5] as on an image: those of sound reach over all channels."""
+    """Place motifs int64 [n, 5] as on an image: those of sound reach over all channels."""
     if len(domain.space) == 2:
         return motifs
     symbols, spans = motifs[:, :1], motifs[:, 1:]
@@ -107,21 +108,22 @@ def _as_planar(motifs: np.ndarray, domain: MotifDomain) -> np.ndarray:
     return np.concatenate([symbols, rows, spans], 1)
 
 
-def _as_points(found: np.ndarray, meanings: np.ndarray, domain: MotifDomain) -> np.ndarray:
-    """Activations int64 [n, 3]: symbol, row, column; those of sound in the middle of the rows."""
-    symbols = meanings[found[:, 0]][:, None]
+def _as_points(activations: np.ndarray, meanings: np.ndarray, domain: MotifDomain) -> np.ndarray:
+    """Place activations int64 [n, 3] (symbol, row, column); those of sound in the middle row."""
+    symbols = meanings[activations[:, 0]][:, None]
     if len(domain.space) == 2:
-        return np.concatenate([symbols, found[:, 1:]], 1)
+        return np.concatenate([symbols, activations[:, 1:]], 1)
     rows = np.full_like(symbols, domain.in_channels // 2)
-    return np.concatenate([symbols, rows, found[:, 1:]], 1)
+    return np.concatenate([symbols, rows, activations[:, 1:]], 1)
 
 
 def _matches(points: np.ndarray, motifs: np.ndarray, margin: int) -> np.ndarray:
-    """Whether each activation [p, 3] lies in the region of each motif [m, 5] and means it."""
+    """Tell whether each activation [p, 3] lies in the region of each motif [m, 5] and means it."""
     starts, stops = motifs[:, 1::2] - margin, motifs[:, 2::2] + margin
     places = points[:, None, 1:]
     inside = ((places >= starts) & (places < stops)).all(-1)
-    return inside & (points[:, None, 0] == motifs[:, 0])
+    same_symbol: np.ndarray = points[:, None, 0] == motifs[:, 0]
+    return inside & same_symbol
 
 
 def _draw_input(domain: MotifDomain, values: Tensor, axes: Any) -> None:

@@ -1,4 +1,4 @@
-"""Random formulas as token sequences of a given length, from a weighted context-free grammar.
+r"""Random formulas as token sequences of a given length, from a weighted context-free grammar.
 
     E -> c            weight 1, each of the 16 characters c equally likely
        | c ^{ E }     and all that follow weight 0.25
@@ -6,7 +6,7 @@
        | E + E
        | E E
        | ( E )
-       | \\frac{ E }{ E }
+       | \frac{ E }{ E }
 
 With these tokens and weights, lengths of 1 to 30 tokens, equally likely, give 9.6 characters and
 bars a formula; 9.64 is what the authors of the Sparling study (arXiv 2302.01976) count in theirs.
@@ -70,6 +70,7 @@ class _Choices(NamedTuple):
 
 @cache
 def _choices(length: int) -> _Choices:
+    """List the ways to make a formula of ``length`` tokens, with their weights."""
     total = CHARACTER_WEIGHT + OTHER_WEIGHT * len(_OTHERS)
     ways: list[tuple[_Production, int]] = []
     weights: list[float] = []
@@ -89,14 +90,14 @@ def _choices(length: int) -> _Choices:
 
 
 def numbers_of(length: int) -> int:
-    """How many random numbers :func:`formula` takes at most for a length of 1 or more."""
+    """Bound the random numbers that :func:`formula` takes for a length of 1 or more."""
     # Two for each production that leads with a character, one for each other. Those that add no
     # token, E E, are fewer than those that are a character.
     return 3 * length
 
 
 def formula(length: int, fractions: Iterator[float]) -> tuple[str, ...]:
-    """A random formula of ``length`` tokens, 1 or more.
+    """Draw a random formula of ``length`` tokens, 1 or more.
 
     Args:
         length: number of tokens.
@@ -118,13 +119,13 @@ def formula(length: int, fractions: Iterator[float]) -> tuple[str, ...]:
 
 
 def motifs_of(tokens: tuple[str, ...]) -> int:
-    """Number of characters and fraction bars of a formula."""
+    """Count the characters and fraction bars of a formula."""
     return sum(token in CHARACTERS or token == FRACTION for token in tokens)
 
 
 @cache
 def mean_motifs(length: int) -> float:
-    """Expected number of characters and fraction bars of a formula of ``length`` tokens."""
+    """Compute the expected number of characters and fraction bars of ``length`` tokens."""
     ways, cumulative = _choices(length)
     total = 0.0
     for (production, first), below, upto in zip(ways, (0.0, *cumulative), cumulative, strict=False):

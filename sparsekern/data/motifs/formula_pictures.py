@@ -49,7 +49,7 @@ class _Stamp(NamedTuple):
 
 
 def picture(tokens: tuple[str, ...], pixels: float) -> Picture:
-    """Draws a formula.
+    """Draw a formula.
 
     Args:
         tokens: of :mod:`.formula_grammar`, not empty.
@@ -72,7 +72,7 @@ def picture(tokens: tuple[str, ...], pixels: float) -> Picture:
 
 
 def _compose(placed: list[tuple[int, _Stamp, int, int]]) -> Picture:
-    """The union of stamps, each with its symbol and the row and column of its origin."""
+    """Join stamps, each with its symbol and the row and column of its origin, to a picture."""
     motifs = np.array(
         [
             (symbol, top, top + len(stamp.ink), left, left + stamp.ink.shape[1])
@@ -102,7 +102,7 @@ class _Layout(NamedTuple):
 
 @cache
 def _text_to_path() -> tuple[Any, Any, dict[str, Any]]:
-    """matplotlib's layout, the font, and the outlines of the glyphs seen so far."""
+    """Load matplotlib's layout, the font, and the outlines of the glyphs seen so far."""
     purpose = "drawing formulas"
     layout = require("matplotlib.textpath", purpose).TextToPath()
     fonts = require("matplotlib.font_manager", purpose)
@@ -112,6 +112,7 @@ def _text_to_path() -> tuple[Any, Any, dict[str, Any]]:
 
 
 def _layout(text: str) -> _Layout:
+    """Lay out a formula in mathtext's language."""
     layout, font, outlines = _text_to_path()
     glyphs, _, rectangles = layout.get_glyphs_mathtext(font, f"${text}$", glyph_map=outlines)
     unit = layout.FONT_SCALE
@@ -124,13 +125,13 @@ def _layout(text: str) -> _Layout:
 
 @cache
 def _symbol_names() -> dict[str, int]:
-    """The symbol of each of mathtext's names of glyphs."""
+    """Find the symbol of each of mathtext's names of glyphs."""
     return {_layout(symbol).glyphs[0][0]: number for number, symbol in enumerate(CHARACTERS)}
 
 
 @cache
 def _stamp(name: str, pixels: float) -> _Stamp:
-    """Draws a glyph at a font size in pixels."""
+    """Draw a glyph at a font size in pixels."""
     layout, _, outlines = _text_to_path()
     paths = require("matplotlib.path", "drawing formulas")
     vertices, codes = outlines[name]

@@ -1,4 +1,4 @@
-"""Noisy binary pictures of formulas, labelled with their LaTeX tokens.
+r"""Noisy binary pictures of formulas, labelled with their LaTeX tokens.
 
 A formula of 1 to 30 tokens, all lengths equally likely, from the grammar of
 :mod:`.formula_grammar`, is set in Computer Modern at 200 dots per inch
@@ -7,7 +7,7 @@ A formula of 1 to 30 tokens, all lengths equally likely, from the grammar of
 probability 1/4. Ink is 1, paper is 0.
 
 Motifs are the 19 characters and the fraction bar, each with the box of its ink. The label's tokens
-are the characters and ``^{``, ``_{``, ``\\frac{``, ``}{``, ``}``.
+are the characters and ``^{``, ``_{``, ``\frac{``, ``}{``, ``}``.
 
 Source: Gupta, Osera, Solar-Lezama, arXiv 2302.01976, section "LaTeX-OCR". The weights of the
 grammar are partly ours, see there; so are the font size and the random place.
@@ -68,6 +68,7 @@ class LatexFormulas(MotifDomain):
 
     @property
     def origin(self) -> str:
+        """How far the formulas are the published ones, for reports."""
         return (
             "formulas as published, with token weights of our own; an activation in the regions of "
             "two motifs counts for the first one, which leaves fraction bars and parentheses "
@@ -76,22 +77,27 @@ class LatexFormulas(MotifDomain):
 
     @property
     def symbols(self) -> tuple[str, ...]:
+        """The 19 characters and the fraction bar."""
         return SYMBOLS
 
     @property
     def label_symbols(self) -> tuple[str, ...]:
+        """The tokens."""
         return formula_grammar.TOKENS
 
     @property
     def space(self) -> tuple[int, ...]:
+        """Rows and columns of an input."""
         return self.canvas
 
     @property
     def max_length(self) -> int:
+        """Tokens of the longest formulas."""
         return self.longest
 
     @property
     def max_motifs(self) -> int:
+        """The largest number of motifs, each of which has a token of its own."""
         return self.longest  # each motif has a token of its own
 
     @property
@@ -100,7 +106,7 @@ class LatexFormulas(MotifDomain):
         return self.points * self.dots_per_inch / POINTS_PER_INCH
 
     def mean_motifs(self) -> float:
-        """Expected number of motifs of a formula, of any that the grammar makes.
+        """Compute the expected number of motifs of a formula, of any that the grammar makes.
 
         Long ones that do not fit the canvas are replaced by shorter ones, which makes the true mean
         smaller, by about 0.05 with the default parameters.
@@ -109,6 +115,7 @@ class LatexFormulas(MotifDomain):
         return sum(map(formula_grammar.mean_motifs, lengths)) / self.longest
 
     def draw(self, start: np.ndarray) -> MotifBatch:
+        """Draw the pictures whose random numbers start at ``start``, uint64 ``[B]``."""
         count, (rows, columns) = len(start), self.canvas
         inputs = coins(start, NOISE, rows * columns, self.noise).view(np.uint8)
         inputs = inputs.reshape(count, 1, rows, columns)
@@ -125,9 +132,11 @@ class LatexFormulas(MotifDomain):
         return MotifBatch(*(torch.from_numpy(array) for array in (inputs, labels, motifs)))
 
     def replacements(self, label: list[int], symbols: list[int]) -> list[Replacement]:
-        """Digits and letters that occur once, as other digits and letters: any formula may hold any
-        of them."""
-        found = []
+        """List digits and letters that occur once, as other digits and letters.
+
+        Any formula may hold any of them.
+        """
+        possible = []
         for motif, symbol in enumerate(symbols):
             if SYMBOLS[symbol] not in formula_grammar.DIGITS_AND_LETTERS:
                 continue
@@ -137,11 +146,11 @@ class LatexFormulas(MotifDomain):
             for other in formula_grammar.DIGITS_AND_LETTERS:
                 if other != SYMBOLS[symbol]:
                     tokens = [TOKEN_NUMBERS[other] if t == token else t for t in label]
-                    found.append(Replacement(motif, SYMBOLS.index(other), tokens))
-        return found
+                    possible.append(Replacement(motif, SYMBOLS.index(other), tokens))
+        return possible
 
     def _formula(self, start: np.ndarray) -> tuple[tuple[str, ...], Picture]:
-        """The tokens of the sample that starts at ``start``, uint64 [1], and their picture.
+        """Draw the tokens of the sample that starts at ``start``, uint64 [1], and their picture.
 
         Raises:
             RuntimeError: none of 1000 formulas of its length fits the canvas.

@@ -19,19 +19,19 @@ SMALLEST_POWER = 1e-10
 
 
 def hop(window: int) -> int:
-    """Samples from one frame to the next."""
+    """Count the samples from one frame to the next."""
     return window // 2
 
 
 def frames(samples: int, window: int) -> int:
-    """Frames of a signal: one at each multiple of the hop."""
+    """Count the frames of a signal: one at each multiple of the hop."""
     return 1 + samples // hop(window)
 
 
 def mel_spectrogram(
     signal: Tensor, *, rate: int, window: int = 375, mels: int = 64, top_db: float = 80.0
 ) -> Tensor:
-    """The spectrogram of one signal, float32 ``[mels, frames]``, in decibels.
+    """Compute the spectrogram of one signal, float32 ``[mels, frames]``, in decibels.
 
     Args:
         signal: float32 ``[samples]``, at least half a window.
@@ -51,7 +51,7 @@ def mel_spectrogram(
 
 @cache
 def _filters(rate: int, window: int, mels: int) -> Tensor:
-    """The mel filters, float32 ``[mels, window // 2 + 1]``, of height 1."""
+    """Make the mel filters, float32 ``[mels, 1 + window // 2]``, of height 1."""
     frequency = np.fft.rfftfreq(window, 1 / rate)
     top = 2595 * np.log10(1 + rate / 2 / 700)
     corners = 700 * (10 ** (np.linspace(0, top, mels + 2) / 2595) - 1)

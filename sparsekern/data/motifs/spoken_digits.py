@@ -78,6 +78,7 @@ class SpokenDigits(MotifDomain):
 
     @property
     def origin(self) -> str:
+        """Whether the digits are recordings or stand-ins, for reports."""
         if self.folder is None:
             return (
                 "digits synthesised as stand-ins for the recordings of AudioMNIST; what is found "
@@ -87,6 +88,7 @@ class SpokenDigits(MotifDomain):
 
     @property
     def symbols(self) -> tuple[str, ...]:
+        """The ten digits."""
         return tuple(map(str, range(DIGITS)))
 
     @property
@@ -96,14 +98,17 @@ class SpokenDigits(MotifDomain):
 
     @property
     def space(self) -> tuple[int, ...]:
+        """Frames of a clip."""
         return (mel_spectrograms.frames(self.samples, WINDOW),)
 
     @property
     def max_length(self) -> int:
+        """The largest number of digits of a clip."""
         return self.count[1]
 
     @property
     def max_motifs(self) -> int:
+        """The largest number of digits of a clip."""
         return self.count[1]
 
     @property
@@ -113,9 +118,11 @@ class SpokenDigits(MotifDomain):
         return shuffled[:-TEST_SPEAKERS] if self.split == TRAIN else shuffled[-TEST_SPEAKERS:]
 
     def mean_motifs(self) -> float:
+        """Compute the expected number of digits of a clip."""
         return sum(self.count) / 2
 
     def draw(self, start: np.ndarray) -> MotifBatch:
+        """Draw the spectrograms whose random numbers start at ``start``, uint64 ``[B]``."""
         labels = np.full((len(start), self.max_length), NONE)
         motifs = np.full((len(start), self.max_motifs, 3), NONE)
         inputs = torch.zeros(len(start), MELS, *self.space)
@@ -132,6 +139,7 @@ class SpokenDigits(MotifDomain):
         return MotifBatch(inputs, torch.from_numpy(labels), torch.from_numpy(motifs))
 
     def replacements(self, label: list[int], symbols: list[int]) -> list[Replacement]:
+        """List every way to make one digit another: any may follow any."""
         return [
             Replacement(motif, other, [*label[:motif], other, *label[motif + 1 :]])
             for motif, symbol in enumerate(symbols)
@@ -140,7 +148,7 @@ class SpokenDigits(MotifDomain):
         ]
 
     def clip(self, start: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The sound of the sample whose random numbers start at ``start``, uint64 ``[1]``.
+        """Put together the sound whose random numbers start at ``start``, uint64 ``[1]``.
 
         Returns:
             The signal float32 ``[samples]``, the digits int64 ``[n]``, and the first and one past
@@ -174,10 +182,11 @@ class SpokenDigits(MotifDomain):
         return signal, digits, np.stack([stops - lengths, stops], 1)
 
     def _noise(self, start: np.ndarray) -> np.ndarray:
-        """Truncated normal noise float32 [samples], by inverting the distribution function."""
+        """Draw truncated normal noise float32 [samples], by inverting the distribution function."""
         if not self.noise:
             return np.zeros(self.samples, np.float32)
         share = torch.from_numpy(fractions(words(start, NOISE, self.samples)[0]))
         least = torch.special.ndtr(torch.tensor(-TRUNCATION, dtype=torch.float64))
         normal = torch.special.ndtri(least + (1 - 2 * least) * share)
-        return (self.noise * normal).float().numpy()
+        noise: np.ndarray = (self.noise * normal).float().numpy()
+        return noise

@@ -123,7 +123,7 @@ class Speech:
         self._sounds: dict[tuple[int, int, int], np.ndarray] = {}
 
     def sound(self, digit: int, speaker: int, take: int) -> np.ndarray:
-        """A sound: float32 ``[samples]`` in -1 .. 1; do not change it.
+        """Make a sound, float32 ``[samples]`` in -1 .. 1; do not change it.
 
         Args:
             digit: 0..9.
@@ -153,13 +153,16 @@ class Speech:
         start = starts(TAKE_SEED, np.array([number]))
         noise = fractions(words(start, 1 << 8, samples + 1)[0]) * 2 - 1
         voice = self._buzz(contour, formants)
-        sound = buzz * voice / _rms(voice)
-        sound += HISS * hiss * np.diff(noise) / _rms(np.diff(noise))
-        sound += BREATH * breath * noise[1:] / _rms(noise)
-        return (level * LOUDNESS / _rms(sound) * sound).clip(-1, 1).astype(np.float32)
+        sound = buzz * voice / _root_mean_square(voice)
+        sound += HISS * hiss * np.diff(noise) / _root_mean_square(np.diff(noise))
+        sound += BREATH * breath * noise[1:] / _root_mean_square(noise)
+        levelled: np.ndarray = level * LOUDNESS / _root_mean_square(sound) * sound
+        return levelled.clip(-1, 1).astype(np.float32)
 
     def _buzz(self, pitch: np.ndarray, formants: np.ndarray) -> np.ndarray:
-        """Harmonics of a pitch [n] in hertz below half the rate, shaped by formants [3, n / STEP].
+        """Sum the harmonics of a pitch [n] in hertz, shaped by formants [3, n / STEP].
+
+        The harmonics are those below half the rate.
 
         Returns:
             float64 ``[n]``.
@@ -175,15 +178,16 @@ class Speech:
         place, within = np.divmod(np.arange(len(pitch)), STEP)
         left, right = amplitude[:, place], amplitude[:, place + 1]
         waves = np.sin((2 * np.pi * (harmonics * turns % 1)).astype(np.float32))
-        return ((left + (right - left) * (within / STEP)) * waves).sum(0)
+        summed: np.ndarray = ((left + (right - left) * (within / STEP)) * waves).sum(0)
+        return summed
 
 
 def _between(seed: int, number: int, ranges: tuple[tuple[float, float], ...]) -> list[float]:
-    """One random number in each range, those of ``number`` in the stream ``seed``."""
+    """Draw one random number in each range, those of ``number`` in the stream ``seed``."""
     start = starts(seed, np.array([number]))
     shares = fractions(words(start, 0, len(ranges))[0])
     return [low + (high - low) * share for (low, high), share in zip(ranges, shares, strict=True)]
 
 
-def _rms(sound: np.ndarray) -> float:
+def _root_mean_square(sound: np.ndarray) -> float:
     return float(np.sqrt(np.mean(np.square(sound))))

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
-from ...data.motifs.domains import motif_domain
+from ...data.motifs.registry import motif_domain
 from ..reproduction import calls_of, parsed_settings
 from .config import PRESETS as _CONFIGS
 from .config import SparlingConfig

@@ -12,7 +12,7 @@ import torch
 
 from ... import backend
 from ...data.motifs.domain import MotifDomain
-from ...data.motifs.domains import motif_domain
+from ...data.motifs.registry import motif_domain
 from ...training import RunFolder, train
 from ...training.runs import write_atomically
 from ..configs import (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...data import CountError, DSprites, Shapes3D
-from ...data.images.sets import FactorImages
+from ...data.images.factor_images import FactorImages
 from .config import VAESAEConfig
 
 SETS: dict[str, type[FactorImages]] = {"dsprites": DSprites, "shapes3d": Shapes3D}

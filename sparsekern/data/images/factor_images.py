@@ -34,7 +34,7 @@ Reader = image_files.NpzFields | image_files.Hdf5Fields
 
 @contextmanager
 def _one_thread(device: torch.device) -> Iterator[None]:
-    """Runs torch's operations on the CPU in the calling thread alone.
+    """Run torch's operations on the CPU in the calling thread alone.
 
     Drawing takes many operations of some 20 us, each on what fits a core's cache. To share those
     out gains nothing, and where another process keeps a core busy, each waits for the slowest.
@@ -73,7 +73,7 @@ class FactorImages:
 
     @staticmethod
     def draw(classes: Tensor) -> Tensor:
-        """Images uint8 ``[n, *image_shape]`` of valid classes int64 ``[n, f]``, on their device."""
+        """Draw uint8 ``[n, *image_shape]`` of valid classes int64 ``[n, f]``, on their device."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -85,7 +85,7 @@ class FactorImages:
         return self.factors.values_of(self.classes)
 
     def split(self, *sizes: int) -> tuple[Self, ...]:
-        """Consecutive, disjoint parts of the given sizes, from the front.
+        """Split off consecutive, disjoint parts of the given sizes, from the front.
 
         Raises:
             ValueError: a size is negative, or they add up to more than there is.
@@ -105,7 +105,7 @@ class FactorImages:
         )
 
     def save(self, path: str | Path) -> None:
-        """Writes the published fields but for metadata, compressed; ``load`` reads them back.
+        """Write the published fields but for metadata, compressed; ``load`` reads them back.
 
         Args:
             path: the file, replaced if it exists; see :attr:`fields` for the suffixes.
@@ -132,7 +132,7 @@ class FactorImages:
 
     @classmethod
     def checked_suffix(cls, function: str, path: Path) -> str:
-        """The kind of file that a path names; ValueError if the set has no such files."""
+        """Tell the kind of file that a path names; ValueError if the set has no such files."""
         kind = image_files.suffix_kind(path)
         if kind not in cls.fields:
             known = ".npz, .h5 or .hdf5" if NPZ in cls.fields else ".h5 or .hdf5"
@@ -143,29 +143,29 @@ class FactorImages:
     def arrays(
         cls, kind: str, images: Column, classes: Callable[[], Iterable[np.ndarray]]
     ) -> dict[str, Column]:
-        """The arrays of a file by name; classes come in blocks ``[b, f]``."""
+        """Name the arrays of a file; classes come in blocks ``[b, f]``."""
         fields, shape = cls.fields[kind], (images.shape[0], len(cls.factors.names))
-        found = {fields.images: images}
+        columns = {fields.images: images}
         if fields.values is not None:
             values = (cls.factors.values_of(block) for block in classes())
-            found[fields.values] = Column(shape, np.dtype(np.float64), values)
+            columns[fields.values] = Column(shape, np.dtype(np.float64), values)
         if fields.classes is not None:
-            found[fields.classes] = Column(shape, np.dtype(np.int64), classes())
-        return found
+            columns[fields.classes] = Column(shape, np.dtype(np.int64), classes())
+        return columns
 
     @classmethod
     def render(cls, classes: np.ndarray | Tensor) -> np.ndarray | Tensor:
-        """Draws the images uint8 ``[..., *image_shape]`` of classes ``[..., f]``; see the sets."""
+        """Draw the images uint8 ``[..., *image_shape]`` of classes ``[..., f]``; see the sets."""
         as_tensor = isinstance(classes, Tensor)
-        found = cls.factors.checked("render", classes if as_tensor else np.asarray(classes))
-        with torch.no_grad(), _one_thread(found.device):
-            images = cls.draw(found.reshape(-1, found.shape[-1]))
-        images = images.view(*found.shape[:-1], *cls.image_shape)
+        numbers = cls.factors.checked("render", classes if as_tensor else np.asarray(classes))
+        with torch.no_grad(), _one_thread(numbers.device):
+            images = cls.draw(numbers.reshape(-1, numbers.shape[-1]))
+        images = images.view(*numbers.shape[:-1], *cls.image_shape)
         return images if as_tensor else images.numpy()
 
     @classmethod
     def rendered(cls, count: int | None, seed: int) -> Self:
-        """A random subset of the images, drawn, or all of them; see the sets."""
+        """Draw a random subset of the images, or all of them; see the sets."""
         indices = subset("rendered", cls.factors.count, count, seed)
         classes = cls.factors.classes_of(
             np.arange(cls.factors.count) if indices is None else indices
@@ -175,7 +175,7 @@ class FactorImages:
 
     @classmethod
     def load(cls, path: str | Path, count: int | None, seed: int) -> Self:
-        """Images from a file, or a random subset of them; see the sets."""
+        """Read images from a file, or a random subset of them; see the sets."""
         path = Path(path)
         check_seed("load", seed)
         with cls._opened(path) as (reader, fields):
@@ -183,7 +183,7 @@ class FactorImages:
 
     @classmethod
     def check(cls, path: str | Path, count: int | None = None) -> None:
-        """Looks at everything but the images themselves, which is quick.
+        """Check everything but the images themselves, which is quick.
 
         Args:
             path: the file.
@@ -202,7 +202,7 @@ class FactorImages:
     @classmethod
     @contextmanager
     def _opened(cls, path: Path) -> Iterator[tuple[Reader, Fields]]:
-        """A reader of the file; whatever goes wrong with it becomes a DataError."""
+        """Open the file; whatever goes wrong with it becomes a DataError."""
         if not path.is_file():
             raise DataError(f"data file not found: {path}")
         another = f"data file has another layout: {path}"
@@ -227,7 +227,7 @@ class FactorImages:
     def _images_header(
         cls, path: Path, reader: Reader, fields: Fields
     ) -> tuple[tuple[int, ...], np.dtype]:
-        """Shape and dtype of the images, which are as they should be."""
+        """Read shape and dtype of the images, and check them."""
         shape, dtype = reader.header(fields.images)
         if shape[1:] != cls.image_shape or dtype != np.uint8:
             sides = ", ".join(map(str, cls.image_shape))
@@ -256,7 +256,7 @@ class FactorImages:
     def _classes(
         cls, path: Path, reader: Reader, fields: Fields, count: int, wanted: np.ndarray | None
     ) -> np.ndarray:
-        """The classes int64 [w, f] of the wanted ones of `count` images, or of all."""
+        """Read the classes int64 [w, f] of the wanted ones of `count` images, or of all."""
         another = f"data file has another layout: {path}: "
         # The classes where the file holds them: they need no rounding.
         name = fields.classes or fields.values

@@ -21,8 +21,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import DataError
+from .activation_file import ACTIVATIONS, ActivationFile
 from .arrays import NpyFile, SafetensorsFile
-from .format import ACTIVATIONS, ActivationFile
 from .hdf5 import Hdf5File
 
 SUFFIXES = (".h5", ".hdf5", ".npy", ".safetensors")
@@ -30,7 +30,7 @@ _KINDS = dict(zip(SUFFIXES, (Hdf5File, Hdf5File, NpyFile, SafetensorsFile), stri
 
 
 def open_activations(path: str | Path, dataset: str = ACTIVATIONS) -> ActivationFile:
-    """Opens a file of activations by its suffix.
+    """Open a file of activations by its suffix.
 
     Args:
         path: ``.h5``, ``.hdf5``, ``.npy`` or ``.safetensors``.

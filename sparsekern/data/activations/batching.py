@@ -12,14 +12,17 @@ from torch import Tensor
 SERIAL_ELEMENTS = 32768
 
 
-def cut(
+def cut_batches(
     groups: Generator[tuple[Tensor, Tensor]],
     left: int,
     batch_size: int,
     dtype: torch.dtype,
     pin: bool,
 ) -> Generator[Tensor]:
-    """Batches from the stream of groups, across their borders; ``left`` rows in all."""
+    """Cut batches from the stream of groups, across their borders; ``left`` rows in all.
+
+    Yields ``[<= batch_size, D]`` of ``dtype`` on the CPU, in pinned memory with ``pin``.
+    """
     batch: Tensor | None = None
     filled = 0
     try:

@@ -44,7 +44,7 @@ class ActivationFile:
     stamp: tuple[int, int]
 
     def read(self, start: int, out: Tensor) -> None:
-        """Fills ``out`` ``[rows, D]``, of the file's dtype and on the CPU, from row ``start`` on.
+        """Fill ``out`` ``[rows, D]``, of the file's dtype and on the CPU, from row ``start`` on.
 
         Raises:
             DataError: the file is damaged there, or has changed since it was opened.
@@ -56,15 +56,15 @@ class ActivationFile:
             self._check_unchanged()
 
     def _read(self, start: int, target: np.ndarray) -> None:
-        """Fills a contiguous array; bfloat16 as uint16."""
+        """Fill a contiguous array; bfloat16 as uint16."""
         raise NotImplementedError
 
     def directions(self) -> Tensor | None:
-        """The true directions, float32 ``[n, D]``, if the file holds them."""
+        """Read the true directions, float32 ``[n, D]``, if the file holds them."""
         return None
 
     def origins(self, name: str, start: int, stop: int) -> np.ndarray | None:
-        """Some rows of a column that says where they come from, int64; None if there is none."""
+        """Read rows ``start`` to ``stop`` of a column of origins, int64; None if there is none."""
         return None
 
     @cached_property
@@ -79,15 +79,15 @@ class ActivationFile:
         return largest + 1
 
     def close(self) -> None:
-        """Releases the file."""
+        """Release the file."""
 
     def _stat(self) -> os.stat_result:
-        """Of the open file, which another may have replaced under its name."""
+        """Return the size and times of the open file, which another may have replaced by name."""
         raise NotImplementedError
 
     def _stamp(self) -> tuple[int, int]:
-        found = self._stat()
-        return found.st_size, found.st_mtime_ns
+        status = self._stat()
+        return status.st_size, status.st_mtime_ns
 
     def _check_unchanged(self) -> None:
         if self._stamp() != self.stamp:
@@ -97,21 +97,21 @@ class ActivationFile:
 
     @contextmanager
     def _reading(self, what: str = "") -> Iterator[None]:
-        """Whatever goes wrong in reading a damaged file becomes a DataError."""
+        """Turn whatever goes wrong in reading a damaged file into a DataError."""
         try:
             yield
         except (DataError, ModuleNotFoundError):
             raise
         except DAMAGE as error:
-            said = f"{what} ({one_line(error)})" if what else one_line(error)
+            reason = f"{what} ({one_line(error)})" if what else one_line(error)
             raise DataError(
-                f"activation file is truncated or damaged: {self.path}: {said}"
+                f"activation file is truncated or damaged: {self.path}: {reason}"
             ) from error
 
-    def _check(
+    def _set_layout(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None, got: str
     ) -> None:
-        """Sets the attributes after checking what the file says about itself."""
+        """Check what the file says about itself, and set the attributes."""
         where = f"activation file has another layout: {self.path}: {name}"
         if len(shape) != 2:
             raise DataError(f"{where} must be [tokens, D], got {list(shape)}")

@@ -11,7 +11,7 @@ from .spoken_digits import SpokenDigits
 
 
 def motif_domain(name: str, **options: Any) -> MotifDomain:
-    """A domain by name.
+    """Make a domain by its name.
 
     * ``"tiny"``: 28 x 28 images with four kinds of digits on a circle, for minutes on one core;
     * ``"digit-circle"``: 100 x 100 images with ten kinds of digits on a circle;
