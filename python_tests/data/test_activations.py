@@ -144,7 +144,7 @@ def test_a_batch_is_its_own_memory(store):
 @pytest.mark.parametrize("buffer_rows", [1, 3, 64, 100, 371, 400])
 def test_no_group_is_larger_than_the_buffer(store, buffer_rows):
     no_rows = [np.empty(0, np.int64)] * 3
-    plan = activation_order.plan(store._files, no_rows, buffer_rows, (0, 0))
+    plan = activation_order.plan_epoch(store._files, no_rows, buffer_rows, (0, 0))
     sizes = [sum(stop - start for _, start, stop in plan.blocks_of(g)) for g in range(plan.groups)]
     assert sum(sizes) == TOKENS and max(sizes) == plan.capacity <= buffer_rows
     assert len(sizes) <= 2 * -(-TOKENS // buffer_rows), "groups are filled"
