@@ -103,7 +103,7 @@ def test_selections_of_slices_never_merge_an_index_twice(target, monkeypatch):
     from sparsekern.ops.linear_topk import slices as linear_slices
 
     monkeypatch.setattr(linear_slices, "SMALLEST_SLICE", 8)
-    monkeypatch.setattr(linear_slices, "BUFFER_ELEMENTS", 8)
+    monkeypatch.setattr(linear_slices, "BUFFER_ELEMENTS", {"cpu": 8, "cuda": 8})
     x, weight = torch.zeros(3, 4, device=target.device), torch.zeros(50, 4, device=target.device)
     indices = sparsekern.linear_topk(x, weight, None, 20).indices
     testing.assert_same("all equal", indices, torch.arange(20).expand(3, 20))

@@ -37,9 +37,10 @@ def sliced(request, monkeypatch):
     """Buffers so small that a few dozen latents make several slices, and a few rows several
     parts."""
     if request.param != "one slice":
+        elements = 16 if request.param == "slices" else 5 * 8
         monkeypatch.setattr(linear_slices, "SMALLEST_SLICE", 8)
         monkeypatch.setattr(
-            linear_slices, "BUFFER_ELEMENTS", 16 if request.param == "slices" else 5 * 8
+            linear_slices, "BUFFER_ELEMENTS", dict.fromkeys(("cpu", "cuda"), elements)
         )
     return request.param
 

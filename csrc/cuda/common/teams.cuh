@@ -13,12 +13,18 @@ struct WarpTeam {
   static constexpr int kSize = kWarp;
   __device__ static int self() { return threadIdx.x % kWarp; }
   __device__ static void sync() { __syncwarp(); }
+  // Whether x holds for any thread; a barrier as well.
+  __device__ static bool any(bool x) {
+    __syncwarp();
+    return __any_sync(kFullMask, x) != 0;
+  }
 };
 
 struct BlockTeam {
   static constexpr int kSize = kBlockThreads;
   __device__ static int self() { return threadIdx.x; }
   __device__ static void sync() { __syncthreads(); }
+  __device__ static bool any(bool x) { return __syncthreads_or(x) != 0; }
 };
 
 // out[0..count) = 0, with 16-byte stores where they are aligned.

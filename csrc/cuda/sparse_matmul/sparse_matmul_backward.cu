@@ -15,9 +15,13 @@ constexpr int kRowFeatures = 16;
 constexpr int kColumnFeatures = 8;
 constexpr int kSectorBytes = 32;  // what memory moves at least
 
-// Latents of a block: row-major one; column-major those that share a sector of each feature.
-template <class Weight, bool kColumns>
-constexpr int kLatents = kColumns ? kSectorBytes / static_cast<int>(sizeof(Weight)) : 1;
+// Latents of a block, row-major, where there are so many: what they read first, the offsets and
+// the positions, lies side by side, so that only the first latent waits for memory.
+constexpr int kRowLatents = 4;
+constexpr int64_t kManyLatents = 4096;
+// Column-major those that share a sector of each feature.
+template <class Weight>
+constexpr int kColumnLatents = kSectorBytes / static_cast<int>(sizeof(Weight));
 
 // Numbers from one latent to the next in a column-major block's shared memory. Not a multiple of
 // 128 bytes, so that latents lie in different banks, but whole vectors.
@@ -31,7 +35,7 @@ __host__ __device__ int tile_stride(int threads) {
 template <bool kStore, class Values, class Weight>
 __device__ void move_tile(const Gradients<Values, Weight>& p, int64_t first, int64_t feature,
                           Weight* tile) {
-  constexpr int kSide = kLatents<Weight, true>;
+  constexpr int kSide = kColumnLatents<Weight>;
   const int stride = tile_stride<Weight>(blockDim.x);
   const int64_t width = static_cast<int64_t>(blockDim.x) * kColumnFeatures;
   const int64_t features = p.d - feature < width ? p.d - feature : width;
@@ -48,12 +52,13 @@ __device__ void move_tile(const Gradients<Values, Weight>& p, int64_t first, int
   }
 }
 
-// The lists' places first .. last, all slices of the block's latents: dot products, sums, or both.
+// The lists' places first .. last, all slices of the block's `latents`: dot products, sums, or both.
 // Latents that are hot get zeros here, and their sums later.
 template <class Values, class Weight, bool kVector, bool kColumns, int kOwn>
-__device__ void differentiate_range(const Gradients<Values, Weight>& p, int64_t first, int64_t last,
-                                    bool dots, bool sums, Weight* tile, SharedEntries* shared) {
-  const int64_t block = static_cast<int64_t>(blockIdx.x) * kLatents<Weight, kColumns>;
+__device__ void differentiate_range(const Gradients<Values, Weight>& p, int latents, int64_t first,
+                                    int64_t last, bool dots, bool sums, Weight* tile,
+                                    SharedEntries* shared) {
+  const int64_t block = static_cast<int64_t>(blockIdx.x) * latents;
   const int stride = tile_stride<Weight>(blockDim.x);
   Slice<Values, Weight, kVector, kOwn> slice;
   for (slice.feature = 0; slice.feature < p.d; slice.feature += blockDim.x * kOwn) {
@@ -63,7 +68,7 @@ __device__ void differentiate_range(const Gradients<Values, Weight>& p, int64_t 
       if (dots) move_tile<false>(p, block, slice.feature, tile);
       __syncthreads();
     }
-    for (int i = 0; i < kLatents<Weight, kColumns> && block + i < p.n; ++i) {
+    for (int i = 0; i < latents && block + i < p.n; ++i) {
       int64_t begin = p.offsets[block + i];
       int64_t end = p.offsets[block + i + 1];
       const bool hot = end - begin > p.hot_entries;
@@ -86,8 +91,8 @@ __device__ void differentiate_range(const Gradients<Values, Weight>& p, int64_t 
   }
 }
 
-// grad_weight[i, :] and the grad_values of the entries of one latent i per block (column-major: of
-// 16 or 8 neighbouring latents, one after the other). The block reads the latent's dictionary row
+// grad_weight[i, :] and the grad_values of the entries of some neighbouring latents i per block, one
+// after the other (column-major 16 or 8). The block reads the latent's dictionary row
 // into registers, gathers the upstream gradient's row of each entry, a few at a time, for both the
 // sums and the dot products, and writes the gradient row; a column-major block moves the rows of
 // its latents through shared memory, so that it reads and writes whole sectors.
@@ -100,12 +105,12 @@ __device__ void differentiate_range(const Gradients<Values, Weight>& p, int64_t 
 // per SM for d = 4096.
 template <class Values, class Weight, bool kVector, bool kColumns>
 __global__ void __launch_bounds__(kMostThreads, 2)
-    sparse_matmul_backward_kernel(Gradients<Values, Weight> p) {
+    sparse_matmul_backward_kernel(Gradients<Values, Weight> p, int latents) {
   constexpr int kOwn = kColumns ? kColumnFeatures : kRowFeatures;
   SPARSEKERN_DYNAMIC_SHARED(Weight, tile);
   __shared__ SharedEntries shared;
-  const int64_t block = static_cast<int64_t>(blockIdx.x) * kLatents<Weight, kColumns>;
-  const int64_t next = block + kLatents<Weight, kColumns>;
+  const int64_t block = static_cast<int64_t>(blockIdx.x) * latents;
+  const int64_t next = block + latents;
   const int64_t begin = p.offsets[block];
   const int64_t end = p.offsets[next < p.n ? next : p.n];
   const bool dots = p.grad_values != nullptr && begin < end;
@@ -118,20 +123,22 @@ __global__ void __launch_bounds__(kMostThreads, 2)
     const bool all = together || i == ranges;
     const int64_t first = all ? begin : begin + i * kRange;
     const int64_t last = all || end - first < kRange ? end : first + kRange;
-    differentiate_range<Values, Weight, kVector, kColumns, kOwn>(p, first, last, dots && i < ranges,
-                                                                 sums && all, tile, &shared);
+    differentiate_range<Values, Weight, kVector, kColumns, kOwn>(
+        p, latents, first, last, dots && i < ranges, sums && all, tile, &shared);
   }
 }
 
 template <bool kVector, bool kColumns, class Values, class Weight>
 void launch_backward(const Gradients<Values, Weight>& p, cudaStream_t stream) {
   constexpr int kWarpFeatures = kWarp * (kColumns ? kColumnFeatures : kRowFeatures);
-  constexpr int kSide = kLatents<Weight, kColumns>;
+  const int latents = kColumns              ? kColumnLatents<Weight>
+                      : p.n >= kManyLatents ? kRowLatents
+                                            : 1;
   const int64_t warps = (p.d + kWarpFeatures - 1) / kWarpFeatures;
   const int threads = kWarp * static_cast<int>(warps < kMostWarps ? warps : kMostWarps);
-  const size_t shared_bytes = kColumns ? kSide * tile_stride<Weight>(threads) * sizeof(Weight) : 0;
+  const size_t shared_bytes = kColumns ? latents * tile_stride<Weight>(threads) * sizeof(Weight) : 0;
   launch(sparse_matmul_backward_kernel<Values, Weight, kVector, kColumns>,
-         grid_of((p.n + kSide - 1) / kSide), threads, shared_bytes, stream, p);
+         grid_of((p.n + latents - 1) / latents), threads, shared_bytes, stream, p, latents);
 }
 
 template <class Values, class Weight>

@@ -98,6 +98,37 @@ __device__ void sort_pairs(Pair* pairs, int size) {
   Team::sync();
 }
 
+// pairs[0..count): the first k of row b, k <= count, and perhaps more, in any order, which the team
+// has just written. Writes the codes and the masked row: every pair counts those before it, count^2
+// comparisons by the team. taken: room for k.
+template <class Team, class T>
+__device__ void write_ranked(const Batch<T>& batch, int64_t b, const Pair* pairs, int count,
+                             unsigned* taken) {
+  if (batch.masked != nullptr) write_zeros<Team>(batch.masked + b * batch.n, batch.n);
+  Team::sync();
+  for (int i = Team::self(); i < count; i += Team::kSize) {
+    const Pair own = pairs[i];
+    int rank = 0;
+#pragma unroll 4
+    for (int j = 0; j < count; ++j) rank += pairs[j] < own;
+    if (rank >= batch.k) continue;
+    if (batch.sorted) {
+      batch.write(b, rank, low_of(own));
+    } else {
+      taken[rank] = low_of(own);
+    }
+  }
+  if (batch.sorted) return;
+  Team::sync();
+  for (int i = Team::self(); i < batch.k; i += Team::kSize) {
+    const unsigned own = taken[i];
+    int rank = 0;
+#pragma unroll 4
+    for (int j = 0; j < batch.k; ++j) rank += taken[j] < own;
+    batch.write(b, rank, own);
+  }
+}
+
 // pairs[0..k): the selected (key, index) of row b, which the team has just written. Writes the
 // codes and the masked row. size: power_of_two(k), the room in pairs.
 template <class Team, class T>

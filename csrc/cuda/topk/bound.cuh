@@ -37,9 +37,23 @@ __device__ int ties_at(const Bound& bound, int wanted, const Count& count) {
   return wanted - (bound.key == 0 ? 0 : count(bound.key - 1));
 }
 
-// Sums, minima and maxima over the threads of a block, for all of them. One barrier each: a call
-// writes the half of the slots that the call before the last one read.
-class BlockReduce {
+// Sums, minima and maxima over the threads of a team, for all of them.
+template <class Team>
+class TeamReduce;
+
+template <>
+class TeamReduce<WarpTeam> {
+ public:
+  __device__ int sum(int x) {
+    return static_cast<int>(__reduce_add_sync(kFullMask, static_cast<unsigned>(x)));
+  }
+  __device__ unsigned least(unsigned x) { return __reduce_min_sync(kFullMask, x); }
+  __device__ unsigned greatest(unsigned x) { return __reduce_max_sync(kFullMask, x); }
+};
+
+// One barrier each: a call writes the half of the slots that the call before the last one read.
+template <>
+class TeamReduce<BlockTeam> {
  public:
   __device__ int sum(int x) {
     const unsigned* slots = share(__reduce_add_sync(kFullMask, static_cast<unsigned>(x)));
@@ -74,5 +88,7 @@ class BlockReduce {
 
   int turn_ = 0;
 };
+
+using BlockReduce = TeamReduce<BlockTeam>;
 
 }  // namespace sparsekern::cuda

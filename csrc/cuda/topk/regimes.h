@@ -14,14 +14,20 @@ struct TopkCall : TopkArguments {
 constexpr int64_t kShortRow = 2048;    // a lane holds up to 64 elements in registers
 constexpr int64_t kSharedRow = 32768;  // 128 KiB of keys; sm_80 has 163 KiB for a block
 constexpr int64_t kSharedSort = 4096;  // codes that a block sorts in shared memory, 32 KiB
-constexpr int64_t kCandidateK = 512;   // the candidate buffer holds 2 k and a chunk
-constexpr int64_t kChunk = 4096;       // elements that a block reads between two barriers
+constexpr int64_t kCandidateK = 512;   // the largest k of the candidates
+
+// Shorter rows of the candidates take a warp each where there are 16 of them for each of an H200's
+// 132 multiprocessors: no barriers, and nothing is done eight times over.
+constexpr int64_t kWarpRow = 16384;
+constexpr int64_t kWarpK = 128;
+constexpr int64_t kWarpRows = 2112;
 
 // Rows from which a block per row fills the GPU: two blocks for each of an H200's 132
 // multiprocessors. With fewer rows the blocks are slices, four for each multiprocessor.
 constexpr int64_t kFillingRows = 264;
 constexpr int64_t kFillingSlices = 528;
-constexpr int64_t kLeastSlice = 2 * kChunk;
+constexpr int64_t kLeastSlice = 8192;
+constexpr int64_t kSliceStep = 4096;  // slices begin at multiples of this
 
 // n <= kShortRow. A warp per row.
 void topk_short(const TopkCall& call);
@@ -29,9 +35,12 @@ void topk_short(const TopkCall& call);
 // n <= kSharedRow, k <= kSharedSort. The row's keys in shared memory.
 void topk_shared(const TopkCall& call);
 
-// k <= kCandidateK. One pass over each row, cut into `slices` of `width` elements (a multiple of
-// kChunk); with more than one slice the workspace holds candidates_workspace(rows, slices, k)
-// bytes.
+// k <= kWarpK. One pass over each row, a warp per row.
+void topk_candidates_of_warps(const TopkCall& call);
+
+// k <= kCandidateK. One pass over each row, a block for each of the `slices` of `width` elements (a
+// multiple of kSliceStep) into which it is cut; with more than one slice the workspace holds
+// candidates_workspace(rows, slices, k) bytes.
 struct Slices {
   int64_t count, width;
 };
@@ -47,7 +56,7 @@ int64_t sort_workspace(int64_t rows, int64_t k);
 // Sorts the pairs (key, index) in the place of call.indices and writes the codes.
 void write_sorted(const TopkCall& call);
 
-enum class Regime { kShort, kShared, kCandidates, kDigits };
-Regime regime_for(int64_t n, int64_t k);
+enum class Regime { kShort, kShared, kWarpCandidates, kCandidates, kDigits };
+Regime regime_for(int64_t rows, int64_t n, int64_t k);
 
 }  // namespace sparsekern::cuda

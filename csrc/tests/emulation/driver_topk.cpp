@@ -22,8 +22,8 @@ constexpr int64_t kBytes[] = {4, 2, 2};
 const char* const kTypes[] = {"float32", "bfloat16", "float16"};
 constexpr unsigned char kPoison = 0xa5;
 
-enum class Way { topk, small, shared, candidates, sliced, digits };
-const char* const kWays[] = {"topk", "short", "shared", "candidates", "sliced", "digits"};
+enum class Way { topk, small, shared, warps, candidates, sliced, digits };
+const char* const kWays[] = {"topk", "short", "shared", "warps", "candidates", "sliced", "digits"};
 
 enum class Fill {
   normal,
@@ -183,9 +183,9 @@ Output computed(const Case& c, Input& input) {
   Output out(c);
   cuda::Slices slices = c.way == Way::topk
                             ? cuda::slices_for(c.rows, c.n)
-                            : cuda::Slices{1, (c.n / cuda::kChunk + 1) * cuda::kChunk};
+                            : cuda::Slices{1, (c.n / cuda::kSliceStep + 1) * cuda::kSliceStep};
   if (c.way == Way::sliced) {
-    slices = {(c.n + cuda::kChunk - 1) / cuda::kChunk, cuda::kChunk};
+    slices = {(c.n + cuda::kSliceStep - 1) / cuda::kSliceStep, cuda::kSliceStep};
   }
   void* masked = c.masked ? out.masked.data() : nullptr;
   int64_t* counts = c.counts ? out.counts.data() : nullptr;
@@ -216,6 +216,9 @@ Output computed(const Case& c, Input& input) {
       break;
     case Way::shared:
       cuda::topk_shared(call);
+      break;
+    case Way::warps:
+      cuda::topk_candidates_of_warps(call);
       break;
     case Way::candidates:
     case Way::sliced:
@@ -288,6 +291,9 @@ const Shape kShapes[] = {
     {Way::small, 2, 2048, 64},       {Way::small, 1, 2047, 2047},
     {Way::shared, 1, 257, 257},      {Way::shared, 2, 4097, 513},
     {Way::shared, 1, 9000, 4096},    {Way::shared, 1, 5000, 1},
+    {Way::warps, 3, 100, 100},       {Way::warps, 9, 300, 128},
+    {Way::warps, 9, 4097, 1},        {Way::warps, 2, 2049, 128},
+    {Way::warps, 5, 13001, 64},      {Way::warps, 2, 16384, 32},
     {Way::candidates, 2, 300, 300},  {Way::candidates, 1, 4097, 1},
     {Way::candidates, 2, 13001, 64}, {Way::candidates, 1, 20480, 512},
     {Way::candidates, 3, 4096, 300}, {Way::sliced, 2, 12289, 64},
@@ -297,7 +303,7 @@ const Shape kShapes[] = {
     {Way::digits, 1, 2049, 1},       {Way::topk, 3, 2049, 40},
     {Way::topk, 1, 40961, 33},       {Way::topk, 1, 33000, 600},
     {Way::topk, 7, 512, 32},         {Way::topk, 1, 17000, 4100},
-    {Way::topk, 264, 16384, 4},
+    {Way::topk, 264, 16384, 4},      {Way::topk, 2112, 2049, 3},
 };
 
 int check_topk(int* cases) {

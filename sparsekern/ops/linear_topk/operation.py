@@ -69,7 +69,7 @@ def _slice_by_slice(select: Callable[..., Any]) -> Callable[..., Any]:
         indices = rows.new_empty(len(rows), k, dtype=torch.int64)
         layer = Layer(weight, bias, scale, latents, rows.dtype)
         selection = Selection(k, groups, relu, sorted, select)
-        step = rows_at_once(k)
+        step = rows_at_once(rows.device, k)
         for first in range(0, len(rows), step):
             part = slice(first, first + step)
             select_rows(layer, rows[part], selection, values[part], indices[part])

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Scores held at a time. Wider slices make faster products (bench/ measures them as "linear_topk"),
-# but the C library maps blocks of 32 MiB or more anew each time, and the system clears them.
-BUFFER_ELEMENTS = 7 << 20
+# Scores held at a time. Wider slices make faster products (bench/ measures them as "linear_topk").
+# On a CPU the C library maps blocks of 32 MiB or more anew each time, and the system clears them; a
+# GPU is filled by products of 8192 rows and latents.
+BUFFER_ELEMENTS = {"cpu": 7 << 20, "cuda": 64 << 20}
 SMALLEST_SLICE = 4096
 CACHE_LINE_ELEMENTS = 64
 
@@ -67,9 +68,13 @@ class Selection(NamedTuple):
     select: Any
 
 
-def rows_at_once(k: int) -> int:
+def rows_at_once(device: torch.device, k: int) -> int:
     """Return how many rows share a buffer."""
-    return max(1, BUFFER_ELEMENTS // max(SMALLEST_SLICE, 4 * k))
+    return max(1, _buffer_elements(device) // max(SMALLEST_SLICE, 4 * k))
+
+
+def _buffer_elements(device: torch.device) -> int:
+    return BUFFER_ELEMENTS.get(device.type, BUFFER_ELEMENTS["cpu"])
 
 
 def select_rows(
@@ -82,7 +87,8 @@ def select_rows(
     """Write the codes of some rows to values and indices [rows, k]."""
     count, k = len(rows), selection.k // selection.groups
     group_width = layer.width // selection.groups
-    widest = max(SMALLEST_SLICE, 4 * selection.k, BUFFER_ELEMENTS // max(count, layer.copied))
+    fitting = _buffer_elements(rows.device) // max(count, layer.copied)
+    widest = max(SMALLEST_SLICE, 4 * selection.k, fitting)
     width = _slice_width(layer.width, widest)
     buffer = rows.new_empty(count * width)
     if selection.groups > 1 and group_width <= width:
