@@ -10,6 +10,8 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 // Elements of a thread where rows do not matter: enough loads under way, few blocks.
 constexpr int64_t kPerThread = 8;
+// The longest row that a block holds in registers has 4096 elements.
+constexpr int kMostHeld = 16;
 
 struct Matrices {
   float* parameter;   // [rows, d]
@@ -52,30 +54,59 @@ __device__ float block_sum(float x, float* parts) {
   return warp_sum(threadIdx.x % kWarp < kWarps ? parts[threadIdx.x % kWarp] : 0.0f);
 }
 
+// The thread's elements of a row: in registers where the row has at most kHeld * kThreads of them
+// (kHeld > 0), else in memory, where the passes after the first find them in a cache.
+template <int kHeld>
+struct RowElements {
+  float* row;
+  int64_t d;
+  float held[kHeld > 0 ? kHeld : 1];
+
+  // visit(f, &element) for each; the first visit loads them and changes nothing, the last stores.
+  template <class Visit>
+  __device__ void each(bool first, bool last, const Visit& visit) {
+    if constexpr (kHeld > 0) {
+#pragma unroll
+      for (int u = 0; u < kHeld; ++u) {
+        const int64_t f = threadIdx.x + u * kThreads;
+        if (f >= d) break;
+        if (first) held[u] = row[f];
+        visit(f, &held[u]);
+        if (last) row[f] = held[u];
+      }
+    } else {
+      for (int64_t f = threadIdx.x; f < d; f += kThreads) {
+        float element = row[f];
+        visit(f, &element);
+        if (!first) row[f] = element;
+      }
+    }
+  }
+};
+
 // The same for a row of norm 1, by one block: g loses its part along the row, and the row gets norm
-// 1 again. The second and third passes find the row in the L1 or L2 cache. Bound by memory.
+// 1 again. Bound by memory.
+template <int kHeld>
 __global__ void __launch_bounds__(kThreads) adam_unit_rows_kernel(Matrices m, Step s, int64_t d) {
   __shared__ float parts[kWarps];
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * d;
+  RowElements<kHeld> elements{m.parameter + begin, d, {}};
   float length = 0, product = 0;
-  for (int64_t f = threadIdx.x; f < d; f += kThreads) {
-    const float parameter = m.parameter[begin + f];
-    length += parameter * parameter;
-    product += parameter * m.grad[begin + f];
-  }
+  elements.each(true, false, [&](int64_t f, const float* parameter) {
+    length += *parameter * *parameter;
+    product += *parameter * m.grad[begin + f];
+  });
   length = block_sum(length, parts);
   product = block_sum(product, parts);
   const float along = length > 0 ? product / length : 0;
   float moved = 0;
-  for (int64_t f = threadIdx.x; f < d; f += kThreads) {
-    const float old = m.parameter[begin + f];
-    const float parameter = step_element(m, s, begin + f, old, s.weight_decay - along);
-    m.parameter[begin + f] = parameter;
-    moved += parameter * parameter;
-  }
+  elements.each(false, false, [&](int64_t f, float* parameter) {
+    *parameter = step_element(m, s, begin + f, *parameter, s.weight_decay - along);
+    moved += *parameter * *parameter;
+  });
   moved = block_sum(moved, parts);
   const float scale = moved > 0 ? 1 / sqrtf(moved) : 1;
-  for (int64_t f = threadIdx.x; f < d; f += kThreads) m.parameter[begin + f] *= scale;
+  elements.each(false, true, [&](int64_t, float* parameter) { *parameter *= scale; });
 }
 
 }  // namespace
@@ -87,8 +118,10 @@ void adam_step(const AdamStepArguments& call, cudaStream_t stream) {
   const int64_t count = call.rows * call.d;
   if (count == 0) return;
   if (call.unit_rows) {
-    launch(adam_unit_rows_kernel, static_cast<unsigned>(call.rows), kThreads, 0, stream, matrices,
-           step, call.d);
+    const auto kernel = call.d <= 4 * kThreads           ? adam_unit_rows_kernel<4>
+                        : call.d <= kMostHeld * kThreads ? adam_unit_rows_kernel<kMostHeld>
+                                                         : adam_unit_rows_kernel<0>;
+    launch(kernel, static_cast<unsigned>(call.rows), kThreads, 0, stream, matrices, step, call.d);
     return;
   }
   const int64_t per_block = kThreads * kPerThread;

@@ -52,8 +52,8 @@ __device__ void move_tile(const Gradients<Values, Weight>& p, int64_t first, int
   }
 }
 
-// The lists' places first .. last, all slices of the block's `latents`: dot products, sums, or both.
-// Latents that are hot get zeros here, and their sums later.
+// The lists' places first .. last, all slices of the block's `latents`: dot products, sums, or
+// both. Latents that are hot get zeros here, and their sums later.
 template <class Values, class Weight, bool kVector, bool kColumns, int kOwn>
 __device__ void differentiate_range(const Gradients<Values, Weight>& p, int latents, int64_t first,
                                     int64_t last, bool dots, bool sums, Weight* tile,
@@ -91,18 +91,17 @@ __device__ void differentiate_range(const Gradients<Values, Weight>& p, int late
   }
 }
 
-// grad_weight[i, :] and the grad_values of the entries of some neighbouring latents i per block, one
-// after the other (column-major 16 or 8). The block reads the latent's dictionary row
-// into registers, gathers the upstream gradient's row of each entry, a few at a time, for both the
-// sums and the dot products, and writes the gradient row; a column-major block moves the rows of
-// its latents through shared memory, so that it reads and writes whole sectors.
-// One slice of features covers d = 4096 (column-major 2048); with more slices dot products wait in
-// shared memory, and when there are more of them than kRange, ranges of entries take turns, and the
-// sums follow in a walk of their own, which reads the upstream gradient a second time.
-// The upstream gradient stays in the L2 cache, so memory sees the dictionary and its gradient once.
-// Bound by the L2 cache's bandwidth (entries * d numbers) and, for latents with few entries, by the
-// latencies of offsets, positions, values and rows, one after the other, over two or three blocks
-// per SM for d = 4096.
+// grad_weight[i, :] and the grad_values of the entries of some neighbouring latents i per block,
+// one after the other (column-major 16 or 8). The block reads the latent's dictionary row into
+// registers, gathers the upstream gradient's row of each entry, a few at a time, for both the sums
+// and the dot products, and writes the gradient row; a column-major block moves the rows of its
+// latents through shared memory, so that it reads and writes whole sectors. One slice of features
+// covers d = 4096 (column-major 2048); with more slices dot products wait in shared memory, and
+// when there are more of them than kRange, ranges of entries take turns, and the sums follow in a
+// walk of their own, which reads the upstream gradient a second time. The upstream gradient stays
+// in the L2 cache, so memory sees the dictionary and its gradient once. Bound by the L2 cache's
+// bandwidth (entries * d numbers) and, for latents with few entries, by the latencies of offsets,
+// positions, values and rows, one after the other, over two or three blocks per SM for d = 4096.
 template <class Values, class Weight, bool kVector, bool kColumns>
 __global__ void __launch_bounds__(kMostThreads, 2)
     sparse_matmul_backward_kernel(Gradients<Values, Weight> p, int latents) {
@@ -131,12 +130,11 @@ __global__ void __launch_bounds__(kMostThreads, 2)
 template <bool kVector, bool kColumns, class Values, class Weight>
 void launch_backward(const Gradients<Values, Weight>& p, cudaStream_t stream) {
   constexpr int kWarpFeatures = kWarp * (kColumns ? kColumnFeatures : kRowFeatures);
-  const int latents = kColumns              ? kColumnLatents<Weight>
-                      : p.n >= kManyLatents ? kRowLatents
-                                            : 1;
+  const int latents = kColumns ? kColumnLatents<Weight> : p.n >= kManyLatents ? kRowLatents : 1;
   const int64_t warps = (p.d + kWarpFeatures - 1) / kWarpFeatures;
   const int threads = kWarp * static_cast<int>(warps < kMostWarps ? warps : kMostWarps);
-  const size_t shared_bytes = kColumns ? latents * tile_stride<Weight>(threads) * sizeof(Weight) : 0;
+  const size_t shared_bytes =
+      kColumns ? latents * tile_stride<Weight>(threads) * sizeof(Weight) : 0;
   launch(sparse_matmul_backward_kernel<Values, Weight, kVector, kColumns>,
          grid_of((p.n + latents - 1) / latents), threads, shared_bytes, stream, p, latents);
 }

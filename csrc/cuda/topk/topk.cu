@@ -12,7 +12,8 @@ Regime regime_for(int64_t rows, int64_t n, int64_t k) {
 }
 
 Slices slices_for(int64_t rows, int64_t n) {
-  if (rows >= kFillingRows || n < 2 * kLeastSlice) return {1, (n + kSliceStep - 1) / kSliceStep * kSliceStep};
+  if (rows >= kFillingRows || n < 2 * kLeastSlice)
+    return {1, (n + kSliceStep - 1) / kSliceStep * kSliceStep};
   const int64_t wanted = (kFillingSlices + rows - 1) / rows;
   const int64_t even = (n + wanted - 1) / wanted;
   const int64_t least = even < kLeastSlice ? kLeastSlice : even;

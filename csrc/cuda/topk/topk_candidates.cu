@@ -70,14 +70,13 @@ __device__ int select(const Batch<T>& batch, int64_t b, int64_t begin, int64_t e
   }
   Candidates<Team> candidates(scratch.pairs, scratch.filled, k,
                               make_pair_of(bound.key, 0xffffffffu));
-  const unsigned count = few ? static_cast<unsigned>(*scratch.listed) << groups.shift
-                             : stretch.vectors();
+  const unsigned count =
+      few ? static_cast<unsigned>(*scratch.listed) << groups.shift : stretch.vectors();
   for (unsigned first = 0; first < count; first += Team::kSize) {
     const unsigned i = first + Team::self();
     if (i < count) {
-      const unsigned v = few ? groups.vector(scratch.list[i >> groups.shift],
-                                             i & ((1u << groups.shift) - 1))
-                             : i;
+      const unsigned v =
+          few ? groups.vector(scratch.list[i >> groups.shift], i & ((1u << groups.shift) - 1)) : i;
       const typename Stretch<T, kWidth>::Vector vector = stretch.load(v);
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) {
@@ -123,8 +122,8 @@ __global__ void __launch_bounds__(kBlockThreads, kResidentBlocks)
   const int64_t b = static_cast<int64_t>(blockIdx.x) * kBlockWarps + warp;
   if (b >= batch.rows) return;
   const auto scratch = Scratch<WarpTeam>::of(memory, batch.k, counters[warp]);
-  const int count = select<WarpTeam, T, kWidth>(batch, b, 0, batch.n, most_left<WarpTeam>(batch.k),
-                                                scratch);
+  const int count =
+      select<WarpTeam, T, kWidth>(batch, b, 0, batch.n, most_left<WarpTeam>(batch.k), scratch);
   write_selected(batch, b, scratch, count, size);
 }
 

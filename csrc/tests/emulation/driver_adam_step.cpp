@@ -54,7 +54,7 @@ bool check_case(int64_t rows, int64_t d, bool unit, std::mt19937& random) {
 int check_adam(int* cases) {
   std::mt19937 random(5);
   int failures = 0;
-  for (const int64_t d : {1, 31, 256, 257, 2100}) {
+  for (const int64_t d : {1, 31, 256, 257, 1025, 4096, 4100}) {
     for (const bool unit : {false, true}) {
       ++*cases;
       if (check_case(3, d, unit, random)) continue;
