@@ -76,7 +76,8 @@ def linear_topk(
     Raises:
         TypeError: a dtype that does not fit, or k is not an integer.
         ValueError: shapes or devices that do not fit, or k is out of range.
-        IndexError: an element of latents outside 0..N-1.
+        IndexError: an element of latents outside 0..N-1 (on the CPU; on other devices only with
+            SPARSEKERN_DEBUG=1, and an assertion of torch's otherwise).
 
     Note:
         Scores are ranked in x's dtype, as in the dense expression. The products may differ from its
