@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparsekern.measures.disentanglement import (
-    discretized,
+    discretize,
     entropies,
     mig,
     mig_monte_carlo,
@@ -28,7 +28,7 @@ def noise(units: int, rows: int = len(GRID)) -> torch.Tensor:
 
 def test_bins_are_those_of_numpy():
     codes = torch.cat((noise(3), torch.full((len(GRID), 1), 0.7), GRID[:, :1].float()), 1).double()
-    labels = discretized(codes)
+    labels = discretize(codes)
     for unit in range(codes.shape[1]):
         values = codes[:, unit].numpy()
         expected = np.digitize(values, np.histogram(values, 20)[1][:-1]) - 1

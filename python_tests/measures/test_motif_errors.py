@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from sparsekern.measures.motif_errors import (
-    assigned,
+    assign_symbols,
     bootstrap_errors,
     edit_errors,
     exact_matches,
     find_motifs,
-    joined,
+    join_matches,
     motif_errors,
 )
 
@@ -70,9 +70,9 @@ def test_an_activation_belongs_to_the_first_motif_that_holds_it():
 def test_assignment_one_to_one_and_by_majority():
     # Channel 0 fires for both symbols, channel 1 mostly for symbol 0.
     confusion = np.array([[6, 3], [5, 0]])
-    assert assigned(confusion, True) == (1, 0)  # 8 right instead of 6
-    assert assigned(confusion, False) == (0, 0)  # each channel's majority: 9 right
-    assert assigned(np.array([[0, 2, 0]]), False) == (-1, 0, -1)
+    assert assign_symbols(confusion, True) == (1, 0)  # 8 right instead of 6
+    assert assign_symbols(confusion, False) == (0, 0)  # each channel's majority: 9 right
+    assert assign_symbols(np.array([[0, 2, 0]]), False) == (-1, 0, -1)
 
 
 def test_confusion_by_either_assignment():
@@ -101,7 +101,7 @@ def test_batches_can_be_joined():
     activations, motifs = worked_example()
     parts = [find_motifs(activations[i : i + 1], motifs[i : i + 1]) for i in range(2)]
     whole = find_motifs(activations, motifs)
-    for ours, theirs in zip(joined(parts), whole, strict=True):
+    for ours, theirs in zip(join_matches(parts), whole, strict=True):
         assert torch.equal(ours, theirs)
 
 

@@ -8,7 +8,11 @@ from sparsekern.data import motif_domain
 from sparsekern.data.motifs.domain import Replacement
 from sparsekern.data.motifs.formula_grammar import TOKENS
 from sparsekern.data.motifs.formula_pictures import SYMBOLS
-from sparsekern.measures.motif_perturbation import local_maxima, moved, perturbation_consistency
+from sparsekern.measures.motif_perturbation import (
+    local_maxima,
+    move_motif,
+    perturbation_consistency,
+)
 from sparsekern.studies.sparling.measures import channels_of_symbols
 
 
@@ -28,10 +32,10 @@ def test_local_maxima_by_hand():
 def test_a_move_by_hand():
     activations = torch.zeros(3, 6, 6)
     activations[0, 1, 1], activations[0, 5, 5], activations[2, 2, 1] = 0.5, 0.7, 0.2
-    after = moved(activations, [1, 1, 3, 1, 3], 0, source=0, to=2)
+    after = move_motif(activations, [1, 1, 3, 1, 3], 0, source=0, to=2)
     assert after.nonzero().tolist() == [[0, 5, 5], [2, 1, 1], [2, 2, 1]]
     assert float(after[2, 1, 1]) == 0.5 and float(activations[0, 1, 1]) == 0.5, "a copy"
-    widened = moved(activations, [1, 4, 5, 4, 5], 3, source=0, to=2)  # cut off at the border
+    widened = move_motif(activations, [1, 4, 5, 4, 5], 3, source=0, to=2)  # cut off at the border
     assert widened.nonzero().tolist() == [[2, 1, 1], [2, 2, 1], [2, 5, 5]]
 
 

@@ -9,7 +9,7 @@ from one_thread import one_thread
 from test_training import CONFIG, Noisy, complete, resume, start
 
 from sparsekern.training import TrainingError, checkpoints
-from sparsekern.training.finite import not_finite_names
+from sparsekern.training.finite import nonfinite_names
 
 __all__ = ["complete", "one_thread"]  # fixtures
 BAD_STEP = 7
@@ -60,7 +60,7 @@ NAMES = {
 def assert_finite(folder, step):
     tensors, facts = checkpoints.read_checkpoint(folder)
     assert facts["step"] == step
-    assert not_finite_names(tensors) == {"model.unset"}
+    assert nonfinite_names(tensors) == {"model.unset"}
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -32,18 +32,21 @@ class UnitActivity:
 
     @torch.no_grad()
     def update(self, values: Tensor, indices: Tensor) -> None:
-        """Takes in codes: values [rows, k] and indices [rows, k] in 0..n-1."""
+        """Count codes in: values [rows, k] and indices [rows, k] in 0..n-1."""
         self.rows += len(values)
         self.fired += count_active(indices, self.n, values)
         self.sums += codes_to_dense(values, indices, self.n).abs().sum(0, dtype=torch.float64)
 
     def l0(self) -> float:
-        """Mean number of units that are not zero in a row."""
+        """Compute the mean number of units that are not zero in a row.
+
+        Raises ValueError before the first row.
+        """
         self._check_rows("l0")
         return float(self.fired.sum()) / self.rows
 
     def dead_panel(self) -> dict[str, float]:
-        """The share of dead units, 0..1, under each usual definition.
+        """Compute the share of dead units, 0..1, under each usual definition.
 
         "never": not active in any row. "frequency<t": active in less than a share t of the rows
         (with fewer than 1/t rows this is "never"). "mean<t": mean absolute activation over all rows
@@ -63,4 +66,5 @@ class UnitActivity:
 
 
 def _share(mask: Tensor) -> float:
+    """Compute the share of a mask that is true, 0..1."""
     return float(mask.double().mean())

@@ -31,8 +31,11 @@ CACHED_BLOCK = 1 << 17
 
 
 class Gap(NamedTuple):
-    """A mutual information gap: score, one gap for each factor (NaN where a factor has one value),
-    and a bootstrap interval of the score (NaN without resamples)."""
+    """A mutual information gap: its mean over the factors, and one gap for each of them.
+
+    ``score`` is the mean; ``factors`` has NaN where a factor has one value; ``low`` and ``high``
+    are a bootstrap interval of the score (NaN without resamples).
+    """
 
     score: float
     factors: tuple[float, ...]
@@ -65,13 +68,13 @@ def _check(op: str, codes: Tensor, factors: Tensor) -> None:
 
 
 def _classes(factor: Tensor) -> tuple[Tensor, int]:
-    """A factor's values as 0, 1, ..., and how many there are."""
+    """Turn a factor's values into 0, 1, ...; return those and how many there are."""
     values, classes = factor.unique(return_inverse=True)
     return classes, len(values)
 
 
-def discretized(codes: Tensor, bins: int = BINS) -> Tensor:
-    """Each unit's values as numbers of bins of equal width between its smallest and largest value.
+def discretize(codes: Tensor, bins: int = BINS) -> Tensor:
+    """Sort each unit's values into bins of equal width between its smallest and largest value.
 
     Args:
         codes: [rows, units] floating point.
@@ -89,7 +92,7 @@ def discretized(codes: Tensor, bins: int = BINS) -> Tensor:
 
 
 def _plug_in(counts: Tensor) -> Tensor:
-    """Counts [..., values, bins] -> mutual information [...] in nats."""
+    """Compute the mutual information [...] in nats of counts [..., values, bins]."""
     joint = counts / counts.sum((-2, -1), keepdim=True)
     independent = joint.sum(-1, keepdim=True) * joint.sum(-2, keepdim=True)
     ratio = torch.where(joint > 0, joint / independent, 1)
@@ -120,8 +123,8 @@ class _Histograms:
             self.blocks.append((part.shape[1], row, unit, part[row, unit]))
 
     def information(self, weights: Tensor) -> Tensor:
-        """weights float64 [rows] -> mutual information [units, factors]."""
-        found = []
+        """Compute the mutual information [units, factors] under weights float64 [rows]."""
+        per_factor = []
         for classes, size in self.factors:
             whole = classes.bincount(weights, size)
             parts = []
@@ -131,22 +134,22 @@ class _Histograms:
                 counts = counts.view(width, size, self.bins)
                 counts[:, :, 0] = whole - counts.sum(-1)
                 parts.append(_plug_in(counts))
-            found.append(torch.cat(parts))
-        return torch.stack(found, 1)
+            per_factor.append(torch.cat(parts))
+        return torch.stack(per_factor, 1)
 
 
 def entropies(factors: Tensor) -> Tensor:
-    """H(v) of each factor in nats: factors int [rows, factors] -> float64 [factors]."""
-    found = []
+    """Compute H(v) of each factor in nats: factors int [rows, factors] -> float64 [factors]."""
+    per_factor = []
     for factor in factors.unbind(1):
         classes, size = _classes(factor)
         share = classes.bincount(minlength=size).double() / len(classes)
-        found.append(-(share * share.log()).sum())
-    return torch.stack(found)
+        per_factor.append(-(share * share.log()).sum())
+    return torch.stack(per_factor)
 
 
 def mutual_information(codes: Tensor, factors: Tensor, *, bins: int = BINS) -> Tensor:
-    """I(z; v) of every unit and factor, counted in histograms.
+    """Estimate I(z; v) of every unit and factor, counted in histograms.
 
     Args:
         codes: [rows, units] floating point, finite.
@@ -168,7 +171,7 @@ def mutual_information(codes: Tensor, factors: Tensor, *, bins: int = BINS) -> T
     """
     _check("mutual_information", codes, factors)
     weights = torch.ones(len(codes), dtype=torch.float64, device=codes.device)
-    return _Histograms(discretized(codes, bins), bins, factors).information(weights)
+    return _Histograms(discretize(codes, bins), bins, factors).information(weights)
 
 
 def mig(
@@ -180,7 +183,7 @@ def mig(
     level: float = 0.95,
     seed: int = 0,
 ) -> Gap:
-    """The mutual information gap of a code, by histograms.
+    """Compute the mutual information gap of a code, by histograms.
 
     Args:
         codes: [rows, units] floating point, finite, at least two units.
@@ -202,7 +205,7 @@ def mig(
     entropy = entropies(factors)
     if not (entropy > 0).any():
         raise ValueError(f"{op}: factors must include one with more than one value, got none")
-    histograms = _Histograms(discretized(codes, bins), bins, factors)
+    histograms = _Histograms(discretize(codes, bins), bins, factors)
     ones = torch.ones(len(codes), dtype=torch.float64, device=codes.device)
     gaps = _gaps(histograms.information(ones), entropy)
     generator = torch.Generator().manual_seed(seed)
@@ -219,13 +222,16 @@ def mig(
 
 
 def _gaps(information: Tensor, entropy: Tensor) -> Tensor:
-    """[units, factors] and [factors] -> the gap of each factor, NaN where its entropy is 0."""
+    """Compute the gap of each factor, NaN where its entropy is 0.
+
+    Information is [units, factors], entropy [factors].
+    """
     best = information.topk(2, dim=0).values
     return torch.where(entropy > 0, (best[0] - best[1]) / entropy, torch.nan)
 
 
 def selectivity(codes: Tensor, factors: Tensor, *, bins: int = BINS) -> Selectivity:
-    """How much each unit tells about the one factor that it tells most about.
+    """Measure how much each unit tells about the one factor that it tells most about.
 
     Args:
         codes: [rows, units] floating point, finite.
@@ -244,13 +250,14 @@ def selectivity(codes: Tensor, factors: Tensor, *, bins: int = BINS) -> Selectiv
 def monte_carlo_information(
     mean: Tensor, logvar: Tensor, factors: Tensor, *, samples: int = 10_000, seed: int = 0
 ) -> Tensor:
-    """I(z; v) of every latent and factor, from the posteriors q(z | x) = N(mean, exp(logvar)).
+    """Estimate I(z; v) of latents and factors, from posteriors q(z | x) = N(mean, exp(logvar)).
 
     H(z) = -E log q(z) with q(z) = mean over the rows of q(z | x), over samples of rows and of z;
     H(z | v) is the mean over v's values of the same, among the rows with that value.
 
     Args:
-        mean, logvar: [rows, latents] floating point, of data in which factors are independent.
+        mean: [rows, latents] floating point, of data in which factors are independent.
+        logvar: [rows, latents], the logarithms of the variances.
         factors: [rows, factors] integer classes.
         samples: for each entropy. Time and memory grow with samples * rows * latents.
         seed: of the samples.
@@ -269,19 +276,19 @@ def monte_carlo_information(
         raise ValueError(f"{op}: logvar must be {list(mean.shape)}, got {list(logvar.shape)}")
     generator = torch.Generator().manual_seed(seed)
     whole = _entropy(mean, logvar, samples, generator)
-    found = []
+    per_factor = []
     for factor in factors.unbind(1):
         classes, size = _classes(factor)
-        given = torch.zeros_like(whole)
+        conditional = torch.zeros_like(whole)
         for value in range(size):
             rows = classes == value
-            given += _entropy(mean[rows], logvar[rows], samples, generator) / size
-        found.append((whole - given).clamp_min(0))
-    return torch.stack(found, 1)
+            conditional += _entropy(mean[rows], logvar[rows], samples, generator) / size
+        per_factor.append((whole - conditional).clamp_min(0))
+    return torch.stack(per_factor, 1)
 
 
 def _entropy(mean: Tensor, logvar: Tensor, samples: int, generator: torch.Generator) -> Tensor:
-    """H of each latent of the mixture of the rows' posteriors: float64 [latents]."""
+    """Estimate H of each latent of the mixture of the rows' posteriors: float64 [latents]."""
     rows, latents = mean.shape
     drawn = torch.randint(rows, (samples,), generator=generator)
     noise = torch.randn(samples, latents, generator=generator).to(mean.device)
@@ -301,8 +308,11 @@ def _entropy(mean: Tensor, logvar: Tensor, samples: int, generator: torch.Genera
 def mig_monte_carlo(
     mean: Tensor, logvar: Tensor, factors: Tensor, *, samples: int = 10_000, seed: int = 0
 ) -> Gap:
-    """The mutual information gap of Gaussian posteriors, as its authors estimate it; normalized by
-    the logarithm of a factor's number of values. Arguments as `monte_carlo_information`."""
+    """Compute the mutual information gap of Gaussian posteriors, as its authors estimate it.
+
+    Normalised by the logarithm of a factor's number of values. Arguments as
+    :func:`monte_carlo_information`.
+    """
     information = monte_carlo_information(mean, logvar, factors, samples=samples, seed=seed)
     sizes = [_classes(factor)[1] for factor in factors.unbind(1)]
     entropy = torch.tensor(sizes, dtype=torch.float64, device=mean.device).log()

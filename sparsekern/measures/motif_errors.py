@@ -29,7 +29,7 @@ from .._system import require
 NONE, PADDING = -1, -2
 
 
-class Found(NamedTuple):
+class MotifMatches(NamedTuple):
     """What activations say about the motifs of B inputs."""
 
     symbols: Tensor
@@ -60,7 +60,7 @@ class MotifErrors:
         return self.fpe + self.fne + self.ce
 
 
-def find_motifs(activations: Tensor, motifs: Tensor, *, margin: int = 0) -> Found:
+def find_motifs(activations: Tensor, motifs: Tensor, *, margin: int = 0) -> MotifMatches:
     """Compare activations with true motifs.
 
     Args:
@@ -97,50 +97,56 @@ def find_motifs(activations: Tensor, motifs: Tensor, *, margin: int = 0) -> Foun
     chosen = torch.where(best > 0, chosen, NONE)
     chosen = torch.where(motifs[..., 0] >= 0, chosen, PADDING)
     spare = torch.bincount(sample[~consumed], minlength=batch)
-    return Found(motifs[..., 0], chosen, spare, torch.bincount(sample, minlength=batch))
+    return MotifMatches(motifs[..., 0], chosen, spare, torch.bincount(sample, minlength=batch))
 
 
-def joined(parts: list[Found]) -> Found:
-    """Several batches as one."""
-    return Found(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+def join_matches(batches: list[MotifMatches]) -> MotifMatches:
+    """Join several batches to one."""
+    return MotifMatches(*(torch.cat(tensors) for tensors in zip(*batches, strict=True)))
 
 
-def motif_errors(found: Found, symbols: int, channels: int, *, one_to_one: bool) -> MotifErrors:
-    """FPE, FNE and CE of what was found.
+def motif_errors(
+    matches: MotifMatches, symbols: int, channels: int, *, one_to_one: bool
+) -> MotifErrors:
+    """Compute FPE, FNE and CE.
 
     Args:
-        found: of any number of inputs.
-        symbols, channels: S and C.
+        matches: of any number of inputs.
+        symbols: S.
+        channels: C.
         one_to_one: how channels are assigned; see the module.
     """
-    confusion = confusion_of(found, symbols, channels)
-    assignment = assigned(confusion, one_to_one)
-    return _errors(found, confusion, assignment)
+    confusion = confusion_matrix(matches, symbols, channels)
+    assignment = assign_symbols(confusion, one_to_one)
+    return _errors(matches, confusion, assignment)
 
 
-def confusion_of(found: Found, symbols: int, channels: int) -> np.ndarray:
-    """int64 [S, C]: how often a motif of a symbol was predicted as a channel."""
-    matched = found.channels >= 0
-    pairs = found.symbols[matched] * channels + found.channels[matched]
+def confusion_matrix(matches: MotifMatches, symbols: int, channels: int) -> np.ndarray:
+    """Count how often a motif of a symbol was predicted as a channel: int64 [S, C]."""
+    matched = matches.channels >= 0
+    pairs = matches.symbols[matched] * channels + matches.channels[matched]
     counts = torch.bincount(pairs, minlength=symbols * channels)
     return counts.view(symbols, channels).numpy(force=True)
 
 
-def assigned(confusion: np.ndarray, one_to_one: bool) -> tuple[int, ...]:
-    """The symbol of each channel; -1 for none."""
+def assign_symbols(confusion: np.ndarray, one_to_one: bool) -> tuple[int, ...]:
+    """Find the symbol of each channel; -1 for none."""
     if not one_to_one:
         return tuple(np.where(confusion.sum(0) > 0, confusion.argmax(0), NONE).tolist())
     optimize = require("scipy.optimize", "assigning channels to symbols")
     rows, columns = optimize.linear_sum_assignment(confusion, maximize=True)
-    found = np.full(confusion.shape[1], NONE)
-    found[columns] = rows
-    return tuple(found.tolist())
+    symbols = np.full(confusion.shape[1], NONE)
+    symbols[columns] = rows
+    return tuple(symbols.tolist())
 
 
-def _errors(found: Found, confusion: np.ndarray, assignment: tuple[int, ...]) -> MotifErrors:
+def _errors(
+    matches: MotifMatches, confusion: np.ndarray, assignment: tuple[int, ...]
+) -> MotifErrors:
+    """Compute FPE, FNE and CE under an assignment."""
     matched = int(confusion.sum())
-    motifs = int((found.symbols >= 0).sum())
-    spare = int(found.spare.sum())
+    motifs = int((matches.symbols >= 0).sum())
+    spare = int(matches.spare.sum())
     right = sum(int(confusion[s, c]) for c, s in enumerate(assignment) if s >= 0)
     return MotifErrors(
         fpe=_share(spare, spare + matched),
@@ -152,11 +158,12 @@ def _errors(found: Found, confusion: np.ndarray, assignment: tuple[int, ...]) ->
 
 
 def _share(part: float, whole: float) -> float:
+    """Divide a part by the whole; NaN where there is nothing."""
     return part / whole if whole else float("nan")
 
 
 def bootstrap_errors(
-    found: Found,
+    matches: MotifMatches,
     symbols: int,
     channels: int,
     *,
@@ -164,24 +171,26 @@ def bootstrap_errors(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, tuple[float, float]]:
-    """95 % intervals of fpe, fne and ce over the samples, by resampling them; the assignment is
-    that of all samples."""
-    assignment = assigned(confusion_of(found, symbols, channels), one_to_one)
+    """Compute 95 % intervals of fpe, fne and ce over the samples, by resampling them.
+
+    The assignment is that of all samples.
+    """
+    assignment = assign_symbols(confusion_matrix(matches, symbols, channels), one_to_one)
     channel_symbol = torch.tensor([*assignment, NONE, NONE])  # of channels -2 and -1: none
-    true = found.symbols >= 0
-    matched = found.channels >= 0
-    wrong = matched & (channel_symbol[found.channels] != found.symbols)
+    true = matches.symbols >= 0
+    matched = matches.channels >= 0
+    wrong = matched & (channel_symbol[matches.channels] != matches.symbols)
     columns = (true, matched, wrong)
-    facts = torch.stack([*(c.sum(1) for c in columns), found.spare], 1).double().numpy(force=True)
+    facts = torch.stack([*(c.sum(1) for c in columns), matches.spare], 1).double().numpy(force=True)
     generator = np.random.default_rng(seed)
     n = len(facts)
     draws = np.empty((resamples, 3))
     for i in range(resamples):
-        motifs, matches, wrongs, spare = facts[generator.integers(n, size=n)].sum(0)
+        motifs, predicted_count, wrongs, spare = facts[generator.integers(n, size=n)].sum(0)
         draws[i] = (
-            _share(spare, spare + matches),
-            _share(motifs - matches, motifs),
-            _share(wrongs, matches),
+            _share(spare, spare + predicted_count),
+            _share(motifs - predicted_count, motifs),
+            _share(wrongs, predicted_count),
         )
     intervals = {}
     for name, column in zip(("fpe", "fne", "ce"), draws.T, strict=True):
@@ -195,13 +204,15 @@ def bootstrap_errors(
 
 
 def exact_matches(predicted: Tensor, labels: Tensor) -> Tensor:
-    """bool [B]: whether label sequences [B, L], padded with -1, are equal."""
+    """Tell whether label sequences [B, L], padded with -1, are equal: bool [B]."""
     return (predicted == labels).all(1)
 
 
 def edit_errors(predicted: Tensor, labels: Tensor) -> Tensor:
-    """float64 [B]: edit distance over the length of the longer of two sequences padded with -1;
-    0 for two empty ones."""
+    """Compute the edit distance over the length of the longer sequence: float64 [B].
+
+    Both sequences are padded with -1; 0 for two empty ones.
+    """
     return torch.tensor(
         [
             _edit_error([s for s in a if s >= 0], [s for s in b if s >= 0])
@@ -212,6 +223,7 @@ def edit_errors(predicted: Tensor, labels: Tensor) -> Tensor:
 
 
 def _edit_error(a: list[int], b: list[int]) -> float:
+    """Compute the edit distance of two sequences over the length of the longer one."""
     if a == b:
         return 0.0
     row = list(range(len(b) + 1))

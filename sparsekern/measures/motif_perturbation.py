@@ -23,17 +23,24 @@ UNTESTED = -1
 
 
 def local_maxima(activations: Tensor, radius: int = RADIUS) -> Tensor:
-    """Activations [B, C, *space], zero or more, without those of which a larger one of the same
-    channel lies within `radius` positions along every dimension of space (one or two)."""
+    """Keep the local maxima of activations [B, C, *space], zero or more.
+
+    Those stay of which no larger one of the same channel lies within `radius` positions along every
+    dimension of space (one or two).
+    """
     pool = {1: F.max_pool1d, 2: F.max_pool2d}[activations.dim() - 2]
     largest = pool(activations, 2 * radius + 1, stride=1, padding=radius)
     return torch.where(activations == largest, activations, 0)
 
 
-def moved(activations: Tensor, motif: Sequence[int], margin: int, source: int, to: int) -> Tensor:
-    """A copy of activations [C, *space] in which those of channel `source` in a motif's region
-    (symbol, then start and stop along each dimension; widened by a margin) are in channel `to`; a
-    larger one that is there already stays."""
+def move_motif(
+    activations: Tensor, motif: Sequence[int], margin: int, source: int, to: int
+) -> Tensor:
+    """Copy activations [C, *space], with those of one motif in another channel.
+
+    Those of channel `source` in the motif's region (symbol, then start and stop along each
+    dimension; widened by a margin) move to channel `to`; a larger one that is there already stays.
+    """
     copy = activations.clone()
     region = copy  # a view of it
     for dim, (start, stop) in enumerate(zip(motif[1::2], motif[2::2], strict=True), 1):
@@ -88,7 +95,7 @@ def perturbation_consistency(
             source, to = channels[row[0]], channels[choice.symbol]
             if source < 0 or to < 0 or source == to:
                 continue
-            after = moved(maxima[i], row, margin, source, to)
+            after = move_motif(maxima[i], row, margin, source, to)
             if torch.equal(after, maxima[i]):  # no activations of its own
                 continue
             changed.append(after)

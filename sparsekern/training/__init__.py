@@ -4,7 +4,8 @@ from .._system import stop_signals
 from .annealing import AccuracyGatedDensity
 from .batches import permuted_rows
 from .checkpoints import CheckpointError
-from .loop import LoopConfig, Outcome, Task, TrainingError, train
+from .finite import TrainingError
+from .loop import LoopConfig, Outcome, Task, train
 from .runs import RunError, RunFolder
 from .schedules import SCHEDULES, scheduled_k
 

@@ -12,7 +12,7 @@ from torch import Tensor
 def permuted_rows(
     examples: int, batch_size: int, seed: int, epoch: int, first: int
 ) -> Iterator[Tensor]:
-    """The batches of an epoch from number ``first`` on, in an order that (seed, epoch) decide.
+    """Start an epoch at batch ``first``, in an order that (seed, epoch) decide.
 
     The same as ``torch.from_numpy(order).split(batch_size)[first:]`` with
     ``order = numpy.random.default_rng((seed, epoch)).permutation(examples)``.
@@ -20,7 +20,8 @@ def permuted_rows(
     Args:
         examples: number of rows, >= 1; each comes once an epoch.
         batch_size: rows a batch, >= 1; the last batch takes what is left.
-        seed, epoch: >= 0.
+        seed: >= 0.
+        epoch: >= 0.
         first: number of batches to leave out, >= 0.
 
     Returns:

@@ -46,7 +46,7 @@ class Checkpoint(NamedTuple):
 def write_checkpoint(
     folder: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
 ) -> None:
-    """Writes a checkpoint and removes the one before it; memory is needed for one tensor.
+    """Write a checkpoint and remove the one before it; memory is needed for one tensor.
 
     Args:
         folder: the run folder.
@@ -66,7 +66,7 @@ def write_checkpoint(
 
 
 def read_checkpoint(folder: Path) -> Checkpoint | None:
-    """The checkpoint in a run folder, or None when there is none yet.
+    """Read the checkpoint in a run folder, or None when there is none yet.
 
     Raises:
         CheckpointError: it is damaged or of a format this version does not know, or its two files
@@ -98,7 +98,7 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def change_identity(folder: Path, changes: Mapping[str, Any]) -> None:
-    """Replaces entries of what the checkpoint in a folder belongs to, and nothing else of it."""
+    """Replace entries of what the checkpoint in a folder belongs to, and nothing else of it."""
     with open_plain(folder / FACTS) as file:
         facts = json.loads(file.read())
     facts["identity"] |= changes
@@ -106,13 +106,13 @@ def change_identity(folder: Path, changes: Mapping[str, Any]) -> None:
 
 
 def damaged(folder: Path, reason: Exception | str) -> CheckpointError:
-    """The error to raise for a checkpoint that cannot be used as it is."""
+    """Make the error for a checkpoint that cannot be used as it is."""
     text = f"{reason} is missing" if isinstance(reason, KeyError) else str(reason)
     return CheckpointError(f"checkpoint in {folder} is damaged: {text}")
 
 
 def check_facts(folder: Path, facts: Any, kinds: Mapping[str, type]) -> None:
-    """Raises :class:`CheckpointError` unless facts hold these names, with values of these types.
+    """Raise :class:`CheckpointError` unless facts hold these names, with values of these types.
 
     Numbers must be finite and not negative; an int is a float, too, but a bool is no int.
     """
@@ -129,24 +129,24 @@ def check_facts(folder: Path, facts: Any, kinds: Mapping[str, type]) -> None:
 
 
 def check_same(folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Raises :class:`CheckpointError` naming the first field in which two configs differ."""
+    """Raise :class:`CheckpointError` naming the first field in which two configs differ."""
     for field in [*current, *(name for name in saved if name not in current)]:
-        there, here = saved.get(field, "absent"), current.get(field, "absent")
-        if there != here:
+        saved_value, value = saved.get(field, "absent"), current.get(field, "absent")
+        if saved_value != value:
             raise CheckpointError(
-                f"checkpoint in {folder} is of another config: {field} is {there!r} there "
-                f"and {here!r} here"
+                f"checkpoint in {folder} is of another config: {field} is {saved_value!r} there "
+                f"and {value!r} here"
             )
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """A model's state under names that start with ``model.``."""
+    """Name a model's state with the prefix ``model.``."""
     return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
 
 
 @torch.no_grad()
 def load_model(folder: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Puts saved tensors into a model, one at a time, after checking all of them.
+    """Put saved tensors into a model, one at a time, after checking all of them.
 
     Raises:
         CheckpointError: a name, a shape or a dtype differs.
@@ -177,7 +177,7 @@ def load_model(folder: Path, model: nn.Module, tensors: Mapping[str, Tensor]) ->
 
 
 def _is_alias(model: nn.Module, name: str) -> bool:
-    """Whether a name leads to a parameter that the model's state has under another."""
+    """Tell whether a name leads to a parameter that the model's state has under another."""
     path, _, last = name.rpartition(".")
     try:
         tensor = getattr(model.get_submodule(path), last, None)
@@ -187,20 +187,24 @@ def _is_alias(model: nn.Module, name: str) -> bool:
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str) -> list[int]:
-    """Without reading the tensor."""
+    """Look up a shape, without reading a saved tensor."""
     if isinstance(tensors, SavedTensors):
         return tensors.shape(name)
     return list(tensors[name].shape)
 
 
 def _dtype(tensors: Mapping[str, Tensor], name: str) -> str:
+    """Look up a dtype, without reading a saved tensor."""
     if isinstance(tensors, SavedTensors):
         return str(tensors.dtype(name))
     return str(tensors[name].dtype)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors, named ``optimizer.<parameter>.<key>``, and JSON types."""
+    """Split an optimizer's state into tensors and JSON types.
+
+    The tensors are named ``optimizer.<parameter>.<key>``.
+    """
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
@@ -217,7 +221,7 @@ def load_optimizer(
     tensors: Mapping[str, Tensor],
     facts: Mapping[str, Any],
 ) -> None:
-    """The inverse of :func:`optimizer_state`.
+    """Load what :func:`optimizer_state` returned.
 
     Raises:
         CheckpointError: the facts are not those of such an optimizer.
@@ -227,10 +231,10 @@ def load_optimizer(
     state: dict[int, dict[str, Any]] = {}
     try:
         for name, value in facts["numbers"].items():
-            _entry(state, name, value)
+            _file_entry(state, name, value)
         for name in tensors:
             if name.startswith(OPTIMIZER):
-                _entry(state, name, None)
+                _file_entry(state, name, None)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for number, entries in state.items():
             for key, value in entries.items():
@@ -250,20 +254,20 @@ def load_optimizer(
         for name in group.keys() - {"params"}:
             if name not in saved:
                 raise damaged(folder, KeyError(name))
-            if not _same_kind(saved[name], group[name]):
+            if not _same_json_type(saved[name], group[name]):
                 raise damaged(folder, f"{name!r} is {saved[name]!r}")
 
 
-def _entry(state: dict[int, dict[str, Any]], name: str, value: Any) -> None:
-    """Files a value of the state under its parameter's number and key."""
+def _file_entry(state: dict[int, dict[str, Any]], name: str, value: Any) -> None:
+    """File a value of the state under its parameter's number and key."""
     _, parameter, key = name.split(".", 2)
     state.setdefault(int(parameter), {})[key] = value
 
 
-def _same_kind(one: Any, other: Any) -> bool:
-    """Whether two values look alike in JSON, where a tuple is a list."""
+def _same_json_type(one: Any, other: Any) -> bool:
+    """Tell whether two values look alike in JSON, where a tuple is a list."""
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(map(_same_kind, one, other))
+        return len(one) == len(other) and all(map(_same_json_type, one, other))
     if isinstance(other, bool) or not isinstance(other, int | float):
         return type(one) is type(other)
     return isinstance(one, int | float) and not isinstance(one, bool) and math.isfinite(one)

@@ -32,12 +32,12 @@ class FiniteSteps:
         self._waiting: tuple[int, Tensor, torch.cuda.Event | None] | None = None
 
     def gradients(self) -> Tensor:
-        """The norm of all gradients; before the step, which may change them."""
-        return _norm([p.grad for p in self.parameters if p.grad is not None])
+        """Compute the norm of all gradients; before the step, which may change them."""
+        return _total_norm([p.grad for p in self.parameters if p.grad is not None])
 
     @torch.no_grad()
     def watch(self, step: int, loss: Tensor, gradients: Tensor) -> None:
-        """Takes in a step.
+        """Take in a step.
 
         Args:
             step: its number, from 1.
@@ -48,7 +48,7 @@ class FiniteSteps:
             TrainingError: loss, gradients or parameters of this step (on a GPU: of the one before)
                 are not finite.
         """
-        parameters = _norm([p.detach() for p in self.parameters])
+        parameters = _total_norm([p.detach() for p in self.parameters])
         device = parameters.device
         seen = torch.stack([
             value.detach().to(device, torch.float64) for value in (loss, gradients, parameters)
@@ -60,14 +60,15 @@ class FiniteSteps:
         host.copy_(seen, non_blocking=True)
         event = torch.cuda.current_stream(device).record_event()
         before, self._waiting = self._waiting, (step, host, event)
-        self._settle(before)
+        self._check_waiting(before)
 
     def settle(self) -> None:
-        """Waits for the last step and looks at it; raises as :meth:`watch`."""
+        """Wait for the last step and check it; raises as :meth:`watch`."""
         waiting, self._waiting = self._waiting, None
-        self._settle(waiting)
+        self._check_waiting(waiting)
 
-    def _settle(self, waiting: tuple[int, Tensor, torch.cuda.Event | None] | None) -> None:
+    def _check_waiting(self, waiting: tuple[int, Tensor, torch.cuda.Event | None] | None) -> None:
+        """Wait for a step whose numbers are on their way, and check it."""
         if waiting is not None:
             step, host, event = waiting
             if event is not None:
@@ -77,60 +78,64 @@ class FiniteSteps:
     def _check(self, step: int, seen: Tensor) -> None:
         loss, gradients, parameters = seen.tolist()
         if not math.isfinite(loss):
-            raise not_finite("loss", loss, step)
+            raise divergence_error("loss", loss, step)
         if not math.isfinite(gradients):
-            raise not_finite(_first("gradient of", self._gradients()), gradients, step)
+            raise divergence_error(
+                _name_nonfinite("gradient of", self._gradients()), gradients, step
+            )
         if not math.isfinite(parameters):
-            raise not_finite(_first("parameter", self.model.named_parameters()), parameters, step)
+            raise divergence_error(
+                _name_nonfinite("parameter", self.model.named_parameters()), parameters, step
+            )
 
     def _gradients(self) -> Iterable[tuple[str, Tensor]]:
         named = self.model.named_parameters()
         return ((name, p.grad) for name, p in named if p.grad is not None)
 
 
-def not_finite(what: str, value: float, step: int) -> TrainingError:
-    """The error to raise when training has diverged."""
+def divergence_error(what: str, value: float, step: int) -> TrainingError:
+    """Make the error to raise when training has diverged."""
     return TrainingError(f"{what} is {value} at step {step}; {_ADVICE}")
 
 
 def check_finite_state(
     tensors: Mapping[str, Tensor], step: int, exempt: Iterable[str] = ()
 ) -> None:
-    """Raises :class:`TrainingError`, naming the first of them, unless all tensors are finite."""
-    bad = not_finite_names(tensors)
+    """Raise :class:`TrainingError`, naming the first of them, unless all tensors are finite."""
+    bad = nonfinite_names(tensors)
     for name in tensors:
         if name in bad and name not in exempt:
             raise TrainingError(f"{name} is not finite at step {step}, and is not saved; {_ADVICE}")
 
 
 @torch.no_grad()
-def not_finite_names(tensors: Mapping[str, Tensor]) -> set[str]:
-    """The names of tensors that hold NaN or infinities; the host waits once a device."""
+def nonfinite_names(tensors: Mapping[str, Tensor]) -> set[str]:
+    """Name the tensors that hold NaN or infinities; the host waits once a device."""
     names = [n for n, t in tensors.items() if t.numel() and t.is_floating_point()]
     # In one pass each, without a mask of their size; NaN is both of its own.
-    found: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
     for name in names:
         tensor = tensors[name].detach()
         if tensor.element_size() == 1:  # float8 has no aminmax
             tensor = tensor.float()
         low, high = tensor.aminmax()
         whole = low.isfinite() & high.isfinite()
-        found.setdefault(tensor.device, []).append((name, whole))
+        by_device.setdefault(tensor.device, []).append((name, whole))
     bad: set[str] = set()
-    for checked in found.values():
+    for checked in by_device.values():
         flags = torch.stack([whole for _, whole in checked]).tolist()
         bad |= {name for (name, _), whole in zip(checked, flags, strict=True) if not whole}
     return bad
 
 
-def _norm(tensors: list[Tensor]) -> Tensor:
-    """The norm of all tensors together: not finite where one of them is not, or overflows."""
+def _total_norm(tensors: list[Tensor]) -> Tensor:
+    """Compute the norm of all tensors: not finite where one of them is not, or overflows."""
     return torch.nn.utils.get_total_norm(tensors)
 
 
-def _first(kind: str, named: Iterable[tuple[str, Tensor]]) -> str:
-    """The first that is not finite; where all are, it is their norm that overflowed."""
-    found = dict(named)
-    bad = not_finite_names(found)
-    names = [name for name in found if name in bad]
+def _name_nonfinite(kind: str, named: Iterable[tuple[str, Tensor]]) -> str:
+    """Name the first that is not finite; where all are, it is their norm that overflowed."""
+    tensors = dict(named)
+    bad = nonfinite_names(tensors)
+    names = [name for name in tensors if name in bad]
     return f"{kind} {names[0]}" if names else f"the norm of the {kind.split()[0]}s"

@@ -23,7 +23,13 @@ from torch import Tensor, nn
 
 from .._system import require, stop_signals
 from . import checkpoints
-from .finite import FiniteSteps, TrainingError, check_finite_state, not_finite, not_finite_names
+from .finite import (
+    FiniteSteps,
+    TrainingError,
+    check_finite_state,
+    divergence_error,
+    nonfinite_names,
+)
 from .runs import RunFolder
 
 # The facts of a checkpoint, with their types; the first are those of _Position.
@@ -51,10 +57,10 @@ class Task(Protocol):
         """What an example is called, such as "image" or "token"; its plural ends in s."""
 
     def begin_epoch(self, epoch: int) -> Mapping[str, float]:
-        """Applies schedules, which may depend on the epoch only; returns facts to log with it."""
+        """Apply schedules, which may depend on the epoch only; return facts to log with it."""
 
     def batches(self, epoch: int, first: int) -> Iterator[Any]:
-        """The epoch's batches from number ``first`` on; a pure function of its arguments.
+        """Yield the epoch's batches from number ``first`` on; a pure function of its arguments.
 
         ``len(batch)`` is the number of its examples: ``LoopConfig.batch_size``, and in the last
         batch what is left of ``examples``. May not use torch's default generator. The loop takes no
@@ -63,13 +69,13 @@ class Task(Protocol):
         """
 
     def backward(self, batch: Any) -> Mapping[str, Tensor]:
-        """Adds the gradients of the batch's loss to the parameters.
+        """Add the gradients of the batch's loss to the parameters.
 
         Returns detached scalars to log, "loss" among them: means over the batch's examples.
         """
 
     def evaluate(self, epoch: int) -> Mapping[str, float]:
-        """Measures after an epoch.
+        """Measure after an epoch.
 
         May not use torch's default generator, nor change what training goes on from: thresholds
         that only evaluation uses may be set, and after the last epoch any; the checkpoint that
@@ -131,7 +137,7 @@ class _Position:
 def train(
     task: Task, config: LoopConfig, run: RunFolder, *, identity: Mapping[str, Any] | None = None
 ) -> Outcome:
-    """Trains from the run folder's checkpoint, or from the start if it has none.
+    """Train from the run folder's checkpoint, or from the start if it has none.
 
     Logs records of two kinds: "step" with the scalars of one step, and "epoch" with their means
     over the epoch, what ``begin_epoch`` and ``evaluate`` return, and the speed. SIGINT and SIGTERM
@@ -161,20 +167,22 @@ def train(
         torch.manual_seed(int(np.random.SeedSequence(config.seed).generate_state(1)[0]))
         loop = _Loop(task, config, run, device, dict(identity or {}))
         loop.restore()
-        if loop.at.epoch >= config.epochs:
+        if loop.position.epoch >= config.epochs:
             # Nothing is left to do, but the caller finds the task as the last epoch leaves it.
-            task.begin_epoch(loop.at.epoch - 1)
+            task.begin_epoch(loop.position.epoch - 1)
             task.model.eval()
-        with loop.bar() as bar:
-            while loop.at.epoch < config.epochs and not stop:
+        with loop.progress_bar() as bar:
+            while loop.position.epoch < config.epochs and not stop:
                 loop.epoch(stop, bar)
-    at = loop.at
-    rate = at.seen / at.seconds if at.seconds else 0.0
-    complete = at.epoch >= config.epochs
-    return Outcome(at.step, rate, None if complete else stop[0])
+    position = loop.position
+    rate = position.seen / position.seconds if position.seconds else 0.0
+    complete = position.epoch >= config.epochs
+    return Outcome(position.step, rate, None if complete else stop[0])
 
 
 class _Loop:
+    """One call of :func:`train`: the task, where it stands, and its checkpoints."""
+
     def __init__(
         self,
         task: Task,
@@ -186,16 +194,17 @@ class _Loop:
         self.task, self.config, self.run, self.device = task, config, run, device
         self.identity = identity
         self.batches_per_epoch = math.ceil(task.examples / config.batch_size)
-        self.at = _Position()
+        self.position = _Position()
         self.clock = 0.0
         self.finite = FiniteSteps(task.model)
         # Buffers that begin so, such as a threshold before its first batch.
-        self.unset = not_finite_names(self._buffers())
+        self.unset = nonfinite_names(self._buffers())
 
-    def bar(self) -> Any:
+    def progress_bar(self) -> Any:
+        """Make the progress bar, in examples of all epochs."""
         return require("tqdm", "training").tqdm(
             total=self.task.examples * self.config.epochs,
-            initial=self.at.seen,
+            initial=self.position.seen,
             unit=f" {self.task.unit}s",
             unit_scale=True,
             disable=not self.config.progress,
@@ -205,136 +214,146 @@ class _Loop:
         )
 
     def epoch(self, stop: list[int], bar: Any) -> None:
-        """Runs what is left of the current epoch, or less when asked to stop."""
-        at, config = self.at, self.config
-        facts = dict(self.task.begin_epoch(at.epoch))
-        bar.set_description(f"epoch {at.epoch + 1}/{config.epochs}", refresh=False)
+        """Run what is left of the current epoch, or less when asked to stop."""
+        position, config = self.position, self.config
+        facts = dict(self.task.begin_epoch(position.epoch))
+        bar.set_description(f"epoch {position.epoch + 1}/{config.epochs}", refresh=False)
         self.task.model.train()
         self.clock = time.perf_counter()
-        with _closed(self.task.batches(at.epoch, at.batch)) as batches:
-            while at.batch < self.batches_per_epoch:
-                batch = self._next(batches)
+        with _closing_if_possible(self.task.batches(position.epoch, position.batch)) as batches:
+            while position.batch < self.batches_per_epoch:
+                batch = self._next_batch(batches)
                 self._step(batch, bar)
                 bar.update(len(batch))
-                inside = at.batch < self.batches_per_epoch
+                inside = position.batch < self.batches_per_epoch
                 ends = bool(stop) or self.run.failed is not None
-                if inside and (ends or at.batch % config.checkpoint_every == 0):
-                    at.seconds += time.perf_counter() - self.clock
+                if inside and (ends or position.batch % config.checkpoint_every == 0):
+                    position.seconds += time.perf_counter() - self.clock
                     self.save()
-                    self._raise_failed()
+                    self._raise_metrics_error()
                     if stop:
                         return
                     self.clock = time.perf_counter()
         self._end_epoch(facts)
 
-    def _next(self, batches: Iterator[Any]) -> Any:
-        """The next batch, which must have the size it should."""
-        at, unit = self.at, self.task.unit
+    def _next_batch(self, batches: Iterator[Any]) -> Any:
+        """Take the next batch, which must have the size it should."""
+        epoch, number, unit = self.position.epoch, self.position.batch, self.task.unit
         try:
             batch = next(batches)
         except StopIteration:
             raise TrainingError(
-                f"the batches of epoch {at.epoch} end after {at.batch} of {self.batches_per_epoch}"
+                f"the batches of epoch {epoch} end after {number} of {self.batches_per_epoch}"
             ) from None
-        left = self.task.examples - at.batch * self.config.batch_size
+        left = self.task.examples - number * self.config.batch_size
         if len(batch) != (size := min(self.config.batch_size, left)):
             raise TrainingError(
-                f"batch {at.batch} of epoch {at.epoch} has {len(batch)} {unit}s instead of {size}"
+                f"batch {number} of epoch {epoch} has {len(batch)} {unit}s instead of {size}"
             )
         return batch
 
     def _step(self, batch: Any, bar: Any) -> None:
-        at = self.at
+        """Train on a batch; add up its scalars and log them."""
+        position = self.position
         self.task.optimizer.zero_grad(set_to_none=True)
         scalars = self.task.backward(batch)
         gradients = self.finite.gradients()
         self.task.optimizer.step()
-        self.finite.watch(at.step + 1, scalars["loss"], gradients)
+        self.finite.watch(position.step + 1, scalars["loss"], gradients)
         for name, value in scalars.items():
             share = value.double() * len(batch)
-            at.totals[name] = at.totals[name] + share if name in at.totals else share
-        at.seen += len(batch)
-        at.batch += 1
-        at.step += 1
-        if at.step % self.config.log_every == 0 or at.step == 1:
-            numbers = {name: self._finite(name, float(value)) for name, value in scalars.items()}
-            self.run.log({"kind": "step", "step": at.step, "epoch": at.epoch, **numbers})
+            position.totals[name] = (
+                position.totals[name] + share if name in position.totals else share
+            )
+        position.seen += len(batch)
+        position.batch += 1
+        position.step += 1
+        if position.step % self.config.log_every == 0 or position.step == 1:
+            numbers = {
+                name: self._require_finite(name, float(value)) for name, value in scalars.items()
+            }
+            self.run.log(
+                {"kind": "step", "step": position.step, "epoch": position.epoch, **numbers}
+            )
             bar.set_postfix(loss=f"{numbers['loss']:.4g}", refresh=False)
 
-    def _finite(self, name: str, value: float) -> float:
+    def _require_finite(self, name: str, value: float) -> float:
+        """Return a value; raise TrainingError where it is not finite."""
         if not math.isfinite(value):
-            raise not_finite(name, value, self.at.step)
+            raise divergence_error(name, value, self.position.step)
         return value
 
     def _end_epoch(self, facts: dict[str, float]) -> None:
-        at = self.at
+        """Measure after an epoch, log it, and save a checkpoint."""
+        position = self.position
         self.finite.settle()
         means = {
-            name: self._finite(name, float(total) / self.task.examples)
-            for name, total in at.totals.items()
+            name: self._require_finite(name, float(total) / self.task.examples)
+            for name, total in position.totals.items()
         }
-        at.seconds += time.perf_counter() - self.clock
+        position.seconds += time.perf_counter() - self.clock
         self.task.model.eval()
-        measured = self.task.evaluate(at.epoch)
+        measured = self.task.evaluate(position.epoch)
         for name, value in measured.items():
             if isinstance(value, float):
-                self._finite(name, value)
+                self._require_finite(name, value)
         self.run.log(
             {
                 "kind": "epoch",
-                "epoch": at.epoch,
-                "step": at.step,
+                "epoch": position.epoch,
+                "step": position.step,
                 **facts,
                 **means,
                 **measured,
-                "examples_per_second": at.seen / at.seconds,
+                "examples_per_second": position.seen / position.seconds,
             }
         )
-        at.epoch, at.batch, at.totals = at.epoch + 1, 0, {}
+        position.epoch, position.batch, position.totals = position.epoch + 1, 0, {}
         self.save()
-        self._raise_failed()
+        self._raise_metrics_error()
 
-    def _raise_failed(self) -> None:
-        """Ends training with what the caller's function of the metrics raised."""
+    def _raise_metrics_error(self) -> None:
+        """End training with what the caller's function of the metrics raised."""
         if self.run.failed is not None:
             raise self.run.failed
 
     def _buffers(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of the model besides its parameters."""
+        """Name what a checkpoint holds of the model besides its parameters."""
         parameters = {f"model.{name}" for name, _ in self.task.model.named_parameters()}
         tensors = checkpoints.model_tensors(self.task.model)
         return {name: tensor for name, tensor in tensors.items() if name not in parameters}
 
     def save(self) -> None:
-        """Writes a checkpoint, unless something in it is not finite."""
-        at = self.at
+        """Write a checkpoint, unless something in it is not finite."""
+        position = self.position
         self.finite.settle()
         tensors, optimizer = checkpoints.optimizer_state(self.task.optimizer)
         tensors |= checkpoints.model_tensors(self.task.model)
-        tensors |= {f"total.{name}": total for name, total in at.totals.items()}
-        check_finite_state(tensors, at.step, self.unset)
-        self.unset &= not_finite_names(self._buffers())
+        tensors |= {f"total.{name}": total for name, total in position.totals.items()}
+        check_finite_state(tensors, position.step, self.unset)
+        self.unset &= nonfinite_names(self._buffers())
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
         facts = {
             "identity": self.identity,
-            **{name: getattr(at, name) for name in POSITION},
+            **{name: getattr(position, name) for name in POSITION},
             "metrics_bytes": self.run.sync_metrics(),
             "optimizer": optimizer,
         }
-        checkpoints.write_checkpoint(self.run.path, at.step, tensors, facts)
+        checkpoints.write_checkpoint(self.run.path, position.step, tensors, facts)
 
     def restore(self) -> None:
+        """Load the checkpoint of the run folder, if there is one."""
         saved = checkpoints.read_checkpoint(self.run.path)
         if saved is None:
             self.run.rewind_metrics(0)
             return
         with contextlib.closing(saved.tensors):
-            self._take(saved.tensors, saved.facts)
+            self._restore_state(saved.tensors, saved.facts)
 
-    def _take(self, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
-        """Model, optimizer and position as a checkpoint has them."""
+    def _restore_state(self, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+        """Set model, optimizer and position as a checkpoint has them."""
         folder = self.run.path
         checkpoints.check_facts(folder, facts, FACTS)
         checkpoints.check_same(folder, facts["identity"], self.identity)
@@ -343,13 +362,13 @@ class _Loop:
             raise checkpoints.damaged(folder, reason)
         checkpoints.load_model(folder, self.task.model, tensors)
         checkpoints.load_optimizer(folder, self.task.optimizer, tensors, facts["optimizer"])
-        self.unset = not_finite_names(self._buffers())
+        self.unset = nonfinite_names(self._buffers())
         totals = {
             name.removeprefix("total."): tensors[name].to(self.device)
             for name in tensors
             if name.startswith("total.")
         }
-        self.at = _Position(**{name: facts[name] for name in POSITION}, totals=totals)
+        self.position = _Position(**{name: facts[name] for name in POSITION}, totals=totals)
         try:
             torch.set_rng_state(tensors["rng.cpu"])
             if self.device.type == "cuda" and "rng.cuda" in tensors:
@@ -360,8 +379,8 @@ class _Loop:
 
 
 @contextmanager
-def _closed(batches: Iterator[Any]) -> Iterator[Iterator[Any]]:
-    """Closes the iterator at the end, if it can be closed."""
+def _closing_if_possible(batches: Iterator[Any]) -> Iterator[Iterator[Any]]:
+    """Close the iterator at the end, if it can be closed."""
     try:
         yield batches
     finally:

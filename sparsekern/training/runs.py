@@ -48,7 +48,7 @@ class RunFolder:
 
     @staticmethod
     def check_new(path: str | Path) -> None:
-        """Raises :class:`RunError` when :meth:`create` would, as far as one can tell by reading."""
+        """Raise :class:`RunError` when :meth:`create` would, as far as one can tell by reading."""
         path = Path(path)
         if (path / CONFIG).exists():
             raise RunError(f"folder already holds a run: {path} (resume it or name another)")
@@ -62,7 +62,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | Path, config: Mapping[str, Any]) -> RunFolder:
-        """Makes a folder for a new run, locks it and writes its config (JSON types only).
+        """Make a folder for a new run, lock it and write its config (JSON types only).
 
         Raises:
             RunError: the folder cannot be written, or holds a run already. Nothing is left behind.
@@ -81,7 +81,7 @@ class RunFolder:
             if run is not None:
                 run.close()
             if isinstance(error, OSError):
-                _remove_made(made, path)
+                _remove_folders(made, path)
                 reason = error.strerror
                 raise RunError(f"cannot write to the run folder {path}: {reason}") from error
             raise
@@ -89,7 +89,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
-        """Opens and locks the folder of an earlier run.
+        """Open and lock the folder of an earlier run.
 
         Raises:
             RunError: there is no run in it, it cannot be written, or another process trains in it.
@@ -103,7 +103,7 @@ class RunFolder:
 
     @staticmethod
     def read_config(path: str | Path) -> dict[str, Any]:
-        """The config of an earlier run.
+        """Read the config of an earlier run.
 
         Raises:
             RunError: there is none, or it is not JSON.
@@ -121,8 +121,8 @@ class RunFolder:
         return config
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Appends one line to the metrics; durable after the next :meth:`sync_metrics`."""
-        self._opened_metrics().write((json.dumps(record, allow_nan=False) + "\n").encode())
+        """Append one line to the metrics; durable after the next :meth:`sync_metrics`."""
+        self._open_metrics().write((json.dumps(record, allow_nan=False) + "\n").encode())
         if self.on_metrics is None or self.failed is not None:
             return
         try:
@@ -131,24 +131,24 @@ class RunFolder:
             self.failed = error
 
     def rewrite_config(self, config: Mapping[str, Any]) -> None:
-        """Replaces the config (JSON types only), when a run is extended or its data has moved."""
+        """Replace the config (JSON types only), when a run is extended or its data has moved."""
         write_atomically(self.path / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
     def sync_metrics(self) -> int:
-        """Makes the metrics durable and returns their length in bytes."""
-        metrics = self._opened_metrics()
+        """Make the metrics durable and return their length in bytes."""
+        metrics = self._open_metrics()
         metrics.flush()
         os.fsync(metrics.fileno())
         return metrics.tell()
 
     def rewind_metrics(self, length: int) -> None:
-        """Drops what was logged after the first ``length`` bytes."""
-        self._rewound_metrics(length)
+        """Drop what was logged after the first ``length`` bytes."""
+        self._open_metrics_at(length)
 
-    def _opened_metrics(self) -> BinaryIO:
-        return self._rewound_metrics(0) if self._metrics is None else self._metrics
+    def _open_metrics(self) -> BinaryIO:
+        return self._open_metrics_at(0) if self._metrics is None else self._metrics
 
-    def _rewound_metrics(self, length: int) -> BinaryIO:
+    def _open_metrics_at(self, length: int) -> BinaryIO:
         try:
             metrics = self._metrics = open_appending(self.path / METRICS)
         except OSError as error:
@@ -162,13 +162,13 @@ class RunFolder:
         return metrics
 
     def read_metrics(self, kind: str) -> list[dict[str, Any]]:
-        """The logged records whose "kind" is this."""
+        """Read the logged records whose "kind" is this."""
         if self._metrics is not None:
             self._metrics.flush()
         return read_metrics(self.path, kind)
 
     def close(self) -> None:
-        """Closes the metrics and releases the lock."""
+        """Close the metrics and release the lock."""
         if self._metrics is not None:
             self._metrics.close()
         self._unlock()
@@ -186,7 +186,7 @@ class RunFolder:
 
 
 def read_metrics(path: Path, kind: str) -> list[dict[str, Any]]:
-    """The records of a run folder whose "kind" is this, as far as they are on the disk.
+    """Read the records of a run folder whose "kind" is this, as far as they are on the disk.
 
     Raises:
         RunError: the file is damaged, or no plain file.
@@ -202,8 +202,10 @@ def read_metrics(path: Path, kind: str) -> list[dict[str, Any]]:
 
 @contextmanager
 def unused_folder(path: str | Path) -> Iterator[Path]:
-    """Makes a folder of this name, or of the first one of ``path-2``, ``path-3``, ... that nobody
-    has; takes it back when it is still empty at the end.
+    """Make a folder of this name, or of the first free one of ``path-2``, ``path-3``, ....
+
+    It is taken back when it is still empty at the end. Two processes that ask for the same name at
+    the same moment get two folders.
 
     Two processes that ask for the same name at the same moment get two folders.
 
@@ -228,27 +230,28 @@ def unused_folder(path: str | Path) -> Iterator[Path]:
         yield chosen
     finally:
         if chosen.is_dir() and {file.name for file in chosen.iterdir()} <= {LOCK}:
-            _remove_made([chosen, *made], chosen)
+            _remove_folders([chosen, *made], chosen)
 
 
 def _lock(path: Path) -> Callable[[], None]:
+    """Lock the folder of a run; return what unlocks it."""
     unlock = lock_file(path / LOCK)
     if unlock is None:
         raise RunError(f"another process is training in {path}")
     return unlock
 
 
-def _remove_made(made: list[Path], path: Path) -> None:
-    """Takes back the folders that a failed creation made, innermost first."""
-    if path in made:
+def _remove_folders(folders: list[Path], path: Path) -> None:
+    """Take back the folders that a failed creation made, innermost first."""
+    if path in folders:
         (path / LOCK).unlink(missing_ok=True)
-    for folder in made:
+    for folder in folders:
         # Another process may begin to use an outer one at any moment.
         with contextlib.suppress(OSError):
             folder.rmdir()
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replaces a file; a crash at any moment leaves the old content or the new, never a mix."""
+    """Replace a file; a crash at any moment leaves the old content or the new, never a mix."""
     with replaced(path) as file:
         file.write(data)

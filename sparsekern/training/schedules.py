@@ -13,18 +13,22 @@ STEP_STAGES = 10
 
 
 def _linear(start: float, end: float, t: float) -> float:
+    """Move by equal differences."""
     return start + (end - start) * t
 
 
 def _cosine(start: float, end: float, t: float) -> float:
+    """Move slowly at both ends."""
     return end + (start - end) * (1 + math.cos(math.pi * t)) / 2
 
 
 def _geometric(start: float, end: float, t: float) -> float:
-    return start * (end / start) ** t
+    """Move by equal ratios."""
+    return float(start * (end / start) ** t)
 
 
 def _step(start: float, end: float, t: float) -> float:
+    """Move in equal steps, equally long."""
     stage = min(int(t * STEP_STAGES), STEP_STAGES - 1)
     return start + (end - start) * stage / (STEP_STAGES - 1)
 
@@ -38,7 +42,7 @@ SCHEDULES: dict[str, Callable[[float, float, float], float]] = {
 
 
 def scheduled_k(schedule: str, start: int, end: int, epoch: int, epochs: int) -> int:
-    """k in one epoch, an integer between start and end.
+    """Compute k in one epoch, an integer between start and end.
 
     Epoch 0 has k = start and epoch ``epochs - 1`` has k = end, exactly; later epochs stay at end. A
     schedule of a single epoch has k = end.
@@ -46,7 +50,8 @@ def scheduled_k(schedule: str, start: int, end: int, epoch: int, epochs: int) ->
     Args:
         schedule: "linear" (equal differences), "cosine" (slow at both ends), "geometric" (equal
             ratios: fast first), "step" (10 equal levels, equally long).
-        start, end: k in the first and in the last epoch, >= 1.
+        start: k in the first epoch, >= 1.
+        end: k in the last epoch, >= 1.
         epoch: counted from 0.
         epochs: length of the schedule, >= 1.
 

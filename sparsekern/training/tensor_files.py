@@ -34,7 +34,7 @@ _METADATA = "__metadata__"
 def write_tensors(
     file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes a safetensors file.
+    """Write a safetensors file.
 
     Args:
         file: open for writing, empty.
@@ -93,6 +93,7 @@ class SavedTensors(Mapping[str, Tensor]):
             raise
 
     def _read_header(self) -> None:
+        """Read where each tensor lies, and check that they fill the file."""
         size = self._file.seek(0, 2)
         self._file.seek(0)
         length = int.from_bytes(self._file.read(_LENGTH), "little")
@@ -103,17 +104,17 @@ class SavedTensors(Mapping[str, Tensor]):
         if not isinstance(header, dict) or not isinstance(header.get(_METADATA, {}), dict):
             raise ValueError(f"{self.path.name} has a header that is no object")
         self.metadata: dict[str, str] = header.pop(_METADATA, {})
-        self._places = {name: self._place(name, entry) for name, entry in header.items()}
+        self._entries = {name: self._checked_entry(name, entry) for name, entry in header.items()}
         end = 0
-        for _, _, start, stop in sorted(self._places.values(), key=lambda place: place[2:]):
+        for _, _, start, stop in sorted(self._entries.values(), key=lambda place: place[2:]):
             if start != end:
                 raise ValueError(f"{self.path.name} has tensors with gaps between them")
             end = stop
         if self._start + end != size:
             raise ValueError(f"{self.path.name} is truncated or longer than its header says")
 
-    def _place(self, name: str, entry: Any) -> tuple[torch.dtype, list[int], int, int]:
-        """dtype, shape, first byte and the byte after the last."""
+    def _checked_entry(self, name: str, entry: Any) -> tuple[torch.dtype, list[int], int, int]:
+        """Check an entry of the header: dtype, shape, first byte and the byte after the last."""
         try:
             dtype, shape, (start, stop) = (
                 DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"],
@@ -126,15 +127,15 @@ class SavedTensors(Mapping[str, Tensor]):
         return dtype, shape, start, stop
 
     def shape(self, name: str) -> list[int]:
-        """Of a tensor, without reading it."""
-        return self._places[name][1]
+        """Look up the shape of a tensor, without reading it."""
+        return self._entries[name][1]
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of a tensor, without reading it."""
-        return self._places[name][0]
+        """Look up the dtype of a tensor, without reading it."""
+        return self._entries[name][0]
 
     def __getitem__(self, name: str) -> Tensor:
-        dtype, shape, start, stop = self._places[name]
+        dtype, shape, start, stop = self._entries[name]
         tensor = torch.empty(shape, dtype=dtype)
         if tensor.numel():
             self._file.seek(self._start + start)
@@ -144,11 +145,11 @@ class SavedTensors(Mapping[str, Tensor]):
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._entries)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._entries)
 
     def close(self) -> None:
-        """Releases the file."""
+        """Release the file."""
         self._file.close()

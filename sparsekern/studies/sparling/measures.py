@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ...data.motifs.domain import TEST_SEED, MotifBatch, MotifDomain
 from ...measures.motif_errors import (
-    Found,
+    MotifMatches,
     bootstrap_errors,
     edit_errors,
     exact_matches,
     find_motifs,
-    joined,
+    join_matches,
     motif_errors,
 )
 from ...measures.motif_perturbation import UNTESTED, perturbation_consistency
@@ -87,7 +87,7 @@ def measure(
     samples; density, the share of activations that are not zero; relative_density, in multiples of
     the domain's own; assignment, the symbol of each channel; confusion [symbols][channels].
     """
-    found: list[Found] = []
+    found: list[MotifMatches] = []
     edits, exact = [], []
     size = batch_of(domain, channels)
     for start in range(0, count, size):
@@ -98,7 +98,7 @@ def measure(
         edits.append(edit_errors(predicted, labels))
         exact.append(exact_matches(predicted, labels))
         found.append(find_motifs(activations.cpu(), batch.motifs, margin=domain.margin))
-    everything = joined(found)
+    everything = join_matches(found)
     symbols, one_to_one = len(domain.symbols), domain.one_to_one
     errors = motif_errors(everything, symbols, channels, one_to_one=one_to_one)
     intervals = bootstrap_errors(
