@@ -34,6 +34,7 @@ from sparsekern.ops.sparse_matmul import triton as sparse_matmul  # noqa: E402
 from sparsekern.ops.threshold_relu import triton as threshold_relu  # noqa: E402
 from sparsekern.ops.topk import triton as topk  # noqa: E402
 from sparsekern.ops.topk import triton_finish as topk_finish  # noqa: E402
+from sparsekern.ops.topk import triton_groups as topk_groups  # noqa: E402
 from sparsekern.ops.topk import triton_passes as topk_passes  # noqa: E402
 
 pytestmark = pytest.mark.compiles
@@ -48,7 +49,7 @@ TARGETS = {
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 # Sizes and strides that a typical call passes as multiples of 16, which Triton then knows.
 ALIGNED = (
-    "n", "d", "length", "row_stride", "weight_stride_n", "grad_weight_stride_n", "columns", "inner",
+    "n", "d", "length", "width", "row_stride", "weight_stride_n", "grad_weight_stride_n", "columns", "inner",
     "part", "size",
 )  # fmt: skip
 
@@ -80,14 +81,25 @@ def select_case(n: int, dtype: torch.dtype, **changes: Any) -> Case:
     """A whole row with unit stride; a constant changed to None is left to the call."""
     rows, columns, warps = topk.row_block(n)
     constants = {
-        **float_constants(dtype), "LISTED": False, "UNIT_STRIDE": True, "ROWS": rows,
-        "BLOCK": columns, "slices": 1, "col_stride": 1, **changes,
+        **float_constants(dtype), "SPAN": 0, "GROUPS": topk.bound_groups(32, columns),
+        "UNIT_STRIDE": True, "ROWS": rows, "BLOCK": columns, "slices": 1, "col_stride": 1,
+        **changes,
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if value is not None}
     pointers = {"x": bits_pointer(dtype), "candidates": "*i32", "taken": "*i32"}
     # 64-bit addresses of single elements take more, where columns are strided or listed.
-    registers = 80 if constants["UNIT_STRIDE"] and not constants["LISTED"] else 112
+    registers = 80 if constants["UNIT_STRIDE"] and not constants["SPAN"] else 112
     return Case(topk.select_kernel, pointers, constants, warps, registers)
+
+
+def maxima_case(span: int, dtype: torch.dtype, **changes: Any) -> Case:
+    constants = {
+        **float_constants(dtype), "UNIT_STRIDE": True, "SPAN": span, "BLOCK": topk_groups.BLOCK,
+        "col_stride": 1, **changes,
+    }  # fmt: skip
+    constants = {name: value for name, value in constants.items() if value is not None}
+    pointers = {"x": bits_pointer(dtype), "best": bits_pointer(dtype)}
+    return Case(topk_groups.maxima_kernel, pointers, constants, topk_groups.WARPS, registers=64)
 
 
 def passes_case(dtype: torch.dtype) -> Case:
@@ -193,7 +205,14 @@ CASES = {
     "select 4096 float32, strided": select_case(
         4096, torch.float32, UNIT_STRIDE=False, col_stride=None
     ),
-    "select 8192 float32, candidates": select_case(8192, torch.float32, LISTED=True),
+    "select 8192 float32, candidates": select_case(8192, torch.float32, SPAN=1),
+    "select 2048 bfloat16, groups": select_case(2048, torch.bfloat16, SPAN=32),
+    "select 4096 float32, groups": select_case(4096, torch.float32, SPAN=64),
+    "maxima 32 float32": maxima_case(32, torch.float32),
+    "maxima 4 float16": maxima_case(4, torch.float16),
+    "maxima 128 bfloat16, strided": maxima_case(
+        128, torch.bfloat16, UNIT_STRIDE=False, col_stride=None
+    ),
     "passes float32": passes_case(torch.float32),
     "finish 64 bfloat16, sorted": finish_case(64, torch.bfloat16, True),
     "finish 20 float32, sorted": finish_case(20, torch.float32, True),

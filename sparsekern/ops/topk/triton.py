@@ -2,18 +2,25 @@
 
 `select_kernel` finds the columns of the k largest: one program owns one row of up to REGISTER_ROW
 elements (several rows, when they are short), reads it once, coalesced where its columns are, and
-keeps it in registers as ordered integer keys. It bisects on the key for the k-th largest (each
-step counts in registers), takes equal keys by lowest index with one prefix sum, and writes the k
-columns in ascending order. Bound by the one read as long as its 16 to 32 counts stay below it.
+keeps it in registers as ordered integer keys. It bisects on the key for the k-th largest, between a
+bound from groups and the maximum (each step counts in registers: 2 instructions a key, and a sum
+over the program), takes equal keys by lowest index with one prefix sum, and writes the k columns in
+ascending order. It is bound by instructions, 50 to 100 a key.
 
-Longer rows are cut into slices, whose k largest are the candidates of a further level: still one
-read of the data, and as many programs as there are slices. Where k is so large that a level need
-not halve the row, `triton_passes` reads the row several times instead. `triton_finish` turns
-columns into codes: in a launch of its own, since threads cannot hand each other data in global
-memory inside one on every architecture.
+So long rows are made short first. `triton_groups` reads them once and leaves the best element of
+each group of S neighbours; the k best groups of a row are selected, and then the k largest of their
+k * S elements. With S near sqrt(n / k) the selections see 2 sqrt(n k) keys of a row instead of n.
+
+A few long rows are cut into slices instead, whose k largest are the candidates of a further level:
+as many programs as there are slices, and fewer launches. Where k is so large that a level need not
+halve the row, `triton_passes` reads the row several times. `triton_finish` turns columns into
+codes: in a launch of its own, since threads cannot hand each other data in global memory inside one
+on every architecture.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -22,6 +29,7 @@ import triton.language as tl
 from ...dispatch.launch import device_of
 from ..triton_keys import bits_of, key_of
 from .triton_finish import finish_codes
+from .triton_groups import group_maxima
 from .triton_passes import columns_by_passes
 
 # Longest row one program keeps in registers, with 16 warps of 60 to 75 registers a thread: at most
@@ -38,6 +46,12 @@ MOST_ROWS = 16
 # MIN_SLICE elements.
 MANY_PROGRAMS = 264
 MIN_SLICE = 4096
+# Groups have a power of two of elements up to MOST_SPAN, and the k best ones up to GROUPED_ROW: one
+# program of 8 warps. From MANY_ELEMENTS on, two more launches cost less than they save.
+LEAST_SPAN = 4
+MOST_SPAN = 128
+GROUPED_ROW = 4096
+MANY_ELEMENTS = 1 << 21
 # Slices begin at multiples of this: Triton then knows that wide loads are aligned.
 ALIGNMENT = 16
 # Steps of the search between two tests whether it has ended; further steps change nothing.
@@ -45,14 +59,36 @@ STEPS_PER_TEST = tl.constexpr(2)
 
 
 @triton.jit
-def kth_key(key, k, INFINITY: tl.constexpr, ROWS: tl.constexpr):
+def bound_of_groups(
+    key, INFINITY: tl.constexpr, SPAN: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Return [ROWS] keys that at least k of each row of key [ROWS, BLOCK] reach.
+
+    If k groups of a row each hold a key that reaches t, then k keys do. Elements taken from the k
+    best groups of SPAN are k groups already; else, columns are dealt to GROUPS >= k groups in turn,
+    and 0 groups prove nothing.
+    """
+    if SPAN > 1:
+        best = tl.max(tl.reshape(key, [ROWS, BLOCK // SPAN, SPAN]), axis=2)
+        # Beyond the k groups there is nothing.
+        low = tl.min(tl.where(best < -INFINITY, INFINITY + 1, best), axis=1)
+    elif GROUPS > 0:
+        best = tl.max(tl.reshape(key, [ROWS, BLOCK // GROUPS, GROUPS]), axis=1)
+        low = tl.maximum(tl.min(best, axis=1), -INFINITY)
+    else:
+        low = tl.full([ROWS], -INFINITY, tl.int32)
+    return low
+
+
+@triton.jit
+def kth_key(key, k, low):
     """Bisect each row of key [ROWS, N] for a t with #{key > t} < k <= #{key >= t}.
 
-    Invariant: #{key >= low} >= k > #{key >= high}. A step that counts exactly k ends the search of
-    its row.
+    low [ROWS] are keys that at least k of a row reach. Invariant: #{key >= low} >= k >
+    #{key >= high}. A step that counts exactly k ends the search of its row.
     """
-    low = tl.full([ROWS], -INFINITY, tl.int32)
-    high = tl.full([ROWS], INFINITY + 2, tl.int32)
+    high = tl.max(key, axis=1) + 1
     while tl.max((low + 1 < high).to(tl.int32), axis=0) > 0:
         for _ in tl.static_range(STEPS_PER_TEST):
             # Their mean, rounded down, without overflow.
@@ -65,10 +101,11 @@ def kth_key(key, k, INFINITY: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def select_kernel(
-    x,  # [rows, all] bits, any strides
-    candidates,  # [rows, n] int32 when LISTED: the columns of x to select from, ascending
+    x,  # [rows, width] bits, any strides
+    candidates,  # [rows, n / SPAN] int32 when SPAN: the groups of x to select from, ascending
     taken,  # [rows, slices, k] int32
     rows,
+    width,
     n,
     k,
     slices,
@@ -79,14 +116,16 @@ def select_kernel(
     MAGNITUDE: tl.constexpr,
     INFINITY: tl.constexpr,
     ABS: tl.constexpr,
-    LISTED: tl.constexpr,
+    SPAN: tl.constexpr,
+    GROUPS: tl.constexpr,
     UNIT_STRIDE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Write to taken[r, s] the columns of the k largest of a slice s of row r, ascending.
 
-    The slice is x[r, s * length : (s + 1) * length].
+    A row has n elements: all of x[r], with SPAN = 0, or those of the groups of SPAN columns that
+    are its candidates. The slice is the elements s * length .. (s + 1) * length.
 
     With the bound t, the k-th largest key, these are the elements with key > t and, of those with
     key = t, the first k - #{key > t}.
@@ -98,9 +137,12 @@ def select_kernel(
     columns = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (columns < length)[None, :]  # [ROWS, BLOCK]
     inside = inside & (begin[:, None] + columns[None, :] < n)
-    listed = candidates + (row * list_stride + begin)[:, None] + columns[None, :]
-    if LISTED:
-        source = tl.load(listed, mask=inside, other=0).to(tl.int64)
+    if SPAN > 0:
+        listed = candidates + (row * list_stride + begin // SPAN)[:, None]
+        listed = listed + (columns // SPAN)[None, :]
+        source = tl.load(listed, mask=inside, other=0).to(tl.int64) * SPAN
+        source = source + (columns % SPAN)[None, :]
+        inside = inside & (source < width)  # the last group may be cut off
         elements = x + (row * row_stride)[:, None] + source * col_stride
     elif UNIT_STRIDE:
         elements = x + (row * row_stride + begin)[:, None] + columns[None, :]
@@ -111,7 +153,8 @@ def select_kernel(
     bits = tl.load(elements, mask=inside, other=0).to(tl.int32)
     key = tl.where(inside, key_of(bits, MAGNITUDE, INFINITY, ABS), -INFINITY - 1)
 
-    bound = kth_key(key, k_here, INFINITY, ROWS)[:, None]
+    low = bound_of_groups(key, INFINITY, SPAN, GROUPS, ROWS, BLOCK)
+    bound = kth_key(key, k_here, low)[:, None]
     wanted = (k_here - tl.sum((key > bound).to(tl.int32), axis=1))[:, None]
     ranks = (key > bound).to(tl.int32) + ((key == bound).to(tl.int32) << 16)
     ranks = tl.cumsum(ranks, axis=1)  # two counters, each with the element itself
@@ -119,8 +162,8 @@ def select_kernel(
     place = (ranks & 0xFFFF) + tl.minimum(ranks >> 16, wanted) - 1
     place = tl.where(take, place, -1)  # one number to carry to the threads that store, not two
 
-    if LISTED:  # read again, from the cache, rather than held in registers all along
-        latents = tl.load(listed, mask=take, other=0)
+    if SPAN > 0:  # read again, from the cache, rather than held in registers all along
+        latents = tl.load(listed, mask=take, other=0) * SPAN + (columns % SPAN)[None, :]
     else:
         latents = begin.to(tl.int32)[:, None] + columns[None, :]
     tl.store(taken + (part * k)[:, None] + place, latents, mask=place >= 0)
@@ -138,6 +181,23 @@ def slice_length(rows: int, n: int, k: int) -> int:
     even = triton.cdiv(n, max(1, MANY_PROGRAMS // rows))
     length = min(REGISTER_ROW, max(even, MIN_SLICE, 4 * k))
     return triton.cdiv(length, ALIGNMENT) * ALIGNMENT if length < n else n
+
+
+def group_span(rows: int, n: int, k: int) -> int:
+    """Return how many neighbours make a group, a power of two; 0 where groups do not pay.
+
+    The two selections see n / span and k * span keys of a row, fewest at span = sqrt(n / k).
+    """
+    if rows * n < MANY_ELEMENTS or n < MIN_SLICE:
+        return 0
+    span = min(MOST_SPAN, math.isqrt(n // k), GROUPED_ROW // k)
+    return 1 << (span.bit_length() - 1) if span >= LEAST_SPAN else 0
+
+
+def bound_groups(k: int, columns: int) -> int:
+    """Return how many groups `bound_of_groups` makes of a row; 0 where they would be too small."""
+    groups = triton.next_power_of_2(k)
+    return groups if 4 * groups <= columns else 0
 
 
 def topk(
@@ -165,22 +225,34 @@ def topk_mask(
 def _select_columns(x: torch.Tensor, k: int, abs: bool) -> torch.Tensor:
     """Return columns int32 [rows, k] of the k largest of each row of x, ascending."""
     rows, n = x.shape
+    if span := group_span(rows, n, k):
+        groups = _select_columns(group_maxima(x, span, abs), k, abs)
+        return _launch_select(x, groups, span, k * span, k, k * span, abs)
     if n > REGISTER_ROW and 2 * k > REGISTER_ROW:
         return columns_by_passes(x, k, abs)
     candidates = None
     while (length := slice_length(rows, n, k)) < n:
         slices = triton.cdiv(n, length)
-        candidates = _launch_select(x, candidates, n, k, length, abs)
+        candidates = _launch_select(x, candidates, 1, n, k, length, abs)
         n = (slices - 1) * k + min(k, n - (slices - 1) * length)
         candidates = candidates[:, :n]  # only a last slice shorter than k leaves a rest
-    return _launch_select(x, candidates, n, k, n, abs)
+    return _launch_select(x, candidates, 1, n, k, n, abs)
 
 
 def _launch_select(
-    x: torch.Tensor, candidates: torch.Tensor | None, n: int, k: int, length: int, abs: bool
+    x: torch.Tensor,
+    candidates: torch.Tensor | None,
+    span: int,
+    n: int,
+    k: int,
+    length: int,
+    abs: bool,
 ) -> torch.Tensor:
-    """Return columns [rows, slices * k] of the k largest of each slice: one level."""
-    rows = x.shape[0]
+    """Return columns [rows, slices * k] of the k largest of each slice: one level.
+
+    The n elements of a row are those of its candidates, groups of span columns, if there are any.
+    """
+    rows, width = x.shape
     slices = triton.cdiv(n, length)
     bits = bits_of(x.dtype)
     taken = torch.empty(rows, slices * k, dtype=torch.int32, device=x.device)
@@ -190,6 +262,7 @@ def _launch_select(
         taken if candidates is None else candidates,
         taken,
         rows,
+        width,
         n,
         k,
         slices,
@@ -199,7 +272,8 @@ def _launch_select(
         MAGNITUDE=bits.magnitude,
         INFINITY=bits.infinity,
         ABS=abs,
-        LISTED=candidates is not None,
+        SPAN=0 if candidates is None else span,
+        GROUPS=bound_groups(k, columns),
         UNIT_STRIDE=x.stride(1) == 1,
         ROWS=block_rows,
         BLOCK=columns,

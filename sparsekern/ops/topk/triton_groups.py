@@ -1,0 +1,86 @@
+"""The best element of each group of neighbours: a long row made short without losing its k largest.
+
+The first k elements of a row lie in the first k of its groups, where groups, too, are ordered by
+their best element and then by position. For take an element that is not in these: each of them
+holds an element that is larger, or equal and further left, so at least k elements come before it.
+This needs no bound, no capacity and no luck; ties, NaN and sorted rows are like any others.
+
+Bound by the one read of the row: an element costs about 8 instructions, 6 of them its key, and
+1/span of the row is written.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..triton_keys import bits_of, bits_of_key, key_of
+
+# Elements of one program: 16 a thread, in loads of 16 bytes.
+BLOCK = 2048
+WARPS = 4
+
+
+@triton.jit
+def maxima_kernel(
+    x,  # [rows, n] bits, any strides
+    best,  # [rows, groups] bits
+    n,
+    groups,
+    row_stride,
+    col_stride,
+    MAGNITUDE: tl.constexpr,
+    INFINITY: tl.constexpr,
+    ABS: tl.constexpr,
+    UNIT_STRIDE: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write to best[r, g] the first in order of x[r, g * SPAN : (g + 1) * SPAN].
+
+    With ABS that is its magnitude; any NaN stands for all.
+    """
+    blocks = tl.cdiv(n, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    begin = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
+    columns = tl.arange(0, BLOCK)
+    inside = columns < n - begin
+    if UNIT_STRIDE:
+        elements = x + (row * row_stride + begin) + columns
+    else:
+        elements = x + (row * row_stride + begin * col_stride) + columns.to(tl.int64) * col_stride
+    bits = tl.load(elements, mask=inside, other=0).to(tl.int32)
+    key = tl.where(inside, key_of(bits, MAGNITUDE, INFINITY, ABS), -INFINITY - 1)
+
+    top = tl.max(tl.reshape(key, [BLOCK // SPAN, SPAN]), axis=1)
+    group = tl.arange(0, BLOCK // SPAN)
+    first = begin // SPAN
+    places = best + (row * groups + first) + group
+    tl.store(places, bits_of_key(top, MAGNITUDE), mask=group < groups - first)
+
+
+def group_maxima(x: torch.Tensor, span: int, abs: bool) -> torch.Tensor:
+    """Return the best of each `span` consecutive elements of x [rows, n]: [rows, n / span].
+
+    n / span is rounded up; span is a power of two up to BLOCK.
+    """
+    rows, n = x.shape
+    bits = bits_of(x.dtype)
+    groups = triton.cdiv(n, span)
+    best = torch.empty(rows, groups, dtype=x.dtype, device=x.device)
+    maxima_kernel[(rows * triton.cdiv(n, BLOCK),)](
+        x.view(bits.integer),
+        best.view(bits.integer),
+        n,
+        groups,
+        *x.stride(),
+        MAGNITUDE=bits.magnitude,
+        INFINITY=bits.infinity,
+        ABS=abs,
+        UNIT_STRIDE=x.stride(1) == 1,
+        SPAN=span,
+        BLOCK=BLOCK,
+        num_warps=WARPS,
+    )
+    return best
