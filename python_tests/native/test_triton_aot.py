@@ -49,8 +49,8 @@ TARGETS = {
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
 # Sizes and strides that a typical call passes as multiples of 16, which Triton then knows.
 ALIGNED = (
-    "n", "d", "length", "width", "row_stride", "weight_stride_n", "grad_weight_stride_n", "columns", "inner",
-    "part", "size",
+    "n", "d", "length", "width", "row_stride", "weight_stride_n", "grad_weight_stride_n",
+    "columns", "inner", "part", "size",
 )  # fmt: skip
 
 
@@ -81,9 +81,8 @@ def select_case(n: int, dtype: torch.dtype, **changes: Any) -> Case:
     """A whole row with unit stride; a constant changed to None is left to the call."""
     rows, columns, warps = topk.row_block(n)
     constants = {
-        **float_constants(dtype), "SPAN": 0, "GROUPS": topk.bound_groups(32, columns),
-        "UNIT_STRIDE": True, "ROWS": rows, "BLOCK": columns, "slices": 1, "col_stride": 1,
-        **changes,
+        **float_constants(dtype), "SPAN": 0, "UNIT_STRIDE": True, "ROWS": rows, "BLOCK": columns,
+        "slices": 1, "col_stride": 1, **changes,
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if value is not None}
     pointers = {"x": bits_pointer(dtype), "candidates": "*i32", "taken": "*i32"}

@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from conftest import FLOATS
+from conftest import FLOATS, TARGETS, activated
 
 import sparsekern
 from sparsekern import testing
@@ -247,6 +247,72 @@ def test_any_row(data):
     testing.assert_same("order", indices, topk_reference(x, k, True, False, False, False)[1])
     once = sparsekern.topk_mask(x.abs(), k)
     testing.assert_same("idempotent", sparsekern.topk_mask(once, k), once)
+
+
+# -- Triton's own corners --------------------------------------------------------------------------
+
+
+@pytest.fixture(
+    params=[target for target in TARGETS if target.backend == "triton"],
+    ids=lambda target: target.name,
+)
+def grouped(request, monkeypatch):
+    """Triton makes every row of 4096 elements and more short by groups, however few rows."""
+    module = pytest.importorskip("sparsekern.ops.topk.triton")
+    monkeypatch.setattr(module, "MANY_ELEMENTS", 1)
+    for chosen in activated(request.param):
+        yield chosen, module.group_span
+
+
+# n, k, the elements of a group, and of a group of groups
+@pytest.mark.parametrize(
+    ("n", "k", "spans"),
+    [
+        (4096, 32, [8]),
+        (4099, 1, [64]),
+        (5000, 250, [4]),
+        (16384, 64, [16]),
+        (65536, 512, [8, 4]),
+    ],
+)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_groups_keep_the_k_largest(grouped, n, k, spans, dtype):
+    device, span_of = grouped[0].device, grouped[1]
+    length = n
+    for span in spans:
+        assert span_of(2, length, k) == span
+        length = -(-length // span)
+    assert span_of(2, length, k) == 0
+    # Each dtype takes a third of the fills.
+    for number, fill in list(enumerate((*testing.FILLS, *HOT)))[FLOATS.index(dtype) :: 3]:
+        x = hot_rows(fill, 2, n) if fill in HOT else testing.fill_rows(fill, 2, n)
+        x = testing.lay_out(x.to(dtype), ("contiguous", *testing.LAYOUTS)[number % 5]).to(device)
+        sort, relu, magnitude = FLAGS[number % len(FLAGS)]
+        codes = sparsekern.topk(x, k, sorted=sort, relu=bool(relu), abs=bool(magnitude))
+        expected = topk_reference(x.cpu(), k, sort, bool(relu), bool(magnitude), False)
+        testing.assert_same(f"{fill}: values", codes.values, expected[0])
+        testing.assert_same(f"{fill}: indices", codes.indices, expected[1])
+
+
+HOT = ("one group", "every 64th", "last group", "tie to the left", "-inf but few")
+
+
+def hot_rows(fill, rows, n):
+    """Rows [rows, n] whose largest elements lie where groups could lose them."""
+    x = torch.randn(rows, n, generator=torch.Generator().manual_seed(n))
+    if fill == "one group":
+        x[:, 1024:1152] += 100
+    elif fill == "every 64th":
+        x[:, ::64] += 100
+    elif fill == "last group":
+        x[:, -3:] = torch.tensor([torch.nan, -torch.inf, torch.nan])
+    elif fill == "tie to the left":  # better groups at the right hold the same value
+        x[:] = 1
+        x[:, n // 2 :: 5] = 2
+    else:
+        x[:] = -torch.inf
+        x[:, n // 3 : n // 3 + 2] = torch.tensor([-0.0, 0.0])
+    return x
 
 
 # -- the CPU kernels' own corners ------------------------------------------------------------------

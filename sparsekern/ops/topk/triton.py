@@ -59,43 +59,33 @@ STEPS_PER_TEST = tl.constexpr(2)
 
 
 @triton.jit
-def bound_of_groups(
-    key, INFINITY: tl.constexpr, SPAN: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Return [ROWS] keys that at least k of each row of key [ROWS, BLOCK] reach.
+def narrowed(key, k, low, high, trial):
+    """Return low and high after counting the keys of each row of key [ROWS, N] that reach trial.
 
-    If k groups of a row each hold a key that reaches t, then k keys do. Elements taken from the k
-    best groups of SPAN are k groups already; else, columns are dealt to GROUPS >= k groups in turn,
-    and 0 groups prove nothing.
+    A count of exactly k ends the search of its row: trial itself will do.
     """
-    if SPAN > 1:
-        best = tl.max(tl.reshape(key, [ROWS, BLOCK // SPAN, SPAN]), axis=2)
-        # Beyond the k groups there is nothing.
-        low = tl.min(tl.where(best < -INFINITY, INFINITY + 1, best), axis=1)
-    elif GROUPS > 0:
-        best = tl.max(tl.reshape(key, [ROWS, BLOCK // GROUPS, GROUPS]), axis=1)
-        low = tl.maximum(tl.min(best, axis=1), -INFINITY)
-    else:
-        low = tl.full([ROWS], -INFINITY, tl.int32)
-    return low
+    count = tl.sum((key >= trial[:, None]).to(tl.int32), axis=1)
+    high = tl.where(count > k, high, tl.where(count == k, trial + 1, trial))
+    return tl.where(count >= k, trial, low), high
 
 
 @triton.jit
-def kth_key(key, k, low):
+def kth_key(key, k, INFINITY: tl.constexpr, ROWS: tl.constexpr):
     """Bisect each row of key [ROWS, N] for a t with #{key > t} < k <= #{key >= t}.
 
-    low [ROWS] are keys that at least k of a row reach. Invariant: #{key >= low} >= k >
-    #{key >= high}. A step that counts exactly k ends the search of its row.
+    Invariant: #{key >= low} >= k > #{key >= high}. Mostly the k-th is not 16 times smaller than the
+    largest, so that is tried first: of the 32 bits of a key it saves the search about 7.
     """
+    low = tl.full([ROWS], -INFINITY, tl.int32)
     high = tl.max(key, axis=1) + 1
+    # The lowest bit of +inf is one octave. Far below zero there is nothing to save.
+    trial = tl.where(high > -(INFINITY >> 1), high - 4 * (INFINITY & -INFINITY), low)
+    low, high = narrowed(key, k, low, high, trial)
     while tl.max((low + 1 < high).to(tl.int32), axis=0) > 0:
         for _ in tl.static_range(STEPS_PER_TEST):
             # Their mean, rounded down, without overflow.
             middle = (low & high) + ((low ^ high) >> 1)
-            count = tl.sum((key >= middle[:, None]).to(tl.int32), axis=1)
-            high = tl.where(count > k, high, tl.where(count == k, middle + 1, middle))
-            low = tl.where(count >= k, middle, low)
+            low, high = narrowed(key, k, low, high, middle)
     return low
 
 
@@ -117,7 +107,6 @@ def select_kernel(
     INFINITY: tl.constexpr,
     ABS: tl.constexpr,
     SPAN: tl.constexpr,
-    GROUPS: tl.constexpr,
     UNIT_STRIDE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -153,8 +142,7 @@ def select_kernel(
     bits = tl.load(elements, mask=inside, other=0).to(tl.int32)
     key = tl.where(inside, key_of(bits, MAGNITUDE, INFINITY, ABS), -INFINITY - 1)
 
-    low = bound_of_groups(key, INFINITY, SPAN, GROUPS, ROWS, BLOCK)
-    bound = kth_key(key, k_here, low)[:, None]
+    bound = kth_key(key, k_here, INFINITY, ROWS)[:, None]
     wanted = (k_here - tl.sum((key > bound).to(tl.int32), axis=1))[:, None]
     ranks = (key > bound).to(tl.int32) + ((key == bound).to(tl.int32) << 16)
     ranks = tl.cumsum(ranks, axis=1)  # two counters, each with the element itself
@@ -192,12 +180,6 @@ def group_span(rows: int, n: int, k: int) -> int:
         return 0
     span = min(MOST_SPAN, math.isqrt(n // k), GROUPED_ROW // k)
     return 1 << (span.bit_length() - 1) if span >= LEAST_SPAN else 0
-
-
-def bound_groups(k: int, columns: int) -> int:
-    """Return how many groups `bound_of_groups` makes of a row; 0 where they would be too small."""
-    groups = triton.next_power_of_2(k)
-    return groups if 4 * groups <= columns else 0
 
 
 def topk(
@@ -273,7 +255,6 @@ def _launch_select(
         INFINITY=bits.infinity,
         ABS=abs,
         SPAN=0 if candidates is None else span,
-        GROUPS=bound_groups(k, columns),
         UNIT_STRIDE=x.stride(1) == 1,
         ROWS=block_rows,
         BLOCK=columns,
