@@ -111,7 +111,7 @@ def passes_case(dtype: torch.dtype) -> Case:
 
 
 def finish_case(k: int, dtype: torch.dtype, ordered: bool) -> Case:
-    rows, side = topk_finish.finish_block(k, ordered)
+    rows, side, warps = topk_finish.finish_block(k, ordered)
     constants = {
         **float_constants(dtype), "SORTED": ordered, "RELU": True, "MASKED": not ordered,
         "COUNT": True, "ROWS": rows, "SIDE": side, "col_stride": 1,
@@ -121,7 +121,7 @@ def finish_case(k: int, dtype: torch.dtype, ordered: bool) -> Case:
         "x": pointer, "columns": "*i32", "values": pointer, "indices": "*i64", "masked": pointer,
         "counts": "*i64",
     }  # fmt: skip
-    return Case(topk_finish.finish_kernel, pointers, constants, 4, 168 if ordered else 96)
+    return Case(topk_finish.finish_kernel, pointers, constants, warps, 168 if k > 512 else 96)
 
 
 def forward_case(d: int, values: str, weight: str, row_major: bool = True) -> Case:
@@ -215,6 +215,8 @@ CASES = {
     "passes float32": passes_case(torch.float32),
     "finish 64 bfloat16, sorted": finish_case(64, torch.bfloat16, True),
     "finish 20 float32, sorted": finish_case(20, torch.float32, True),
+    "finish 8 float32, sorted": finish_case(8, torch.float32, True),
+    "finish 1000 float32, sorted": finish_case(1000, torch.float32, True),
     "finish 64 float32, masked": finish_case(64, torch.float32, False),
     "scatter 16-bit": Case(
         codes_to_dense.scatter_kernel,

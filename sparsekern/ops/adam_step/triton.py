@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from ...dispatch.launch import device_of
+from ..block_sizes import cdiv, next_power_of_two
 
 BLOCK = 1024  # 8 elements a thread with 4 warps
 
@@ -116,9 +117,9 @@ def adam_step(
     with device_of(parameter):
         if unit_rows:
             rows, d = parameter.shape
-            block = min(BLOCK, triton.next_power_of_2(d))
+            block = min(BLOCK, next_power_of_two(d))
             adam_unit_rows_kernel[(rows,)](*tensors, d, *numbers, BLOCK=block, num_warps=4)
         else:
             count = parameter.numel()
-            grid = (triton.cdiv(count, BLOCK),)
+            grid = (cdiv(count, BLOCK),)
             adam_step_kernel[grid](*tensors, count, *numbers, BLOCK=BLOCK, num_warps=4)

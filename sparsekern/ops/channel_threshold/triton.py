@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from ...dispatch.launch import device_of
+from ..block_sizes import cdiv, next_power_of_two
 from ..triton_keys import bits_of, key_of
 
 # Elements of one step of a program: 16 a thread with 8 warps.
@@ -136,7 +137,7 @@ def digit_block(channels: int, inner: int) -> tuple[int, int]:
         bits, slots = ONE_CHANNEL
         return (bits if channels <= MOST_LARGE_COUNTS else SEVERAL_CHANNELS[0]), slots
     bits, slots = SEVERAL_CHANNELS
-    return bits, min(slots, triton.next_power_of_2(channels))
+    return bits, min(slots, next_power_of_two(channels))
 
 
 def channel_threshold(x: torch.Tensor, rank: int) -> torch.Tensor:
@@ -149,11 +150,11 @@ def channel_threshold(x: torch.Tensor, rank: int) -> torch.Tensor:
         outer, inner = 1, outer * inner
     bits = bits_of(x.dtype)
     digit, slots = digit_block(channels, inner)
-    groups = triton.cdiv(channels, slots)
+    groups = cdiv(channels, slots)
     size = outer * inner * slots
     parts = max(1, min(PROGRAMS // groups, size // LEAST_PART))
-    part = triton.cdiv(triton.cdiv(size, parts), BLOCK) * BLOCK
-    parts = triton.cdiv(size, part)
+    part = cdiv(cdiv(size, parts), BLOCK) * BLOCK
+    parts = cdiv(size, part)
     counts = torch.zeros(channels << digit, dtype=torch.int64, device=x.device)
     prefixes = torch.empty(channels, dtype=torch.int32, device=x.device)
     wanted = torch.full((channels,), rank, dtype=torch.int64, device=x.device)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ...dispatch.launch import device_of
+from ..block_sizes import cdiv
 from ..triton_keys import bits_of
 
 # Codes one program of the dense scatter owns: 8 a thread.
@@ -35,7 +36,7 @@ def codes_to_dense(values: torch.Tensor, indices: torch.Tensor, n: int) -> torch
     total = values.numel()
     if total:
         with device_of(values):
-            scatter_kernel[(triton.cdiv(total, SCATTER_BLOCK),)](
+            scatter_kernel[(cdiv(total, SCATTER_BLOCK),)](
                 values.view(integer),
                 indices,
                 dense.view(integer),

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ...dispatch.launch import device_of
+from ..block_sizes import cdiv
 
 # Codes a program owns: 8 a thread with 4 warps, enough loads in flight to hide the latency of the
 # atomics.
@@ -46,7 +47,7 @@ def count_active(indices: torch.Tensor, n: int, values: torch.Tensor | None) -> 
     if total == 0:
         return counts
     with device_of(indices):
-        count_active_kernel[(triton.cdiv(total, BLOCK),)](
+        count_active_kernel[(cdiv(total, BLOCK),)](
             indices,
             indices if values is None else values,
             counts,

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from ...dispatch.launch import device_of
+from ..block_sizes import cdiv, next_power_of_two
 from ..transpose_codes.triton import transpose_codes
 
 # Bytes one thread reads at once, the widest load there is.
@@ -144,13 +145,13 @@ def backward_kernel(
 
 def forward_block(d: int, element_bytes: int) -> tuple[int, int]:
     """Return columns and warps of one forward program: 16 bytes of a dictionary row a thread."""
-    columns = min(FORWARD_COLUMNS, max(32, triton.next_power_of_2(d)))
+    columns = min(FORWARD_COLUMNS, max(32, next_power_of_two(d)))
     return columns, max(1, columns * element_bytes // (LOAD_BYTES * 32))
 
 
 def backward_block(d: int) -> int:
     """Return the number of columns of one backward program."""
-    return min(BACKWARD_COLUMNS, max(32, triton.next_power_of_2(d)))
+    return min(BACKWARD_COLUMNS, max(32, next_power_of_two(d)))
 
 
 def sparse_matmul(
@@ -167,7 +168,7 @@ def sparse_matmul(
         return out
     columns, warps = forward_block(d, weight.element_size())
     with device_of(values):
-        forward_kernel[(rows, triton.cdiv(d, columns))](
+        forward_kernel[(rows, cdiv(d, columns))](
             values,
             indices,
             weight,
@@ -205,7 +206,7 @@ def sparse_matmul_backward(
     n, d = weight.shape
     grad_values, grad_weight = values.new_empty(0), weight.new_empty(0)
     columns = backward_block(d)
-    parts = triton.cdiv(d, columns)
+    parts = cdiv(d, columns)
     if need_values:  # zeros, for the entries whose index is out of range
         dtype = values.dtype if parts == 1 else torch.float32
         dots = torch.zeros(parts, rows, k, dtype=dtype, device=values.device)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ...dispatch.launch import device_of
+from ..block_sizes import cdiv, next_power_of_two
 
 # Elements of a tile, and the least length of runs that fill the lanes of its rows.
 TILE = 4096
@@ -61,7 +62,7 @@ def threshold_relu_kernel(
 
 def tile_block(columns: int) -> tuple[int, int]:
     """Return rows and columns of one program of threshold_relu."""
-    side = min(TILE, triton.next_power_of_2(columns))
+    side = min(TILE, next_power_of_two(columns))
     return TILE // side, side
 
 
@@ -82,9 +83,7 @@ def threshold_relu(
     rows, columns = (outer * channels, inner) if runs else (outer, channels * inner)
     block_rows, block_columns = tile_block(columns)
     with device_of(x):
-        threshold_relu_kernel[
-            (triton.cdiv(rows, block_rows) * triton.cdiv(columns, block_columns),)
-        ](
+        threshold_relu_kernel[(cdiv(rows, block_rows) * cdiv(columns, block_columns),)](
             x,
             threshold,
             threshold if scale is None else scale,

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from ...dispatch.launch import device_of
+from ..block_sizes import cdiv, next_power_of_two
 from ..triton_keys import bits_of, key_of
 from .triton_finish import finish_codes
 from .triton_groups import group_maxima
@@ -129,10 +130,12 @@ def select_kernel(
     if SPAN > 0:
         listed = candidates + (row * list_stride + begin // SPAN)[:, None]
         listed = listed + (columns // SPAN)[None, :]
-        source = tl.load(listed, mask=inside, other=0).to(tl.int64) * SPAN
-        source = source + (columns % SPAN)[None, :]
-        inside = inside & (source < width)  # the last group may be cut off
-        elements = x + (row * row_stride)[:, None] + source * col_stride
+        latents = tl.load(listed, mask=inside, other=0) * SPAN + (columns % SPAN)[None, :]
+        inside = inside & (latents < width)  # the last group may be cut off
+        if UNIT_STRIDE:
+            elements = x + (row * row_stride)[:, None] + latents
+        else:
+            elements = x + (row * row_stride)[:, None] + latents.to(tl.int64) * col_stride
     elif UNIT_STRIDE:
         elements = x + (row * row_stride + begin)[:, None] + columns[None, :]
     else:
@@ -150,25 +153,23 @@ def select_kernel(
     place = (ranks & 0xFFFF) + tl.minimum(ranks >> 16, wanted) - 1
     place = tl.where(take, place, -1)  # one number to carry to the threads that store, not two
 
-    if SPAN > 0:  # read again, from the cache, rather than held in registers all along
-        latents = tl.load(listed, mask=take, other=0) * SPAN + (columns % SPAN)[None, :]
-    else:
+    if SPAN == 0:
         latents = begin.to(tl.int32)[:, None] + columns[None, :]
     tl.store(taken + (part * k)[:, None] + place, latents, mask=place >= 0)
 
 
 def row_block(n: int) -> tuple[int, int, int]:
     """Return rows, columns and warps of one program for rows of n <= REGISTER_ROW elements."""
-    columns = max(16, triton.next_power_of_2(n))
+    columns = max(16, next_power_of_two(n))
     rows = max(1, min(MOST_ROWS, SHORT_ROWS // columns))
     return rows, columns, max(1, columns // KEYS_PER_WARP)
 
 
 def slice_length(rows: int, n: int, k: int) -> int:
     """Return the length of the slices of a row; n if one program takes it whole."""
-    even = triton.cdiv(n, max(1, MANY_PROGRAMS // rows))
+    even = cdiv(n, max(1, MANY_PROGRAMS // rows))
     length = min(REGISTER_ROW, max(even, MIN_SLICE, 4 * k))
-    return triton.cdiv(length, ALIGNMENT) * ALIGNMENT if length < n else n
+    return cdiv(length, ALIGNMENT) * ALIGNMENT if length < n else n
 
 
 def group_span(rows: int, n: int, k: int) -> int:
@@ -214,7 +215,7 @@ def _select_columns(x: torch.Tensor, k: int, abs: bool) -> torch.Tensor:
         return columns_by_passes(x, k, abs)
     candidates = None
     while (length := slice_length(rows, n, k)) < n:
-        slices = triton.cdiv(n, length)
+        slices = cdiv(n, length)
         candidates = _launch_select(x, candidates, 1, n, k, length, abs)
         n = (slices - 1) * k + min(k, n - (slices - 1) * length)
         candidates = candidates[:, :n]  # only a last slice shorter than k leaves a rest
@@ -235,11 +236,11 @@ def _launch_select(
     The n elements of a row are those of its candidates, groups of span columns, if there are any.
     """
     rows, width = x.shape
-    slices = triton.cdiv(n, length)
+    slices = cdiv(n, length)
     bits = bits_of(x.dtype)
     taken = torch.empty(rows, slices * k, dtype=torch.int32, device=x.device)
     block_rows, columns, warps = row_block(length)
-    select_kernel[(triton.cdiv(rows * slices, block_rows),)](
+    select_kernel[(cdiv(rows * slices, block_rows),)](
         x.view(bits.integer),
         taken if candidates is None else candidates,
         taken,

@@ -12,10 +12,14 @@ import torch
 import triton
 import triton.language as tl
 
+from ..block_sizes import cdiv, next_power_of_two
 from ..triton_keys import bits_of, fires, key_of, rectified
 
-# Comparisons in one tile (32 a thread of 4 warps), and the longest side of a tile.
-TILE = 4096
+# A tile compares SIDE codes with as many. Up to SMALL_K, one warp owns a tile, 32 pairs a thread:
+# with 64 registers a thread, 32 programs wait for their gathers at once. Beyond, larger tiles
+# gather less often: 4 warps with up to 168 registers.
+SMALL_K = 512
+SMALL_SIDE = 32
 SIDE = 64
 # Codes of one program where nothing is compared: 8 a thread.
 CODES = 1024
@@ -84,12 +88,13 @@ def finish_kernel(
         tl.atomic_add(counts + latents, ones, mask=inside & fires(bits, MAGNITUDE), sem="relaxed")
 
 
-def finish_block(k: int, sorted: bool) -> tuple[int, int]:
-    """Return rows and side of one program."""
-    side = min(SIDE, max(16, triton.next_power_of_2(k)))
-    if sorted:
-        return (TILE // (side * side) if k <= side else 1), side
-    return CODES // side, side
+def finish_block(k: int, sorted: bool) -> tuple[int, int, int]:
+    """Return rows, side and warps of one program."""
+    small = sorted and k <= SMALL_K
+    side = min(SMALL_SIDE if small else SIDE, max(16, next_power_of_two(k)))
+    if not sorted:
+        return CODES // side, side, 4
+    return (SMALL_SIDE // side, side, 1) if small else (1, side, 4)
 
 
 def finish_codes(
@@ -111,8 +116,8 @@ def finish_codes(
     values = torch.empty(rows, k, dtype=x.dtype, device=x.device)
     indices = torch.empty(rows, k, dtype=torch.int64, device=x.device)
     counts = torch.zeros(n if count else 0, dtype=torch.int64, device=x.device)
-    block_rows, side = finish_block(k, sorted)
-    finish_kernel[(triton.cdiv(rows, block_rows) * triton.cdiv(k, side),)](
+    block_rows, side, warps = finish_block(k, sorted)
+    finish_kernel[(cdiv(rows, block_rows) * cdiv(k, side),)](
         x.view(bits.integer),
         columns,
         values.view(bits.integer),
@@ -132,6 +137,6 @@ def finish_codes(
         COUNT=count,
         ROWS=block_rows,
         SIDE=side,
-        num_warps=4,
+        num_warps=warps,
     )
     return values, indices, counts

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..block_sizes import cdiv
 from ..triton_keys import bits_of, bits_of_key, key_of
 
 # Elements of one program: 16 a thread, in loads of 16 bytes.
@@ -67,9 +68,9 @@ def group_maxima(x: torch.Tensor, span: int, abs: bool) -> torch.Tensor:
     """
     rows, n = x.shape
     bits = bits_of(x.dtype)
-    groups = triton.cdiv(n, span)
+    groups = cdiv(n, span)
     best = torch.empty(rows, groups, dtype=x.dtype, device=x.device)
-    maxima_kernel[(rows * triton.cdiv(n, BLOCK),)](
+    maxima_kernel[(rows * cdiv(n, BLOCK),)](
         x.view(bits.integer),
         best.view(bits.integer),
         n,
