@@ -69,6 +69,20 @@ def test_vmap(target):
     testing.assert_same("vmap", mapped, rows)
 
 
+def test_vmap_of_an_index_out_of_range(target):
+    indices = torch.tensor([[0, 9], [-1, 3]], device=target.device)
+
+    def count():
+        return torch.vmap(lambda i: sparsekern.count_active(i, 9))(indices)
+
+    if target.checks_indices:
+        with pytest.raises(IndexError, match="indices must lie in"):
+            count()
+        return
+    target.require_any_index()
+    assert count().nonzero().tolist() == [[0, 0], [1, 3]]
+
+
 INDICES = torch.tensor([[0, 2], [1, 0]])
 
 

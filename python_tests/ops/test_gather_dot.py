@@ -134,6 +134,21 @@ def test_bad_input(change, error, message):
         sparsekern.gather_dot(**arguments)
 
 
+@pytest.mark.parametrize("wrong", [8, -1])
+def test_an_index_out_of_range_of_one_entry_of_a_batch(target, wrong):
+    """It is none of the next entry's, or the one's before."""
+    x, weight, indices = (t.to(target.device) for t in problem((2, 4), 3, 8, 5))
+    weights = torch.stack([weight, 2 * weight])
+    indices[0 if wrong > 0 else 1, 0, 0] = wrong
+    if target.checks_indices:
+        with pytest.raises(IndexError, match="indices must lie in"):
+            torch.vmap(sparsekern.gather_dot)(x, weights, indices)
+        return
+    target.require_any_index()
+    products = torch.vmap(sparsekern.gather_dot)(x, weights, indices)
+    assert (products == 0).nonzero().tolist() == [[0 if wrong > 0 else 1, 0, 0]]
+
+
 @pytest.mark.parametrize("wrong", [8, -1, 2**40])
 def test_an_index_out_of_range(target, wrong):
     x, weight, _ = (t.to(target.device) for t in problem((1,), 3, 8, 2))

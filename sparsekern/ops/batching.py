@@ -73,9 +73,3 @@ def counted_rows(
             [counts_reference(i, n, v) for i, v in zip(indices, values, strict=True)]
         )
     return (*outputs[:-1], counts), dims
-
-
-def shift_by_entry(indices: torch.Tensor, n: int) -> torch.Tensor:
-    """Return indices [B, ...] with b * n added to those of entry b."""
-    shifts = torch.arange(len(indices), device=indices.device) * n
-    return indices + shifts.view(-1, *[1] * (indices.dim() - 1))

@@ -32,3 +32,13 @@ class Transposition(NamedTuple):
     def counts(self) -> torch.Tensor:
         """Number of codes of each latent: int64 [N]."""
         return self.offsets.diff()
+
+
+def shift_by_entry(indices: torch.Tensor, n: int) -> torch.Tensor:
+    """Return indices [B, ...] with b * n added to those of entry b, -1 for those outside 0..n-1.
+
+    Shifted, such an index could be one of another entry.
+    """
+    shifts = torch.arange(len(indices), device=indices.device) * n
+    shifted = indices + shifts.view(-1, *[1] * (indices.dim() - 1))
+    return torch.where((indices >= 0) & (indices < n), shifted, -1)

@@ -9,6 +9,7 @@ import torch
 
 from ...dispatch.operations import define
 from ..checks import check_codes, check_range, check_size
+from ..codes import shift_by_entry
 from . import native
 from .reference import count_active_reference
 
@@ -57,9 +58,7 @@ def _vmap(
         return tensor.movedim(dim, 0)
 
     indices, values = batch_first(indices, in_dims[0]), batch_first(values, in_dims[2])
-    offsets = torch.arange(info.batch_size, device=indices.device) * n
-    shifted = indices + offsets.view(-1, *[1] * (indices.dim() - 1))
-    return operation(shifted, n * info.batch_size, values).view(-1, n), 0
+    return operation(shift_by_entry(indices, n), n * info.batch_size, values).view(-1, n), 0
 
 
 count_active = define(

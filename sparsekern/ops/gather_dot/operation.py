@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ...dispatch.operations import define
-from ..batching import shift_by_entry
 from ..checks import check_range
+from ..codes import shift_by_entry
 from ..layout import contiguous_matrix, unit_stride
 from ..sparse_matmul.operation import sparse_matmul, sparse_matmul_backward
 from ..transpose_codes.checks import usable_grouping

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ...dispatch.operations import define
-from ..batching import shift_by_entry
 from ..checks import check_range
+from ..codes import shift_by_entry
 from ..layout import contiguous_matrix, empty_like_dictionary, matrix_of, sum_dtype, unit_stride
 from ..transpose_codes.checks import usable_grouping
 from . import native
