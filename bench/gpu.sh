@@ -15,8 +15,8 @@ readonly OUT_FOLDER=${1:-${OUT:-bench/out}}
 readonly TOTAL_SECONDS=${TOTAL_SECONDS:-525}
 # What the emulation and the CPU do is tested elsewhere: here only what a GPU adds.
 readonly TESTS=(python_tests/{ops,nn,sae,training/test_finite.py} -k "not emulation and not native-cpu")
-# Of the seconds of a stage, the last ones are for what an interrupted command has to say: pytest
-# ends its workers within 10 s and then prints the failures so far.
+# Seconds for what an interrupted command has to say: pytest ends its workers within 10 s and then
+# prints the failures so far.
 readonly GRACE=20 MOST_REASONS=100
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 MPLBACKEND=Agg COLUMNS=200
 
@@ -29,16 +29,16 @@ gpu=no
 
 say() { printf '%s\n' "$*" | tee -a "$SUMMARY"; }
 
-# stage NAME SECONDS RESERVE COMMAND...: runs a command for at most SECONDS, and never into the last
-# RESERVE seconds of the whole time; its output goes to the log. A command that fails leaves its last
-# lines in the summary, and the tests that failed.
+# stage NAME SECONDS RESERVE COMMAND...: runs a command for at most SECONDS, then interrupts it, and
+# never reaches into the last RESERVE seconds of the whole time; its output goes to the log. A command
+# that fails leaves its last lines in the summary, and the tests that failed.
 stage() {
   local name=$1 seconds=$2 reserve=$3 began=$SECONDS status
   local log_began=$(($(wc -l <"$LOG") + 1))
   shift 3
-  local left=$((TOTAL_SECONDS - reserve - SECONDS))
+  local left=$((TOTAL_SECONDS - reserve - GRACE - SECONDS))
   ((seconds > left)) && seconds=$left
-  if ((seconds < GRACE + 5)); then
+  if ((seconds < 5)); then
     say "$(printf '%-8s left out: no time for it' "$name")"
     failures=$((failures + 1))
     return 1
@@ -46,12 +46,12 @@ stage() {
   printf '\n==== %s: %s\n' "$name" "$*" >>"$LOG"
   # Only the command itself is interrupted, once: a second time would end what it has to say. And
   # what a shell in the background starts would ignore interrupts.
-  timeout --foreground --signal=INT --kill-after=$GRACE $((seconds - GRACE)) \
+  timeout --foreground --signal=INT --kill-after=$GRACE "$seconds" \
     env --default-signal=INT "$@" >>"$LOG" 2>&1
   status=$?
   local verdict=passed
   if ((status == 124 || status == 137)); then
-    verdict="interrupted after $((seconds - GRACE)) s"
+    verdict="interrupted after $seconds s"
   elif ((status != 0)); then
     verdict="failed, exit code $status"
   fi
