@@ -27,7 +27,7 @@ _BINARY = getattr(os, "O_BINARY", 0)
 
 
 def require(module: str, purpose: str) -> ModuleType:
-    """Imports a module of the extra ``sparsekern[data]``.
+    """Import a module of the extra ``sparsekern[data]``.
 
     Raises:
         ModuleNotFoundError: it is not installed; the message names the extra.
@@ -42,8 +42,11 @@ def require(module: str, purpose: str) -> ModuleType:
 
 
 def torch_missing(error: ModuleNotFoundError) -> BaseException:
-    """What to raise when the import of torch failed: for the command ``sparsekern`` its end, after
-    a line that says so; for others an error that says what to install."""
+    """Choose what to raise when the import of torch failed.
+
+    For the command ``sparsekern`` its end, after a line that says so; for others an error that says
+    what to install.
+    """
     if error.name != "torch":
         return error
     text = "sparsekern needs torch, which is not installed (pip install torch)"
@@ -58,7 +61,7 @@ def torch_missing(error: ModuleNotFoundError) -> BaseException:
 
 
 def sync(path: Path) -> None:
-    """Makes a file's content, or the renames in a folder, durable where the system can (POSIX)."""
+    """Make a file's content, or the renames in a folder, durable where the system can (POSIX)."""
     if os.name == "posix":
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -69,7 +72,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of ``path`` when the block ends without an error.
+    """Open a file that takes the place of ``path`` when the block ends without an error.
 
     A crash at any moment leaves the old content or the new, never a mix. A symbolic link of that
     name is replaced itself, and what it points to stays as it is.
@@ -91,7 +94,7 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
 
 
 def open_plain(path: Path) -> BufferedReader:
-    """Opens a file to read.
+    """Open a file to read.
 
     Raises:
         FileNotFoundError: there is none.
@@ -105,7 +108,7 @@ def open_plain(path: Path) -> BufferedReader:
 
 
 def open_appending(path: Path) -> BinaryIO:
-    """Opens a file to append to, and makes it if there is none.
+    """Open a file to append to, and make it if there is none.
 
     Raises:
         OSError: it is a symbolic link, which could lead anywhere, or no plain file.
@@ -124,8 +127,10 @@ def open_appending(path: Path) -> BinaryIO:
 
 
 def lock_file(path: Path) -> Callable[[], None] | None:
-    """Locks a file, which is made if there is none, until the function returned is called or
-    dropped, or the process ends; None when another process (or another call) holds the lock.
+    """Lock a file, which is made if there is none; return what unlocks it.
+
+    It is unlocked when the function returned is called or dropped, or the process ends. None when
+    another process (or another call) holds the lock.
 
     Where the file system has no locks, a warning says so and nothing is locked.
 
@@ -151,7 +156,7 @@ def lock_file(path: Path) -> Callable[[], None] | None:
 
 
 def _try_lock(file: BinaryIO) -> bool:
-    """Whether this open file got the lock, which it holds until it is closed."""
+    """Try to lock an open file; tell whether it got the lock, which it holds until it is closed."""
     # Not the package filelock: where flock is missing, its versions say that another process holds
     # the lock, raise NotImplementedError, or leave a file that a killed process never takes away.
     try:
@@ -172,7 +177,7 @@ def _try_lock(file: BinaryIO) -> bool:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that receives the first SIGINT or SIGTERM; a second one acts as if this were not here.
+    """Collect the first SIGINT or SIGTERM in a list; a second one acts as usual.
 
     Only the main thread can listen; elsewhere the list stays empty.
     """

@@ -11,7 +11,7 @@ import torch
 from .ops.adam_step import adam_step
 from .ops.checks import FLOATING
 
-SHORT = (torch.bfloat16, torch.float16)
+SHORT_DTYPES = (torch.bfloat16, torch.float16)
 # Options of torch's Adam that ask for another step; fused, foreign and capturable do not.
 OTHER_STEPS = ("amsgrad", "maximize", "differentiable", "decoupled_weight_decay")
 
@@ -76,7 +76,7 @@ class Adam(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; a group with unit_rows takes 2-d parameters only."""
+        """Add a group as in torch; one with unit_rows takes 2-d parameters only."""
         super().add_param_group(param_group)
         try:
             _check_group(self.param_groups[-1])
@@ -85,22 +85,25 @@ class Adam(torch.optim.Optimizer):
             raise
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """As in torch; groups of a torch.optim.Adam keep the unit_rows that they have here, and
-        must not ask for what this optimizer does not do."""
-        here = self.__dict__.get("param_groups", ())
-        for at, group in enumerate(state.get("param_groups", ())):
+        """Restore a state as in torch.
+
+        Groups of a torch.optim.Adam keep the unit_rows that they have here, and must not ask for
+        what this optimizer does not do.
+        """
+        own = self.__dict__.get("param_groups", ())
+        for number, group in enumerate(state.get("param_groups", ())):
             _check_options(group)
-            group.setdefault("unit_rows", at < len(here) and here[at]["unit_rows"])
+            group.setdefault("unit_rows", number < len(own) and own[number]["unit_rows"])
         super().__setstate__(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch; the state of 16-bit parameters stays float32."""
+        """Load a state as in torch; that of 16-bit parameters stays float32."""
         loaded: list[dict[str, Any]] = []  # as the hooks leave it
 
-        def see(_: Any, given: dict[str, Any]) -> None:
-            loaded.append(given)
+        def remember(_: Any, state_dict: dict[str, Any]) -> None:
+            loaded.append(state_dict)
 
-        handle = self.register_load_state_dict_pre_hook(see)
+        handle = self.register_load_state_dict_pre_hook(remember)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -112,7 +115,7 @@ class Adam(torch.optim.Optimizer):
                 continue
             state = self.state[parameter]
             state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).cpu()
-            if parameter.dtype not in SHORT:
+            if parameter.dtype not in SHORT_DTYPES:
                 state.pop("master", None)
                 continue
             for key in ("exp_avg", "exp_avg_sq", "master"):
@@ -122,7 +125,7 @@ class Adam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step for every parameter that has a gradient; returns what the closure returns."""
+        """Update every parameter that has a gradient; return what the closure returns."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -130,10 +133,11 @@ class Adam(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._step(parameter, parameter.grad, group)
+                    self._update(parameter, parameter.grad, group)
         return loss
 
-    def _step(self, parameter: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
+    def _update(self, parameter: torch.Tensor, grad: torch.Tensor, group: dict[str, Any]) -> None:
+        """Update one parameter."""
         if grad.layout != torch.strided:
             raise ValueError(f"Adam: gradients must be dense, got one of {grad.layout}")
         if parameter.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -142,7 +146,7 @@ class Adam(torch.optim.Optimizer):
                 "this step; use torch.optim.Adam with capturable=True"
             )
         state = self.state[parameter]
-        short = parameter.dtype in SHORT
+        short = parameter.dtype in SHORT_DTYPES
         wide = torch.float32 if short else parameter.dtype
         if not state:
             # On the CPU, as torch keeps it; the default dtype may not count far.
@@ -155,10 +159,10 @@ class Adam(torch.optim.Optimizer):
         target = state["master"] if short else parameter
         changed = (target, state["exp_avg"], state["exp_avg_sq"])
         if is_sharded(parameter):
-            grad = _like_placed(grad, parameter)
+            grad = _placed_like(grad, parameter)
             # So that autograd notices where an older value was still needed.
             torch.autograd.graph.increment_version([parameter, *changed])
-        local, local_grad, *tensors = (_local(t) for t in (parameter, grad, *changed))
+        local, local_grad, *tensors = (_local_part(t) for t in (parameter, grad, *changed))
         if short:  # where the parameter was changed from outside, that value counts
             master = tensors[0]
             master.copy_(torch.where(master.to(local.dtype) == local, master, local.to(wide)))
@@ -181,6 +185,7 @@ class Adam(torch.optim.Optimizer):
 
 
 def _check_numbers(group: dict[str, Any]) -> None:
+    """Raise ValueError where a number of a group is out of its range."""
     for name in ("lr", "eps", "weight_decay"):
         if not group[name] >= 0:
             raise ValueError(f"Adam: {name} must be at least 0, got {group[name]}")
@@ -190,12 +195,14 @@ def _check_numbers(group: dict[str, Any]) -> None:
 
 
 def _check_options(group: dict[str, Any]) -> None:
+    """Raise ValueError where a group asks for what torch's Adam alone does."""
     for option in OTHER_STEPS:
         if group.get(option):
             raise ValueError(f"Adam: {option} must be False, got {group[option]}")
 
 
 def _check_group(group: dict[str, Any]) -> None:
+    """Raise where a group's numbers, options or parameters are not possible."""
     _check_numbers(group)
     _check_options(group)
     for parameter in group["params"]:
@@ -218,12 +225,13 @@ def _check_group(group: dict[str, Any]) -> None:
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is a DTensor; without importing them, which takes long."""
+    """Tell whether a tensor is a DTensor; without importing them, which takes long."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _check_whole_rows(parameter: Any) -> None:
+    """Raise ValueError where processes hold parts of rows."""
     for placement in parameter.placements:
         if not (placement.is_replicate() or placement.is_shard(0)):
             raise ValueError(
@@ -232,8 +240,8 @@ def _check_whole_rows(parameter: Any) -> None:
             )
 
 
-def _like_placed(grad: Any, parameter: Any) -> Any:
-    """A sharded gradient, placed as its parameter is."""
+def _placed_like(grad: Any, parameter: Any) -> Any:
+    """Place a sharded gradient as its parameter is."""
     if not is_sharded(grad):
         raise ValueError("Adam: the gradient of a DTensor must be one, got a plain tensor")
     if grad.placements == parameter.placements:
@@ -241,5 +249,7 @@ def _like_placed(grad: Any, parameter: Any) -> Any:
     return grad.redistribute(parameter.device_mesh, parameter.placements)
 
 
-def _local(tensor: Any) -> torch.Tensor:
-    return tensor.to_local() if is_sharded(tensor) else tensor
+def _local_part(tensor: Any) -> torch.Tensor:
+    """Take the part of a tensor that this process holds."""
+    part: torch.Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    return part

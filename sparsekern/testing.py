@@ -19,12 +19,17 @@ import torch
 def error_ratio(
     actual: torch.Tensor, truth: torch.Tensor, reference: torch.Tensor, scale: torch.Tensor | float
 ) -> float:
-    """The largest |actual - truth| / (2 |reference - truth| + 4 eps scale); at most 1 when the rule
-    holds.
+    """Compute the largest |actual - truth| / (2 |reference - truth| + 4 eps scale).
 
-    actual, reference: results in the kernel's dtype. truth: float64. scale: magnitude of what was
-    summed, broadcastable to truth. Elements that are NaN or infinite must agree exactly and count
-    as 0 when they do.
+    It is at most 1 when the error rule holds.
+
+    Elements that are NaN or infinite must agree exactly and count as 0 when they do.
+
+    Args:
+        actual: results of a kernel, in its dtype.
+        truth: float64.
+        reference: results of the plain expression, in the kernel's dtype.
+        scale: magnitude of what was summed, broadcastable to truth.
     """
     eps = torch.finfo(actual.dtype).eps
     actual, reference = actual.double().cpu(), reference.double().cpu()
@@ -55,8 +60,10 @@ def assert_error_rule(
 
 
 def assert_same(what: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Raise AssertionError unless both tensors hold the same bits; all NaNs count as one, -0.0 as
-    +0.0."""
+    """Raise AssertionError unless both tensors hold the same bits.
+
+    All NaNs count as one, -0.0 as +0.0.
+    """
     if actual.shape != expected.shape or actual.dtype != expected.dtype:
         raise AssertionError(
             f"{what}: {actual.dtype} {list(actual.shape)}, "
@@ -79,8 +86,10 @@ def assert_same(what: str, actual: torch.Tensor, expected: torch.Tensor) -> None
 
 @dataclass(frozen=True)
 class TopkCase:
-    """One input of top-k: a name, rows, width, how many to keep, and how the rows are filled and
-    laid out."""
+    """One input of top-k.
+
+    A name, rows, width, how many to keep, and how the rows are filled and laid out.
+    """
 
     name: str
     rows: int
@@ -90,13 +99,13 @@ class TopkCase:
     layout: str = "contiguous"
 
     def make(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
-        """x [rows, n] of the dtype, in the case's layout; the same numbers every time."""
+        """Make x [rows, n] of the dtype, in the case's layout; the same numbers every time."""
         x = fill_rows(self.fill, self.rows, self.n).to(dtype).to(device)
         return lay_out(x, self.layout)
 
 
 def fill_rows(fill: str, rows: int, n: int, seed: int = 0) -> torch.Tensor:
-    """float32 [rows, n] of a named kind: what selection algorithms stumble over."""
+    """Make float32 [rows, n] of a named kind: what selection algorithms stumble over."""
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(rows, n, generator=generator)
     chance = torch.rand(rows, n, generator=generator)
@@ -147,7 +156,7 @@ FILLS = (
 
 
 def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
-    """The same numbers [rows, n] with other strides."""
+    """Give the same numbers [rows, n] other strides."""
     rows, n = x.shape
     if layout == "contiguous":
         return x
@@ -174,7 +183,7 @@ WIDTHS = (*SMALL_WIDTHS, 500, 1025, 4097, 10000)
 
 
 def topk_cases(widths: tuple[int, ...] = WIDTHS) -> Iterator[TopkCase]:
-    """The standard sweep of top-k; fewer widths make it shorter."""
+    """List the standard sweep of top-k; fewer widths make it shorter."""
     for n in widths:
         ks = sorted({1, min(2, n), min(32, n), max(1, n // 2), n})
         for k in ks:
@@ -191,8 +200,10 @@ def topk_cases(widths: tuple[int, ...] = WIDTHS) -> Iterator[TopkCase]:
 
 @dataclass(frozen=True)
 class ProductCase:
-    """One input of the sparse product: sizes, layout of the weight and how the indices are
-    drawn."""
+    """One input of the sparse product.
+
+    Sizes, layout of the weight, and how the indices are drawn.
+    """
 
     name: str
     rows: int
@@ -209,7 +220,7 @@ class ProductCase:
         weight_dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """values [rows, k], indices int64 [rows, k], weight [n, d], bias [d] or None."""
+        """Make values [rows, k], indices int64 [rows, k], weight [n, d], bias [d] or None."""
         generator = torch.Generator().manual_seed(1)
         values = torch.randn(self.rows, self.k, generator=generator)
         indices = torch.randint(0, self.n, (self.rows, self.k), generator=generator)

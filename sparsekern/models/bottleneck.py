@@ -56,7 +56,7 @@ class Standardize(BatchNorm1d):
         super().__init__(features, affine=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, D] -> [B, D]."""
+        """Standardize x [B, D] -> [B, D]."""
         if self.training and len(x) == 1:
             return nn.functional.batch_norm(x, self.running_mean, self.running_var, eps=self.eps)
         return super().forward(x)
@@ -121,8 +121,10 @@ class SparseBottleneck(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, *, gain: float = 1.0) -> None:
-        """Draws weights that keep the size of the signal; gain is that of what follows: 2 for a
-        ReLU, which halves the second moment."""
+        """Draw weights that keep the size of the signal.
+
+        ``gain`` is that of what follows: 2 for a ReLU, which halves the second moment.
+        """
         units, inputs = self.to_units.weight.shape
         nn.init.normal_(self.to_units.weight, std=math.sqrt(2 / inputs))
         nn.init.zeros_(self.to_units.bias)
@@ -147,7 +149,7 @@ class SparseBottleneck(nn.Module):
         self.sparsity.k = value
 
     def forward(self, x: Tensor) -> BottleneckOutput:
-        """x [B, D] floating point, of the parameters' dtype (or any, inside an autocast region)."""
+        """Send x [B, D] through the layer; of the parameters' dtype, or any under autocast."""
         check_same_dtype("SparseBottleneck", x, self.to_units.weight)
         x = self.standardize(x)
         scores, indices = None, None
@@ -169,7 +171,10 @@ class SparseBottleneck(nn.Module):
         return BottleneckOutput(x, scores, values, indices, self.decode(values, indices))
 
     def decode(self, values: Tensor, indices: Tensor | None) -> Tensor:
-        """Output [B, E] of codes: values and indices [B, K], or values of all units [B, N]."""
+        """Decode codes to the output [B, E].
+
+        Codes are values and indices [B, K], or values of all units [B, N].
+        """
         if indices is not None and values.shape[-1] <= DENSE_SHARE * self.units:
             return sparse_matmul(values, indices, self.dictionary, self.dictionary_bias)
         if indices is not None:
@@ -177,11 +182,13 @@ class SparseBottleneck(nn.Module):
         return dense_product(values, self.dictionary.t(), self.dictionary_bias)
 
     def penalty(self, values: Tensor) -> Tensor:
-        """The L1 penalty of activations of all units [B, N], a mean over rows: each activation
-        counts by the norm of its unit's row of the dictionary.
+        """Compute the L1 penalty of activations of all units [B, N], a mean over rows.
+
+        Each activation counts by the norm of its unit's row of the dictionary.
 
         So activations cannot evade it by shrinking while the dictionary grows. Source: Anthropic's
         circuits updates of April 2024.
         """
         norms = self.dictionary.norm(dim=1)
-        return (values.abs().sum(0) * norms).sum() / len(values)
+        total: Tensor = (values.abs().sum(0) * norms).sum()
+        return total / len(values)

@@ -45,8 +45,10 @@ class MotifOutput(NamedTuple):
 
 
 class ResidualMotifs(nn.Module):
-    """The published local network: a 1x1 convolution to `width` channels, residual units of two 3x3
-    convolutions each after batch normalisation and ReLU, and a 1x1 convolution to `channels`.
+    """The published local network: a 1x1 convolution, residual units, and a 1x1 convolution.
+
+    The first convolution leads to `width` channels, the last one to `channels`; a residual unit is
+    two 3x3 convolutions, each after batch normalisation and ReLU.
 
     With `depth` convolutions its receptive field is 2 * depth + 1 in each of `dims` dimensions.
     """
@@ -61,17 +63,20 @@ class ResidualMotifs(nn.Module):
             )
         conv = CONVOLUTIONS[dims]
         self.first = conv(in_channels, width, 1)
-        self.units = nn.ModuleList(_unit(width, dims) for _ in range(depth // 2))
+        self.units = nn.ModuleList(_residual_unit(width, dims) for _ in range(depth // 2))
         self.last = conv(width, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Score inputs [B, C_in, *space] -> [B, C, *space]."""
         x = self.first(x)
         for unit in self.units:
             x = x + unit(x)
-        return self.last(x)
+        scores: Tensor = self.last(x)
+        return scores
 
 
-def _unit(width: int, dims: int) -> nn.Sequential:
+def _residual_unit(width: int, dims: int) -> nn.Sequential:
+    """Make a residual unit: two 3x3 convolutions, each after batch normalisation and ReLU."""
     conv = CONVOLUTIONS[dims]
     norm = BatchNorm1d if dims == 1 else BatchNorm2d
     return nn.Sequential(
@@ -81,8 +86,10 @@ def _unit(width: int, dims: int) -> nn.Sequential:
 
 
 class PatchMotifs(nn.Sequential):
-    """A small local network for images: each patch of `field` (height, width) pixels through two
-    hidden layers of `width` units with batch normalisation and ReLU.
+    """A small local network for images: each patch through two hidden layers.
+
+    Patches are of `field` (height, width) pixels, hidden layers of `width` units with batch
+    normalisation and ReLU.
 
     A field no larger than a motif keeps the activations inside it: what sees a motif from outside
     sees less of it.
@@ -114,8 +121,9 @@ class PatchMotifs(nn.Sequential):
 
 
 class PenalizedBottleneck(nn.Module):
-    """The bottlenecks that Sparling is compared with: batch normalisation, and what a penalty is to
-    make sparse.
+    """The bottlenecks that Sparling is compared with: batch normalisation and a penalty.
+
+    The penalty is to make the activations sparse.
 
     kind "l1": y = relu(z), penalty = weight * mean |y|. kind "kl": a = sigmoid(z),
     y = relu(a - 0.5), penalty = weight * KL(density || mean a) of two coins. kind "none":
@@ -130,6 +138,7 @@ class PenalizedBottleneck(nn.Module):
         self.norm = BatchNorm1d(channels)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return activations [B, C, *space] of scores of that shape, and the penalty, a scalar."""
         z = self.norm(x.flatten(2)).view(x.shape)
         if self.kind != "kl":
             y = z.relu()
@@ -145,8 +154,9 @@ class PenalizedBottleneck(nn.Module):
 
 
 class Widening(nn.Module):
-    """A 1x1 convolution to `width` channels, then the maximum over blocks of `pool` positions along
-    each dimension.
+    """A 1x1 convolution to `width` channels, then the maximum over blocks of positions.
+
+    Blocks reach over `pool` positions along each dimension.
 
     Where few positions are active, only those are convolved: all others of a block have the bias.
     The result is the same, up to rounding; the gradient of equal maxima is shared among them.
@@ -161,17 +171,17 @@ class Widening(nn.Module):
         self.conv = CONVOLUTIONS[dims](channels, width, 1)
 
     def forward(self, activations: Tensor) -> Tensor:
-        """[B, C, *space] -> [B, width, *(s // pool for s in space)]."""
+        """Widen [B, C, *space] -> [B, width, *(s // pool for s in space)]."""
         check_same_dtype("Widening", activations, self.conv.weight)
         if not activations.is_cuda and not sizes_are_fixed(activations):
             places = (activations.detach() != 0).any(1).nonzero()
             share = len(places) * activations.shape[1] / max(activations.numel(), 1)
             if share < self.SPARSE_SHARE and self.pool > 1:
-                return self._sparse(activations, places)
+                return self._convolve_active(activations, places)
         return POOLS[self.dims](self.conv(activations), self.pool)
 
-    def _sparse(self, activations: Tensor, places: Tensor) -> Tensor:
-        """places [P, 1 + dims], of the positions with an activation."""
+    def _convolve_active(self, activations: Tensor, places: Tensor) -> Tensor:
+        """Convolve only the positions with an activation, places [P, 1 + dims]."""
         batch, _, *space = activations.shape
         cells = [size // self.pool for size in space]
         inside = (places[:, 1:] // self.pool < torch.tensor(cells)).all(1)
@@ -185,15 +195,18 @@ class Widening(nn.Module):
             cell = cell * count + places[:, 1 + dim] // self.pool
         count = batch * math.prod(cells)
         full = torch.bincount(cell, minlength=count) == self.pool**self.dims
-        found = F.linear(columns, weight, bias)  # of another dtype than the bias under autocast
-        rows = torch.where(full.unsqueeze(1), -math.inf, bias).to(found.dtype)
-        rows = rows.scatter_reduce(0, cell.unsqueeze(1).expand(-1, len(weight)), found, "amax")
+        widened = F.linear(columns, weight, bias)  # of another dtype than the bias under autocast
+        rows = torch.where(full.unsqueeze(1), -math.inf, bias).to(widened.dtype)
+        rows = rows.scatter_reduce(0, cell.unsqueeze(1).expand(-1, len(weight)), widened, "amax")
         return rows.view(batch, *cells, -1).movedim(-1, 1)
 
 
 class SlotReadout(nn.Module):
-    """A small readout of images: widening and pooling, then two hidden layers with batch
-    normalisation, and a classifier for each place of the sequence."""
+    """A small readout of images: widening, pooling, two hidden layers and a classifier.
+
+    The hidden layers have batch normalisation; there is a classifier for each place of the
+    sequence.
+    """
 
     def __init__(
         self,
@@ -217,19 +230,23 @@ class SlotReadout(nn.Module):
         )  # fmt: skip
 
     def forward(self, activations: Tensor, labels: Tensor | None) -> Tensor:
-        """Logits [B, L, S + 1]; labels are not needed."""
+        """Compute logits [B, L, S + 1]; labels are not needed."""
         pooled = self.widening(activations).relu().flatten(1)
-        return self.layers(pooled).view(-1, self.length, self.symbols + 1)
+        logits: Tensor = self.layers(pooled)
+        return logits.view(-1, self.length, self.symbols + 1)
 
     @torch.no_grad()
     def decode(self, activations: Tensor) -> Tensor:
-        """Labels int64 [B, L], padded with -1 from the first end on."""
-        return ended(self(activations, None).argmax(-1), self.symbols)
+        """Decode labels int64 [B, L], padded with -1 from the first end on."""
+        return pad_after_end(self(activations, None).argmax(-1), self.symbols)
 
 
 class SequenceReadout(nn.Module):
-    """The published readout: widening to 512 channels and pooling by 8; for images a bidirectional
-    LSTM along rows, with a sinusoidal encoding of the column's place; a transformer."""
+    """The published readout: widening to 512 channels, pooling by 8, and a transformer.
+
+    For images a bidirectional LSTM along rows comes before the transformer, with a sinusoidal
+    encoding of the column's place.
+    """
 
     def __init__(
         self,
@@ -262,57 +279,61 @@ class SequenceReadout(nn.Module):
         self.classes = nn.Linear(width, symbols + 1)
 
     def memory(self, activations: Tensor) -> Tensor:
-        """[B, places, width]."""
+        """Encode activations to what the decoder attends to, [B, places, width]."""
         x = self.widening(activations)
         if self.rows is None:
             x = x.transpose(1, 2)
-            return self.encoder(self.dropout(x + places(x.shape[1], x)))
-        batch, width, height, columns = x.shape
-        rows = x.permute(0, 2, 3, 1).reshape(batch * height, columns, width)
-        x = self.rows(rows)[0].view(batch, height, columns, width)
-        x = self.dropout(x + places(height, x).unsqueeze(1))
-        return self.encoder(x.flatten(1, 2))
+            x = self.dropout(x + position_encoding(x.shape[1], x))
+        else:
+            batch, width, height, columns = x.shape
+            rows = x.permute(0, 2, 3, 1).reshape(batch * height, columns, width)
+            x = self.rows(rows)[0].view(batch, height, columns, width)
+            x = self.dropout(x + position_encoding(height, x).unsqueeze(1)).flatten(1, 2)
+        memory: Tensor = self.encoder(x)
+        return memory
 
     def forward(self, activations: Tensor, labels: Tensor | None) -> Tensor:
-        """Logits [B, L, S + 1] of each place, given the true symbols before it."""
+        """Compute logits [B, L, S + 1] of each place, given the true symbols before it."""
         if labels is None:
             raise ValueError("SequenceReadout: labels must be given; decode() needs none")
         return self._logits(self.memory(activations), target_classes(labels, self.symbols)[:, :-1])
 
     def _logits(self, memory: Tensor, before: Tensor) -> Tensor:
+        """Compute logits [B, l + 1, S + 1] of each place after the classes [B, l] before it."""
         start = before.new_full((len(before), 1), self.symbols + 1)
         x = self.embedding(torch.cat((start, before), 1))
-        x = self.dropout(x + places(x.shape[1], x))
+        x = self.dropout(x + position_encoding(x.shape[1], x))
         mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], device=x.device)
-        return self.classes(self.decoder(x, memory, tgt_mask=mask, tgt_is_causal=True))
+        logits: Tensor = self.classes(self.decoder(x, memory, tgt_mask=mask, tgt_is_causal=True))
+        return logits
 
     @torch.no_grad()
     def decode(self, activations: Tensor) -> Tensor:
-        """Labels int64 [B, L], greedily, padded with -1 from the first end on."""
+        """Decode labels int64 [B, L] greedily, padded with -1 from the first end on."""
         memory = self.memory(activations)
-        found = torch.empty(len(memory), 0, dtype=torch.int64, device=memory.device)
+        classes = torch.empty(len(memory), 0, dtype=torch.int64, device=memory.device)
         for _ in range(self.length):
-            newest = self._logits(memory, found)[:, -1].argmax(-1, keepdim=True)
-            found = torch.cat((found, newest), 1)
-        return ended(found, self.symbols)
+            newest = self._logits(memory, classes)[:, -1].argmax(-1, keepdim=True)
+            classes = torch.cat((classes, newest), 1)
+        return pad_after_end(classes, self.symbols)
 
 
-def places(count: int, like: Tensor) -> Tensor:
-    """Sinusoidal encodings [count, width] of places, of the dtype of a tensor [..., width]."""
+def position_encoding(count: int, like: Tensor) -> Tensor:
+    """Compute sinusoidal encodings [count, width] of places, like a tensor [..., width]."""
     width = like.shape[-1]
     rates = torch.exp(torch.arange(0, width, 2, device=like.device) * (-math.log(1e4) / width))
     angles = torch.arange(count, device=like.device).unsqueeze(1) * rates
     return torch.stack((angles.sin(), angles.cos()), -1).flatten(1)[:, :width].to(like.dtype)
 
 
-def ended(classes: Tensor, end: int) -> Tensor:
-    """Classes [B, L] with everything from the first end on replaced by the padding."""
+def pad_after_end(classes: Tensor, end: int) -> Tensor:
+    """Replace everything from the first end on in classes [B, L] by the padding."""
     over = (classes == end).long().cumsum(1) > 0
     return classes.masked_fill(over, PAD)
 
 
 def target_classes(labels: Tensor, end: int) -> Tensor:
-    """Labels [B, L] with the end in the place of the padding."""
+    """Replace the padding of labels [B, L] by the end."""
     return torch.where(labels == PAD, end, labels)
 
 
@@ -334,7 +355,7 @@ class MotifModel(nn.Module):
         self.motifs, self.bottleneck, self.readout = motifs, bottleneck, readout
 
     def activations(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Activations [B, C, *space] of inputs of any dtype, and the bottleneck's penalty."""
+        """Compute activations [B, C, *space] of inputs of any dtype, and their penalty."""
         scores: Tensor = self.motifs(inputs.to(next(self.parameters()).dtype))
         if self.bottleneck is None:
             return scores, scores.new_zeros(())
@@ -344,20 +365,23 @@ class MotifModel(nn.Module):
         return activations, penalty
 
     def forward(self, inputs: Tensor, labels: Tensor | None = None) -> MotifOutput:
-        """labels: int64 [B, L], padded with -1; a readout that predicts from the symbols before
-        needs them."""
+        """Run the whole model.
+
+        Labels are int64 [B, L], padded with -1; a readout that predicts from the symbols before
+        needs them.
+        """
         activations, penalty = self.activations(inputs)
         return MotifOutput(self.readout(activations, labels), activations, penalty)
 
     @torch.no_grad()
     def predict(self, inputs: Tensor) -> Tensor:
-        """Labels int64 [B, L], padded with -1."""
+        """Predict labels int64 [B, L], padded with -1."""
         labels: Tensor = self.readout.decode(self.activations(inputs)[0])  # type: ignore[operator]
         return labels
 
 
 def motif_loss(output: MotifOutput, labels: Tensor) -> Tensor:
-    """Cross-entropy of the symbols and of one end, a mean over them, plus the penalty.
+    """Compute the cross-entropy of the symbols and of one end, a mean, plus the penalty.
 
     Args:
         output: of the model.

@@ -85,7 +85,9 @@ class VAESAE(nn.Module):
         mean_pixel: mean of the training images' pixels, inside 0..1.
         side: of the images, a multiple of 16.
         placement: of the sparse layer: "decoder", "code" or "encoder", see the module.
-        sparsifier, standardize, tied: see :class:`SparseBottleneck`; tied needs placement "code".
+        sparsifier: see :class:`SparseBottleneck`.
+        standardize: see :class:`SparseBottleneck`.
+        tied: see :class:`SparseBottleneck`; needs placement "code".
 
     Raises:
         ValueError: an argument is out of its range.
@@ -163,7 +165,7 @@ class VAESAE(nn.Module):
 
     @torch.no_grad()
     def _initialize(self, mean_pixel: float) -> None:
-        """Keeps the variance of the signal from layer to layer: std^2 = gain / fan-in."""
+        """Draw weights that keep the signal's variance: std^2 = gain / fan-in."""
         linear_outputs = (self.to_posterior, self.decoder[-1])
         logit = math.log(mean_pixel / (1 - mean_pixel))
         for layer in self.modules():
@@ -199,7 +201,7 @@ class VAESAE(nn.Module):
         return self.bottleneck.activity
 
     def forward(self, images: Tensor, *, sample: bool | None = None) -> VAESAEOutput:
-        """Encodes, sparsifies and decodes.
+        """Encode, sparsify and decode.
 
         Args:
             images: [B, C, side, side] in 0..1, of the parameters' dtype.
@@ -222,14 +224,15 @@ class VAESAE(nn.Module):
         return VAESAEOutput(logits, mean, log_variance, sparse)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Pixel logits [B, C, side, side] of z [B, Z]."""
+        """Compute pixel logits [B, C, side, side] of z [B, Z]."""
         if self.placement != "encoder":
             z = self.bottleneck(z).output
-        return self.decoder(self.from_code(z))
+        logits: Tensor = self.decoder(self.from_code(z))
+        return logits
 
 
 def reparameterize(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """A draw from N(mean, exp(log_variance)), differentiable in both, of shape [B, Z].
+    """Draw from N(mean, exp(log_variance)), differentiable in both, of shape [B, Z].
 
     The noise is drawn in float32, so that every dtype sees the same one.
     """
@@ -238,7 +241,7 @@ def reparameterize(mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 def vae_sae_loss(output: VAESAEOutput, images: Tensor, beta: float = 1.0) -> VAESAELoss:
-    """The beta-VAE loss (Higgins et al. 2017) with a Bernoulli likelihood.
+    """Compute the beta-VAE loss (Higgins et al. 2017) with a Bernoulli likelihood.
 
         reconstruction = -log p(x|z) = sum over pixels of softplus(logit) - x * logit
         kl = 1/2 sum over latents of mean^2 + exp(log_variance) - 1 - log_variance
@@ -256,7 +259,7 @@ def vae_sae_loss(output: VAESAEOutput, images: Tensor, beta: float = 1.0) -> VAE
 
 
 def _convolutions(kind: type[nn.Module], sizes: tuple[int, ...]) -> list[nn.Module]:
-    """Layers that halve (or, transposed, double) the side each, with a ReLU between two."""
+    """Make layers that halve (or, transposed, double) the side each, with ReLUs between."""
     layers: list[nn.Module] = []
     for inner, outer in pairwise(sizes):
         layers += [kind(inner, outer, kernel_size=4, stride=2, padding=1), nn.ReLU()]
