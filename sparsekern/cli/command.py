@@ -1,5 +1,7 @@
-"""The command ``sparsekern``: ``train`` and ``eval`` models, ``reproduce`` studies, make ``data``,
-``info`` on all this.
+"""The command ``sparsekern``.
+
+It can ``train`` and ``eval`` models, ``reproduce`` studies, make ``data``, and give ``info`` on all
+this.
 
 Exit codes: 0 done, 2 bad input (one line on stderr says what), 128 + signal when interrupted, 141
 when nobody reads the output any more.
@@ -27,12 +29,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _error_line(command: str, message: str) -> str:
+    """Put a message into the one line that reports an error."""
     parts = ["sparsekern: error", *([command] if command else []), " ".join(message.split())]
     return ": ".join(parts) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code; ``arguments`` defaults to the process's."""
+    """Run the command line and return its exit code; ``arguments`` defaults to the process's."""
     _open_closed_streams()
     try:
         try:
@@ -50,9 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _open_closed_streams() -> None:
-    """Gives a process that was started with a standard stream closed one that takes everything and
-    has nothing, as services do: its number would else become that of the next file opened, with
-    what libraries print in it."""
+    """Open a standard stream that the process was started without, as services do.
+
+    It takes everything and has nothing: its number would else become that of the next file opened,
+    with what libraries print in it.
+    """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -67,6 +72,7 @@ def _open_closed_streams() -> None:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
+    """Run the command that the arguments name."""
     from ..studies.configs import EXPECTED_ERRORS
 
     options, unknown = _parser().parse_known_args(arguments)
@@ -74,11 +80,12 @@ def _run(arguments: Sequence[str] | None) -> int:
         sys.stderr.write(_error_line(options.command, f"unknown arguments: {' '.join(unknown)}"))
         return 2
     try:
-        return options.function(options)
+        code: int = options.function(options)
+        return code
     except BrokenPipeError:
         raise
     except EXPECTED_ERRORS as error:
-        sys.stderr.write(_error_line(options.command, _in_flags(error, options.command)))
+        sys.stderr.write(_error_line(options.command, _message_with_flags(error, options.command)))
         return 2
     except KeyboardInterrupt as stop:
         notes = "".join(f"; {note}" for note in getattr(stop, "__notes__", ()))
@@ -86,8 +93,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         return 130
 
 
-def _in_flags(error: BaseException, command: str) -> str:
-    """The message of an error, with the flag that was typed where it names a field of a config."""
+def _message_with_flags(error: BaseException, command: str) -> str:
+    """Say what an error says, with the flag that was typed where it names a field of a config."""
     from ..studies.configs import SettingError
 
     if not isinstance(error, SettingError):
@@ -98,7 +105,7 @@ def _in_flags(error: BaseException, command: str) -> str:
 
 
 def _drop_unwritten(stream: TextIO | None) -> None:
-    """Sends what a stream still holds nowhere, if nobody reads it any more."""
+    """Send what a stream still holds nowhere, if nobody reads it any more."""
     if stream is None:
         return
     try:
@@ -110,6 +117,7 @@ def _drop_unwritten(stream: TextIO | None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Make the parser of all commands."""
     from .. import __version__
     from .data import add_data
     from .reproduce import add_reproduce
@@ -136,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _info(options: argparse.Namespace) -> int:
+    """Print what there is: versions, instruction sets, and what serves each operation."""
     from .. import describe
 
     facts = describe()
@@ -152,6 +161,7 @@ def _info(options: argparse.Namespace) -> int:
 
 
 def _wrapped(text: str, indent: str = "") -> str:
+    """Wrap a line of what ``info`` prints."""
     return textwrap.fill(
         text,
         _WIDTH,
@@ -163,7 +173,7 @@ def _wrapped(text: str, indent: str = "") -> str:
 
 
 def _implementation_lines(rows: list[dict[str, str]]) -> list[str]:
-    """What serves which operations; those with the same choice and reasons stand together."""
+    """List what serves which operations; those with the same choice and reasons stand together."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
         choice = (row["device"], row["backend"], row["reason"], row["others"])

@@ -1,4 +1,4 @@
-"""The command ``sparsekern data``: makes data files."""
+"""The command ``sparsekern data``, which makes data files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 
 
 def add_data(commands: Any) -> None:
-    """Adds ``data`` to the commands of a parser."""
+    """Add ``data`` to the commands of a parser."""
     parser = commands.add_parser("data", help="make data files")
     kinds = parser.add_subparsers(title="kinds of data", metavar="KIND", required=True)
     activations = kinds.add_parser(
@@ -31,6 +31,7 @@ def add_data(commands: Any) -> None:
 
 
 def _add_images(kinds: Any, name: str, title: str, suffixes: str) -> None:
+    """Add a command that renders a set of images."""
     text = f"a file of {title}-compatible, calibrated images in the published layout, rendered"
     parser = kinds.add_parser(name, help=text, description=text, allow_abbrev=False)
     parser.add_argument(
@@ -41,15 +42,20 @@ def _add_images(kinds: Any, name: str, title: str, suffixes: str) -> None:
         help="a random subset (default: the whole set in its published order)",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, help="chooses the subset (default: 0)")
-    parser.set_defaults(function=_images, command=f"data {name}", set=name)
+    parser.set_defaults(function=_render_images, command=f"data {name}", set=name)
 
 
-def _add_source(sources: Any, name: str, function: Callable, text: str) -> argparse.ArgumentParser:
-    parser = sources.add_parser(name, help=text, description=text, allow_abbrev=False)
+def _add_source(
+    sources: Any, name: str, function: Callable[[argparse.Namespace], int], text: str
+) -> argparse.ArgumentParser:
+    """Add a command that makes a file of activations."""
+    parser: argparse.ArgumentParser = sources.add_parser(
+        name, help=text, description=text, allow_abbrev=False
+    )
     parser.add_argument(
         "--out", metavar="FILE", required=True, help="the new file, .h5 or .hdf5; must not exist"
     )
-    parser.set_defaults(function=_with_flags(function), command=f"data activations {name}")
+    parser.set_defaults(function=_naming_flags(function), command=f"data activations {name}")
     return parser
 
 
@@ -63,8 +69,10 @@ REMEDIES = (
 )  # fmt: skip
 
 
-def _with_flags(function: Callable[[argparse.Namespace], int]) -> Callable:
-    """The function, with errors that name flags instead of Python's arguments."""
+def _naming_flags(
+    function: Callable[[argparse.Namespace], int],
+) -> Callable[[argparse.Namespace], int]:
+    """Name flags instead of Python's arguments in the errors of a function."""
 
     def run(options: argparse.Namespace) -> int:
         try:
@@ -85,6 +93,7 @@ def _with_flags(function: Callable[[argparse.Namespace], int]) -> Callable:
 
 
 def _add_synthetic(sources: Any) -> None:
+    """Add ``data activations synthetic``."""
     from ..data import synthetic
 
     parser = _add_source(
@@ -107,6 +116,7 @@ def _add_synthetic(sources: Any) -> None:
 
 
 def _add_convert(sources: Any) -> None:
+    """Add ``data activations convert``."""
     parser = _add_source(
         sources, "convert", _convert, "other files, one after the other: HDF5, .npy, .safetensors"
     )
@@ -123,6 +133,7 @@ def _add_convert(sources: Any) -> None:
 
 
 def _add_capture(sources: Any) -> None:
+    """Add ``data activations capture``."""
     parser = _add_source(
         sources, "capture", _capture, "what a submodule returns when a torch module runs"
     )
@@ -159,13 +170,15 @@ def _add_capture(sources: Any) -> None:
     _add_dtype(parser, None, "that of the submodule's output")
 
 
-def _add_dtype(parser: argparse.ArgumentParser, default: str | None, said: str) -> None:
+def _add_dtype(parser: argparse.ArgumentParser, default: str | None, default_text: str) -> None:
+    """Add the flag of the stored type."""
     parser.add_argument(
-        "--dtype", choices=DTYPES, default=default, help=f"stored type (default: {said})"
+        "--dtype", choices=DTYPES, default=default, help=f"stored type (default: {default_text})"
     )
 
 
-def _images(options: argparse.Namespace) -> int:
+def _render_images(options: argparse.Namespace) -> int:
+    """Render a set of images to a file."""
     from .. import data
 
     images = getattr(data, options.set)
@@ -189,82 +202,92 @@ def _images(options: argparse.Namespace) -> int:
 
 
 def _dtype(options: argparse.Namespace) -> Any:
+    """Look up the type that ``--dtype`` names; None for the default."""
     import torch
 
     return None if options.dtype is None else getattr(torch, options.dtype)
 
 
 def _synthetic(options: argparse.Namespace) -> int:
+    """Make a file of sparse mixtures."""
     from ..data import synthetic
 
     synthetic(
         options.out, features=options.features, latents=options.latents, active=options.active,
         tokens=options.tokens, seed=options.seed, noise=options.noise, dtype=_dtype(options),
     )  # fmt: skip
-    return _report(options.out)
+    return _print_summary(options.out)
 
 
 def _convert(options: argparse.Namespace) -> int:
+    """Convert files."""
     from ..data import convert
 
     convert(
         options.paths, options.out, dataset=options.dataset, dtype=_dtype(options),
         nonfinite=options.nonfinite,
     )  # fmt: skip
-    return _report(options.out)
+    return _print_summary(options.out)
 
 
 def _capture(options: argparse.Namespace) -> int:
+    """Capture what a submodule returns."""
     from ..data import capture
 
     if options.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, got {options.batch_size}")
     if options.mask and options.keep_padding:
         raise ValueError("--mask says what is written, --keep-padding that all is: give one")
-    arrays, names = _arrays(options.inputs)
-    shown = _mask(options.mask, arrays[0])
+    arrays, names = _open_inputs(options.inputs)
+    batch_mask = _open_mask(options.mask, arrays[0])
     mask: Any = "attention_mask"
-    if options.keep_padding or shown is not None:
-        mask = None if shown is None else shown.of
-    module = _module(options.module).to(options.device)
+    if options.keep_padding or batch_mask is not None:
+        mask = None if batch_mask is None else batch_mask.of_batch
+    module = _make_module(options.module).to(options.device)
+    inputs = _read_batches(arrays, names, options.batch_size, batch_mask)
     capture(
-        module, options.hook, _batches(arrays, names, options.batch_size, shown), options.out,
+        module, options.hook, inputs, options.out,
         dtype=_dtype(options), mask=mask, skip_first=options.skip_first,
         skip_tokens=options.skip_tokens,
     )  # fmt: skip
-    return _report(options.out)
+    return _print_summary(options.out)
 
 
-class _Mask:
+class _BatchMask:
     """Gives out the rows of a mask that belong to the inputs being run."""
 
     def __init__(self, array: Any) -> None:
         self.array, self.start, self.stop = array, 0, 0
 
-    def of(self, given: Any) -> Any:
-        """The mask of the batch given out last."""
+    def of_batch(self, _batch: Any) -> Any:
+        """Look up the mask of the batch given out last."""
         import torch
 
         return torch.from_numpy(self.array[self.start : self.stop])
 
 
-def _mask(path: str | None, inputs: Any) -> _Mask | None:
+def _open_mask(path: str | None, inputs: Any) -> _BatchMask | None:
+    """Open the file of ``--mask``."""
     if path is None:
         return None
-    array = _array(path)
+    array = _open_array(path)
     _check_length(path, array, inputs)
-    return _Mask(array)
+    return _BatchMask(array)
 
 
 def _check_length(path: str, array: Any, inputs: Any) -> None:
+    """Raise DataError where a file has another length than the inputs."""
     from ..data import DataError
 
     if len(array) != len(inputs):
         raise DataError(f"input files differ in length: {len(inputs)}, {len(array)} in {path}")
 
 
-def _arrays(paths: list[str]) -> tuple[list[Any], list[str]]:
-    """The arrays, and the names of the keyword arguments; no name for a single array."""
+def _open_inputs(paths: list[str]) -> tuple[list[Any], list[str]]:
+    """Open the inputs; return the arrays and the names of the keyword arguments.
+
+    A single array has no name.
+    """
     names, files = [], []
     for path in paths:
         name, separator, rest = path.partition("=")
@@ -273,16 +296,16 @@ def _arrays(paths: list[str]) -> tuple[list[Any], list[str]]:
         files.append(rest if named else path)
     if len(paths) > 1 and ("" in names or len(set(names)) < len(names)):
         raise ValueError(f"--inputs: several files need different names, got {' '.join(paths)}")
-    arrays = [_array(file) for file in files]
+    arrays = [_open_array(file) for file in files]
     for file, array in zip(files, arrays, strict=True):
         _check_length(file, array, arrays[0])
     return arrays, names
 
 
-def _batches(
-    arrays: list[Any], names: list[str], batch_size: int, mask: _Mask | None
+def _read_batches(
+    arrays: list[Any], names: list[str], batch_size: int, mask: _BatchMask | None
 ) -> Iterator[Any]:
-    """Batches of the first dimension of arrays that are read as they are needed."""
+    """Yield batches of the first dimension of arrays that are read as they are needed."""
     for start in range(0, len(arrays[0]), batch_size):
         parts = [array[start : start + batch_size] for array in arrays]
         if mask is not None:
@@ -290,8 +313,8 @@ def _batches(
         yield dict(zip(names, parts, strict=True)) if names[0] else parts[0]
 
 
-def _array(path: str) -> Any:
-    """An array of inputs, of which slices are read."""
+def _open_array(path: str) -> Any:
+    """Open an array of inputs, of which slices are read."""
     from ..data import DataError
     from ..data.npy import NpyArray
 
@@ -308,8 +331,8 @@ def _array(path: str) -> Any:
     return array
 
 
-def _module(name: str) -> Any:
-    """Calls a factory named ``package.module:factory``; the current folder is searched too."""
+def _make_module(name: str) -> Any:
+    """Call a factory named ``package.module:factory``; the current folder is searched too."""
     from torch import nn
 
     package, _, factory = name.partition(":")
@@ -317,16 +340,17 @@ def _module(name: str) -> Any:
         raise ValueError(f"--module must be PACKAGE.MODULE:FACTORY, got {name!r}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    found = getattr(importlib.import_module(package), factory, None)
-    if not callable(found):
+    make = getattr(importlib.import_module(package), factory, None)
+    if not callable(make):
         raise ValueError(f"--module: {package} has no function {factory!r}")
-    module = found()
+    module = make()
     if not isinstance(module, nn.Module):
         raise ValueError(f"--module: {name} must return a torch.nn.Module, got {type(module)}")
     return module
 
 
-def _report(path: str) -> int:
+def _print_summary(path: str) -> int:
+    """Print what a new file holds."""
     from ..data import ActivationStore
 
     with ActivationStore(path) as store:

@@ -12,7 +12,7 @@ from ..studies.study import Reproduction
 
 
 def add_reproduce(commands: Any) -> None:
-    """Adds ``reproduce`` to the commands of a parser."""
+    """Add ``reproduce`` to the commands of a parser."""
     parser = commands.add_parser("reproduce", help="run a published study and write its report")
     studies = parser.add_subparsers(title="studies", metavar="STUDY", required=True)
     for study in STUDIES.values():
@@ -21,6 +21,7 @@ def add_reproduce(commands: Any) -> None:
 
 
 def _add_study(studies: Any, name: str, reproduction: Reproduction) -> None:
+    """Add a study to the studies that can be reproduced."""
     parser = studies.add_parser(
         name,
         help=reproduction.help,
@@ -41,7 +42,7 @@ def _add_study(studies: Any, name: str, reproduction: Reproduction) -> None:
 
 
 def _reproduce(options: argparse.Namespace) -> int:
-    """Reproduces a study and tells how that ended; the exit status."""
+    """Reproduce a study and tell how that ended; return the exit status."""
     study = options.study
     with out_folder(options.out, f"reproduce-{study}") as out:
         ended = options.reproduction.run(options, out)
@@ -50,7 +51,7 @@ def _reproduce(options: argparse.Namespace) -> int:
             f"interrupted; finished cells are kept, the others are saved. Go on with the same "
             f"command and --out {out}\n"
         )
-        return 128 + ended.signal
+        return 128 + int(ended.signal)
     for name, reason in ended.failed.items():
         sys.stderr.write(f"sparsekern: error: reproduce {study}: cell {name} failed: {reason}\n")
     sys.stdout.write(

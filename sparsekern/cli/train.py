@@ -19,7 +19,7 @@ from ..studies.study import Study
 
 
 def add_train(commands: Any) -> None:
-    """Adds ``train`` to the commands of a parser."""
+    """Add ``train`` to the commands of a parser."""
     training = commands.add_parser("train", help="train the model of a study")
     studies = training.add_subparsers(title="studies", metavar="STUDY", required=True)
     for study in STUDIES.values():
@@ -27,7 +27,7 @@ def add_train(commands: Any) -> None:
 
 
 def add_eval(commands: Any) -> None:
-    """Adds ``eval`` to the commands of a parser."""
+    """Add ``eval`` to the commands of a parser."""
     parser = commands.add_parser(
         "eval",
         help="measure trained sparse autoencoders",
@@ -48,6 +48,7 @@ def add_eval(commands: Any) -> None:
 
 
 def _add_study(studies: Any, study: Study) -> None:
+    """Add a study to those that can be trained."""
     # An absent flag is absent, so that --resume can tell it from one given with its default.
     parser = studies.add_parser(
         study.name, help=study.help, description=study.description,
@@ -77,8 +78,8 @@ def _add_study(studies: Any, study: Study) -> None:
     parser.set_defaults(function=_train, command=f"train {study.name}", study=study.name)
 
 
-def _add_flag(parser: argparse.ArgumentParser, item: Field, kind: Any) -> None:
-    """Makes a flag of a config field: its name, type, default and documentation."""
+def _add_flag(parser: argparse.ArgumentParser, item: Field[Any], kind: Any) -> None:
+    """Make a flag of a config field: its name, type, default and documentation."""
     flag = "--" + item.name.replace("_", "-")
     text = item.metadata["help"]
     several = typing.get_origin(kind) is tuple
@@ -101,6 +102,7 @@ def _add_flag(parser: argparse.ArgumentParser, item: Field, kind: Any) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    """Train, or go on with a run; return the exit status."""
     study = STUDIES[options.study]
     given = {
         item.name: getattr(options, item.name)
@@ -126,7 +128,7 @@ def _train(options: argparse.Namespace) -> int:
             saved, out = study.saved_config(resume), Path(resume)
             config = _resumed_config(saved, given, resume)
             if any(item.metadata.get("extends") for item in fields(study.config)):
-                more = {"extend": bool(given.keys() & _growing(saved))}
+                more = {"extend": bool(given.keys() & _fields_that_may_grow(saved))}
         if target := getattr(options, "log_to", None):
             more["on_metrics"] = stack.enter_context(logged_to(target, out, config))
         report = study.run(config, out, resume=resume is not None, **more)
@@ -144,35 +146,37 @@ def _train(options: argparse.Namespace) -> int:
     return status
 
 
-def _growing(saved: Any) -> set[str]:
-    """The fields that may grow when a run is resumed."""
+def _fields_that_may_grow(saved: Any) -> set[str]:
+    """Name the fields that may grow when a run is resumed."""
     return {item.name for item in fields(saved) if item.metadata.get("extends")}
 
 
 def _resumed_config(saved: Any, given: dict[str, Any], folder: str) -> Any:
-    """The saved config with the given free fields; any other difference is an error."""
+    """Change the free fields of a saved config as given; any other difference is an error."""
     fixed = saved.identity()
     resumed = with_absolute_paths(replace(saved, **given))
     for name in given:
-        there, here = getattr(saved, name), getattr(resumed, name)
-        free = name not in fixed and not (name == "init_from")
-        if free or here == there or (name in _growing(saved) and here > there):
+        saved_value, value = getattr(saved, name), getattr(resumed, name)
+        free = name not in fixed and name != "init_from"
+        grown = name in _fields_that_may_grow(saved) and value > saved_value
+        if free or grown or value == saved_value:
             continue
         flag = "--" + name.replace("_", "-")
         raise ValueError(
-            f"{folder} was started with {flag} {there}, it cannot be resumed with {here}"
+            f"{folder} was started with {flag} {saved_value}, it cannot be resumed with {value}"
         )
     return resumed
 
 
 def _eval(options: argparse.Namespace) -> int:
+    """Measure runs and print the results."""
     measured = {
         run: sae.evaluate_run(run, tuple(options.activations), device=options.device)
         for run in dict.fromkeys(options.runs)
     }
     if len(measured) == 1:
-        [(run, found)] = measured.items()
-        sys.stdout.write(sae.measurements(found, f"checkpoint of {run}") + "\n")
+        [(run, measurements)] = measured.items()
+        sys.stdout.write(sae.measurements(measurements, f"checkpoint of {run}") + "\n")
     else:
         sys.stdout.write(sae.comparison(measured) + "\n")
     return 0
