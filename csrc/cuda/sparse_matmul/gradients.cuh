@@ -1,5 +1,5 @@
-// Backward, the part that both layouts of the dictionary share: one block, one latent and one slice
-// of features, with the weights and the sums of the gradient in registers.
+// Backward, the part that both layouts of the dictionary share: one team of threads, one latent and
+// one slice of features, with the weights and the sums of the gradient in registers.
 #pragma once
 
 #include "cuda/sparse_matmul/operands.cuh"
@@ -29,8 +29,9 @@ struct SharedEntries {
 
 // One latent's slice of features, of which each thread owns kOwn: its weights as stored and its
 // gradient's sums. With vectors a thread's features lie side by side, 16 bytes of the upstream
-// gradient at a time; without, those of neighbouring threads do.
-template <class Values, class Weight, bool kVector, int kOwn>
+// gradient at a time; without, those of neighbouring threads do. kTeam threads share it, or the
+// block (0).
+template <class Values, class Weight, bool kVector, int kOwn, int kTeam = 0>
 struct Slice {
   static constexpr int kCount = kVectorBytes / static_cast<int>(sizeof(Values));
   static constexpr int kPacks = kOwn / kCount;
@@ -40,8 +41,8 @@ struct Slice {
   float sum[kPacks][kCount];
 
   __device__ static int place(int pack, int c) {
-    const int threads = static_cast<int>(blockDim.x);
-    const int thread = static_cast<int>(threadIdx.x);
+    const int threads = kTeam > 0 ? kTeam : static_cast<int>(blockDim.x);
+    const int thread = static_cast<int>(threadIdx.x) % threads;
     return kVector ? (pack * threads + thread) * kCount + c
                    : (pack * kCount + c) * threads + thread;
   }
@@ -89,16 +90,24 @@ struct Slice {
       for (int c = 0; c < kCount; ++c) sum[pack][c] = 0.0f;
     }
   }
-  // sum += value * g; returns the thread's part of weight . g.
-  __device__ float add(float value, const Pack<Values, kCount> (&x)[kPacks]) {
+  // sum += value * g.
+  __device__ void add_to_sums(float value, const Pack<Values, kCount> (&x)[kPacks]) {
+#pragma unroll
+    for (int pack = 0; pack < kPacks; ++pack) {
+#pragma unroll
+      for (int c = 0; c < kCount; ++c) {
+        sum[pack][c] = fmaf(value, to_float(x[pack].item[c]), sum[pack][c]);
+      }
+    }
+  }
+  // The thread's part of weight . g.
+  __device__ float dot(const Pack<Values, kCount> (&x)[kPacks]) const {
     float dot = 0.0f;
 #pragma unroll
     for (int pack = 0; pack < kPacks; ++pack) {
 #pragma unroll
       for (int c = 0; c < kCount; ++c) {
-        const float g = to_float(x[pack].item[c]);
-        sum[pack][c] = fmaf(value, g, sum[pack][c]);
-        dot = fmaf(to_float(weight[pack].item[c]), g, dot);
+        dot = fmaf(to_float(weight[pack].item[c]), to_float(x[pack].item[c]), dot);
       }
     }
     return dot;
@@ -137,7 +146,8 @@ __device__ void add_batch(const Gradients<Values, Weight>& p, int entries, bool 
     float dot[kAtOnce];
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
-      dot[u] = slice->add(first + u < entries ? shared->value[first + u] : 0.0f, x[u]);
+      slice->add_to_sums(first + u < entries ? shared->value[first + u] : 0.0f, x[u]);
+      dot[u] = slice->dot(x[u]);
     }
     if (!dots) continue;
 #pragma unroll

@@ -21,6 +21,10 @@ constexpr int64_t kCandidateK = 512;   // the largest k of the candidates
 constexpr int64_t kWarpRow = 16384;
 constexpr int64_t kWarpK = 128;
 constexpr int64_t kWarpRows = 2112;
+// Rows that a warp could hold in registers take that way, too, where there are four groups of 8
+// elements for each wanted one.
+constexpr int64_t kLeastWarpRow = 512;
+constexpr int64_t kLeastWarpGroups = 4;
 
 // Rows from which a block per row fills the GPU: two blocks for each of an H200's 132
 // multiprocessors. With fewer rows the blocks are slices, four for each multiprocessor.

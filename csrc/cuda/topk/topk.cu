@@ -4,7 +4,8 @@
 namespace sparsekern::cuda {
 
 Regime regime_for(int64_t rows, int64_t n, int64_t k) {
-  if (n <= kShortRow) return Regime::kShort;
+  const bool groups = k <= kWarpK && n >= kLeastWarpRow && n >= 8 * kLeastWarpGroups * k;
+  if (n <= kShortRow) return groups ? Regime::kWarpCandidates : Regime::kShort;
   if (k <= kWarpK && n <= kWarpRow && rows >= kWarpRows) return Regime::kWarpCandidates;
   if (k <= kCandidateK) return Regime::kCandidates;
   if (n <= kSharedRow && k <= kSharedSort) return Regime::kShared;

@@ -217,11 +217,16 @@ Found run_backward(const Case& c, const Operands& o, const Lists& lists, bool wa
               Numbers(c.weight_dtype, want_weight ? c.weight_size() : 0, c.shift)};
   found.values.poison(garbage);
   found.weight.poison(garbage);
-  cuda::sparse_matmul_backward(
-      {o.grad.data(), o.codes(c), c.matrix(o.weight.data()), lists.offsets.data(),
-       lists.positions.data(), want_values ? found.values.data() : nullptr,
-       c.matrix(want_weight ? found.weight.data() : nullptr)},
-      nullptr);
+  const sparsekern::SparseMatmulBackwardArguments call{
+      o.grad.data(),
+      o.codes(c),
+      c.matrix(o.weight.data()),
+      lists.offsets.data(),
+      lists.positions.data(),
+      want_values ? found.values.data() : nullptr,
+      c.matrix(want_weight ? found.weight.data() : nullptr)};
+  std::vector<unsigned char> workspace(cuda::sparse_matmul_backward_workspace(call), garbage);
+  cuda::sparse_matmul_backward(call, workspace.data(), nullptr);
   return found;
 }
 
