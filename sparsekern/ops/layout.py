@@ -49,3 +49,14 @@ def contiguous_matrix(tensor: torch.Tensor) -> torch.Tensor:
 def unit_stride(weight: torch.Tensor) -> torch.Tensor:
     """Return weight itself where one of its strides is 1, else a contiguous copy."""
     return weight if weight.stride(1) == 1 or column_major(weight) else weight.contiguous()
+
+
+def rows_to_gather(weight: torch.Tensor, gathered: int) -> torch.Tensor:
+    """Return a dictionary [N, D] for a product that gathers so many of its rows on a GPU.
+
+    A copy with neighbouring features is made of a column-major one, if each row is gathered once on
+    average: then the copy costs a small part of what it saves.
+    """
+    if weight.is_cuda and column_major(weight) and gathered >= weight.shape[0]:
+        return weight.contiguous()
+    return weight

@@ -6,7 +6,7 @@ import torch
 
 from ...dispatch.launch import NO_MATRIX, codes, launch, matrix, new_output, pointer
 from ..checks import bad_index
-from ..layout import empty_like_dictionary
+from ..layout import empty_like_dictionary, rows_to_gather
 from ..transpose_codes.checks import not_grouped
 from ..transpose_codes.native import transpose_codes
 
@@ -19,6 +19,7 @@ def sparse_matmul(
     weight is [n, d], row- or column-major, bias [d] or None.
     """
     n, d = weight.shape
+    weight = rows_to_gather(weight, values.numel())
     out = values.new_empty(len(values), d)
     wrong = launch(
         "sparse_matmul",

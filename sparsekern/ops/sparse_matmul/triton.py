@@ -24,6 +24,7 @@ import triton.language as tl
 
 from ...dispatch.launch import device_of
 from ..block_sizes import cdiv, next_power_of_two
+from ..layout import rows_to_gather
 from ..transpose_codes.triton import transpose_codes
 
 # Bytes one thread reads at once, the widest load there is.
@@ -166,6 +167,7 @@ def sparse_matmul(
     out = torch.empty(rows, d, dtype=values.dtype, device=values.device)
     if out.numel() == 0:
         return out
+    weight = rows_to_gather(weight, values.numel())
     columns, warps = forward_block(d, weight.element_size())
     with device_of(values):
         forward_kernel[(rows, cdiv(d, columns))](
