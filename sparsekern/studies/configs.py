@@ -43,12 +43,12 @@ class SettingError(ValueError):
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
-    """A config field with its documentation, which is also the help of its flag."""
+    """Declare a config field with its documentation, which is also the help of its flag."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
 def backend_option() -> Any:
-    """The field of the implementation to use."""
+    """Declare the field of the implementation to use."""
     return option(
         "auto",
         "implementation of the sparse operations",
@@ -57,18 +57,18 @@ def backend_option() -> Any:
 
 
 def device_option() -> Any:
-    """The field of the device to run on."""
+    """Declare the field of the device to run on."""
     return option("auto", "cpu, cuda, or auto: cuda when there is one", metavar="DEVICE")
 
 
 def check_finite(name: str, value: Any) -> None:
-    """Refuses NaN and infinities."""
+    """Refuse NaN and infinities."""
     if isinstance(value, float) and not math.isfinite(value):
         raise SettingError(name, f"must be finite, got {value}")
 
 
 def usable_device(name: str) -> torch.device:
-    """The device of a name; "auto" is a GPU when there is one.
+    """Find the device of a name; "auto" is a GPU when there is one.
 
     Raises:
         ValueError: there is no such device, or it cannot be used.
@@ -93,28 +93,32 @@ class StudyConfig:
     """
 
     def _check(self, name: str, fits: bool, condition: str) -> None:
+        """Raise SettingError where a field does not fit its rule."""
         if not fits:
             raise SettingError(name, f"{condition}, got {getattr(self, name)}")
 
     def _check_choices(self) -> None:
+        """Raise SettingError where a field is none of its choices."""
         for item in fields(self):
             choices = item.metadata.get("choices")
             fits = choices is None or getattr(self, item.name) in choices
             self._check(item.name, fits, f"must be one of {', '.join(map(str, choices or ()))}")
 
     def without_effect(self) -> dict[str, str]:
-        """Fields that change nothing beside the values of others, and why: who asks for them has
-        made a mistake."""
+        """Name the fields that change nothing beside the values of others, and why.
+
+        Who asks for them has made a mistake.
+        """
         return {}
 
     def identity(self) -> dict[str, Any]:
-        """The fields that must be equal when a run is resumed."""
+        """Collect the fields that must be equal when a run is resumed."""
         free = {f.name for f in fields(self) if f.metadata.get("free")}
         return {name: value for name, value in asdict(self).items() if name not in free}
 
 
 def with_absolute_paths(config: AnyConfig) -> AnyConfig:
-    """The config with its paths as they are from every folder."""
+    """Make the config's paths absolute, so that they hold in every folder."""
     changes: dict[str, Any] = {}
     for item in fields(config):
         value = getattr(config, item.name)
@@ -128,7 +132,7 @@ def with_absolute_paths(config: AnyConfig) -> AnyConfig:
 
 @contextmanager
 def out_folder(given: str | None, name: str) -> Iterator[Path]:
-    """The folder of --out; without it a new one of the time, which is taken back if unused.
+    """Yield the folder of --out; without it a new one of the time, taken back if unused.
 
     Raises:
         ValueError: an empty name, such as that of an unset variable.
@@ -151,7 +155,7 @@ class Report(NamedTuple):
 
 
 def check_one_process() -> None:
-    """Raises RunError under torchrun with several processes, which would all do the same."""
+    """Raise RunError under torchrun with several processes, which would all do the same."""
     if (count := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise RunError(
             f"a study runs in one process, not in {count} (WORLD_SIZE): start it without torchrun, "
@@ -160,7 +164,7 @@ def check_one_process() -> None:
 
 
 def prepared(config: AnyConfig) -> AnyConfig:
-    """The config with absolute paths, where a run can begin at all.
+    """Check that a run can begin here, and make the config's paths absolute.
 
     Raises:
         ModuleNotFoundError, RunError: packages are missing, or there are several processes.
@@ -179,7 +183,7 @@ def run_folder(
     resume: bool,
     on_metrics: Callable[[Mapping[str, Any]], object] | None,
 ) -> Iterator[RunFolder]:
-    """The run's folder, locked while it is used: a new one that holds the config, or the old one.
+    """Open the run's folder, locked while it is used: a new one with the config, or the old one.
 
     Raises:
         RunError: there is a run already, none to resume, or another process is at it.
@@ -191,7 +195,7 @@ def run_folder(
 
 
 def check_packages() -> None:
-    """Raises ModuleNotFoundError, naming them, when packages of the extra "data" are missing."""
+    """Raise ModuleNotFoundError, naming them, when packages of the extra "data" are missing."""
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise ModuleNotFoundError(
             f"{', '.join(missing)} not installed (pip install 'sparsekern[data]')"
@@ -199,7 +203,7 @@ def check_packages() -> None:
 
 
 def read_config(folder: str | Path, study: str, kind: type[AnyConfig]) -> AnyConfig:
-    """The config of the run in a folder.
+    """Read the config of the run in a folder.
 
     Raises:
         RunError: there is no run, or not one of this study.
@@ -214,7 +218,7 @@ def read_config(folder: str | Path, study: str, kind: type[AnyConfig]) -> AnyCon
 
 
 def backends_of(operations: Sequence[str], device: str) -> dict[str, str]:
-    """Which backend serves each of these operations on a device type."""
+    """Look up which backend serves each of these operations on a device type."""
     return {
         row["operation"]: row["backend"]
         for row in describe()["implementations"]

@@ -17,28 +17,30 @@ DOTS_PER_INCH = 120
 
 
 def new_figure(width: float, height: float, dots_per_inch: int = DOTS_PER_INCH) -> Any:
-    """A figure of this size in inches."""
+    """Make a figure of this size in inches."""
     # The object interface: pyplot would pick a window system and keep global state.
     figure = require("matplotlib.figure", "drawing figures")
     return figure.Figure(figsize=(width, height), dpi=dots_per_inch, layout="constrained")
 
 
 def as_png(figure: Any) -> bytes:
-    """A figure as a PNG file's content."""
+    """Encode a figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
 def from_zero(panel: Any) -> None:
-    """Lets the vertical axis run from 0 to well above what is drawn, which the frame would hide
-    where it is nearly level."""
+    """Let the vertical axis run from 0 to well above what is drawn.
+
+    The frame would hide what is nearly level there.
+    """
     top = float(panel.dataLim.ymax)
     panel.set_ylim(0, 1.15 * top if 0 < top < math.inf else 1.0)
 
 
 def save_history(path: Path, epochs: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Writes a PNG of loss, k and dead share over the epochs, one panel above the other.
+    """Write a PNG of loss, k and dead share over the epochs, one panel above the other.
 
     Args:
         path: the PNG.
@@ -72,7 +74,7 @@ def save_history(path: Path, epochs: Sequence[Mapping[str, Any]], title: str) ->
 
 
 def save_sae_history(path: Path, steps: Sequence[Mapping[str, Any]], batch_size: int) -> None:
-    """Writes a PNG of FVU, active and dead latents over the tokens of training.
+    """Write a PNG of FVU, active and dead latents over the tokens of training.
 
     Args:
         path: the PNG.
@@ -104,11 +106,12 @@ def save_sae_history(path: Path, steps: Sequence[Mapping[str, Any]], batch_size:
 def save_reconstructions(
     path: Path, images: np.ndarray, reconstructions: np.ndarray, title: str
 ) -> None:
-    """Writes a PNG of inputs in one row and their reconstructions in the row below.
+    """Write a PNG of inputs in one row and their reconstructions in the row below.
 
     Args:
         path: the PNG.
-        images, reconstructions: [n, height, width] in 0..1.
+        images: [n, height, width] in 0..1.
+        reconstructions: [n, height, width] in 0..1.
         title: above the rows.
     """
     count = len(images)

@@ -20,7 +20,7 @@ Log = Callable[[Mapping[str, Any]], None]
 
 @contextmanager
 def logged_to(target: str, folder: Path, config: Any) -> Iterator[Log]:
-    """A function for ``on_metrics`` of a study's run.
+    """Open a target; yield a function for ``on_metrics`` of a study's run.
 
     Args:
         target: one of :data:`TARGETS`.
@@ -45,7 +45,7 @@ def logged_to(target: str, folder: Path, config: Any) -> Iterator[Log]:
 
 @contextmanager
 def _opened(module: Any, target: str, folder: Path, config: Any) -> Iterator[Any]:
-    """A function of numbers by name and a step."""
+    """Open a target; yield a function of numbers by name and a step."""
     if target == "wandb":
         with module.init(name=folder.resolve().name, config=asdict(config)) as run:
             yield lambda numbers, step: run.log(numbers, step=step)
@@ -60,7 +60,7 @@ def _opened(module: Any, target: str, folder: Path, config: Any) -> Iterator[Any
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a record, named ``step/loss``, ``epoch/loss`` and so on."""
+    """Name the numbers of a record: ``step/loss``, ``epoch/loss`` and so on."""
     return {
         f"{record['kind']}/{name}": value
         for name, value in record.items()
@@ -69,6 +69,7 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _imported(module: str, package: str) -> Any:
+    """Import the module of a package; say how to install it where it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -48,7 +48,7 @@ class CellConfig(Protocol):
         """Epochs that a finished run has logged."""
 
     def identity(self) -> dict[str, Any]:
-        """The fields that must be equal when a run is resumed."""
+        """Collect the fields that must be equal when a run is resumed."""
 
 
 AnyCell = TypeVar("AnyCell", bound=Cell)
@@ -66,12 +66,12 @@ class Ended:
 
 
 def cell_folder(folder: Path, cell: Cell) -> Path:
-    """The run folder of a cell."""
+    """Name the run folder of a cell."""
     return folder / CELLS / cell.name
 
 
 def is_finished(study: ModuleType, folder: Path, cell: Cell, config: CellConfig) -> bool:
-    """Whether a cell has its results.
+    """Tell whether a cell has its results.
 
     Raises:
         RunError: its folder holds a run with other settings.
@@ -98,7 +98,7 @@ def run_cells(
     jobs: int,
     progress: bool,
 ) -> Ended:
-    """Trains what is not finished yet.
+    """Train what is not finished yet.
 
     Args:
         study: its package, with Config, run and saved_config.
@@ -159,7 +159,7 @@ class _Worker:
         self.thread.start()
 
     def _run(self) -> None:
-        """Serves cells until none is waiting."""
+        """Serve cells until none is waiting."""
         log = tempfile.TemporaryFile("w+")
         with log:
             while not self.interrupted:
@@ -171,13 +171,14 @@ class _Worker:
             self._close()
 
     def interrupt(self) -> None:
-        """Lets the process save and stop."""
+        """Let the process save and stop."""
         self.interrupted = True
         process = self.process
         if process is not None:
             process.send_signal(signal.SIGTERM)
 
     def _serve(self, cell: Cell, log: IO[str]) -> None:
+        """Hand a cell to the process and note how it ends."""
         if self.process is None or self.process.poll() is not None:
             self.process = self._spawned(log)
         place = cell_folder(self.folder, cell)
@@ -196,6 +197,7 @@ class _Worker:
             self.ended.failed[cell.name] = f"its process received signal {answer['signal']}"
 
     def _spawned(self, log: IO[str]) -> subprocess.Popen[str]:
+        """Start a process that trains cells."""
         return subprocess.Popen(
             [sys.executable, "-c", _program(self.study, self.threads)],
             stdin=subprocess.PIPE,
@@ -208,6 +210,7 @@ class _Worker:
         )
 
     def _close(self) -> None:
+        """Close the process's input and wait for its end."""
         if self.process is not None and self.process.stdin is not None:
             # Not communicate(), which reads to the end while the process waits for its input's.
             with contextlib.suppress(BrokenPipeError):
@@ -218,7 +221,7 @@ class _Worker:
 
 
 def _program(study: ModuleType, threads: int) -> str:
-    """What a worker's process runs: this very package, whatever lies in the current folder."""
+    """Write what a worker's process runs: this very package, whatever the current folder holds."""
     return (
         f"import sys; sys.path[:] = {sys.path!r}; import {study.__name__} as study; "
         f"from {__package__}.worker import main; main(study, {threads})"
@@ -226,7 +229,7 @@ def _program(study: ModuleType, threads: int) -> str:
 
 
 def _ask(process: subprocess.Popen[str], job: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The answer of a worker's process; None when it died."""
+    """Ask a worker's process to train a cell; return its answer, None when it died."""
     if process.stdin is None or process.stdout is None:
         raise RuntimeError("a worker has no pipes")
     try:
@@ -239,6 +242,7 @@ def _ask(process: subprocess.Popen[str], job: Mapping[str, Any]) -> dict[str, An
 
 
 def _last_words(process: subprocess.Popen[str], log: IO[str]) -> str:
+    """Say how a process ended: its code, and the last line that it wrote."""
     process.wait()
     log.seek(0)
     lines = log.read().strip().splitlines()
@@ -247,7 +251,7 @@ def _last_words(process: subprocess.Popen[str], log: IO[str]) -> str:
 
 
 def usable_processors() -> int:
-    """How many processors this process may use."""
+    """Count the processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -255,7 +259,7 @@ def usable_processors() -> int:
 
 @contextmanager
 def _bar(folder: Path, configs: Mapping[Any, Any], progress: bool) -> Iterator[Any]:
-    """A function that brings a bar of epochs up to date."""
+    """Show a bar of epochs; yield a function that brings it up to date."""
     total = sum(config.all_epochs for config in configs.values())
     bar = require("tqdm", "reproducing a study").tqdm(
         total=total,
@@ -282,7 +286,7 @@ def _bar(folder: Path, configs: Mapping[Any, Any], progress: bool) -> Iterator[A
 
 
 def epochs_done(place: Path) -> int:
-    """Epochs that a cell has logged."""
+    """Count the epochs that a cell has logged."""
     try:
         with open(place / "metrics.jsonl", "rb") as file:
             return sum(line.startswith(b'{"kind": "epoch"') for line in file)
@@ -293,7 +297,7 @@ def epochs_done(place: Path) -> int:
 def read_cells(
     study: ModuleType, folder: Path, wanted: Sequence[AnyCell]
 ) -> dict[AnyCell, dict[str, Any]]:
-    """The finished ones with their config, results and epoch records."""
+    """Read the finished cells: config, results and epoch records of each."""
     found = {}
     for cell in wanted:
         place = cell_folder(folder, cell)

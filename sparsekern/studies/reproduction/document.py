@@ -92,11 +92,11 @@ class Document:
     figures: dict[str, bytes] = field(default_factory=dict)
 
     def add(self, *blocks: Block) -> None:
-        """Appends blocks."""
+        """Append blocks."""
         self.blocks += blocks
 
     def picture(self, name: str, png: bytes, caption: str) -> None:
-        """Appends a figure."""
+        """Append a figure."""
         self.figures[name] = png
         self.add(Picture(name, caption))
 
@@ -105,12 +105,12 @@ class Document:
 
 
 def markdown(document: Document, figures: str = "figures") -> str:
-    """The document with its figures as files in a folder beside it."""
+    """Write the document as Markdown with its figures as files in a folder beside it."""
     return "\n\n".join(_markdown_block(block, figures) for block in document.blocks) + "\n"
 
 
 def escaped(text: str) -> str:
-    """Plain text as Markdown that shows it, on one line."""
+    """Escape plain text so that Markdown shows it, on one line."""
     text = " ".join(text.split())
     text = re.sub(r"([\\`*\[\]|~])", r"\\\1", text)
     text = re.sub(r"<(?=[A-Za-z/!?])", r"\<", text)
@@ -119,11 +119,12 @@ def escaped(text: str) -> str:
 
 
 def _line(text: str) -> str:
-    """A line of its own, which must not begin like a list, a quotation or a heading."""
+    """Escape a line of its own, which must not begin like a list, a quotation or a heading."""
     return re.sub(r"^(\d*)(>|(?:[-+.)]|#+)(?=\s|$))", r"\1\\\2", escaped(text))
 
 
 def _markdown_block(block: Block, figures: str) -> str:
+    """Write a block as Markdown."""
     match block:
         case Heading():
             return f"{'#' * block.level} {_line(block.text)}"
@@ -150,7 +151,7 @@ def _markdown_block(block: Block, figures: str) -> str:
 
 
 def page(document: Document, title: str) -> str:
-    """The document as one HTML file that needs no other."""
+    """Write the document as one HTML file that needs no other."""
     body = "\n".join(_html_block(block, document.figures) for block in document.blocks)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -161,6 +162,7 @@ def page(document: Document, title: str) -> str:
 
 
 def _html_block(block: Block, figures: Mapping[str, bytes]) -> str:
+    """Write a block as HTML."""
     match block:
         case Heading():
             return f"<h{block.level}>{html.escape(block.text)}</h{block.level}>"
@@ -184,6 +186,7 @@ def _html_block(block: Block, figures: Mapping[str, bytes]) -> str:
 
 
 def _html_table(block: Table) -> str:
+    """Write a table as HTML."""
     # Not a caption element: that is as narrow as its table.
     caption = f"<figcaption>{html.escape(block.caption)}</figcaption>\n" if block.caption else ""
     head = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in block.head)
@@ -200,5 +203,5 @@ def _html_table(block: Table) -> str:
 
 
 def _html_cell(text: str) -> str:
-    """Text in which a mean and its deviation stay on one line."""
+    """Escape text in which a mean and its deviation stay on one line."""
     return html.escape(text).replace(" ± ", "&nbsp;±&nbsp;")

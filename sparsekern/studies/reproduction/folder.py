@@ -19,7 +19,7 @@ LOCK = "lock"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Makes the folder and keeps others from writing a report in it.
+    """Make the folder and keep others from writing a report in it.
 
     Raises:
         RunError: another process does, or it is a file.
@@ -45,7 +45,7 @@ def locked(folder: Path) -> Iterator[None]:
 def merged_request(
     new: dict[str, Any], folder: Path, *, fixed: Sequence[str], lists: Sequence[str]
 ) -> dict[str, Any]:
-    """A request together with earlier ones in the folder, in JSON types; see :func:`calls_of`.
+    """Join a request to earlier ones in the folder, in JSON types; see :func:`calls_of`.
 
     Args:
         new: the request, with seeds, a number.
@@ -86,13 +86,15 @@ def merged_request(
 
 
 def calls_of(asked: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """What was asked for, one call after the other: a grid each, whose cells together are all that
-    was asked for. Calls that a later one covers are left out."""
+    """List the calls that asked for something: a grid each, whose cells together are all.
+
+    Calls that a later one covers are left out.
+    """
     return asked.get("calls") or [asked]
 
 
 def _covers(one: Mapping[str, Any], other: Mapping[str, Any], lists: Sequence[str]) -> bool:
-    """Whether one call asks for everything that another one does."""
+    """Tell whether one call asks for everything that another one does."""
     wider = all(set(one[name]) >= set(other[name]) for name in lists)
     return one is not other and wider and one["seeds"] >= other["seeds"]
 
@@ -100,7 +102,7 @@ def _covers(one: Mapping[str, Any], other: Mapping[str, Any], lists: Sequence[st
 def parsed_settings(
     settings: Sequence[str], kinds: Mapping[str, Any], taken: Collection[str]
 ) -> dict[str, Any]:
-    """NAME=VALUE pairs as fields of a config.
+    """Parse NAME=VALUE pairs as fields of a config.
 
     Args:
         settings: in the words of the command line.
@@ -127,6 +129,7 @@ def parsed_settings(
 
 
 def _parsed(kind: Any, text: str) -> Any:
+    """Parse a value of a field's type."""
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError(text)
@@ -135,7 +138,7 @@ def _parsed(kind: Any, text: str) -> Any:
 
 
 def table_bytes(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """CSV in UTF-8 with a head of all columns in the order in which rows name them first."""
+    """Write CSV in UTF-8 with a head of all columns, in the order in which rows name them first."""
     rows = list(rows)
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO(newline="")
@@ -146,7 +149,7 @@ def table_bytes(rows: Iterable[Mapping[str, Any]]) -> bytes:
 
 
 def checked_names(option: str, names: Sequence[str], known: Sequence[str]) -> list[str]:
-    """The names without repetitions.
+    """Check names and drop repetitions.
 
     Raises:
         ValueError: one is unknown.

@@ -17,7 +17,7 @@ from .folder import REQUEST, merged_request
 
 
 def checked_jobs(jobs: int | None) -> int | None:
-    """A number of cells at a time, or None.
+    """Check a number of cells at a time, which may be None.
 
     Raises:
         ValueError: it is below 1.
@@ -39,7 +39,7 @@ def run_grid(
     device: torch.device,
     progress: bool,
 ) -> tuple[Ended, dict[str, Any]]:
-    """Runs what is not finished yet, in a locked folder.
+    """Run what is not finished yet, in a locked folder.
 
     Args:
         study: its package, with Config, run and saved_config.

@@ -27,7 +27,7 @@ LOCK_SECONDS = 30.0
 
 
 def main(study: ModuleType, threads: int) -> None:
-    """Serves cells of a study until stdin ends, with so many threads."""
+    """Serve cells of a study until stdin ends, with so many threads."""
     import torch
 
     torch.set_num_threads(threads)
@@ -42,7 +42,7 @@ def main(study: ModuleType, threads: int) -> None:
 
 
 def _read(jobs: queue.SimpleQueue[dict[str, Any] | None]) -> None:
-    """Passes jobs on; at the end of stdin, interrupts what is running."""
+    """Pass jobs on; at the end of stdin, interrupt what is running."""
     for line in sys.stdin:
         jobs.put(json.loads(line))
     jobs.put(None)
@@ -50,6 +50,7 @@ def _read(jobs: queue.SimpleQueue[dict[str, Any] | None]) -> None:
 
 
 def _answer(study: ModuleType, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Train a cell and say how that ended."""
     from ..configs import EXPECTED_ERRORS
 
     try:
@@ -59,6 +60,7 @@ def _answer(study: ModuleType, folder: Path, settings: dict[str, Any]) -> dict[s
 
 
 def _train(study: ModuleType, folder: Path, settings: dict[str, Any]) -> int | None:
+    """Train a cell, or go on with it; return the signal that interrupted it, if any."""
     from ...training import RunError
 
     config = study.Config(**settings)

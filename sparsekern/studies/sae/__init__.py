@@ -1,5 +1,6 @@
 """Sparse autoencoders on stored activations: presets, training, evaluation and run folders."""
 
+from ...optim import Adam
 from .config import PRESETS, SAEConfig
 from .run import (
     FILES,
@@ -12,7 +13,7 @@ from .run import (
     saved_config,
     table,
 )
-from .task import Adam, SAETask, evaluate, make_model, recovered
+from .task import SAETask, evaluate, make_model, recovered
 
 Config = SAEConfig
 

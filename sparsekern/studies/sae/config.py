@@ -166,12 +166,12 @@ class SAEConfig(StudyConfig):
             self._check(name, 0 <= getattr(self, name) <= 1, "must lie in 0..1")
 
     def _check_given(self, name: str, fits: Callable[[Any], bool], condition: str) -> None:
-        """A check of a field that may be None, which stands for its default."""
+        """Check a field that may be None, which stands for its default."""
         value = getattr(self, name)
         self._check(name, value is None or fits(value), condition)
 
     def _check_activation(self) -> None:
-        """Options that only some activations have."""
+        """Check options that only some activations have."""
         penalized = self.activation in ("jumprelu", "relu")
         self._check(
             "sparsity_weight", penalized or not self.sparsity_weight,
@@ -224,7 +224,7 @@ class SAEConfig(StudyConfig):
         return 0.0 if self.steered_to is None else 1.0
 
     def auxk_for(self, features: int, latents: int) -> int:
-        """Dead latents in the auxiliary loss.
+        """Choose how many dead latents the auxiliary loss takes.
 
         Half the width is what Gao et al. 2024 take for long training. Many more dead latents than
         are active overshoot what is left to explain, and first of all learn smaller scores.
@@ -235,13 +235,17 @@ class SAEConfig(StudyConfig):
         return max(1, min(active, features // 2, latents))
 
     def dead_after_in(self, tokens: int) -> int:
-        """Tokens without firing after which a latent is dead, in epochs of so many tokens."""
+        """Choose after how many tokens without firing a latent is dead.
+
+        Args:
+            tokens: of an epoch.
+        """
         if self.dead_after is not None:
             return self.dead_after
         return min(MOST_DEAD_AFTER, max(1, self.epochs * tokens // PARTS_OF_TRAINING))
 
     def check_width(self, latents: int) -> None:
-        """Every k of the schedule must be possible."""
+        """Check that every k of the schedule is possible."""
         for name in ("k", "k_start", "auxk", "multi_k", "target_l0"):
             value = getattr(self, name)
             if name == "k" and self.steered_to is None and not self.counted:
@@ -263,7 +267,7 @@ class SAEConfig(StudyConfig):
             )
 
     def loop(self) -> LoopConfig:
-        """The part that the training loop needs."""
+        """Choose what the training loop needs."""
         return LoopConfig(
             epochs=self.epochs,
             batch_size=self.batch_size,
@@ -274,14 +278,14 @@ class SAEConfig(StudyConfig):
         )
 
     def identity(self) -> dict[str, Any]:
-        """The fields that must be equal when a run is resumed; JSON has lists, not tuples."""
+        """Collect the fields that must be equal when a run is resumed, with lists for tuples."""
         fixed = {**super().identity(), "prefixes": list(self.prefixes)}
         if self.init_from is None:
             del fixed["init_from"]  # as in checkpoints that are older than this field
         return fixed
 
     def without_effect(self) -> dict[str, str]:
-        """Fields that change nothing beside the values of others, and why."""
+        """Name the fields that change nothing beside the values of others, and why."""
         found = {}
         with_activation = f"with --activation {self.activation}"
         if self.activation == "relu":

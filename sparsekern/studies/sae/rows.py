@@ -103,7 +103,7 @@ class Rows:
         return self.store.directions
 
     def count_batches(self, batch_size: int) -> int:
-        """Batches in an epoch."""
+        """Count the batches of an epoch."""
         return self.store.count_batches(batch_size)
 
     @property
@@ -118,7 +118,7 @@ class Rows:
         return self.mean_token_factor if self.config.normalize == "token" else self.scale
 
     def batches(self, epoch: int, start: int, device: torch.device) -> Generator[Tensor]:
-        """The batches of an epoch from number `start` on, normalised."""
+        """Start an epoch at batch `start`, normalised."""
         config = self.config
         batches = self.store.batches(
             config.batch_size, seed=config.seed, epoch=epoch, start=start,
@@ -127,24 +127,25 @@ class Rows:
         return batches if config.normalize == "none" else self._normalized(batches)
 
     def _normalized(self, batches: Generator[Tensor]) -> Generator[Tensor]:
+        """Normalise batches."""
         with contextlib.closing(batches):
             for batch in batches:
                 yield batch * self.factors(batch)
 
     def factors(self, rows: Tensor) -> Tensor | float:
-        """What rows [n, D] are multiplied by: one number, or [n, 1]."""
+        """Compute what rows [n, D] are multiplied by: one number, or [n, 1]."""
         if self.config.normalize == "token":
             norms = rows.norm(dim=1, keepdim=True)
             return torch.where(norms > 0, math.sqrt(rows.shape[1]) / norms, 1.0)
         return self.scale
 
     def sample(self, rows: int, device: torch.device) -> Tensor:
-        """Some rows in the order of an epoch that training does not use, normalised."""
+        """Take some rows in the order of an epoch that training does not use, normalised."""
         sample = self._sample(self.store, rows).to(device)
         return sample * self.factors(sample)
 
     def measured(self, device: torch.device) -> Tensor:
-        """The rows to measure, in the units of the files."""
+        """Take the rows to measure, in the units of the files."""
         config = self.config
         if config.eval_activations:
             with _opened(config, config.eval_activations, max_norm=self.max_norm) as store:
@@ -166,6 +167,7 @@ class Rows:
         return "rows held out" if self.store.held_out else "rows of the files"
 
     def _sample(self, store: ActivationStore, rows: int) -> Tensor:
+        """Take the first rows of that epoch."""
         config = self.config
         batches = store.batches(
             min(rows, store.tokens), seed=config.seed, epoch=config.epochs,
@@ -175,7 +177,7 @@ class Rows:
             return next(batches)
 
     def warnings(self) -> list[str]:
-        """What about the activations makes results say less than they seem to."""
+        """Say what about the activations makes results say less than they seem to."""
         found = dominated(self.statistics) + trained_on(self.config)
         if self.config.eval_tokens == 1 or self.store.held_out == 1:
             found.append(
@@ -185,7 +187,7 @@ class Rows:
         return found
 
     def close(self) -> None:
-        """Releases the files."""
+        """Release the files."""
         self.store.close()
 
     def __enter__(self) -> Rows:
@@ -196,13 +198,14 @@ class Rows:
 
 
 def _opened(config: SAEConfig, paths: tuple[str, ...], **options: Any) -> ActivationStore:
+    """Open files as the config says."""
     return ActivationStore(
         list(paths), dataset=config.dataset, nonfinite=config.nonfinite, **options
     )
 
 
 def _check_given_once(paths: tuple[str, ...]) -> None:
-    """Rows of a file that is given twice would be held out and trained on."""
+    """Refuse a file that is given twice: its rows would be held out and trained on."""
     found: dict[str, str] = {}
     for path in paths:
         place = os.path.realpath(path)
@@ -213,7 +216,7 @@ def _check_given_once(paths: tuple[str, ...]) -> None:
 
 
 def trained_on(config: SAEConfig) -> list[str]:
-    """A sentence about files that are both trained on and measured."""
+    """Say which files are both trained on and measured, in a sentence, if any are."""
     places = set(map(os.path.realpath, config.activations))
     both = [path for path in config.eval_activations if os.path.realpath(path) in places]
     if not both:
@@ -222,7 +225,7 @@ def trained_on(config: SAEConfig) -> list[str]:
 
 
 def dominated(statistics: ActivationStatistics) -> list[str]:
-    """Sentences about a feature, a mean or rows that outgrow all others."""
+    """Say in sentences which feature, mean or rows outgrow all others."""
     found = []
     variances = statistics.deviation.square()
     share = float(variances.max() / variances.sum()) if statistics.variance > 0 else 0.0

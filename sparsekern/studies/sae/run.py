@@ -78,7 +78,7 @@ def run(
     extend: bool = False,
     on_metrics: Callable[[Mapping[str, Any]], object] | None = None,
 ) -> Report:
-    """Trains, evaluates and fills a run folder.
+    """Train, evaluate and fill a run folder.
 
     Besides what training writes (see training/runs.py), a finished run has results.json and
     history.png.
@@ -134,12 +134,12 @@ def run(
 
 
 def _identity(config: SAEConfig, rows: Rows) -> dict[str, Any]:
-    """What must be equal when a run goes on: settings, and what the activations are."""
+    """Collect what must be equal when a run goes on: settings, and what the activations are."""
     return {**config.identity(), **rows.facts, DIGEST: activation_digest(rows.store)}
 
 
 def activation_digest(store: ActivationStore) -> str:
-    """SHA-256 of some rows, the same for the same rows in whatever files and formats they lie.
+    """Hash some rows with SHA-256, the same in whatever files and formats they lie.
 
     They are pieces of 64 neighbouring rows, evenly from the first to the last, about 64 MiB as
     float32 and at least 64 of them; all rows where there are no more than that.
@@ -158,8 +158,10 @@ def activation_digest(store: ActivationStore) -> str:
 def _continued(
     place: RunFolder, config: SAEConfig, identity: dict[str, Any], extend: bool
 ) -> dict[str, Any]:
-    """The identity to go on with, after comparing it with the checkpoint's; brings the config in
-    the folder up to date where the data has moved or the run is extended."""
+    """Compare a run with its checkpoint; return the identity to go on with.
+
+    The config in the folder is brought up to date where the data has moved or the run is extended.
+    """
     saved = checkpoints.read_checkpoint(place.path)
     if saved is not None:
         saved.tensors.close()
@@ -208,7 +210,7 @@ class _Trained(NamedTuple):
 
 
 def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> TrainedRun:
-    """The model of a run of ``sparsekern train sae``, ready to use, without its activations.
+    """Load the model of a run of ``sparsekern train sae``, ready to use, without activations.
 
     It takes activations as they are in the files: the factor of `normalize` "dataset" is folded
     into its weights. With "token", rows have to be normalised before.
@@ -256,8 +258,9 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Train
 
 
 def _begin_with(model: SparseAutoencoder, folder: str, rows: Rows) -> None:
-    """Gives a new model the weights of a run, in the units of these rows; its latents count as
-    alive.
+    """Give a new model the weights of a run, in the units of these rows.
+
+    Its latents count as alive.
 
     Where one of both normalises each token, and the other does not, the factors of the tokens are
     taken as one, their mean.
@@ -282,7 +285,7 @@ def _begin_with(model: SparseAutoencoder, folder: str, rows: Rows) -> None:
 
 
 def _probe(task: SAETask) -> None:
-    """A step of a tiny model: a backend that cannot run fails before anything is written."""
+    """Run a step of a tiny model: a backend that cannot run fails before anything is written."""
     model = SparseAutoencoder(4, 8, 2).to(task.device)
     with autocast(task.config, task.device):
         _, loss = model.loss(torch.zeros(2, 4, device=task.device))
@@ -290,6 +293,7 @@ def _probe(task: SAETask) -> None:
 
 
 def _results(config: SAEConfig, task: SAETask, outcome: Outcome) -> dict[str, Any]:
+    """Measure a finished run."""
     task._schedule(config.epochs * task.steps_per_epoch - 1)
     return {
         "activations": list(config.activations),
@@ -315,7 +319,7 @@ def _results(config: SAEConfig, task: SAETask, outcome: Outcome) -> dict[str, An
 def evaluate_run(
     folder: str | Path, activations: tuple[str, ...] = (), *, device: str = "auto"
 ) -> dict[str, Any]:
-    """Measures the checkpoint of a run folder, on its own activations or on others.
+    """Measure the checkpoint of a run folder, on its own activations or on others.
 
     Returns:
         step and epochs of the training, latents, and what `evaluate` returns.
@@ -355,17 +359,18 @@ def evaluate_run(
 
 
 def _label(name: str) -> str:
-    """What a measurement is called."""
+    """Name a measurement for people."""
     first = name.removeprefix("fvu_")
     return f"FVU of the first {first} latents" if first.isdigit() else LABELS.get(name, name)
 
 
 def _text(name: str, value: Any) -> str:
+    """Format a measurement for people."""
     return (FVU_FORMAT if name.startswith("fvu") else FORMATS.get(name, "{}")).format(value)
 
 
 def comparison(measured: Mapping[str, Mapping[str, Any]]) -> str:
-    """Measurements of several runs as one table, a row each.
+    """Compare measurements of several runs in one table, a row each.
 
     Args:
         measured: by run; what `evaluate_run` returns.
@@ -383,12 +388,12 @@ def comparison(measured: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def table(results: Mapping[str, Any], config: SAEConfig) -> str:
-    """The final measurements as text for a terminal."""
+    """Format the final measurements for a terminal."""
     return measurements(results, f"Sparse autoencoder on {', '.join(config.activations)}")
 
 
 def measurements(results: Mapping[str, Any], title: str) -> str:
-    """Named measurements as text for a terminal."""
+    """Format named measurements for a terminal."""
     rows = [
         (_label(name), _text(name, value))
         for name, value in results.items()
@@ -400,7 +405,7 @@ def measurements(results: Mapping[str, Any], title: str) -> str:
 
 
 def saved_config(folder: str | Path) -> SAEConfig:
-    """The config of the run in a folder.
+    """Read the config of the run in a folder.
 
     Raises:
         RunError: there is no run, or not one of this study.

@@ -109,7 +109,7 @@ class SparlingConfig(StudyConfig):
         self._check("data", fits, f"needs domain audio, which is {self.domain}")
 
     def without_effect(self) -> dict[str, str]:
-        """Fields that change nothing beside the values of others, and why."""
+        """Name the fields that change nothing beside the values of others, and why."""
         found: dict[str, str] = {}
         if self.bottleneck != "sparsity":
             annealed = (
@@ -131,20 +131,20 @@ class SparlingConfig(StudyConfig):
         return self.samples // self.validate_every
 
     def rate(self, epoch: int) -> float:
-        """The learning rate of an epoch."""
+        """Compute the learning rate of an epoch."""
         left = 1 - epoch / self.all_epochs
         share = min(1.0, left / self.final_share) if self.final_share else 1.0
         return self.learning_rate * (self.final_rate + (1 - self.final_rate) * share)
 
     def loop(self) -> LoopConfig:
-        """The part that the training loop needs."""
+        """Choose what the training loop needs."""
         names = {f.name for f in fields(LoopConfig)}
         chosen = {name: value for name, value in asdict(self).items() if name in names}
         return LoopConfig(**{**chosen, "epochs": self.all_epochs})
 
     @classmethod
     def sources(cls) -> dict[str, str]:
-        """Where each choice comes from, by field."""
+        """Say where each choice comes from, by field."""
         return {f.name: f.metadata["source"] for f in fields(cls) if "source" in f.metadata}
 
 
@@ -168,7 +168,7 @@ _ON_A_GPU: dict[str, Any] = {**_PUBLISHED, "learning_rate": 2e-4, "precision": "
 
 
 def source_of(name: str, config: Mapping[str, Any]) -> str:
-    """Where the value of a field comes from."""
+    """Say where the value of a field comes from."""
     value = config[name]
     if (name, value) == ("domain", "tiny"):
         return OURS

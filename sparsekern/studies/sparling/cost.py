@@ -34,14 +34,16 @@ class Cost(NamedTuple):
     """Moved for the outputs of all modules."""
 
     def gpu_seconds(self) -> float:
-        """Estimated seconds of training on one H200, not measured: products and memory do not
-        overlap."""
+        """Estimate the seconds of training on one H200, which is not measured.
+
+        Products and memory do not overlap.
+        """
         products = self.flops / (FLOPS * FLOPS_SHARE)
         return products + self.bytes / (BANDWIDTH * BANDWIDTH_SHARE)
 
 
 def cost_of(model: MotifModel, domain: MotifDomain, device: torch.device) -> Cost:
-    """The cost of a training step on the first samples of the domain, per sample.
+    """Count the cost of a training step on the first samples of the domain, per sample.
 
     The readout is counted with its dense convolution, as it runs on a GPU. Leaves the model's
     parameters, their gradients and its running statistics alone.
@@ -70,13 +72,14 @@ def cost_of(model: MotifModel, domain: MotifDomain, device: torch.device) -> Cos
 
 
 def draw_seconds(domain: MotifDomain) -> float:
-    """To draw a sample on one core, measured here."""
+    """Measure how long it takes to draw a sample on one core here."""
     began = time.perf_counter()
     domain.batch(0, 0, DRAWN)
     return (time.perf_counter() - began) / DRAWN
 
 
 def _step(model: MotifModel, domain: MotifDomain, batch: MotifBatch, device: torch.device) -> None:
+    """Run a training step without an update."""
     labels = measures.padded(batch.labels, domain).to(device)
     loss = motif_loss(model(measures.on_device(batch.inputs, device), labels), labels)
     torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)

@@ -82,15 +82,17 @@ class Cell:
 
 
 def cells(arms: Iterable[str], seeds: int) -> list[Cell]:
-    """The cells of a grid, in the order of the arms; arms beside the study's have at most three
-    seeds."""
+    """List the cells of a grid, in the order of the arms.
+
+    Arms beside the study's have at most three seeds.
+    """
     wanted = list(arms)
     counts = {a: seeds if ARMS[a].group == "study" else min(seeds, OTHER_SEEDS) for a in wanted}
     return [Cell(a, seed) for a in ARMS if a in wanted for seed in range(counts[a])]
 
 
 def asked_cells(asked: Mapping[str, Any]) -> list[Cell]:
-    """The cells of all calls that a reproduction was asked with, in the order of one grid."""
+    """List the cells of all calls that asked for this reproduction, in the order of one grid."""
     wanted = {cell for call in calls_of(asked) for cell in cells(call["arms"], call["seeds"])}
     return [cell for cell in cells(asked["arms"], asked["seeds"]) if cell in wanted]
 
@@ -98,7 +100,7 @@ def asked_cells(asked: Mapping[str, Any]) -> list[Cell]:
 def cell_config(
     cell: Cell, preset: str, overrides: Mapping[str, Any], data: str | None
 ) -> SparlingConfig:
-    """The config of a cell: the preset, then the overrides, then what the arm changes.
+    """Make the config of a cell: the preset, then the overrides, then what the arm changes.
 
     Raises:
         ValueError: the settings do not fit together.
@@ -112,7 +114,7 @@ def cell_config(
 
 
 def parsed_overrides(settings: Sequence[str]) -> dict[str, Any]:
-    """NAME=VALUE pairs as fields of the config.
+    """Parse NAME=VALUE pairs as fields of the config.
 
     Raises:
         ValueError: an unknown name, a value of the wrong type, or a field that the grid sets.

@@ -31,19 +31,21 @@ MOST_ACTIVATIONS = 2_000_000
 
 
 def on_device(inputs: Tensor, device: torch.device) -> Tensor:
-    """Inputs as float32 on a device; images with their channels last in memory."""
+    """Move inputs to a device as float32; images with their channels last in memory."""
     inputs = inputs.to(device).float()
     return inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs
 
 
 def padded(labels: Tensor, domain: MotifDomain) -> Tensor:
-    """Labels [B, L] with room for the end of the longest, [B, L + 1], where a readout predicts it;
-    the slots of the small readout need none."""
+    """Pad labels [B, L] with room for the end of the longest, [B, L + 1].
+
+    Where a readout predicts that end; the slots of the small readout need none.
+    """
     return labels if domain.name == "tiny" else F.pad(labels, (0, 1), value=PAD)
 
 
 def batch_of(domain: MotifDomain, channels: int) -> int:
-    """How many samples are compared with their motifs at once."""
+    """Choose how many samples are compared with their motifs at once."""
     return max(1, min(BATCH, MOST_ACTIVATIONS // (channels * math.prod(domain.space))))
 
 
@@ -51,7 +53,7 @@ def batch_of(domain: MotifDomain, channels: int) -> int:
 def accuracy(
     model: MotifModel, domain: MotifDomain, samples: MotifBatch, device: torch.device
 ) -> float:
-    """Share of the label sequences that are predicted exactly, by a model in evaluation mode."""
+    """Compute the share of labels that a model in evaluation mode predicts exactly."""
     right = 0
     for start in range(0, len(samples.labels), BATCH):
         inputs = on_device(samples.inputs[start : start + BATCH], device)
@@ -64,7 +66,7 @@ def accuracy(
 def quick_errors(
     model: MotifModel, domain: MotifDomain, samples: MotifBatch, device: torch.device
 ) -> dict[str, float | None]:
-    """fpe, fne, ce and relative_density of a few samples, by a model in evaluation mode."""
+    """Measure fpe, fne, ce and relative_density of a few samples, in evaluation mode."""
     activations, _ = model.activations(on_device(samples.inputs, device))
     channels = activations.shape[1]
     found = find_motifs(activations.cpu(), samples.motifs, margin=domain.margin)
@@ -81,7 +83,7 @@ def quick_errors(
 def measure(
     model: MotifModel, domain: MotifDomain, count: int, channels: int, device: torch.device
 ) -> dict[str, Any]:
-    """Everything that the report tells of a model in evaluation mode, in JSON types.
+    """Measure everything that the report tells of a model in evaluation mode, in JSON types.
 
     fpe, fne, ce, e2ee and exact, shares of `count` test samples, each with its 95 % interval over
     samples; density, the share of activations that are not zero; relative_density, in multiples of
@@ -128,10 +130,12 @@ def perturbed(
     measured: dict[str, Any],
     device: torch.device,
 ) -> dict[str, Any]:
-    """Perturbation consistency of a model in evaluation mode, in JSON types: the share, its 95 %
-    interval over samples, and the number of inputs tested: a thousand, or as many of `count` test
-    samples as can be (see sparsekern.motif_perturbation). `measured` is what :func:`measure`
-    found."""
+    """Measure the perturbation consistency of a model in evaluation mode, in JSON types.
+
+    The share, its 95 % interval over samples, and the number of inputs tested: a thousand, or as
+    many of `count` test samples as can be (see sparsekern.measures.motif_perturbation). `measured`
+    is what :func:`measure` returned.
+    """
     channels = channels_of_symbols(measured["assignment"], measured["confusion"])
     generator = np.random.default_rng(0)
     verdicts: list[Tensor] = []
@@ -160,8 +164,10 @@ def perturbed(
 
 
 def channels_of_symbols(assignment: list[int], confusion: list[list[int]]) -> list[int]:
-    """The channel of each symbol, -1 for none; of several that stand for it, the one that does so
-    most often."""
+    """Choose the channel of each symbol, -1 for none.
+
+    Of several that stand for it, the one that does so most often.
+    """
     return [
         max(
             (channel for channel, other in enumerate(assignment) if other == symbol),
@@ -173,6 +179,7 @@ def channels_of_symbols(assignment: list[int], confusion: list[list[int]]) -> li
 
 
 def _bootstrapped(values: np.ndarray) -> dict[str, float | None]:
+    """Compute the mean of values [n] and its 95 % interval, by resampling."""
     generator = np.random.default_rng(0)
     n = len(values)
     means = [values[generator.integers(n, size=n)].mean() for _ in range(RESAMPLES)]
@@ -181,7 +188,7 @@ def _bootstrapped(values: np.ndarray) -> dict[str, float | None]:
 
 
 def _share(value: float, low: float, high: float) -> dict[str, float | None]:
-    """JSON has no NaN: a share of nothing is null."""
+    """Collect a share and its interval; JSON has no NaN, so a share of nothing is null."""
     return {
         name: None if number != number else float(number)
         for name, number in (("value", value), ("low", low), ("high", high))

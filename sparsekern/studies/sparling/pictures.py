@@ -29,7 +29,7 @@ LEAST_PERCENT = 1e-2  # of a logarithmic axis; zero is drawn there
 def found_motifs(
     model: MotifModel, domain: MotifDomain, assignment: Sequence[int], device: torch.device
 ) -> bytes:
-    """A PNG of the first test inputs with their motifs and a model's activations."""
+    """Draw the first test inputs with their motifs and a model's activations: a PNG."""
     batch = domain.batch(TEST_SEED, 0, SHOWN)
     activations, _ = model.activations(measures.on_device(batch.inputs, device))
     columns = 3 if len(domain.space) == 2 and domain.space[0] == domain.space[1] else 1
@@ -42,8 +42,10 @@ def found_motifs(
 
 
 def _strongest(activations: Tensor) -> Tensor:
-    """int64 [n, 1 + d]: channel and position of the largest of activations [C, *space], those that
-    are not zero and at most MOST_SHOWN of them."""
+    """Find the largest activations of [C, *space]: channel and position, int64 [n, 1 + d].
+
+    Those that are not zero, and at most MOST_SHOWN of them.
+    """
     found = activations.nonzero()
     if len(found) > MOST_SHOWN:
         values = activations[tuple(found.unbind(1))].abs()
@@ -52,7 +54,7 @@ def _strongest(activations: Tensor) -> Tensor:
 
 
 def annealing_path(runs: Mapping[int, Sequence[Mapping[str, Any]]]) -> bytes:
-    """A PNG of motif errors against density, and of density and accuracy against samples.
+    """Draw motif errors against density, and accuracy against samples: a PNG.
 
     Args:
         runs: epoch records of each seed.
@@ -84,7 +86,7 @@ def annealing_path(runs: Mapping[int, Sequence[Mapping[str, Any]]]) -> bytes:
 
 
 def sweep(rows: Sequence[tuple[str, float, float]]) -> bytes:
-    """A PNG of the total motif error against the density of each run.
+    """Draw the total motif error against the density of each run: a PNG.
 
     Args:
         rows: kind, relative density and total error in percent of each.

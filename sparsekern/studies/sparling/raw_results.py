@@ -11,7 +11,7 @@ SHARES = ("fpe", "fne", "ce", "e2ee")
 
 
 def cell_rows(found: Mapping[Cell, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each cell."""
+    """List one row for each cell."""
     rows = []
     for cell, value in found.items():
         results = value["results"]
@@ -37,7 +37,7 @@ def cell_rows(found: Mapping[Cell, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def epoch_rows(found: Mapping[Cell, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row for each epoch of each cell."""
+    """List one row for each epoch of each cell."""
     names = (
         "learning_rate", "density", "loss", "accuracy", "target", "fpe", "fne", "ce",
         "relative_density",

@@ -61,7 +61,7 @@ def write(
     failed: Mapping[str, str],
     total: int,
 ) -> None:
-    """Writes report.md, report.html, figures and CSV files, each atomically; replaces older ones.
+    """Write report.md, report.html, figures and CSV files, each atomically; replaces older ones.
 
     Args:
         folder: of the reproduction, with its run folders.
@@ -98,27 +98,29 @@ def write(
 
 
 def percent(results: Mapping[str, Any], name: str) -> float:
-    """A measured share in percent; NaN where there was nothing to take a share of."""
+    """Return a measured share in percent; NaN where there was nothing to take a share of."""
     value = results[name]["value"]
     return math.nan if value is None else 100 * value
 
 
 def motif_total(results: Mapping[str, Any]) -> float:
-    """FPE + FNE + CE in percent; a share of nothing counts as 100 %, since nothing was found."""
+    """Sum FPE, FNE and CE in percent; a share of nothing counts as 100 %, since all was missed."""
     shares = (percent(results, name) for name in ("fpe", "fne", "ce"))
     return sum(100.0 if math.isnan(share) else share for share in shares)
 
 
 def selected(study: Found) -> Cell:
-    """The run with the best validation accuracy; no motif label takes part."""
+    """Choose the run with the best validation accuracy; no motif label takes part."""
     return max(study, key=lambda cell: study[cell]["results"]["validation_exact"])
 
 
 def _text(value: float) -> str:
+    """Format a percentage."""
     return "none" if math.isnan(value) else f"{value:.2f}"
 
 
 def _spread(values: Sequence[float]) -> str:
+    """Format percentages of several seeds: mean and deviation."""
     known = [value for value in values if not math.isnan(value)]
     if not known:
         return "none"
@@ -131,6 +133,7 @@ def _spread(values: Sequence[float]) -> str:
 def _what_was_run(
     document: Document, asked: Mapping[str, Any], found: Found, domain: MotifDomain
 ) -> None:
+    """Add what was run, and the commands that ask for it."""
     first = next(iter(found.values()))
     results, config = first["results"], first["config"]
     seconds = sum(cell["results"]["seconds"] for cell in found.values())
@@ -152,7 +155,7 @@ def _what_was_run(
 
 
 def _command(asked: Mapping[str, Any], call: Mapping[str, Any]) -> str:
-    """The command line that asks for a reproduction again."""
+    """Write the command line that asks for a reproduction again."""
     words = ["sparsekern", "reproduce", "sparling", "--preset", asked["preset"], "--arms"]
     words += [*call["arms"], "--seeds", str(call["seeds"])]
     if asked.get("data"):
@@ -163,6 +166,7 @@ def _command(asked: Mapping[str, Any], call: Mapping[str, Any]) -> str:
 
 
 def _main(document: Document, folder: Path, study: Found, domain: MotifDomain) -> None:
+    """Add the section on the study's own arm."""
     best = selected(study)
     results = study[best]["results"]
     totals = {cell: motif_total(v["results"]) for cell, v in study.items()}
@@ -225,16 +229,19 @@ def _main(document: Document, folder: Path, study: Found, domain: MotifDomain) -
 
 
 def _not_annealed(study: Found) -> list[str]:
+    """Say which seeds did not reach the final density, if any."""
     late = [str(cell.seed) for cell, v in study.items() if v["results"]["annealed_at"] is None]
     return [f"Not at that density by the end of training: seeds {', '.join(late)}."] if late else []
 
 
 def _records(value: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """List the epoch records of a cell, each with its number of samples."""
     every = value["config"]["validate_every"]
     return [{**epoch, "samples": every} for epoch in value["epochs"]]
 
 
 def _interval(results: Mapping[str, Any], name: str) -> str:
+    """Format a share with its interval."""
     found = results[name]
     if found["value"] is None:
         return "none"
@@ -243,6 +250,7 @@ def _interval(results: Mapping[str, Any], name: str) -> str:
 
 
 def _beside_published(document: Document, study: Found, domain: MotifDomain) -> None:
+    """Add our errors beside the published ones."""
     ours = [
         _spread([percent(v["results"], name) for v in study.values()])
         for name in (*SHARES, "perturbation")
@@ -262,6 +270,7 @@ def _beside_published(document: Document, study: Found, domain: MotifDomain) -> 
 
 
 def _channels(document: Document, results: Mapping[str, Any], domain: MotifDomain) -> None:
+    """Add how often each channel meets each symbol."""
     confusion = results["confusion"]
     head = ["symbol", *(f"channel {c}" for c in range(len(results["assignment"])))]
     rows = [
@@ -275,6 +284,7 @@ def _channels(document: Document, results: Mapping[str, Any], domain: MotifDomai
 
 
 def _contrast(document: Document, found: Found, group: str, title: str) -> None:
+    """Add a group of arms beside the study's own arm."""
     arms = [arm for arm in ARMS if ARMS[arm].group == group]
     cells = {arm: [v for c, v in found.items() if c.arm == arm] for arm in arms}
     if not any(cells.values()):
@@ -325,6 +335,7 @@ def _contrast(document: Document, found: Found, group: str, title: str) -> None:
 
 
 def _l1_reading(shown: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Say how L1 compares with thresholds."""
     means = {
         arm: mean(motif_total(value["results"]) for value in values)
         for arm, values in shown.items()
@@ -349,6 +360,7 @@ def _l1_reading(shown: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def _protocol(document: Document, found: Found) -> None:
+    """Add every choice of the protocol with its source."""
     config = next(iter(found.values()))["config"]
     defaults = SparlingConfig.__dataclass_fields__
     rows = [

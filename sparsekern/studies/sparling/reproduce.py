@@ -39,7 +39,7 @@ class Request:
         data: str | None,
         settings: Sequence[str],
     ) -> Request:
-        """A request in the words of the command line.
+        """Make a request of the words of the command line.
 
         Raises:
             ValueError: an unknown name or a value out of its range.
@@ -53,7 +53,7 @@ class Request:
         return cls(preset, wanted, seeds, place, parsed_overrides(settings))
 
     def configs(self) -> dict[Cell, SparlingConfig]:
-        """What each cell runs."""
+        """Make the config of each cell."""
         return {
             cell: cell_config(cell, self.preset, self.overrides, self.data)
             for cell in cells(self.arms, self.seeds)
@@ -63,7 +63,7 @@ class Request:
 def reproduce(
     request: Request, folder: str | Path, *, jobs: int | None = None, progress: bool = True
 ) -> Ended:
-    """Runs what is not finished yet and writes the report on everything that is.
+    """Run what is not finished yet and write the report on everything that is.
 
     Args:
         request: what to run.

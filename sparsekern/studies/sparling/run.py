@@ -41,8 +41,10 @@ def run(
     resume: bool = False,
     on_metrics: Callable[[Mapping[str, Any]], object] | None = None,
 ) -> Report:
-    """Trains, measures and fills a run folder; a finished run has results.json and motifs.png
-    besides what training writes (see training/runs.py).
+    """Train, measure and fill a run folder.
+
+    A finished run has results.json and motifs.png besides what training writes (see
+    training/runs.py).
 
     Args:
         config: what to run.
@@ -92,8 +94,10 @@ def run(
 
 
 def recordings_digest(folder: str | Path) -> str:
-    """SHA-256 of the recordings in a folder, wherever it lies: the names and sizes of all, and what
-    about 512 of them hold."""
+    """Hash the recordings in a folder with SHA-256, wherever it lies.
+
+    The names and sizes of all, and what about 512 of them hold.
+    """
     paths = sorted(Path(folder).rglob("*.wav"))
     digest = hashlib.sha256()
     for number, path in enumerate(paths):
@@ -104,7 +108,7 @@ def recordings_digest(folder: str | Path) -> str:
 
 
 def domain_of(config: SparlingConfig, *, test: bool = False) -> MotifDomain:
-    """The domain of a run; that of its tests has other speakers where there are any."""
+    """Make the domain of a run; that of its tests has other speakers where there are any."""
     options = {"folder": config.data} if config.data is not None else {}
     if test and config.domain == "audio":
         options["split"] = "test"
@@ -132,7 +136,7 @@ def _measured(
 
 
 def table(results: Mapping[str, Any], config: SparlingConfig) -> str:
-    """The final measurements as text for a terminal."""
+    """Format the final measurements for a terminal."""
 
     def share(name: str) -> str:
         found = results[name]
@@ -168,6 +172,7 @@ def table(results: Mapping[str, Any], config: SparlingConfig) -> str:
 
 
 def _cost(cost: Cost, drawing: float, config: SparlingConfig) -> str:
+    """Format what a sample costs, and what the published size would."""
     whole = {"samples": config.samples, **PRESETS.get(config.domain, {})}
     samples, every = whole["samples"], whole.get("validate_every", config.validate_every)
     validated = samples // every * whole.get("validation_samples", config.validation_samples)
@@ -182,7 +187,7 @@ def _cost(cost: Cost, drawing: float, config: SparlingConfig) -> str:
 
 
 def saved_config(folder: str | Path) -> SparlingConfig:
-    """The config of the run in a folder.
+    """Read the config of the run in a folder.
 
     Raises:
         RunError: there is no run, or not one of this study.

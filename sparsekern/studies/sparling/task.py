@@ -54,7 +54,7 @@ class Trained(nn.Module):
 
 
 def make_model(config: SparlingConfig, domain: MotifDomain) -> MotifModel:
-    """The model of a run with the weights it starts from, on the CPU."""
+    """Make the model of a run with the weights it starts from, on the CPU."""
     channels, symbols = CHANNELS[config.domain], len(domain.label_symbols)
     with torch.random.fork_rng([]):
         torch.manual_seed(config.seed)
@@ -70,6 +70,7 @@ def make_model(config: SparlingConfig, domain: MotifDomain) -> MotifModel:
 
 
 def _bottleneck(config: SparlingConfig, domain: MotifDomain, channels: int) -> nn.Module:
+    """Make the bottleneck of a run."""
     if config.bottleneck == "sparsity":
         return SpatialSparsity(
             channels,
@@ -122,7 +123,7 @@ class SparlingTask:
         return isinstance(self.motifs.bottleneck, SpatialSparsity)
 
     def begin_epoch(self, epoch: int) -> dict[str, float]:
-        """Sets density and learning rate."""
+        """Set density and learning rate."""
         rate = self.config.rate(epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -134,14 +135,14 @@ class SparlingTask:
         return facts
 
     def batches(self, epoch: int, first: int) -> Iterator[Samples]:
-        """Numbers of the epoch's samples in the stream."""
+        """Yield the numbers of the epoch's samples in the stream."""
         size = self.config.batch_size
         start = epoch * self.examples
         for offset in range(first * size, self.examples, size):
             yield Samples(start + offset, min(size, self.examples - offset))
 
     def backward(self, batch: Samples) -> dict[str, Tensor]:
-        """Gradients of the loss."""
+        """Add the gradients of the loss."""
         drawn = self.domain.batch(self.config.seed, batch.first, batch.count)
         inputs = measures.on_device(drawn.inputs, self.device)
         labels = measures.padded(drawn.labels, self.domain).to(self.device)
@@ -154,8 +155,10 @@ class SparlingTask:
         return {"loss": loss.detach(), "active": active, "penalty": output.penalty.detach()}
 
     def evaluate(self, epoch: int) -> Mapping[str, Any]:
-        """Accuracy on the validation samples, which decides the density of the next epoch; and,
-        for the report alone, motif errors on some test samples."""
+        """Measure accuracy on the validation samples, which decides the next epoch's density.
+
+        And, for the report alone, motif errors on some test samples.
+        """
         accuracy = measures.accuracy(self.motifs, self.domain, self.validation, self.device)
         gate = self.model.gate
         facts: dict[str, Any] = {"accuracy": accuracy, "target": float(gate.target)}

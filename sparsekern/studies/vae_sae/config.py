@@ -144,7 +144,7 @@ class VAESAEConfig(StudyConfig):
         self._check("revival", fits, "must be none under l1, which has no selection to be kept out")
 
     def without_effect(self) -> dict[str, str]:
-        """Fields that change nothing beside the values of others, and why."""
+        """Name the fields that change nothing beside the values of others, and why."""
         return {"dead_after": "with --revival none"} if self.revival == "none" else {}
 
     @property
@@ -153,14 +153,14 @@ class VAESAEConfig(StudyConfig):
         return self.epochs + self.extra_epochs
 
     def loop(self) -> LoopConfig:
-        """The part that the training loop needs."""
+        """Choose what the training loop needs."""
         names = {f.name for f in fields(LoopConfig)}
         chosen = {name: value for name, value in asdict(self).items() if name in names}
         return LoopConfig(**{**chosen, "epochs": self.all_epochs})
 
     @classmethod
     def sources(cls) -> dict[str, str]:
-        """Where each choice that the study leaves open comes from, by field."""
+        """Say where each choice that the study leaves open comes from, by field."""
         return {f.name: f.metadata["source"] for f in fields(cls) if "source" in f.metadata}
 
 

@@ -129,15 +129,17 @@ class Cell:
 
 
 def cells(datasets: Iterable[str], arms: Iterable[str], seeds: Iterable[int]) -> list[Cell]:
-    """The cells of a grid, those of the study first, then by arm, so that a report of an
-    interrupted reproduction says as much as can be said."""
+    """List the cells of a grid, those of the study first, then by arm.
+
+    So that a report of an interrupted reproduction says as much as can be said.
+    """
     wanted = list(arms)
     order = [*(a for a in ARMS if a in wanted)]
     return [Cell(d, a, s) for a in order for s in seeds for d in datasets]
 
 
 def asked_cells(asked: Mapping[str, Any]) -> list[Cell]:
-    """The cells of all calls that a reproduction was asked with, in the order of one grid."""
+    """List the cells of all calls that asked for this reproduction, in the order of one grid."""
     wanted = {
         cell
         for call in calls_of(asked)
@@ -150,7 +152,7 @@ def asked_cells(asked: Mapping[str, Any]) -> list[Cell]:
 def cell_config(
     cell: Cell, preset: str, overrides: Mapping[str, Any], data: str | None
 ) -> VAESAEConfig:
-    """The config of a cell: the preset, then the overrides, then what the arm changes.
+    """Make the config of a cell: the preset, then the overrides, then what the arm changes.
 
     Raises:
         ValueError: the settings do not fit together.
@@ -172,7 +174,7 @@ def cell_config(
 
 
 def parsed_overrides(settings: Sequence[str]) -> dict[str, Any]:
-    """NAME=VALUE pairs as fields of the config.
+    """Parse NAME=VALUE pairs as fields of the config.
 
     Raises:
         ValueError: an unknown name, a value of the wrong type, or a field that the grid sets.

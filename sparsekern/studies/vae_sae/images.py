@@ -41,7 +41,7 @@ class Parts:
 
 
 def check_file(config: VAESAEConfig) -> None:
-    """Looks whether the data file of a run can be one.
+    """Check that the data file of a run can be one.
 
     Raises:
         DataError: it is missing, damaged, laid out otherwise, or has too few images.
@@ -51,13 +51,13 @@ def check_file(config: VAESAEConfig) -> None:
 
 
 def _sizes(config: VAESAEConfig) -> Counter[str]:
-    """How many images each part of a run has."""
+    """Count the images of each part of a run."""
     names = ("images", "eval_images", "test_images")
     return Counter({name: getattr(config, name) for name in names})
 
 
 def read(config: VAESAEConfig, device: torch.device) -> Parts:
-    """The images of a run: a random subset, in a random order, that follows from the seed.
+    """Read the images of a run: a random subset, in a random order, that follows from the seed.
 
     Raises:
         CountError: the set has fewer images than the parts of the run need together.
@@ -82,12 +82,15 @@ def read(config: VAESAEConfig, device: torch.device) -> Parts:
 
 
 def _part(data: FactorImages, side: int, device: torch.device) -> Part:
+    """Convert a part of a set."""
     return Part(planes(data.images, side, device), torch.from_numpy(data.classes))
 
 
 def planes(images: np.ndarray, side: int, device: torch.device) -> Tensor:
-    """A set's images, [n, 64, 64] of 0 and 1 or [n, 64, 64, 3] of 0..255, as uint8 [n, C, side,
-    side] in 0..255."""
+    """Convert a set's images to uint8 [n, C, side, side] in 0..255.
+
+    They are [n, 64, 64] of 0 and 1 or [n, 64, 64, 3] of 0..255.
+    """
     found = torch.from_numpy(np.ascontiguousarray(images)).to(device)
     if found.dim() == 3:
         found = found.unsqueeze(1) * 255
@@ -97,7 +100,7 @@ def planes(images: np.ndarray, side: int, device: torch.device) -> Tensor:
 
 
 def shrunk(images: Tensor, side: int) -> Tensor:
-    """uint8 [n, C, 64, 64] -> [n, C, side, side]: means of squares of pixels, rounded half up."""
+    """Shrink uint8 [n, C, 64, 64] -> [n, C, side, side]: means of squares, rounded half up."""
     factor = images.shape[-1] // side
     if factor == 1:
         return images
@@ -108,10 +111,10 @@ def shrunk(images: Tensor, side: int) -> Tensor:
 
 
 def mean_pixel(images: Tensor) -> float:
-    """Of uint8 0..255, as a share of 255; without a copy of the images in another type."""
+    """Compute the mean of uint8 0..255 as a share of 255, without a copy in another type."""
     return int(images.sum(dtype=torch.int64)) / (255 * images.numel())
 
 
 def pixels(images: Tensor) -> Tensor:
-    """uint8 0..255 -> float32 0..1."""
+    """Convert uint8 0..255 to float32 0..1."""
     return images.float() / 255

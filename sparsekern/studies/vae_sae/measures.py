@@ -42,10 +42,11 @@ class Pass(NamedTuple):
 def run_over(
     model: VAESAE, images: Tensor, *, sample_seed: int | None = None, keep_codes: bool = False
 ) -> Pass:
-    """Runs a model in evaluation mode over images uint8 [n, C, side, side], n >= 1.
+    """Run a model in evaluation mode over images uint8 [n, C, side, side], n >= 1.
 
     Args:
-        model, images: on the same device.
+        model: in evaluation mode.
+        images: on the model's device.
         sample_seed: draw z with this seed; by default z is the posterior mean.
         keep_codes: return the activations of the sparse layer.
     """
@@ -76,7 +77,9 @@ def run_over(
 
 
 def evaluate(model: VAESAE, images: Tensor, *, sample_seed: int | None = None) -> dict[str, Any]:
-    """Reconstruction and kl in nats per image, l0, and dead: see :meth:`UnitActivity.dead_panel`.
+    """Measure reconstruction and kl in nats per image, l0, and dead.
+
+    For dead see :meth:`UnitActivity.dead_panel`.
 
     Args:
         model: in evaluation mode.
@@ -87,6 +90,7 @@ def evaluate(model: VAESAE, images: Tensor, *, sample_seed: int | None = None) -
 
 
 def _facts(found: Pass) -> dict[str, Any]:
+    """Collect what :func:`evaluate` returns."""
     return {
         "reconstruction": found.reconstruction,
         "kl": found.kl,
@@ -96,14 +100,14 @@ def _facts(found: Pass) -> dict[str, Any]:
 
 
 def quick_mig(model: VAESAE, part: Part, seed: int) -> dict[str, float]:
-    """MIG of the mean code on the first 4096 images, with its 95 % interval."""
+    """Estimate MIG of the mean code on the first 4096 images, with its 95 % interval."""
     found = run_over(model, part.images[:QUICK_ROWS])
     gap = mig(found.mean.cpu(), part.classes[:QUICK_ROWS], resamples=RESAMPLES, seed=seed)
     return {"mig": gap.score, "mig_low": gap.low, "mig_high": gap.high}
 
 
 def measure(model: VAESAE, part: Part, seed: int, *, monte_carlo: bool = True) -> dict[str, Any]:
-    """Everything that the report tells of a model, in JSON types.
+    """Measure everything that the report tells of a model, in JSON types.
 
     Besides what :func:`evaluate` says: dead_sampled, the panel with z drawn; mig of the mean code,
     of the sparse code, of a random code of the same shape as the mean code, and, if asked for, by
@@ -141,11 +145,15 @@ def measure(model: VAESAE, part: Part, seed: int, *, monte_carlo: bool = True) -
 
 
 def _gap(gap: Gap) -> dict[str, Any]:
-    """JSON has no NaN: an interval that was not made is absent, a factor of one value is null."""
+    """Collect a gap for JSON, which has no NaN.
+
+    An interval that was not made is absent, a factor of one value is null.
+    """
     facts = {"score": gap.score, "low": gap.low, "high": gap.high}
     factors = [None if math.isnan(value) else value for value in gap.factors]
     return {n: v for n, v in facts.items() if not math.isnan(v)} | {"factors": factors}
 
 
 def _rounded(values: Tensor) -> list[float]:
+    """Round to six digits."""
     return [float(f"{value:.6g}") for value in values.tolist()]

@@ -49,7 +49,7 @@ class Request:
         data: Sequence[str],
         settings: Sequence[str],
     ) -> Request:
-        """A request in the words of the command line.
+        """Make a request of the words of the command line.
 
         Raises:
             ValueError: an unknown name or a value out of its range.
@@ -78,7 +78,7 @@ class Request:
         )
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 of the data files, by data set: a file may move, but not change."""
+        """Hash the data files with SHA-256, by data set: a file may move, but not change."""
         found = {}
         for name, path in self.data.items():
             digest = hashlib.sha256()
@@ -89,7 +89,7 @@ class Request:
         return found
 
     def configs(self) -> dict[Cell, VAESAEConfig]:
-        """What each cell runs."""
+        """Make the config of each cell."""
         wanted = cells(self.datasets, self.arms, range(self.seeds))
         return {
             cell: cell_config(cell, self.preset, self.overrides, self.data.get(cell.dataset))
@@ -100,7 +100,7 @@ class Request:
 def reproduce(
     request: Request, folder: str | Path, *, jobs: int | None = None, progress: bool = True
 ) -> Ended:
-    """Runs what is not finished yet and writes the report on everything that is.
+    """Run what is not finished yet and write the report on everything that is.
 
     Args:
         request: what to run.

@@ -28,7 +28,10 @@ ANSWER_SHARE = 0.1
 
 
 def residual(sparse: BottleneckOutput) -> Tensor:
-    """The direction [B, E] that lowers the loss, of root mean square 1; after backward()."""
+    """Compute the direction [B, E] that lowers the loss, of root mean square 1.
+
+    After backward().
+    """
     grad = sparse.output.grad
     if grad is None:
         raise RuntimeError("residual: the output must have kept its gradient (retain_grad)")
@@ -37,7 +40,7 @@ def residual(sparse: BottleneckOutput) -> Tensor:
 
 
 def auxiliary_loss(layer: SparseBottleneck, sparse: BottleneckOutput, dead: Tensor) -> Tensor:
-    """How badly the dead units alone tell the residual: a scalar, 0 without dead units.
+    """Measure how badly the dead units alone tell the residual: a scalar, 0 without dead units.
 
     As AuxK (Gao et al. 2024, arXiv 2406.04093), but on scores without ReLU: a unit whose score is
     negative everywhere is reached, too. Only the layer's own weights get gradients.
@@ -59,7 +62,7 @@ def auxiliary_loss(layer: SparseBottleneck, sparse: BottleneckOutput, dead: Tens
 
 @torch.no_grad()
 def raise_biases(layer: SparseBottleneck, sparse: BottleneckOutput, dead: Tensor) -> None:
-    """Homeostasis: the biases of dead units rise in each step until they fire."""
+    """Raise the biases of dead units in each step until they fire: homeostasis."""
     bias = layer.to_units.bias
     bias.add_(dead * (BIAS_RATE * sparse.values.detach().float().abs().mean()))
 
@@ -71,8 +74,9 @@ def resample(
     dead: Tensor,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Gives dead units new weights: each detects one input of the batch, and answers with its
-    residual. Inputs are drawn with torch's generator in proportion to their squared residuals.
+    """Give dead units new weights: each detects one input, and answers with its residual.
+
+    Inputs of the batch are drawn with torch's generator in proportion to their squared residuals.
 
     After Bricken et al. 2023 ("Towards monosemanticity"), who draw by squared loss. Adam's state of
     the units is cleared; they count as alive until they are silent for as long again.
@@ -93,13 +97,15 @@ def resample(
 
 
 def _mean_norm(rows: Tensor, chosen: Tensor) -> Tensor:
-    return (rows.norm(dim=1) * chosen).sum() / chosen.sum().clamp_min(1)
+    """Compute the mean norm of the chosen rows."""
+    total: Tensor = (rows.norm(dim=1) * chosen).sum()
+    return total / chosen.sum().clamp_min(1)
 
 
 def _replace(
     parameter: Tensor, value: Tensor, chosen: Tensor, optimizer: torch.optim.Optimizer
 ) -> None:
-    """Puts rows of value into the chosen rows of a parameter, and forgets Adam's moments there."""
+    """Put rows of value into the chosen rows of a parameter, and forget Adam's moments there."""
     mask = chosen.view(-1, *[1] * (parameter.dim() - 1))
     parameter.copy_(torch.where(mask, value.to(parameter.dtype), parameter))
     for name in ("exp_avg", "exp_avg_sq"):

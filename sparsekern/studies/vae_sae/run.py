@@ -46,7 +46,7 @@ def run(
     resume: bool = False,
     on_metrics: Callable[[Mapping[str, Any]], object] | None = None,
 ) -> Report:
-    """Trains, evaluates and fills a run folder.
+    """Train, evaluate and fill a run folder.
 
     Besides what training writes (see training/runs.py), a finished run has results.json,
     history.png and reconstructions.png.
@@ -86,7 +86,7 @@ def run(
 
 
 def _probe(config: VAESAEConfig, device: torch.device) -> None:
-    """A step of a tiny model: a backend that cannot run fails before anything is written."""
+    """Run a step of a tiny model: a backend that cannot run fails before anything is written."""
     tiny = replace(config, latents=2, units=4, k_start=2, k_end=2, width=1, side=32)
     model = make_model(tiny, 1, 0.5).to(device)
     images = torch.zeros(2, 1, 32, 32, device=device)
@@ -95,8 +95,11 @@ def _probe(config: VAESAEConfig, device: torch.device) -> None:
 
 
 def _results(task: VAESAETask, place: RunFolder, outcome: Outcome) -> dict[str, Any]:
-    """The measurements at the end on top, those at the end of the schedule and before training
-    below, and what became of each unit."""
+    """Collect the measurements of a finished run.
+
+    Those at the end on top, those at the end of the schedule and before training below, and what
+    became of each unit.
+    """
     config, parts = task.config, task.parts
     epochs = place.read_metrics("epoch")
     device = parts.test.images.device.type
@@ -119,7 +122,7 @@ def _results(task: VAESAETask, place: RunFolder, outcome: Outcome) -> dict[str, 
 
 
 def _untrained(config: VAESAEConfig, parts: Parts) -> dict[str, Any]:
-    """The measurements of the model before its first step: what random weights give."""
+    """Measure the model before its first step: what random weights give."""
     images = parts.training.images
     model = make_model(config, images.shape[1], mean_pixel(images)).to(images.device).eval()
     return measures.measure(model, parts.test, config.seed, monte_carlo=False)
@@ -144,13 +147,13 @@ def _write_results(place: RunFolder, results: Mapping[str, Any], model: VAESAE, 
 
 
 def _pictures(images: torch.Tensor) -> Any:
-    """[n, C, side, side] -> what a plot takes: [n, side, side] or [n, side, side, 3]."""
+    """Arrange [n, C, side, side] as a plot takes it: [n, side, side] or [n, side, side, 3]."""
     shown = images.float().cpu()
     return (shown.squeeze(1) if shown.shape[1] == 1 else shown.permute(0, 2, 3, 1)).numpy()
 
 
 def table(results: Mapping[str, Any], config: VAESAEConfig) -> str:
-    """The final measurements as text for a terminal."""
+    """Format the final measurements for a terminal."""
     dead = results["dead"]
     backends = results["backends"]
     rows: list[tuple[str, str]] = [
@@ -182,7 +185,7 @@ def table(results: Mapping[str, Any], config: VAESAEConfig) -> str:
 
 
 def _published(config: VAESAEConfig) -> list[tuple[str, str]]:
-    """The study's own rate of dead units, for a run that sparsifies as far as the study."""
+    """List the study's own rate of dead units, for a run that sparsifies as far as the study."""
     rate = DEAD_UNITS.get((config.sparsifier, config.dataset))
     if rate is None or (config.units, config.k_start, config.k_end) != (500, 500, 50):
         return []
@@ -191,7 +194,7 @@ def _published(config: VAESAEConfig) -> list[tuple[str, str]]:
 
 
 def saved_config(folder: str | Path) -> VAESAEConfig:
-    """The config of the run in a folder.
+    """Read the config of the run in a folder.
 
     Raises:
         RunError: there is no run, or not one of this study.

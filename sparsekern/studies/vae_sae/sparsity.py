@@ -49,7 +49,7 @@ class L1Steering(nn.Module):
 
     @torch.no_grad()
     def update(self, l0: Tensor, target: float) -> None:
-        """Takes in the mean number of active units of a batch, a scalar."""
+        """Take in the mean number of active units of a batch, a scalar."""
         error = (l0.double().clamp_min(0.1) / target).log()
         low, high = math.log(WEAKEST), math.log(STRONGEST)
         stuck = ((self.level <= low) & (error < 0)) | ((self.level >= high) & (error > 0))
@@ -87,11 +87,11 @@ class ValidationGate(nn.Module):
         if self.steps == 0:
             return self.end
         share = int(self.passed) / self.steps
-        return round(self.start * (self.end / self.start) ** share)
+        return round(self.start * float((self.end / self.start) ** share))
 
     @torch.no_grad()
     def update(self, loss: float, epoch: int) -> None:
-        """Takes in the held-out loss after an epoch, counted from 0."""
+        """Take in the held-out loss after an epoch, counted from 0."""
         self.best.clamp_(max=loss)
         left = self.epochs - 1 - epoch
         due = self.steps - int(self.passed) >= left

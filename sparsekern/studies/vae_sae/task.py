@@ -38,15 +38,18 @@ class Trained(nn.Module):
         self.register_buffer("active", torch.zeros(shape, dtype=torch.bool))
 
     def death_epochs(self, count: int) -> list[int | None]:
-        """For each unit the last of the first count epochs, counted from 0, after which it was
-        active on the held-out images: -1 if after none, None if after the last of them."""
+        """Find for each unit the last epoch, from 0, after which it was active.
+
+        Of the first count epochs, on the held-out images: -1 if after none, None if after the last
+        of them.
+        """
         active = self.active[:count].cpu()
         last = torch.where(active, torch.arange(count).unsqueeze(1), -1).amax(0).tolist()
         return [None if epoch == count - 1 else epoch for epoch in last]
 
 
 def make_model(config: VAESAEConfig, channels: int, mean_pixel: float) -> VAESAE:
-    """The model of a run with the weights it starts from, on the CPU."""
+    """Make the model of a run with the weights it starts from, on the CPU."""
     with torch.random.fork_rng([]):
         torch.manual_seed(config.seed)
         return VAESAE(
@@ -84,7 +87,7 @@ class VAESAETask:
         self.optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
 
     def begin_epoch(self, epoch: int) -> dict[str, float]:
-        """Sets k."""
+        """Set k."""
         config = self.config
         self.resamples = epoch < revival.RESAMPLED_SHARE * config.epochs
         at, span = epoch - config.warm_epochs, config.epochs - config.warm_epochs
@@ -98,7 +101,10 @@ class VAESAETask:
         return {"k": k}
 
     def batches(self, epoch: int, first: int) -> Iterator[Tensor]:
-        """Row numbers, already on the device: no step waits for a copy."""
+        """Start an epoch at batch ``first``: row numbers, already on the device.
+
+        So no step waits for a copy.
+        """
         config = self.config
         order = list(permuted_rows(self.examples, config.batch_size, config.seed, epoch, first))
         if not order:
@@ -106,7 +112,7 @@ class VAESAETask:
         return iter(torch.cat(order).to(self.device).split(config.batch_size))
 
     def backward(self, batch: Tensor) -> dict[str, Tensor]:
-        """Gradients of the loss, then what L1 and the revival of dead units do in a step."""
+        """Add the gradients of the loss, then steer L1 and revive dead units."""
         config, l1 = self.config, self.model.l1
         images = pixels(self.parts.training.images[batch])
         output = self._forward(images)
@@ -129,9 +135,10 @@ class VAESAETask:
         return {name: value.detach() for name, value in scalars.items()}
 
     def _forward(self, images: Tensor) -> VAESAEOutput:
+        """Run the model, in bfloat16 where the config asks for it."""
         low = self.config.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=low):
-            output = self.vae(images)
+            output: VAESAEOutput = self.vae(images)
         if not low:
             return output
         # Sums over thousands of pixels need more digits.
@@ -142,6 +149,7 @@ class VAESAETask:
         )
 
     def _revive(self, output: VAESAEOutput) -> dict[str, Tensor]:
+        """Revive dead units; return scalars to log."""
         layer, sparse = self.vae.bottleneck, output.sparse
         dead = layer.activity.dead(self.config.dead_after)
         kind = self.config.revival
@@ -156,8 +164,10 @@ class VAESAETask:
         return {}
 
     def evaluate(self, epoch: int) -> Mapping[str, Any]:
-        """Measures on the held-out images; at the end of the schedule and of the run on the test
-        images, too, under "test"."""
+        """Measure on the held-out images.
+
+        At the end of the schedule and of the run on the test images, too, under "test".
+        """
         config, parts = self.config, self.parts
         found = measures.run_over(self.vae, parts.held_out.images)
         self.model.active[epoch] = found.activity.fired > 0
@@ -177,7 +187,7 @@ class VAESAETask:
         return facts
 
     def _wants_mig(self, epoch: int) -> bool:
-        """After the schedule little changes."""
+        """Tell whether MIG is due after an epoch; after the schedule little changes."""
         every = self.config.mig_every
         if epoch >= self.config.epochs:
             every *= LATER_MIG

@@ -38,7 +38,7 @@ def write(
     failed: Mapping[str, str],
     total: int,
 ) -> None:
-    """Writes report.md, report.html, figures and CSV files, each atomically; replaces older ones.
+    """Write report.md, report.html, figures and CSV files, each atomically; replaces older ones.
 
     Args:
         folder: of the reproduction, with its run folders.
@@ -70,6 +70,7 @@ def write(
 
 
 def _fill(document: Document, folder: Path, measured: Measured, asked: Mapping[str, Any]) -> None:
+    """Add all sections."""
     facts = {
         "sparsekern": __version__,
         "torch": torch.__version__,
@@ -119,7 +120,7 @@ def _state(
     failed: Mapping[str, str],
     total: int,
 ) -> None:
-    """What is missing and what failed."""
+    """Say what is missing and what failed."""
     if len(found) == total:
         document.add(Paragraph(f"Complete: {counted(total, 'cell')}."))
         return

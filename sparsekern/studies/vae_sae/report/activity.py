@@ -23,16 +23,19 @@ PHASES = ("never alive", "before k cut", "while k cut")
 
 
 def scheduled_epochs(content: Content) -> Sequence[Mapping[str, Any]]:
-    """The epoch records of the schedule."""
-    return content["epochs"][: content["config"]["epochs"]]
+    """List the epoch records of the schedule."""
+    records: Sequence[Mapping[str, Any]] = content["epochs"]
+    return records[: content["config"]["epochs"]]
 
 
 # -- active units ----------------------------------------------------------------------------------
 
 
 def binding(content: Content) -> int | None:
-    """The first epoch, from 0, in which k cut active units: k is below the number of units, and L0
-    after the epoch at least 0.95 k. None where it never did."""
+    """Find the first epoch, from 0, in which k cut active units; None where it never did.
+
+    There k is below the number of units, and L0 after the epoch at least 0.95 k.
+    """
     units = content["config"]["units"]
     for at, record in enumerate(scheduled_epochs(content)):
         if record["k"] < units and record["eval_l0"] >= BINDS_AT * record["k"]:
@@ -56,7 +59,7 @@ class Cut(NamedTuple):
 
 
 def cut(content: Content) -> Cut:
-    """What the schedule did to the number of active units."""
+    """Summarise what the schedule did to the number of active units."""
     records = scheduled_epochs(content)
     at = binding(content)
     before = records[(len(records) if at is None else max(at, 1)) - 1]
@@ -81,7 +84,7 @@ class Lag(NamedTuple):
 
 
 def lag(content: Content) -> Lag:
-    """The largest relative distance of L0 from k over the last fifth of the schedule."""
+    """Find the largest relative distance of L0 from k over the last fifth of the schedule."""
     records = scheduled_epochs(content)
     first = len(records) - max(1, round(LAST_SHARE * len(records)))
     found = [
@@ -92,8 +95,10 @@ def lag(content: Content) -> Lag:
 
 
 def strengths(content: Content) -> tuple[float, float] | None:
-    """Mean strength of L1 in the last epoch of the schedule and in the last one of the run; None
-    where there are no further epochs, or no strength was written."""
+    """Look up the mean strength of L1 in the last epochs of the schedule and of the run.
+
+    None where there are no further epochs, or no strength was written.
+    """
     last, settled = scheduled_epochs(content)[-1], content["epochs"][-1]
     if not content["config"]["extra_epochs"] or "strength" not in last:
         return None
@@ -104,8 +109,9 @@ def strengths(content: Content) -> tuple[float, float] | None:
 
 
 def phase_of_units(content: Content) -> list[str | None]:
-    """For each unit the phase in which it fell silent for the rest of the schedule, None for one
-    that is active after its last epoch.
+    """Find for each unit the phase in which it fell silent for the rest of the schedule.
+
+    None for one that is active after its last epoch.
 
     "never alive" was active on the held-out images after no epoch. "before k cut": its first epoch
     without activity lies before that in which k began to cut active units. Else "while k cut".
@@ -123,37 +129,43 @@ def phase_of_units(content: Content) -> list[str | None]:
 
 
 def phases(content: Content) -> dict[str, float]:
-    """Share of all units in each of :data:`PHASES`; their sum is :func:`silent`."""
+    """Compute the share of all units in each of :data:`PHASES`; they add up to :func:`silent`."""
     found = phase_of_units(content)
     return {phase: found.count(phase) / len(found) for phase in PHASES}
 
 
 def early(content: Content) -> float:
-    """Share of units that fell silent for good before k cut anything, or were never alive in a
-    schedule whose k did not cut from the first epoch on."""
+    """Compute the share of units that fell silent for good before k cut anything.
+
+    Those that were never alive count, too, in a schedule whose k did not cut from the first epoch
+    on.
+    """
     found = phases(content)
     return found[PHASES[1]] + (0.0 if binding(content) == 0 else found[PHASES[0]])
 
 
 def silent(content: Content) -> float:
-    """Share of units without activity after the last epoch of the schedule."""
+    """Compute the share of units without activity after the last epoch of the schedule."""
     deaths = content["results"]["death_epoch"]
     return sum(last is not None for last in deaths) / len(deaths)
 
 
 def silent_after_a_tenth(content: Content) -> float:
-    """The same after a tenth of the schedule."""
+    """Look up the share of silent units after a tenth of the schedule."""
     records = scheduled_epochs(content)
-    return records[max(1, int(EARLY_SHARE * len(records))) - 1]["eval_dead"]
+    return float(records[max(1, int(EARLY_SHARE * len(records))) - 1]["eval_dead"])
 
 
 def silent_before_cut(content: Content) -> float:
-    """The same after the last epoch before k cut; 0 where k cut from the first epoch on."""
+    """Look up the share of silent units after the last epoch before k cut.
+
+    0 where k cut from the first epoch on.
+    """
     at = binding(content)
     records = scheduled_epochs(content)
     if at is None:
-        return records[-1]["eval_dead"]
-    return records[at - 1]["eval_dead"] if at else 0.0
+        return float(records[-1]["eval_dead"])
+    return float(records[at - 1]["eval_dead"]) if at else 0.0
 
 
 class Parts(NamedTuple):
@@ -169,7 +181,7 @@ class Parts(NamedTuple):
 
 
 def parts(measured: Measured, dataset: str, arm: str) -> Parts | None:
-    """Of an arm's silent units; None without cells of the arm and of the dense control."""
+    """Split an arm's silent units; None without cells of the arm and of the dense control."""
     whole = measured.spread(dataset, arm, silent)
     dense = measured.spread(dataset, "dense", silent)
     if whole is None or dense is None:
@@ -179,8 +191,11 @@ def parts(measured: Measured, dataset: str, arm: str) -> Parts | None:
 
 
 def shared_epochs(measured: Measured, dataset: str, arm: str) -> int:
-    """After how many epochs runs of the arm and of the dense control with the same seed were still
-    the same, by their held-out measurements: the least over the seeds, 0 without a pair."""
+    """Count the epochs that an arm and the dense control share: the least over the seeds.
+
+    After those, runs with the same seed were still the same by their held-out measurements; 0
+    without a pair.
+    """
     one, two = measured.of(dataset, arm), measured.of(dataset, "dense")
     counts = []
     for seed in set(one) & set(two):
@@ -191,6 +206,6 @@ def shared_epochs(measured: Measured, dataset: str, arm: str) -> int:
 
 
 def mean_of(values: Sequence[float | None]) -> Spread | None:
-    """Over the seeds, where every seed has a value."""
+    """Average over the seeds, where every seed has a value."""
     known = [value for value in values if value is not None]
     return spread(known) if known and len(known) == len(values) else None

@@ -16,7 +16,7 @@ from .tables import differing
 
 
 def every_arm(document: Document, measured: Measured) -> None:
-    """Reconstruction, KL, L0, MIG and dead units of each."""
+    """Add reconstruction, KL, L0, MIG and dead units of each arm."""
     rows = [
         [
             named(arm),
@@ -42,11 +42,12 @@ def every_arm(document: Document, measured: Measured) -> None:
 
 
 def _yes(value: bool | None) -> str:
+    """Say a verdict."""
     return "not decided (1 seed)" if value is None else "yes" if value else "no"
 
 
 def cures(document: Document, measured: Measured) -> None:
-    """Pareto plot, table and verdicts."""
+    """Add the Pareto plot, the tables and the verdicts of cures."""
     document.add(Heading("Cures"))
     arms = measured.of_group("cure")
     if not arms:
@@ -73,6 +74,7 @@ def cures(document: Document, measured: Measured) -> None:
 
 
 def _cures_of(document: Document, measured: Measured, dataset: str, arms: list[str]) -> None:
+    """Add the tables of cures of a data set."""
     shares, verdicts = [], []
     for arm in (UNCURED, *arms):
         if not measured.has(dataset, arm):
@@ -114,13 +116,14 @@ def _cures_of(document: Document, measured: Measured, dataset: str, arms: list[s
 
 
 def _against_uncured(measured: Measured, dataset: str, arm: str, name: str) -> str:
+    """Format the difference of an arm from the uncured one."""
     get, digits = (mig_score, 3) if name == "mig" else (scheduled(name), 1)
     difference = measured.difference(dataset, arm, UNCURED, get)
     return "" if difference is None else difference.brief(digits)
 
 
 def _idle(measured: Measured, arm: str) -> str:
-    """A warning where the revival of dead units cannot have begun during the schedule."""
+    """Warn where the revival of dead units cannot have begun during the schedule."""
     for cell, content in measured.cells.items():
         config = content["config"]
         seen = config["images"] * config["epochs"]
@@ -133,6 +136,7 @@ def _idle(measured: Measured, arm: str) -> str:
 
 
 def _numbers(measured: Measured, dataset: str, arm: str) -> list[str]:
+    """Format dead units, reconstruction and MIG of an arm."""
     return [
         measured.known(dataset, arm, never).percent(),
         measured.known(dataset, arm, scheduled("reconstruction")).text(1),
@@ -141,7 +145,7 @@ def _numbers(measured: Measured, dataset: str, arm: str) -> list[str]:
 
 
 def sensitivity(document: Document, measured: Measured, asked: Mapping[str, Any]) -> None:
-    """Placements and schedules."""
+    """Add placements and schedules."""
     document.add(Heading("Sensitivity to placement and schedule"))
     arms = [*measured.of_group("placement"), *measured.of_group("schedule")]
     if not arms:

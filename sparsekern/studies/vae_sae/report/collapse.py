@@ -25,7 +25,7 @@ from .summary import Content, Measured, after, mig_score, never, returned, sched
 
 
 def active_units(document: Document, measured: Measured) -> None:
-    """L0 and k, and from when on k cuts."""
+    """Add L0 and k, and from when on k cuts."""
     document.add(Heading("Active units"))
     if any(arm in measured.arms for arm in figures.STUDY_AND_CONTROLS):
         document.picture(
@@ -60,7 +60,7 @@ def active_units(document: Document, measured: Measured) -> None:
 
 
 def courses(document: Document, measured: Measured) -> None:
-    """Dead share against epoch and k, when units died, and MIG."""
+    """Add dead share against epoch and k, when units died, and MIG."""
     document.add(Heading("Dead units during training"))
     if not any(arm in measured.arms for arm in figures.STUDY_AND_CONTROLS):
         document.add(Paragraph("Left out: neither an arm of the study nor a control was run."))
@@ -96,6 +96,7 @@ def courses(document: Document, measured: Measured) -> None:
 
 
 def _deaths(document: Document, measured: Measured) -> None:
+    """Add when units died."""
     document.add(Heading("When units died"))
     document.picture(
         "deaths",
@@ -155,6 +156,7 @@ def _deaths(document: Document, measured: Measured) -> None:
 
 
 def _mig_table(document: Document, measured: Measured) -> None:
+    """Add MIG at the end of the schedule."""
     rows = []
     for arm, dataset in measured.columns(figures.STUDY_AND_CONTROLS):
         cells = list(measured.of(dataset, arm).values())
@@ -174,7 +176,7 @@ def _mig_table(document: Document, measured: Measured) -> None:
 
 
 def further_epochs(document: Document, measured: Measured) -> None:
-    """What the epochs after the schedule bring."""
+    """Add what the epochs after the schedule bring."""
     rows, changes = [], []
     epochs = set()
     for arm, dataset in measured.columns(STUDY):
@@ -211,6 +213,7 @@ def further_epochs(document: Document, measured: Measured) -> None:
 
 
 def _before_and_after(name: str, cells: list[Content]) -> list[list[str]]:
+    """List the measurements at the end of the schedule and at the end of the run."""
     texts: list[tuple[Callable[[Content], float], Callable[[Spread], str]]] = [
         (never, Spread.percent),
         (scheduled("reconstruction"), Spread.text),

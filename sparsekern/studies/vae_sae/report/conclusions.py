@@ -32,13 +32,14 @@ from .summary import (
 
 
 def conclusions(measured: Measured) -> dict[str, list[str]]:
-    """Sentences by what they are about: each data set, then the study's claims and the cures."""
+    """Write sentences by what they are about: each data set, then the claims and the cures."""
     found = {SETS[dataset]: list(_of_dataset(measured, dataset)) for dataset in measured.datasets}
     found["The study's orderings, and the cures"] = [*_orderings(measured), *_cures(measured)]
     return {title: texts for title, texts in found.items() if texts}
 
 
 def _of_dataset(measured: Measured, dataset: str) -> Iterator[str]:
+    """Say everything about a data set."""
     parts: tuple[Callable[[Measured, str], Iterator[str]], ...] = (
         on_collapse.active_units,
         on_collapse.without_sparsification,
@@ -60,6 +61,7 @@ def _of_dataset(measured: Measured, dataset: str) -> Iterator[str]:
 
 
 def _mig(measured: Measured, dataset: str) -> Iterator[str]:
+    """Say how large MIG is and whether training raised it."""
     for arm in STUDY:
         cells = list(measured.of(dataset, arm).values())
         if not cells:
@@ -80,6 +82,7 @@ def _mig(measured: Measured, dataset: str) -> Iterator[str]:
 
 
 def _mig_against_dense(measured: Measured, dataset: str, arm: str) -> Iterator[str]:
+    """Say whether MIG differs from that of the dense control."""
     difference = measured.difference(dataset, arm, "dense", mig_score)
     if difference is None:
         return
@@ -98,7 +101,10 @@ def _mig_against_dense(measured: Measured, dataset: str, arm: str) -> Iterator[s
 
 
 def _mig_along(measured: Measured, dataset: str, arm: str) -> Iterator[str]:
-    """From the last estimate before k cut to the end of the schedule, in the same runs."""
+    """Say how MIG moved from the last estimate before k cut to the end of the schedule.
+
+    In the same runs.
+    """
     pairs, before, runs = [], [], []
     for content in measured.of(dataset, arm).values():
         records = by_k(content, "mig")
@@ -127,6 +133,7 @@ def _mig_along(measured: Measured, dataset: str, arm: str) -> Iterator[str]:
 
 
 def _selectivity(measured: Measured, dataset: str) -> Iterator[str]:
+    """Say how selective living units are."""
     lower = False
     for arm in STUDY:
         one = measured.spread(dataset, arm, median_selectivity)
@@ -154,6 +161,7 @@ def _selectivity(measured: Measured, dataset: str) -> Iterator[str]:
 
 
 def _definitions(measured: Measured, dataset: str) -> Iterator[str]:
+    """Say how much the dead share depends on the definition."""
     for arm in STUDY:
         shares = measured.panel(dataset, arm)
         if not shares:
@@ -172,6 +180,7 @@ def _definitions(measured: Measured, dataset: str) -> Iterator[str]:
 
 
 def _sampled(measured: Measured, dataset: str) -> Iterator[str]:
+    """Say what drawing z changes."""
     contents = [c for arm in STUDY for c in measured.of(dataset, arm).values()]
     if contents and contents[0]["config"]["placement"] == "encoder":
         yield "the sparse layer sits before z, so drawing z changes nothing about its dead units."
@@ -190,6 +199,7 @@ def _sampled(measured: Measured, dataset: str) -> Iterator[str]:
 
 
 def _orderings(measured: Measured) -> Iterator[str]:
+    """Say whether the study's orderings are seen."""
     for arm in STUDY:
         one = measured.spread("shapes3d", arm, never)
         two = measured.spread("dsprites", arm, never)
@@ -210,10 +220,12 @@ def _orderings(measured: Measured) -> Iterator[str]:
 
 
 def _never_after(content: Content) -> float:
+    """Return the share of units that are active on no test image at the end of the run."""
     return never(after(content))
 
 
 def _ordering(claim: str, one: Spread, two: Spread) -> str:
+    """Say whether a claimed ordering is seen."""
     difference = welch(one, two)
     words = {
         None: f"is not decided ({NO_INTERVAL})",
@@ -227,6 +239,7 @@ def _ordering(claim: str, one: Spread, two: Spread) -> str:
 
 
 def _cures(measured: Measured) -> Iterator[str]:
+    """Say which cures there are."""
     cures = measured.of_group("cure")
     if not cures:
         return
@@ -251,6 +264,7 @@ def _cures(measured: Measured) -> Iterator[str]:
 
 
 def _blind(measured: Measured, cures: list[str]) -> Iterator[str]:
+    """Say where the MIG of the uncured arm scatters too widely to decide."""
     for dataset in measured.datasets:
         found = [measured.verdict(dataset, cure) for cure in cures]
         if any(v is not None and v.blind for v in found):
@@ -263,6 +277,7 @@ def _blind(measured: Measured, cures: list[str]) -> Iterator[str]:
 
 
 def _by_other_definitions(measured: Measured, dataset: str, cure: str) -> str:
+    """Say what a cure is worth by each definition."""
     one, two = (measured.panel(dataset, arm) for arm in (cure, UNCURED))
     shares = "; ".join(
         f"{definition(name)}: {one[name].percent()} against {two[name].percent()} %"

@@ -46,24 +46,24 @@ STUDY_AND_CONTROLS = ("topk", "l1", "dense", "fixed")
 
 
 def named(arm: str) -> str:
-    """An arm's name in figures and tables."""
+    """Name an arm in figures and tables."""
     return NAMES.get(arm, arm)
 
 
 def definition(name: str) -> str:
-    """A definition of dead units in words: "frequency<1e-02" -> "frequency < 0.01"."""
+    """Put a definition of dead units in words: "frequency<1e-02" -> "frequency < 0.01"."""
     kind, less, threshold = name.partition("<")
     return f"{kind} < {float(threshold):g}" if less else f"{kind} active"
 
 
 def new_figure(height: float, rows: int, columns: int, **options: Any) -> tuple[Any, Any]:
-    """A figure of a report's width and this height in inches, and its panels [rows, columns]."""
+    """Make a figure of a report's width and this height in inches, with panels [rows, columns]."""
     figure = sized_figure(WIDTH, height, DOTS_PER_INCH)
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def legend_below(figure: Any, panels: Any, columns: int = 4) -> None:
-    """One legend for all panels."""
+    """Draw one legend for all panels."""
     entries: dict[str, Any] = {}
     for panel in np.ravel(panels):
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
@@ -76,6 +76,7 @@ def legend_below(figure: Any, panels: Any, columns: int = 4) -> None:
 
 
 def plain(panel: Any) -> None:
+    """Give a panel the style of all: a light grid, two spines, small labels."""
     panel.grid(alpha=0.25, linewidth=0.6)
     panel.spines[["top", "right"]].set_visible(False)
     panel.tick_params(labelsize=8)
@@ -91,7 +92,7 @@ def band(
     runs: Sequence[Sequence[float]],
     limits: tuple[float, float | None] = (0, 100),
 ) -> None:
-    """Mean of runs with a band of one standard deviation, within limits."""
+    """Draw the mean of runs with a band of one standard deviation, within limits."""
     values = np.array(runs, dtype=float)
     mean = values.mean(0)
     panel.plot(x, mean, color=COLOURS[arm], label=named(arm), linewidth=1.6)
@@ -102,7 +103,7 @@ def band(
 
 
 def mark_end(panel: Any, epoch: int) -> None:
-    """A line where the schedule ends."""
+    """Draw a line where the schedule ends."""
     panel.axvline(epoch, color="black", linestyle=":", linewidth=1)
     panel.annotate(
         "end of schedule", (epoch, 1), xycoords=("data", "axes fraction"), fontsize=7,
@@ -111,7 +112,7 @@ def mark_end(panel: Any, epoch: int) -> None:
 
 
 def dead_by_epoch(measured: Measured) -> bytes:
-    """Never active on the held-out images after each epoch."""
+    """Draw the units never active on the held-out images after each epoch."""
     figure, panels = new_figure(3.4, 1, len(measured.datasets), sharey=True)
     for panel, dataset in zip(panels[0], measured.datasets, strict=True):
         ends = set()
@@ -133,20 +134,22 @@ def dead_by_epoch(measured: Measured) -> bytes:
 
 
 def by_k(content: Content, name: str) -> dict[int, Mapping[str, Any]]:
-    """The last record of the schedule at each k that has a value of this name."""
+    """Find the last record of the schedule at each k that has a value of this name."""
     records = content["epochs"][: content["config"]["epochs"]]
     return {record["k"]: record for record in records if name in record}
 
 
-def _over_k(measured: Measured, dataset: str, arm: str, name: str) -> tuple[list[int], list]:
-    """The k that all seeds went through, and for each seed its records at them."""
+def _over_k(
+    measured: Measured, dataset: str, arm: str, name: str
+) -> tuple[list[int], list[list[Mapping[str, Any]]]]:
+    """Find the k that all seeds went through, and for each seed its records at them."""
     runs = [by_k(content, name) for content in measured.of(dataset, arm).values()]
     shared = sorted(set(runs[0]).intersection(*runs)) if runs else []
     return shared, [[run[k] for k in shared] for run in runs]
 
 
 def dead_by_k(measured: Measured) -> bytes:
-    """Never active on the held-out images against k, down to the end of the schedule."""
+    """Draw the units never active on the held-out images against k, during the schedule."""
     figure, panels = new_figure(3.4, 1, len(measured.datasets), sharey=True)
     for panel, dataset in zip(panels[0], measured.datasets, strict=True):
         for arm in STUDY:
@@ -173,14 +176,14 @@ def dead_by_k(measured: Measured) -> bytes:
 
 
 def has_mig_records(measured: Measured) -> bool:
-    """Whether MIG was estimated during the training of an arm of the study."""
+    """Tell whether MIG was estimated during the training of an arm of the study."""
     return any(
         by_k(content, "mig") for cell, content in measured.cells.items() if cell.arm in STUDY
     )
 
 
 def mig_by_k(measured: Measured) -> bytes:
-    """MIG of the mean code during the schedule, with the levels of controls."""
+    """Draw MIG of the mean code during the schedule, with the levels of controls."""
     figure, panels = new_figure(3.6, 1, len(measured.datasets))
     for panel, dataset in zip(panels[0], measured.datasets, strict=True):
         for arm in STUDY:
@@ -213,6 +216,7 @@ def mig_by_k(measured: Measured) -> bytes:
 
 
 def _levels() -> list[tuple[str, str, str, str | None, Callable[[Content], float]]]:
+    """List the levels of controls: label, colour, style, arm and getter."""
     return [
         ("dense, last epoch", GREY, "--", "dense", mig_score),
         ("untrained", "black", "-.", None, untrained_mig),
@@ -221,7 +225,7 @@ def _levels() -> list[tuple[str, str, str, str | None, Callable[[Content], float
 
 
 def panel_map(measured: Measured, dataset: str) -> bytes:
-    """Dead share of each arm under each definition, as a heat map."""
+    """Draw the dead share of each arm under each definition, as a heat map."""
     arms = [arm for arm in measured.arms if measured.has(dataset, arm)]
     shares = [measured.panel(dataset, arm) for arm in arms]
     rows = [[found[n].mean for n in shares[0]] for found in shares]
@@ -248,7 +252,7 @@ def panel_map(measured: Measured, dataset: str) -> bytes:
 
 
 def selectivity(measured: Measured) -> bytes:
-    """Distribution of the selectivity of living units, before and after."""
+    """Draw the distribution of the selectivity of living units, before and after."""
     figure, panels = new_figure(3.5, 1, len(measured.datasets), sharey=True)
     for panel, dataset in zip(panels[0], measured.datasets, strict=True):
         for label, colour, style, units in unit_sets(measured, dataset):
@@ -266,14 +270,14 @@ def selectivity(measured: Measured) -> bytes:
 
 
 def first_arm(measured: Measured, dataset: str) -> str:
-    """An arm of a data set, Top-k if it was run; untrained, most arms are the same model."""
+    """Choose an arm of a data set, Top-k if it was run; untrained, most are the same model."""
     return next(arm for arm in measured.arms if measured.has(dataset, arm))
 
 
 def unit_sets(
     measured: Measured, dataset: str
 ) -> list[tuple[str, str, str, list[Mapping[str, Any]]]]:
-    """Label, colour, line style and the units of each seed: untrained, then by arm."""
+    """List label, colour, line style and the units of each seed: untrained, then by arm."""
     first = measured.of(dataset, first_arm(measured, dataset))
     untrained = [c["results"]["untrained"]["units"] for c in first.values()]
     sets = [("untrained", "black", "-.", untrained)]
@@ -285,7 +289,7 @@ def unit_sets(
 
 
 def pareto(measured: Measured) -> bytes:
-    """Never active against reconstruction: the cures, what they cure and the controls."""
+    """Draw never active units against reconstruction: the cures, Top-k and the controls."""
     figure, panels = new_figure(4.4, 1, len(measured.datasets), sharey=True)
     for panel, dataset in zip(panels[0], measured.datasets, strict=True):
         cures = measured.of_group("cure")

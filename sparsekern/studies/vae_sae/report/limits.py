@@ -15,14 +15,14 @@ SEEDS_FOR_SPREAD = 3
 
 
 def changed_settings(asked: Mapping[str, Any]) -> dict[str, str]:
-    """The settings that the request overrides, with what the preset has in their place."""
+    """Find the settings that the request overrides, with what the preset has in their place."""
     base = cell_config(Cell(asked["datasets"][0], "topk", 0), asked["preset"], {}, None)
     pairs = ((name, value, getattr(base, name)) for name, value in asked["overrides"].items())
     return {name: str(preset) for name, value, preset in pairs if value != preset}
 
 
 def limits(measured: Measured, changed: Mapping[str, str]) -> list[str]:
-    """What cannot be concluded.
+    """Say what cannot be concluded.
 
     Args:
         measured: the cells.
@@ -71,6 +71,7 @@ def limits(measured: Measured, changed: Mapping[str, str]) -> list[str]:
 
 
 def _of_images(measured: Measured) -> Iterator[str]:
+    """Say what the images leave open."""
     configs = [content["config"] for content in measured.cells.values()]
     sides = sorted({config["side"] for config in configs})
     if sides[0] < 64:
@@ -93,6 +94,6 @@ def _of_images(measured: Measured) -> Iterator[str]:
 
 
 def is_rendered(measured: Measured, dataset: str) -> bool:
-    """Whether images of a data set came from no file."""
+    """Tell whether images of a data set came from no file."""
     return any(c.dataset == dataset and v["config"]["data"] is None
                for c, v in measured.cells.items())  # fmt: skip

@@ -41,12 +41,12 @@ NOT_SHOWN = "no difference shown"
 
 
 def in_words(difference: Difference, more: str, less: str) -> str:
-    """What an interval shows: one of the words, or that it shows nothing."""
+    """Say what an interval shows: one of the words, or that it shows nothing."""
     return {1: more, -1: less, 0: NOT_SHOWN, None: NO_INTERVAL}[difference.shown]
 
 
 def span(values: list[int]) -> str:
-    """As "36", or "35 to 37"."""
+    """Format a range as "36", or "35 to 37"."""
     low, high = min(values), max(values)
     return str(low) if low == high else f"{low} to {high}"
 
@@ -55,7 +55,7 @@ def span(values: list[int]) -> str:
 
 
 def active_units(measured: Measured, dataset: str) -> Iterator[str]:
-    """What ReLU leaves active, and from when on k cuts."""
+    """Say what ReLU leaves active, and from when on k cuts."""
     for arm in STUDY:
         cells = list(measured.of(dataset, arm).values())
         if cells:
@@ -64,6 +64,7 @@ def active_units(measured: Measured, dataset: str) -> Iterator[str]:
 
 
 def _real_cut(arm: str, cuts: list[Cut], config: Mapping[str, Any]) -> str:
+    """Say from when on k cuts active units under an arm."""
     first = spread(c.first for c in cuts)
     last = spread(c.last for c in cuts)
     start = (
@@ -89,7 +90,7 @@ def _real_cut(arm: str, cuts: list[Cut], config: Mapping[str, Any]) -> str:
 
 
 def without_sparsification(measured: Measured, dataset: str) -> Iterator[str]:
-    """The dense control."""
+    """Say how many units are dead in the dense control."""
     dense = measured.spread(dataset, "dense", never)
     if dense is None:
         yield (
@@ -106,7 +107,7 @@ def without_sparsification(measured: Measured, dataset: str) -> Iterator[str]:
 
 
 def by_part(measured: Measured, dataset: str) -> Iterator[str]:
-    """Which part of the collapse came early, and which goes with sparsification."""
+    """Say which part of the collapse came early, and which goes with sparsification."""
     for arm in STUDY:
         cells = list(measured.of(dataset, arm).values())
         if not cells:
@@ -123,6 +124,7 @@ def by_part(measured: Measured, dataset: str) -> Iterator[str]:
 
 
 def _when(measured: Measured, dataset: str, arm: str, whole: Spread) -> str:
+    """Say when units fell silent under an arm."""
     cells = measured.of(dataset, arm).values()
     shares = {phase: spread(phases(c)[phase] for c in cells) for phase in PHASES}
     words = ", ".join(f"{s.percent()} % {phase}" for phase, s in shares.items())
@@ -140,6 +142,8 @@ def _when(measured: Measured, dataset: str, arm: str, whole: Spread) -> str:
 
 
 def _sum(arm: str, found: Parts) -> str:
+    """Say what the parts of the silent units add up to."""
+
     def of(part: float) -> str:
         return f"{100 * part:.1f} ({100 * part / found.whole.mean:.0f} %)"
 
@@ -167,6 +171,7 @@ def _sum(arm: str, found: Parts) -> str:
 
 
 def _same_run(measured: Measured, dataset: str, arm: str) -> Iterator[str]:
+    """Say for how long an arm and the dense control are the same run."""
     count = shared_epochs(measured, dataset, arm)
     if count:
         yield (
@@ -176,7 +181,7 @@ def _same_run(measured: Measured, dataset: str, arm: str) -> Iterator[str]:
 
 
 def fixed(measured: Measured, dataset: str) -> Iterator[str]:
-    """The final k from the start against the schedule."""
+    """Compare the final k from the start with the schedule."""
     difference = measured.difference(dataset, "fixed", "topk", never)
     if difference is not None:
         words = in_words(
@@ -194,7 +199,7 @@ def fixed(measured: Measured, dataset: str) -> Iterator[str]:
 
 
 def steering(measured: Measured, dataset: str) -> Iterator[str]:
-    """Whether L0 under L1 followed k, and whether the end of the schedule is a transient."""
+    """Say whether L0 under L1 followed k, and whether the end of the schedule is a transient."""
     cells = measured.of(dataset, "l1")
     if not cells:
         return
@@ -220,6 +225,7 @@ def steering(measured: Measured, dataset: str) -> Iterator[str]:
 
 
 def _transient(cells: list[Content]) -> Iterator[str]:
+    """Say whether the strength of L1 had settled."""
     pairs = [pair for pair in map(strengths, cells) if pair is not None]
     if not pairs:
         return
@@ -240,7 +246,7 @@ def _transient(cells: list[Content]) -> Iterator[str]:
 
 
 def further_epochs(measured: Measured, dataset: str) -> Iterator[str]:
-    """Who came back and who died, and what else changed."""
+    """Say who came back and who died, and what else changed."""
     for arm in STUDY:
         cells = [c for c in measured.of(dataset, arm).values() if c["config"]["extra_epochs"]]
         if not cells:
@@ -262,6 +268,8 @@ def further_epochs(measured: Measured, dataset: str) -> Iterator[str]:
 
 
 def _changed(arm: str, cells: list[Content], epochs: str) -> str:
+    """Say what the further epochs changed."""
+
     def of(get: Getter) -> Difference:
         return change(spread(get(after(c)) - get(c) for c in cells))
 

@@ -44,7 +44,7 @@ class Seen:
 
 
 def test_images(config: VAESAEConfig, count: int) -> Tensor:
-    """The first test images of a run, uint8 [count, C, side, side]: those of images.read."""
+    """Make the first test images of a run, uint8 [count, C, side, side]: those of images.read."""
     if config.data is not None:
         return read(config, torch.device("cpu")).test.images[:count]
     # Those before them, up to 700,000, need not be rendered.
@@ -57,7 +57,7 @@ def test_images(config: VAESAEConfig, count: int) -> Tensor:
 
 @torch.no_grad()
 def look(model: VAESAE, images: Tensor) -> Seen:
-    """Reconstructions of the first images and traversals from the first one's code.
+    """Reconstruct the first images, and traverse the latents from the first one's code.
 
     Args:
         model: in evaluation mode.
@@ -82,7 +82,7 @@ def look(model: VAESAE, images: Tensor) -> Seen:
 
 
 def seen_by(content: Mapping[str, Any], folder: Path) -> Seen:
-    """What the model in a run folder makes of its test images, on the CPU.
+    """Load the model in a run folder and look at its test images, on the CPU.
 
     Args:
         content: config and results of the cell.
@@ -105,6 +105,7 @@ def seen_by(content: Mapping[str, Any], folder: Path) -> Seen:
 
 
 def _show(panel: Any, picture: Tensor) -> None:
+    """Draw a picture [C, side, side]."""
     shown = picture.permute(1, 2, 0).numpy()
     panel.imshow(shown.squeeze(-1) if shown.shape[-1] == 1 else shown, cmap="gray", vmin=0, vmax=1)
     panel.set(xticks=[], yticks=[])
@@ -112,7 +113,7 @@ def _show(panel: Any, picture: Tensor) -> None:
 
 
 def reconstructions(seen: Seen, dataset: str) -> bytes:
-    """Images above what the model makes of them."""
+    """Draw images above what the model makes of them."""
     count = len(seen.images)
     figure, panels = new_figure(2.7, 2, count)
     for row, (label, pictures) in enumerate(
@@ -126,7 +127,7 @@ def reconstructions(seen: Seen, dataset: str) -> bytes:
 
 
 def traversals(seen: Seen, dataset: str) -> bytes:
-    """One row a latent, its value from -2 to 2."""
+    """Draw one row a latent, its value from -2 to 2."""
     rows, steps = seen.traversals.shape[:2]
     figure, panels = new_figure(0.5 + 0.9 * rows, rows, steps)
     for row, (latent, divergence) in enumerate(zip(seen.latents, seen.divergences, strict=True)):

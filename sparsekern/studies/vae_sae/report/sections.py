@@ -30,7 +30,7 @@ from .tables import FACTORS, protocol_rows
 
 
 def command(asked: Mapping[str, Any], call: Mapping[str, Any] | None = None) -> str:
-    """The command line that asks for a reproduction again, or for one of its calls."""
+    """Write the command line that asks for a reproduction again, or for one of its calls."""
     call = asked if call is None else call
     words = ["sparsekern", "reproduce", "vae-sae", "--preset", asked["preset"]]
     words += ["--datasets", *call["datasets"], "--arms", *call["arms"]]
@@ -45,7 +45,7 @@ def command(asked: Mapping[str, Any], call: Mapping[str, Any] | None = None) -> 
 def what_was_run(
     document: Document, measured: Measured, asked: Mapping[str, Any], facts: Mapping[str, str]
 ) -> None:
-    """The paragraph on the runs and the command; facts: versions and date, by name."""
+    """Add the paragraph on the runs and the command; facts: versions and date, by name."""
     results = [content["results"] for content in measured.cells.values()]
     data = []
     for dataset in measured.datasets:
@@ -77,7 +77,7 @@ def what_was_run(
 
 
 def main_table(document: Document, measured: Measured) -> None:
-    """Published beside ours, and the panel."""
+    """Add the published rates beside ours, and the panel."""
     document.add(Heading("Dead units: the study's numbers and ours"))
     columns = measured.columns(STUDY)
     if columns:
@@ -129,13 +129,14 @@ def main_table(document: Document, measured: Measured) -> None:
 
 
 def _missing(document: Document, measured: Measured, arms: tuple[str, ...]) -> None:
+    """Say which arms were not run."""
     absent = [named(arm) for arm in arms if arm not in measured.arms]
     if absent:
         document.add(Paragraph(f"Left out, since not run: {', '.join(absent)}."))
 
 
 def local_interpretability(document: Document, measured: Measured) -> None:
-    """Selectivity and factors of living units."""
+    """Add selectivity and factors of living units."""
     document.add(Heading("What living units stand for"))
     document.picture(
         "selectivity",
@@ -165,7 +166,7 @@ def local_interpretability(document: Document, measured: Measured) -> None:
 
 
 def looks(document: Document, measured: Measured, folder: Path) -> None:
-    """Reconstructions and traversals of one Top-k cell of each data set."""
+    """Add reconstructions and traversals of one Top-k cell of each data set."""
     document.add(Heading("Reconstructions and traversals"))
     for dataset in measured.datasets:
         cells = measured.of(dataset, "topk")
@@ -194,7 +195,7 @@ def looks(document: Document, measured: Measured, folder: Path) -> None:
 
 
 def reading(document: Document, measured: Measured, asked: Mapping[str, Any]) -> None:
-    """What follows, and what does not."""
+    """Add what follows, and what does not."""
     document.add(
         Heading("What can be concluded, and what cannot"),
         Paragraph(
@@ -214,7 +215,7 @@ def reading(document: Document, measured: Measured, asked: Mapping[str, Any]) ->
 
 
 def protocol(document: Document, measured: Measured, asked: Mapping[str, Any]) -> None:
-    """Every field of the config."""
+    """Add every field of the config."""
     first = "topk" if "topk" in measured.arms else measured.arms[0]
     configs = [c["config"] for cell, c in measured.cells.items() if cell.arm == first]
     changed = changed_settings(asked)

@@ -22,17 +22,17 @@ class Spread(NamedTuple):
     n: int
 
     def text(self, digits: int = 1, scale: float = 1.0) -> str:
-        """Mean ± sd; without ± for one seed."""
+        """Format mean ± sd; without ± for one seed."""
         mean = f"{scale * self.mean:.{digits}f}"
         return mean if self.sd is None else f"{mean} ± {scale * self.sd:.{digits}f}"
 
     def percent(self) -> str:
-        """A share as percent, without the sign."""
+        """Format a share as percent, without the sign."""
         return self.text(1, 100)
 
 
 def spread(values: Iterable[float]) -> Spread:
-    """Of at least one value."""
+    """Compute mean and deviation of at least one value."""
     found = list(values)
     sd = statistics.stdev(found) if len(found) > 1 else None
     return Spread(statistics.fmean(found), sd, len(found))
@@ -56,7 +56,7 @@ class Difference(NamedTuple):
         return int(self.low > 0) - int(self.high < 0)
 
     def text(self, digits: int = 1, scale: float = 1.0, unit: str = "") -> str:
-        """As "+2.1 (95 % interval +0.3 to +3.9, 3 seeds each)"."""
+        """Format as "+2.1 (95 % interval +0.3 to +3.9, 3 seeds each)"."""
         value = _signed(self.mean, digits, scale) + unit
         ends = self._ends(digits, scale)
         if ends is None:
@@ -64,7 +64,7 @@ class Difference(NamedTuple):
         return f"{value} (95 % interval {ends}, {self.seeds})"
 
     def brief(self, digits: int = 1, scale: float = 1.0) -> str:
-        """As "+2.1 (+0.3 to +3.9)", for a table that says what the brackets are."""
+        """Format as "+2.1 (+0.3 to +3.9)", for a table that says what the brackets are."""
         value, ends = _signed(self.mean, digits, scale), self._ends(digits, scale)
         return value if ends is None else f"{value} ({ends})"
 
@@ -74,7 +74,7 @@ class Difference(NamedTuple):
         return f"{_signed(self.low, digits, scale)} to {_signed(self.high, digits, scale)}"
 
     def points(self) -> str:
-        """A difference of shares, in words."""
+        """Format a difference of shares, in words."""
         return self.text(1, 100, " percentage points")
 
 
@@ -84,12 +84,12 @@ def _signed(value: float, digits: int, scale: float) -> str:
 
 
 def counted(count: int, name: str) -> str:
-    """As "1 seed", "3 seeds"."""
+    """Count in words: "1 seed", "3 seeds"."""
     return f"{count} {name}" if count == 1 else f"{count} {name}s"
 
 
 def welch(one: Spread, two: Spread) -> Difference:
-    """Of one minus two, whose seeds are independent; the interval is Welch's t:
+    """Subtract two from one, whose seeds are independent; the interval is Welch's t.
 
     mean +- t(df) s,  s^2 = s1^2 / n1 + s2^2 / n2,
     df = s^4 / ((s1^2 / n1)^2 / (n1 - 1) + (s2^2 / n2)^2 / (n2 - 1))
@@ -110,7 +110,7 @@ def welch(one: Spread, two: Spread) -> Difference:
 
 
 def change(values: Spread) -> Difference:
-    """Of values that are differences within a run themselves; the interval is Student's t."""
+    """Average values that are differences within a run; the interval is Student's t."""
     seeds = counted(values.n, "seed")
     if values.sd is None:
         return Difference(values.mean, None, None, seeds)
@@ -119,6 +119,7 @@ def change(values: Spread) -> Difference:
 
 
 def _quantile(freedom: float) -> float:
+    """Look up the quantile of Student's t that ends the interval."""
     student = require("scipy.stats", "the report's intervals").t
     return float(student.ppf(0.5 + CONFIDENCE / 2, freedom))
 
@@ -141,8 +142,10 @@ class Verdict(NamedTuple):
 def verdict(
     dead: Spread, reconstruction: tuple[Spread, Spread], mig: tuple[Spread, Spread]
 ) -> Verdict:
-    """Whether a cure is one. The allowance is the uncured arm's own standard deviation over seeds,
-    so that a cure's scatter cannot help it.
+    """Decide whether a cure is one.
+
+    The allowance is the uncured arm's own standard deviation over seeds, so that a cure's scatter
+    cannot help it.
 
     Args:
         dead: share of never active units of the cured arm; its mean must be below 5 %.
@@ -160,5 +163,5 @@ def verdict(
 
 
 def mig_floor(uncured: Spread) -> float:
-    """The least MIG that is no worse; 0 where the rule would allow less."""
+    """Compute the least MIG that is no worse; 0 where the rule would allow less."""
     return max(0.0, uncured.mean - (uncured.sd or 0.0))

@@ -44,44 +44,43 @@ NEEDED = {
 
 
 def never(content: Content) -> float:
-    """Share of units that are active on no test image."""
-    return content["results"]["schedule"]["dead"]["never"]
+    """Look up the share of units that are active on no test image."""
+    return float(content["results"]["schedule"]["dead"]["never"])
 
 
 def never_sampled(content: Content) -> float:
-    """The same with z drawn."""
-    return content["results"]["schedule"]["dead_sampled"]["never"]
+    """Look up the share of units that are active on no test image with z drawn."""
+    return float(content["results"]["schedule"]["dead_sampled"]["never"])
 
 
 def scheduled(name: str) -> Getter:
-    """Gives a scalar, such as reconstruction, kl or l0."""
+    """Make a getter of a scalar, such as reconstruction, kl or l0."""
     return lambda content: content["results"]["schedule"][name]
 
 
 def mig_score(content: Content) -> float:
-    """Of the mean code, by histograms."""
-    return content["results"]["schedule"]["mig"]["score"]
+    """Look up MIG of the mean code, by histograms."""
+    return float(content["results"]["schedule"]["mig"]["score"])
 
 
 def after(content: Content) -> Content:
-    """The same cell with the measurements at the end of the run in place of those at the end of the
-    schedule."""
+    """Put the measurements at the end of the run in the place of those of the schedule."""
     return {**content, "results": {**content["results"], "schedule": content["results"]}}
 
 
 def untrained_mig(content: Content) -> float:
-    """Of the mean code before the first step."""
-    return content["results"]["untrained"]["mig"]["score"]
+    """Look up MIG of the mean code before the first step."""
+    return float(content["results"]["untrained"]["mig"]["score"])
 
 
 def random_mig(content: Content) -> float:
-    """Of a random code."""
-    return content["results"]["mig_random"]["score"]
+    """Look up MIG of a random code."""
+    return float(content["results"]["mig_random"]["score"])
 
 
 def panel(content: Content) -> dict[str, float]:
-    """Dead shares by definition."""
-    return content["results"]["schedule"]["dead"]
+    """Look up the dead shares by definition."""
+    return dict(content["results"]["schedule"]["dead"])
 
 
 class Returned(NamedTuple):
@@ -96,7 +95,7 @@ class Returned(NamedTuple):
 
 
 def returned(content: Content) -> Returned:
-    """Counts units from the end of the schedule to the end of the run."""
+    """Count units from the end of the schedule to the end of the run."""
     before = [f > 0 for f in content["results"]["schedule"]["units"]["frequency"]]
     after = [f > 0 for f in content["results"]["units"]["frequency"]]
     pairs = list(zip(before, after, strict=True))
@@ -107,29 +106,29 @@ def returned(content: Content) -> Returned:
 
 
 def alive_selectivity(units: Mapping[str, Sequence[float]]) -> list[float]:
-    """Selectivity of the units that were active at all."""
+    """List the selectivity of the units that were active at all."""
     pairs = zip(units["selectivity"], units["frequency"], strict=True)
     return [value for value, frequency in pairs if frequency > 0]
 
 
 def median_selectivity(content: Content) -> float:
-    """Of the units that are active at the end of the schedule; 0 when there are none."""
+    """Compute the median selectivity at the end of the schedule; 0 without active units."""
     return median_of(content["results"]["schedule"]["units"])
 
 
 def untrained_selectivity(content: Content) -> float:
-    """The same before the first step."""
+    """Compute the median selectivity before the first step; 0 without active units."""
     return median_of(content["results"]["untrained"]["units"])
 
 
 def median_of(units: Mapping[str, Sequence[float]]) -> float:
-    """Median selectivity of the units that were active at all; 0 when there are none."""
+    """Compute the median selectivity of the units that were active at all; 0 without any."""
     values = alive_selectivity(units)
     return statistics.median(values) if values else 0.0
 
 
 def alive_factors(units: Mapping[str, Sequence[float]], count: int) -> list[int]:
-    """For each of count factors, how many of the active units stand for it."""
+    """Count for each of count factors the active units that stand for it."""
     pairs = zip(units["factor"], units["frequency"], strict=True)
     chosen = [factor for factor, frequency in pairs if frequency > 0]
     return [chosen.count(factor) for factor in range(count)]
@@ -154,41 +153,41 @@ class Measured:
         self.arms = [arm for arm in ARMS if arm in there]
 
     def of(self, dataset: str, arm: str) -> dict[int, Content]:
-        """The cells of an arm by seed, in order; empty when there are none."""
+        """Find the cells of an arm by seed, in order; empty when there are none."""
         chosen = {c.seed: v for c, v in self.cells.items() if (c.dataset, c.arm) == (dataset, arm)}
         return dict(sorted(chosen.items()))
 
     def has(self, dataset: str, *arms: str) -> bool:
-        """Whether each arm has a finished cell."""
+        """Tell whether each arm has a finished cell."""
         return all(self.of(dataset, arm) for arm in arms)
 
     def spread(self, dataset: str, arm: str, get: Getter) -> Spread | None:
-        """Over the seeds; None without a cell."""
+        """Summarise a number over the seeds; None without a cell."""
         values = [get(content) for content in self.of(dataset, arm).values()]
         return spread(values) if values else None
 
     def known(self, dataset: str, arm: str, get: Getter) -> Spread:
-        """Over the seeds, where there are cells."""
+        """Summarise a number over the seeds, where there are cells."""
         found = self.spread(dataset, arm, get)
         if found is None:
             raise KeyError(f"no cell of {dataset}, {arm}")
         return found
 
     def difference(self, dataset: str, arm: str, other: str, get: Getter) -> Difference | None:
-        """Of arm minus other, with its interval; None without cells of both."""
+        """Compare arm minus other, with its interval; None without cells of both."""
         one, two = self.spread(dataset, arm, get), self.spread(dataset, other, get)
         return None if one is None or two is None else welch(one, two)
 
     def columns(self, arms: Iterable[str]) -> list[tuple[str, str]]:
-        """Arm and data set wherever there are cells, by arm."""
+        """List arm and data set wherever there are cells, by arm."""
         return [(arm, d) for arm in arms for d in self.datasets if self.has(d, arm)]
 
     def of_group(self, group: str) -> list[str]:
-        """The arms of a group that have cells."""
+        """List the arms of a group that have cells."""
         return [arm for arm in self.arms if ARMS[arm].group == group]
 
     def verdict(self, dataset: str, cure: str) -> Verdict | None:
-        """Of a cure, against Top-k; None without cells of both."""
+        """Decide about a cure, against Top-k; None without cells of both."""
         if not self.has(dataset, cure, UNCURED):
             return None
 
@@ -199,24 +198,26 @@ class Measured:
         return verdict(dead, both(scheduled("reconstruction")), both(mig_score))
 
     def panel(self, dataset: str, arm: str) -> dict[str, Spread]:
-        """Dead shares by definition, over the seeds; empty without cells."""
+        """Summarise the dead shares by definition over the seeds; empty without cells."""
         contents = list(self.of(dataset, arm).values())
         names = panel(contents[0]) if contents else {}
         return {name: spread(panel(c)[name] for c in contents) for name in names}
 
 
 def draws_matter(measured: Measured) -> bool:
-    """Whether z lies before the sparse layer of an arm, so that drawing it changes activity."""
+    """Tell whether z lies before the sparse layer of an arm, so that drawing it matters."""
     return any(c["config"]["placement"] != "encoder" for c in measured.cells.values())
 
 
 def threshold_range(shares: Mapping[str, Spread]) -> tuple[tuple[str, float], tuple[str, float]]:
-    """The definitions with the smallest and the largest mean dead share, with it."""
+    """Find the definitions with the smallest and the largest mean dead share, with it."""
     means = [(name, found.mean) for name, found in shares.items()]
     return min(means, key=lambda pair: pair[1]), max(means, key=lambda pair: pair[1])
 
 
 def _check(cell: Cell, content: Content) -> None:
+    """Raise RunError where a cell lacks something."""
+
     def lacks(place: str, name: str) -> RunError:
         return RunError(
             f"cell {cell.name} lacks {name!r} in its {place}: it was run by another version; "

@@ -21,12 +21,16 @@ Row = dict[str, Any]
 
 
 def cell_rows(measured: Measured, asked: Mapping[str, Any]) -> list[Row]:
-    """Every scalar of each cell. Shares are 0..1; reconstruction and kl are nats per image; columns
-    that begin with "after_" are measured after the further epochs."""
+    """List every scalar of each cell.
+
+    Shares are 0..1; reconstruction and kl are nats per image; columns that begin with "after_" are
+    measured after the further epochs.
+    """
     return [_cell_row(cell, content, asked) for cell, content in measured.cells.items()]
 
 
 def _cell_row(cell: Cell, content: Content, asked: Mapping[str, Any]) -> Row:
+    """List every scalar of a cell."""
     results = content["results"]
     row: Row = {"dataset": cell.dataset, "arm": cell.arm, "seed": cell.seed}
     row |= _measurements("", results["schedule"]) | _measurements("after_", results)
@@ -50,6 +54,7 @@ def _cell_row(cell: Cell, content: Content, asked: Mapping[str, Any]) -> Row:
 
 
 def _measurements(prefix: str, facts: Mapping[str, Any]) -> Row:
+    """List measurements with a prefix before their names."""
     row: Row = {}
     for name in ("k", "reconstruction", "kl", "l0"):
         if name in facts:
@@ -65,12 +70,13 @@ def _measurements(prefix: str, facts: Mapping[str, Any]) -> Row:
 
 
 def _gap(name: str, gap: Mapping[str, Any]) -> Row:
+    """List a gap with its interval."""
     ends = {f"{name}_{end}": gap[end] for end in ("low", "high") if end in gap}
     return {name: gap["score"]} | ends
 
 
 def differing(cell: Cell, content: Content, asked: Mapping[str, Any]) -> Row:
-    """The settings in which a cell differs from the protocol of this reproduction."""
+    """Find the settings in which a cell differs from the protocol of this reproduction."""
     protocol = grid.cell_config(
         Cell(cell.dataset, "topk", cell.seed), asked["preset"], asked["overrides"], None
     )
@@ -82,10 +88,13 @@ def differing(cell: Cell, content: Content, asked: Mapping[str, Any]) -> Row:
 
 
 def unit_rows(measured: Measured) -> list[Row]:
-    """Frequency (share of the test images), mean activation, selectivity and factor of each unit,
-    after all epochs, and its death. last_active_epoch is that of the schedule, counts from 1 and is
-    0 for a unit that was active on the held-out images after none; it and phase are empty for a
-    unit that was active after the last. last_active_epoch_of_run is the same over all epochs."""
+    """List what is known of each unit, after all epochs.
+
+    Frequency (share of the test images), mean activation, selectivity, factor, and its death.
+    last_active_epoch is that of the schedule, counts from 1 and is 0 for a unit that was active on
+    the held-out images after none; it and phase are empty for a unit that was active after the
+    last. last_active_epoch_of_run is the same over all epochs.
+    """
     rows = []
     for cell, content in measured.cells.items():
         results, names = content["results"], FACTORS[cell.dataset]
@@ -114,7 +123,7 @@ def unit_rows(measured: Measured) -> list[Row]:
 
 
 def epoch_rows(measured: Measured) -> list[Row]:
-    """The scalars of each epoch record; epochs count from 1."""
+    """List the scalars of each epoch record; epochs count from 1."""
     rows = []
     for cell, content in measured.cells.items():
         for record in content["epochs"]:
@@ -128,8 +137,9 @@ def epoch_rows(measured: Measured) -> list[Row]:
 def protocol_rows(
     configs: Sequence[Mapping[str, Any]], arm: str
 ) -> list[tuple[str, str, str, str]]:
-    """Field, value, what it is and source, of every field of the config that decides a run of an
-    arm; values that differ between the configs are joined by commas.
+    """List field, value, help and source of every field that decides a run of an arm.
+
+    Values that differ between the configs are joined by commas.
 
     A field's source is that of its default, and of what an arm of the study sets; any other value
     is ours.

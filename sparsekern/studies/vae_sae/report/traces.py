@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ...figures import from_zero
 from . import figures
 from .activity import PHASES, binding, phase_of_units, scheduled_epochs
 from .figures import BLUE, ORANGE, SETS, STUDY_AND_CONTROLS, named
@@ -16,7 +17,7 @@ PHASE_COLOURS = dict(zip(PHASES, ("#9A9A9A", ORANGE, BLUE), strict=True))
 
 
 def active_units(measured: Measured) -> bytes:
-    """L0 and k after each epoch, and below, where L1 was run and wrote it, its strength."""
+    """Draw L0 and k after each epoch, and below, where L1 was run and wrote it, its strength."""
     steered = any("strength" in r for c in measured.cells.values() for r in c["epochs"])
     figure, panels = figures.new_figure(
         5.2 if steered else 3.2, 2 if steered else 1, len(measured.datasets),
@@ -37,6 +38,7 @@ def active_units(measured: Measured) -> bytes:
 
 
 def _l0_panel(panel: Any, measured: Measured, dataset: str) -> None:
+    """Draw L0 and k of a data set."""
     for arm in STUDY_AND_CONTROLS:
         contents = list(measured.of(dataset, arm).values())
         if not contents:
@@ -52,11 +54,12 @@ def _l0_panel(panel: Any, measured: Measured, dataset: str) -> None:
         if contents[0]["config"]["extra_epochs"]:
             figures.mark_end(panel, contents[0]["config"]["epochs"])
     panel.set_title(SETS[dataset])
-    figures.from_zero(panel)
+    from_zero(panel)
     panel.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _strength_panel(panel: Any, measured: Measured, dataset: str) -> None:
+    """Draw the strength of L1 of a data set."""
     contents = list(measured.of(dataset, "l1").values())
     runs = [[r.get("strength", np.nan) for r in c["epochs"]] for c in contents]
     for run in runs:
@@ -67,8 +70,10 @@ def _strength_panel(panel: Any, measured: Measured, dataset: str) -> None:
 
 
 def deaths(measured: Measured) -> bytes:
-    """How many units fell silent for the rest of the schedule in which epoch, by phase; k at that
-    epoch on the axis above."""
+    """Draw how many units fell silent in which epoch, by phase.
+
+    For the rest of the schedule; k at that epoch is on the axis above.
+    """
     arms = [arm for arm in STUDY_AND_CONTROLS if arm in measured.arms]
     figure, panels = figures.new_figure(0.6 + 1.9 * len(arms), len(arms), len(measured.datasets))
     for row, arm in zip(panels, arms, strict=True):
@@ -89,6 +94,7 @@ def deaths(measured: Measured) -> bytes:
 
 
 def _death_panel(panel: Any, contents: Sequence[Content]) -> None:
+    """Draw the deaths of an arm."""
     records = scheduled_epochs(contents[0])
     width = max(1, -(-len(records) // 50))
     edges = np.arange(0.5, len(records) + width + 0.5, width)
