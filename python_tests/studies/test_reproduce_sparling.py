@@ -12,7 +12,7 @@ from sparsekern.cli.command import main
 from sparsekern.studies.reproduction import epochs_done
 from sparsekern.studies.sparling import report
 from sparsekern.studies.sparling.grid import ARMS, PRESETS, Cell, cell_config, cells
-from sparsekern.studies.sparling.report import motif_total, selected
+from sparsekern.studies.sparling.report import motif_total, select_run
 
 SMALL = (
     "samples=384", "validate_every=128", "validation_samples=40", "test_samples=50",
@@ -87,7 +87,7 @@ def test_the_run_is_selected_without_motif_labels():
         Cell("sparling", 0): made_up(0.0, 0.0, 0.0, 0.97),
         Cell("sparling", 1): made_up(0.5, 0.5, 0.5, 0.99),
     }
-    assert selected(found) == Cell("sparling", 1)
+    assert select_run(found) == Cell("sparling", 1)
 
 
 def test_a_share_of_nothing_counts_in_full():

@@ -225,7 +225,7 @@ def test_a_run_begins_with_the_weights_of_another(data, finished, tmp_path, monk
     assert begun[0]["counter.rows_since_fired"].sum() == 0
     assert sae.saved_config(tmp_path / "run").init_from == str(finished)
     # Afterwards the weights are its own, and the other run is not needed.
-    monkeypatch.setattr(sae_runs, "_begin_with", None)
+    monkeypatch.setattr(sae_runs, "_start_from_run", None)
     sae.run(sae.saved_config(tmp_path / "run"), tmp_path / "run", resume=True)
 
 

@@ -23,7 +23,7 @@ from sparsekern.models import (
     Widening,
     motif_loss,
 )
-from sparsekern.models.sparling import MotifOutput, ended
+from sparsekern.models.sparling import MotifOutput, pad_after_end
 from sparsekern.studies.sparling.config import SparlingConfig
 from sparsekern.studies.sparling.cost import cost_of
 from sparsekern.studies.sparling.run import domain_of
@@ -92,7 +92,10 @@ def test_receptive_fields():
 
 
 def test_labels_and_the_loss():
-    assert ended(torch.tensor([[1, 4, 2], [0, 1, 2]]), 4).tolist() == [[1, -1, -1], [0, 1, 2]]
+    assert pad_after_end(torch.tensor([[1, 4, 2], [0, 1, 2]]), 4).tolist() == [
+        [1, -1, -1],
+        [0, 1, 2],
+    ]
     logits = torch.zeros(2, 3, 3)
     logits[0, 0, 1] = logits[0, 1, 2] = 50.0  # symbol 1, then the end; nothing is asked after it
     logits[0, 2, 0] = 50.0

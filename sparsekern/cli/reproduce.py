@@ -45,17 +45,17 @@ def _reproduce(options: argparse.Namespace) -> int:
     """Reproduce a study and tell how that ended; return the exit status."""
     study = options.study
     with out_folder(options.out, f"reproduce-{study}") as out:
-        ended = options.reproduction.run(options, out)
-    if ended.signal is not None:
+        outcome = options.reproduction.run(options, out)
+    if outcome.signal is not None:
         sys.stdout.write(
             f"interrupted; finished cells are kept, the others are saved. Go on with the same "
             f"command and --out {out}\n"
         )
-        return 128 + int(ended.signal)
-    for name, reason in ended.failed.items():
+        return 128 + int(outcome.signal)
+    for name, reason in outcome.failed.items():
         sys.stderr.write(f"sparsekern: error: reproduce {study}: cell {name} failed: {reason}\n")
     sys.stdout.write(
-        f"{len(ended.finished)} cells, {len(ended.failed)} failed; report: {out}/report.html and "
-        f"report.md\n"
+        f"{len(outcome.finished)} cells, {len(outcome.failed)} failed; report: "
+        f"{out}/report.html and report.md\n"
     )
-    return 2 if ended.failed else 0
+    return 2 if outcome.failed else 0

@@ -31,20 +31,20 @@ def logged_to(target: str, folder: Path, config: Any) -> Iterator[Log]:
     Raises:
         ModuleNotFoundError: the package is not installed.
     """
-    module = _imported(_MODULES[target], target)
+    module = _import_or_explain(_MODULES[target], target)
     with ExitStack() as stack:
         send: list[Any] = []
 
         def log(record: Mapping[str, Any]) -> None:
             if not send:  # a run that is refused leaves nothing behind
-                send.append(stack.enter_context(_opened(module, target, folder, config)))
+                send.append(stack.enter_context(_open_target(module, target, folder, config)))
             send[0](scalars(record), record["step"])
 
         yield log
 
 
 @contextmanager
-def _opened(module: Any, target: str, folder: Path, config: Any) -> Iterator[Any]:
+def _open_target(module: Any, target: str, folder: Path, config: Any) -> Iterator[Any]:
     """Open a target; yield a function of numbers by name and a step."""
     if target == "wandb":
         with module.init(name=folder.resolve().name, config=asdict(config)) as run:
@@ -68,7 +68,7 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _imported(module: str, package: str) -> Any:
+def _import_or_explain(module: str, package: str) -> Any:
     """Import the module of a package; say how to install it where it is missing."""
     try:
         return importlib.import_module(module)

@@ -22,7 +22,7 @@ class Reproduction:
     """Add the flags that are the study's own to a parser."""
     run: Callable[[argparse.Namespace, Path], Any]
     """Run what the options ask for into a folder; return how the cells ended
-    (reproduction.Ended)."""
+    (reproduction.GridOutcome)."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """How a study is reproduced by one command: a grid of cells, each a run of its own."""
 
-from .cells import Ended, cell_folder, epochs_done, read_cells, usable_processors
+from .cells import GridOutcome, cell_folder, epochs_done, read_cells, usable_processors
 from .folder import (
     REQUEST,
     calls_of,
@@ -14,7 +14,7 @@ from .grid import checked_jobs, run_grid
 
 __all__ = [
     "REQUEST",
-    "Ended",
+    "GridOutcome",
     "calls_of",
     "cell_folder",
     "checked_jobs",

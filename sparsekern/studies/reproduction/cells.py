@@ -55,7 +55,7 @@ AnyCell = TypeVar("AnyCell", bound=Cell)
 
 
 @dataclass
-class Ended:
+class GridOutcome:
     """How the cells of a call ended."""
 
     finished: list[Any] = field(default_factory=list)
@@ -97,7 +97,7 @@ def run_cells(
     *,
     jobs: int,
     progress: bool,
-) -> Ended:
+) -> GridOutcome:
     """Train what is not finished yet.
 
     Args:
@@ -108,26 +108,26 @@ def run_cells(
         jobs: processes at a time, >= 1; they share the processors.
         progress: show one bar for all.
     """
-    ended = Ended(list(finished))
+    outcome = GridOutcome(list(finished))
     waiting = deque(cell for cell in configs if cell not in finished)
     # Whatever is finished already: the number of threads changes the last bits.
     threads = max(1, usable_processors() // jobs)
     with stop_signals() as stop, _bar(folder, configs, progress) as show:
-        workers = [_Worker(study, folder, configs, waiting, ended, threads) for _ in range(jobs)]
+        workers = [_Worker(study, folder, configs, waiting, outcome, threads) for _ in range(jobs)]
         while any(worker.thread.is_alive() for worker in workers):
-            if stop and ended.signal is None:
-                ended.signal = stop[0]
+            if stop and outcome.signal is None:
+                outcome.signal = stop[0]
                 waiting.clear()
                 for worker in workers:
                     worker.interrupt()
             show()
             time.sleep(POLL_SECONDS)
         show()
-    if ended.signal is None:
+    if outcome.signal is None:
         for cell in configs:
-            if cell not in ended.finished and cell.name not in ended.failed:
-                ended.failed[cell.name] = "nobody ran it: a worker broke down"
-    return ended
+            if cell not in outcome.finished and cell.name not in outcome.failed:
+                outcome.failed[cell.name] = "nobody ran it: a worker broke down"
+    return outcome
 
 
 class _Worker:
@@ -148,17 +148,17 @@ class _Worker:
         folder: Path,
         configs: Mapping[Any, Any],
         waiting: deque[Any],
-        ended: Ended,
+        ended: GridOutcome,
         threads: int,
     ) -> None:
         self.study, self.folder, self.configs, self.threads = study, folder, configs, threads
         self.waiting, self.ended = waiting, ended
         self.process: subprocess.Popen[str] | None = None
         self.interrupted = False
-        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread = threading.Thread(target=self._train_waiting, daemon=True)
         self.thread.start()
 
-    def _run(self) -> None:
+    def _train_waiting(self) -> None:
         """Serve cells until none is waiting."""
         log = tempfile.TemporaryFile("w+")
         with log:
@@ -167,7 +167,7 @@ class _Worker:
                     cell = self.waiting.popleft()
                 except IndexError:
                     break
-                self._serve(cell, log)
+                self._train_cell(cell, log)
             self._close()
 
     def interrupt(self) -> None:
@@ -177,17 +177,17 @@ class _Worker:
         if process is not None:
             process.send_signal(signal.SIGTERM)
 
-    def _serve(self, cell: Cell, log: IO[str]) -> None:
+    def _train_cell(self, cell: Cell, log: IO[str]) -> None:
         """Hand a cell to the process and note how it ends."""
         if self.process is None or self.process.poll() is not None:
-            self.process = self._spawned(log)
+            self.process = self._start_process(log)
         place = cell_folder(self.folder, cell)
         place.parent.mkdir(parents=True, exist_ok=True)
         job = {"folder": str(place), "config": asdict(self.configs[cell])}
-        answer = _ask(self.process, job)
+        answer = _train_in(self.process, job)
         if answer is None:
             if not self.interrupted:
-                self.ended.failed[cell.name] = _last_words(self.process, log)
+                self.ended.failed[cell.name] = _exit_message(self.process, log)
             self.process = None
         elif answer["error"] is not None:
             self.ended.failed[cell.name] = answer["error"]
@@ -196,7 +196,7 @@ class _Worker:
         elif not self.interrupted:
             self.ended.failed[cell.name] = f"its process received signal {answer['signal']}"
 
-    def _spawned(self, log: IO[str]) -> subprocess.Popen[str]:
+    def _start_process(self, log: IO[str]) -> subprocess.Popen[str]:
         """Start a process that trains cells."""
         return subprocess.Popen(
             [sys.executable, "-c", _program(self.study, self.threads)],
@@ -228,7 +228,7 @@ def _program(study: ModuleType, threads: int) -> str:
     )
 
 
-def _ask(process: subprocess.Popen[str], job: Mapping[str, Any]) -> dict[str, Any] | None:
+def _train_in(process: subprocess.Popen[str], job: Mapping[str, Any]) -> dict[str, Any] | None:
     """Ask a worker's process to train a cell; return its answer, None when it died."""
     if process.stdin is None or process.stdout is None:
         raise RuntimeError("a worker has no pipes")
@@ -241,7 +241,7 @@ def _ask(process: subprocess.Popen[str], job: Mapping[str, Any]) -> dict[str, An
     return json.loads(line) if line else None
 
 
-def _last_words(process: subprocess.Popen[str], log: IO[str]) -> str:
+def _exit_message(process: subprocess.Popen[str], log: IO[str]) -> str:
     """Say how a process ended: its code, and the last line that it wrote."""
     process.wait()
     log.seek(0)
@@ -298,7 +298,7 @@ def read_cells(
     study: ModuleType, folder: Path, wanted: Sequence[AnyCell]
 ) -> dict[AnyCell, dict[str, Any]]:
     """Read the finished cells: config, results and epoch records of each."""
-    found = {}
+    finished = {}
     for cell in wanted:
         place = cell_folder(folder, cell)
         if not (place / "results.json").exists():
@@ -308,9 +308,9 @@ def read_cells(
                 results = json.loads(file.read())
         except (OSError, ValueError) as error:
             raise RunError(f"cannot read {place / 'results.json'}: {error}") from error
-        found[cell] = {
+        finished[cell] = {
             "config": asdict(study.saved_config(place)),
             "results": results,
             "epochs": read_metrics(place, "epoch"),
         }
-    return found
+    return finished

@@ -112,20 +112,20 @@ def parsed_settings(
     Raises:
         ValueError: an unknown name, a value of the wrong type, or a field that the grid sets.
     """
-    found: dict[str, Any] = {}
+    parsed: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         name = name.replace("-", "_")
         if not equals or name not in kinds or name in taken:
             known = ", ".join(sorted(set(kinds) - set(taken)))
             raise ValueError(f"--set must be NAME=VALUE with NAME one of {known}, got {setting!r}")
-        if name in found:
+        if name in parsed:
             raise ValueError(f"--set must name each setting once, got {name} twice")
         try:
-            found[name] = _parsed(kinds[name], text)
+            parsed[name] = _parsed(kinds[name], text)
         except ValueError:
             raise ValueError(f"--set {name} must be {kinds[name].__name__}, got {text!r}") from None
-    return found
+    return parsed
 
 
 def _parsed(kind: Any, text: str) -> Any:

@@ -12,7 +12,7 @@ import torch
 
 from ...training.runs import write_atomically
 from ..configs import SettingError
-from .cells import AnyCell, Ended, is_finished, run_cells, usable_processors
+from .cells import AnyCell, GridOutcome, is_finished, run_cells, usable_processors
 from .folder import REQUEST, merged_request
 
 
@@ -38,7 +38,7 @@ def run_grid(
     jobs: int | None,
     device: torch.device,
     progress: bool,
-) -> tuple[Ended, dict[str, Any]]:
+) -> tuple[GridOutcome, dict[str, Any]]:
     """Run what is not finished yet, in a locked folder.
 
     Args:
@@ -70,5 +70,5 @@ def run_grid(
     finished = [c for c, config in configs.items() if is_finished(study, folder, c, config)]
     text = json.dumps(asked, indent=2) + "\n"
     write_atomically(folder / REQUEST, text.encode())
-    ended = run_cells(study, folder, configs, finished, jobs=jobs, progress=progress)
-    return ended, asked
+    outcome = run_cells(study, folder, configs, finished, jobs=jobs, progress=progress)
+    return outcome, asked

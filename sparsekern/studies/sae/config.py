@@ -286,17 +286,17 @@ class SAEConfig(StudyConfig):
 
     def without_effect(self) -> dict[str, str]:
         """Name the fields that change nothing beside the values of others, and why."""
-        found = {}
+        reasons = {}
         with_activation = f"with --activation {self.activation}"
         if self.activation == "relu":
-            found["k"] = with_activation
+            reasons["k"] = with_activation
         if self.activation != "jumprelu":
-            found |= dict.fromkeys(("threshold", "bandwidth"), with_activation)
+            reasons |= dict.fromkeys(("threshold", "bandwidth"), with_activation)
         if self.activation not in ("jumprelu", "relu"):
-            found["sparsity_warmup"] = with_activation
+            reasons["sparsity_warmup"] = with_activation
         if self.k_start == 0:
-            found["anneal"] = "without --k-start"
+            reasons["anneal"] = "without --k-start"
         for count, weight in (("auxk", "auxk_weight"), ("multi_k", "multi_weight")):
             if getattr(self, count) == 0:
-                found[weight] = f"with --{count.replace('_', '-')} 0"
-        return found
+                reasons[weight] = f"with --{count.replace('_', '-')} 0"
+        return reasons

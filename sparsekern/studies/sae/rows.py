@@ -60,14 +60,16 @@ class Rows:
         if fixed is not None:
             self.max_norm = fixed["max_norm"]
         elif config.outlier_filter:
-            with _opened(config, config.activations) as store:
+            with _open_store(config, config.activations) as store:
                 median = store.statistics(seed=STATISTICS_SEED).median_norm
             if median == 0:
                 raise SettingError(
                     "outlier_filter", "must be 0 for these activations: their median norm is 0"
                 )
             self.max_norm = config.outlier_filter * median
-        self.store = _opened(config, config.activations, max_norm=self.max_norm, held_out=held_out)
+        self.store = _open_store(
+            config, config.activations, max_norm=self.max_norm, held_out=held_out
+        )
         try:
             self.statistics = self.store.statistics(seed=STATISTICS_SEED)
             self.tokens, self.features = self.store.tokens, self.store.features
@@ -124,9 +126,9 @@ class Rows:
             config.batch_size, seed=config.seed, epoch=epoch, start=start,
             buffer_rows=config.buffer_rows, device=device,
         )  # fmt: skip
-        return batches if config.normalize == "none" else self._normalized(batches)
+        return batches if config.normalize == "none" else self._normalize(batches)
 
-    def _normalized(self, batches: Generator[Tensor]) -> Generator[Tensor]:
+    def _normalize(self, batches: Generator[Tensor]) -> Generator[Tensor]:
         """Normalise batches."""
         with contextlib.closing(batches):
             for batch in batches:
@@ -148,7 +150,7 @@ class Rows:
         """Take the rows to measure, in the units of the files."""
         config = self.config
         if config.eval_activations:
-            with _opened(config, config.eval_activations, max_norm=self.max_norm) as store:
+            with _open_store(config, config.eval_activations, max_norm=self.max_norm) as store:
                 if store.features != self.features:
                     raise ValueError(
                         f"eval_activations must be {self.features} wide, as the activations, "
@@ -178,13 +180,13 @@ class Rows:
 
     def warnings(self) -> list[str]:
         """Say what about the activations makes results say less than they seem to."""
-        found = dominated(self.statistics) + trained_on(self.config)
+        sentences = dominance_warnings(self.statistics) + overlap_warnings(self.config)
         if self.config.eval_tokens == 1 or self.store.held_out == 1:
-            found.append(
+            sentences.append(
                 "one token is measured, which has no variance: its FVU is relative to its own "
                 "squares, and says little"
             )
-        return found
+        return sentences
 
     def close(self) -> None:
         """Release the files."""
@@ -197,7 +199,7 @@ class Rows:
         self.close()
 
 
-def _opened(config: SAEConfig, paths: tuple[str, ...], **options: Any) -> ActivationStore:
+def _open_store(config: SAEConfig, paths: tuple[str, ...], **options: Any) -> ActivationStore:
     """Open files as the config says."""
     return ActivationStore(
         list(paths), dataset=config.dataset, nonfinite=config.nonfinite, **options
@@ -206,16 +208,16 @@ def _opened(config: SAEConfig, paths: tuple[str, ...], **options: Any) -> Activa
 
 def _check_given_once(paths: tuple[str, ...]) -> None:
     """Refuse a file that is given twice: its rows would be held out and trained on."""
-    found: dict[str, str] = {}
+    path_by_place: dict[str, str] = {}
     for path in paths:
         place = os.path.realpath(path)
-        if place in found:
-            names = " and ".join(dict.fromkeys([found[place], path]))
+        if place in path_by_place:
+            names = " and ".join(dict.fromkeys([path_by_place[place], path]))
             raise SettingError("activations", f"must name each file once, got twice: {names}")
-        found[place] = path
+        path_by_place[place] = path
 
 
-def trained_on(config: SAEConfig) -> list[str]:
+def overlap_warnings(config: SAEConfig) -> list[str]:
     """Say which files are both trained on and measured, in a sentence, if any are."""
     places = set(map(os.path.realpath, config.activations))
     both = [path for path in config.eval_activations if os.path.realpath(path) in places]
@@ -224,25 +226,25 @@ def trained_on(config: SAEConfig) -> list[str]:
     return [f"tokens are measured that are trained on: those of {', '.join(both)}"]
 
 
-def dominated(statistics: ActivationStatistics) -> list[str]:
+def dominance_warnings(statistics: ActivationStatistics) -> list[str]:
     """Say in sentences which feature, mean or rows outgrow all others."""
-    found = []
+    sentences = []
     variances = statistics.deviation.square()
     share = float(variances.max() / variances.sum()) if statistics.variance > 0 else 0.0
     if share > LARGEST_SHARE and len(variances) > 2:
-        found.append(
+        sentences.append(
             f"feature {int(variances.argmax())} holds {share:.1%} of the variance of the "
             "activations: FVU says how well this feature is reconstructed, and little of the rest"
         )
     if statistics.offset > LARGEST_OFFSET:
-        found.append(
+        sentences.append(
             f"the mean of the activations is {statistics.offset:.4g} times as long as a typical "
             "distance from it: nearly all of a row is the same in every row"
         )
     longest = statistics.largest_norm / max(statistics.median_norm, 1e-300)
     if longest > LONGEST_ROW:
-        found.append(
+        sentences.append(
             f"the longest of {statistics.rows} sampled rows is {longest:.4g} times as long as the "
             "median: such rows decide the loss of their batch; --outlier-filter leaves them out"
         )
-    return found
+    return sentences

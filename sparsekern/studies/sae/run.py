@@ -111,13 +111,13 @@ def run(
         for text in rows.warnings():
             warnings.warn(text, stacklevel=2)
         task = SAETask(config, rows, device)
-        _probe(task)
+        _try_backend(task)
         if config.init_from is not None and not (resume and (folder / checkpoints.FACTS).exists()):
-            _begin_with(task.model, config.init_from, rows)
+            _start_from_run(task.model, config.init_from, rows)
         with run_folder(folder, NAME, config, resume=resume, on_metrics=on_metrics) as place:
             identity = _identity(config, rows)
             if resume:
-                identity = _continued(place, config, identity, extend)
+                identity = _resumed_identity(place, config, identity, extend)
             outcome = train(task, config.loop(), place, identity=identity)
             if outcome.signal is not None:
                 return Report(outcome, None)
@@ -155,7 +155,7 @@ def activation_digest(store: ActivationStore) -> str:
     return digest.hexdigest()
 
 
-def _continued(
+def _resumed_identity(
     place: RunFolder, config: SAEConfig, identity: dict[str, Any], extend: bool
 ) -> dict[str, Any]:
     """Compare a run with its checkpoint; return the identity to go on with.
@@ -257,7 +257,7 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Train
     )
 
 
-def _begin_with(model: SparseAutoencoder, folder: str, rows: Rows) -> None:
+def _start_from_run(model: SparseAutoencoder, folder: str, rows: Rows) -> None:
     """Give a new model the weights of a run, in the units of these rows.
 
     Its latents count as alive.
@@ -284,7 +284,7 @@ def _begin_with(model: SparseAutoencoder, folder: str, rows: Rows) -> None:
     model.fold_normalization(1 / factor)
 
 
-def _probe(task: SAETask) -> None:
+def _try_backend(task: SAETask) -> None:
     """Run a step of a tiny model: a backend that cannot run fails before anything is written."""
     model = SparseAutoencoder(4, 8, 2).to(task.device)
     with autocast(task.config, task.device):
@@ -375,10 +375,10 @@ def comparison(measured: Mapping[str, Mapping[str, Any]]) -> str:
     Args:
         measured: by run; what `evaluate_run` returns.
     """
-    names = list(dict.fromkeys(name for found in measured.values() for name in found))
+    names = list(dict.fromkeys(name for results in measured.values() for name in results))
     rows = [["run", *map(_label, names)]]
-    for run, found in measured.items():
-        cells = [_text(name, found[name]) if name in found else "" for name in names]
+    for run, results in measured.items():
+        cells = [_text(name, results[name]) if name in results else "" for name in names]
         rows.append([run, *cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(

@@ -110,20 +110,20 @@ class SparlingConfig(StudyConfig):
 
     def without_effect(self) -> dict[str, str]:
         """Name the fields that change nothing beside the values of others, and why."""
-        found: dict[str, str] = {}
+        reasons: dict[str, str] = {}
         if self.bottleneck != "sparsity":
             annealed = (
                 "per_channel", "normalize", "affine", "momentum", "accumulate", "density_start",
                 "density_factor", "target_fall",
             )  # fmt: skip
-            found |= dict.fromkeys(annealed, f"with --bottleneck {self.bottleneck}")
+            reasons |= dict.fromkeys(annealed, f"with --bottleneck {self.bottleneck}")
         elif not self.normalize:
-            found["affine"] = "with --no-normalize"
+            reasons["affine"] = "with --no-normalize"
         if self.bottleneck in ("l1", "none"):
-            found["density_end"] = f"with --bottleneck {self.bottleneck}"
+            reasons["density_end"] = f"with --bottleneck {self.bottleneck}"
         if self.final_share == 0:
-            found["final_rate"] = "with --final-share 0"
-        return found
+            reasons["final_rate"] = "with --final-share 0"
+        return reasons
 
     @property
     def all_epochs(self) -> int:

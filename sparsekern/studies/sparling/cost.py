@@ -80,6 +80,6 @@ def draw_seconds(domain: MotifDomain) -> float:
 
 def _step(model: MotifModel, domain: MotifDomain, batch: MotifBatch, device: torch.device) -> None:
     """Run a training step without an update."""
-    labels = measures.padded(batch.labels, domain).to(device)
+    labels = measures.pad_labels(batch.labels, domain).to(device)
     loss = motif_loss(model(measures.on_device(batch.inputs, device), labels), labels)
     torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)

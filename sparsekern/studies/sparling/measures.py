@@ -36,7 +36,7 @@ def on_device(inputs: Tensor, device: torch.device) -> Tensor:
     return inputs.contiguous(memory_format=torch.channels_last) if inputs.dim() == 4 else inputs
 
 
-def padded(labels: Tensor, domain: MotifDomain) -> Tensor:
+def pad_labels(labels: Tensor, domain: MotifDomain) -> Tensor:
     """Pad labels [B, L] with room for the end of the longest, [B, L + 1].
 
     Where a readout predicts that end; the slots of the small readout need none.
@@ -44,7 +44,7 @@ def padded(labels: Tensor, domain: MotifDomain) -> Tensor:
     return labels if domain.name == "tiny" else F.pad(labels, (0, 1), value=PAD)
 
 
-def batch_of(domain: MotifDomain, channels: int) -> int:
+def batch_size_for(domain: MotifDomain, channels: int) -> int:
     """Choose how many samples are compared with their motifs at once."""
     return max(1, min(BATCH, MOST_ACTIVATIONS // (channels * math.prod(domain.space))))
 
@@ -57,7 +57,7 @@ def accuracy(
     right = 0
     for start in range(0, len(samples.labels), BATCH):
         inputs = on_device(samples.inputs[start : start + BATCH], device)
-        labels = padded(samples.labels[start : start + BATCH], domain).to(device)
+        labels = pad_labels(samples.labels[start : start + BATCH], domain).to(device)
         right += int(exact_matches(model.predict(inputs), labels).sum())
     return right / len(samples.labels)
 
@@ -69,9 +69,9 @@ def quick_errors(
     """Measure fpe, fne, ce and relative_density of a few samples, in evaluation mode."""
     activations, _ = model.activations(on_device(samples.inputs, device))
     channels = activations.shape[1]
-    found = find_motifs(activations.cpu(), samples.motifs, margin=domain.margin)
-    errors = motif_errors(found, len(domain.symbols), channels, one_to_one=domain.one_to_one)
-    density = int(found.active.sum()) / activations.numel()
+    matches = find_motifs(activations.cpu(), samples.motifs, margin=domain.margin)
+    errors = motif_errors(matches, len(domain.symbols), channels, one_to_one=domain.one_to_one)
+    density = int(matches.active.sum()) / activations.numel()
     shares = {name: getattr(errors, name) for name in ("fpe", "fne", "ce")}
     return {
         **{name: None if math.isnan(share) else share for name, share in shares.items()},
@@ -89,30 +89,30 @@ def measure(
     samples; density, the share of activations that are not zero; relative_density, in multiples of
     the domain's own; assignment, the symbol of each channel; confusion [symbols][channels].
     """
-    found: list[MotifMatches] = []
+    matches: list[MotifMatches] = []
     edits, exact = [], []
-    size = batch_of(domain, channels)
+    size = batch_size_for(domain, channels)
     for start in range(0, count, size):
         batch = domain.batch(TEST_SEED, start, min(size, count - start))
         activations, _ = model.activations(on_device(batch.inputs, device))
         predicted = model.readout.decode(activations).cpu()  # type: ignore[operator]
-        labels = padded(batch.labels, domain)
+        labels = pad_labels(batch.labels, domain)
         edits.append(edit_errors(predicted, labels))
         exact.append(exact_matches(predicted, labels))
-        found.append(find_motifs(activations.cpu(), batch.motifs, margin=domain.margin))
-    everything = join_matches(found)
+        matches.append(find_motifs(activations.cpu(), batch.motifs, margin=domain.margin))
+    all_matches = join_matches(matches)
     symbols, one_to_one = len(domain.symbols), domain.one_to_one
-    errors = motif_errors(everything, symbols, channels, one_to_one=one_to_one)
+    errors = motif_errors(all_matches, symbols, channels, one_to_one=one_to_one)
     intervals = bootstrap_errors(
-        everything, symbols, channels, one_to_one=one_to_one, resamples=RESAMPLES
+        all_matches, symbols, channels, one_to_one=one_to_one, resamples=RESAMPLES
     )
     elements = count * channels * int(np.prod(domain.space))
-    density = int(everything.active.sum()) / elements
+    density = int(all_matches.active.sum()) / elements
     facts: dict[str, Any] = {
         name: _share(getattr(errors, name), *intervals[name]) for name in ("fpe", "fne", "ce")
     }
-    facts["e2ee"] = _bootstrapped(torch.cat(edits).numpy())
-    facts["exact"] = _bootstrapped(torch.cat(exact).double().numpy())
+    facts["e2ee"] = _mean_with_interval(torch.cat(edits).numpy())
+    facts["exact"] = _mean_with_interval(torch.cat(exact).double().numpy())
     return {
         **facts,
         "density": density,
@@ -139,28 +139,28 @@ def perturbed(
     channels = channels_of_symbols(measured["assignment"], measured["confusion"])
     generator = np.random.default_rng(0)
     verdicts: list[Tensor] = []
-    tested, size = 0, batch_of(domain, len(measured["assignment"]))
+    tested, size = 0, batch_size_for(domain, len(measured["assignment"]))
     for start in range(0, count, size):
         batch = domain.batch(TEST_SEED, start, min(size, count - start))
         activations, _ = model.activations(on_device(batch.inputs, device))
-        found = perturbation_consistency(
+        consistent = perturbation_consistency(
             model.readout.decode,  # type: ignore[arg-type]
             activations,
-            padded(batch.labels, domain),
+            pad_labels(batch.labels, domain),
             batch.motifs,
             channels,
             domain.replacements,
             generator,
             margin=domain.margin,
         )
-        verdicts.append(found[found != UNTESTED])
+        verdicts.append(consistent[consistent != UNTESTED])
         tested += len(verdicts[-1])
         if tested >= PERTURBED:
             break
     values = torch.cat(verdicts)[:PERTURBED].double().numpy()
     if not len(values):
         return {**_share(math.nan, math.nan, math.nan), "inputs": 0}
-    return {**_bootstrapped(values), "inputs": len(values)}
+    return {**_mean_with_interval(values), "inputs": len(values)}
 
 
 def channels_of_symbols(assignment: list[int], confusion: list[list[int]]) -> list[int]:
@@ -178,7 +178,7 @@ def channels_of_symbols(assignment: list[int], confusion: list[list[int]]) -> li
     ]
 
 
-def _bootstrapped(values: np.ndarray) -> dict[str, float | None]:
+def _mean_with_interval(values: np.ndarray) -> dict[str, float | None]:
     """Compute the mean of values [n] and its 95 % interval, by resampling."""
     generator = np.random.default_rng(0)
     n = len(values)

@@ -36,8 +36,8 @@ def found_motifs(
     rows = SHOWN // columns
     figure = new_figure(9, 3.2 * rows if columns > 1 else 2.4 * rows, DOTS_PER_INCH)
     for sample, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
-        found = _strongest(activations[sample].cpu())
-        draw_motifs(domain, batch, sample, axes, found=found, channel_symbols=assignment)
+        strongest = _strongest(activations[sample].cpu())
+        draw_motifs(domain, batch, sample, axes, found=strongest, channel_symbols=assignment)
     return as_png(figure)
 
 
@@ -46,11 +46,11 @@ def _strongest(activations: Tensor) -> Tensor:
 
     Those that are not zero, and at most MOST_SHOWN of them.
     """
-    found = activations.nonzero()
-    if len(found) > MOST_SHOWN:
-        values = activations[tuple(found.unbind(1))].abs()
-        found = found[values.topk(MOST_SHOWN).indices]
-    return found
+    places = activations.nonzero()
+    if len(places) > MOST_SHOWN:
+        values = activations[tuple(places.unbind(1))].abs()
+        places = places[values.topk(MOST_SHOWN).indices]
+    return places
 
 
 def annealing_path(runs: Mapping[int, Sequence[Mapping[str, Any]]]) -> bytes:

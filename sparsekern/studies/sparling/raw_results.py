@@ -10,10 +10,10 @@ from .grid import Cell
 SHARES = ("fpe", "fne", "ce", "e2ee")
 
 
-def cell_rows(found: Mapping[Cell, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def cell_rows(cells: Mapping[Cell, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """List one row for each cell."""
     rows = []
-    for cell, value in found.items():
+    for cell, value in cells.items():
         results = value["results"]
         shares = {
             f"{name}{end and '_' + end}": results[name][end or "value"]
@@ -36,7 +36,7 @@ def cell_rows(found: Mapping[Cell, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def epoch_rows(found: Mapping[Cell, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def epoch_rows(cells: Mapping[Cell, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """List one row for each epoch of each cell."""
     names = (
         "learning_rate", "density", "loss", "accuracy", "target", "fpe", "fne", "ce",
@@ -49,6 +49,6 @@ def epoch_rows(found: Mapping[Cell, Mapping[str, Any]]) -> list[dict[str, Any]]:
             "samples": (epoch["epoch"] + 1) * value["config"]["validate_every"],
             **{name: epoch.get(name) for name in names},
         }
-        for cell, value in found.items()
+        for cell, value in cells.items()
         for epoch in value["epochs"]
     ]

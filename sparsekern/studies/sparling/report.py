@@ -49,13 +49,13 @@ CONSISTENCY = (
 )
 GOAL = 10.0  # percent, of FPE + FNE + CE
 
-Found = Mapping[Cell, Mapping[str, Any]]
+FinishedCells = Mapping[Cell, Mapping[str, Any]]
 
 
 def write(
     folder: Path,
     asked: Mapping[str, Any],
-    found: Found,
+    cells: FinishedCells,
     domain: MotifDomain,
     *,
     failed: Mapping[str, str],
@@ -66,30 +66,30 @@ def write(
     Args:
         folder: of the reproduction, with its run folders.
         asked: the content of reproduction.json.
-        found: the finished cells, at least one; see reproduction.read_cells.
+        cells: the finished cells, at least one; see reproduction.read_cells.
         domain: of all cells.
         failed: cell's name -> why, of this call.
         total: cells that were asked for.
     """
     document = Document()
     document.add(Heading(TITLE, 1))
-    state = f"{'Complete' if len(found) == total else 'Incomplete'}: {len(found)} of {total} cells."
-    document.add(Paragraph(state, notice=len(found) < total))
+    state = f"{'Complete' if len(cells) == total else 'Incomplete'}: {len(cells)} of {total} cells."
+    document.add(Paragraph(state, notice=len(cells) < total))
     if failed:
         document.add(Items([f"{name} failed: {why}" for name, why in failed.items()]))
-    _what_was_run(document, asked, found, domain)
-    study = {c: v for c, v in found.items() if ARMS[c.arm].group == "study"}
+    _add_what_was_run(document, asked, cells, domain)
+    study = {c: v for c, v in cells.items() if ARMS[c.arm].group == "study"}
     if study:
-        _main(document, folder, study, domain)
-    _contrast(document, found, "l1", "L1 at equal samples")
-    _contrast(document, found, "kl", "KL at equal samples")
-    _contrast(document, found, "ablation", "Ablations")
-    _protocol(document, found)
+        _add_study(document, folder, study, domain)
+    _add_contrast(document, cells, "l1", "L1 at equal samples")
+    _add_contrast(document, cells, "kl", "KL at equal samples")
+    _add_contrast(document, cells, "ablation", "Ablations")
+    _add_protocol(document, cells)
     (folder / FIGURES).mkdir(exist_ok=True)
     for name, png in document.figures.items():
         write_atomically(folder / FIGURES / f"{name}.png", png)
-    write_atomically(folder / "cells.csv", table_bytes(cell_rows(found)))
-    write_atomically(folder / "epochs.csv", table_bytes(epoch_rows(found)))
+    write_atomically(folder / "cells.csv", table_bytes(cell_rows(cells)))
+    write_atomically(folder / "epochs.csv", table_bytes(epoch_rows(cells)))
     write_atomically(folder / "report.md", markdown(document, FIGURES).encode())
     write_atomically(folder / "report.html", page(document, TITLE).encode())
 
@@ -109,12 +109,12 @@ def motif_total(results: Mapping[str, Any]) -> float:
     return sum(100.0 if math.isnan(share) else share for share in shares)
 
 
-def selected(study: Found) -> Cell:
+def select_run(study: FinishedCells) -> Cell:
     """Choose the run with the best validation accuracy; no motif label takes part."""
     return max(study, key=lambda cell: study[cell]["results"]["validation_exact"])
 
 
-def _text(value: float) -> str:
+def _percentage(value: float) -> str:
     """Format a percentage."""
     return "none" if math.isnan(value) else f"{value:.2f}"
 
@@ -130,14 +130,14 @@ def _spread(values: Sequence[float]) -> str:
 # -- sections --------------------------------------------------------------------------------------
 
 
-def _what_was_run(
-    document: Document, asked: Mapping[str, Any], found: Found, domain: MotifDomain
+def _add_what_was_run(
+    document: Document, asked: Mapping[str, Any], cells: FinishedCells, domain: MotifDomain
 ) -> None:
     """Add what was run, and the commands that ask for it."""
-    first = next(iter(found.values()))
+    first = next(iter(cells.values()))
     results, config = first["results"], first["config"]
-    seconds = sum(cell["results"]["seconds"] for cell in found.values())
-    used = {name for v in found.values() for name in v["results"]["backends"].values()}
+    seconds = sum(one["results"]["seconds"] for one in cells.values())
+    used = {name for v in cells.values() for name in v["results"]["backends"].values()}
     backends = ", ".join(sorted(used)) or "torch"
     document.add(
         Paragraph(
@@ -165,9 +165,9 @@ def _command(asked: Mapping[str, Any], call: Mapping[str, Any]) -> str:
     return shlex.join([*words, "--out", "FOLDER"])
 
 
-def _main(document: Document, folder: Path, study: Found, domain: MotifDomain) -> None:
+def _add_study(document: Document, folder: Path, study: FinishedCells, domain: MotifDomain) -> None:
     """Add the section on the study's own arm."""
-    best = selected(study)
+    best = select_run(study)
     results = study[best]["results"]
     totals = {cell: motif_total(v["results"]) for cell, v in study.items()}
     good = sum(total < GOAL for total in totals.values())
@@ -211,7 +211,7 @@ def _main(document: Document, folder: Path, study: Found, domain: MotifDomain) -
             f"own. {CONSISTENCY}",
         )
     )
-    _beside_published(document, study, domain)
+    _add_published(document, study, domain)
     document.picture(
         "annealing",
         pictures.annealing_path({cell.seed: _records(value) for cell, value in study.items()}),
@@ -225,10 +225,10 @@ def _main(document: Document, folder: Path, study: Found, domain: MotifDomain) -
         "found and orange when missed; crosses are activations (the largest, where there are "
         "many), green when right and red when not.",
     )
-    _channels(document, results, domain)
+    _add_channels(document, results, domain)
 
 
-def _not_annealed(study: Found) -> list[str]:
+def _not_annealed(study: FinishedCells) -> list[str]:
     """Say which seeds did not reach the final density, if any."""
     late = [str(cell.seed) for cell, v in study.items() if v["results"]["annealed_at"] is None]
     return [f"Not at that density by the end of training: seeds {', '.join(late)}."] if late else []
@@ -242,14 +242,14 @@ def _records(value: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _interval(results: Mapping[str, Any], name: str) -> str:
     """Format a share with its interval."""
-    found = results[name]
-    if found["value"] is None:
+    share = results[name]
+    if share["value"] is None:
         return "none"
-    low, high = 100 * found["low"], 100 * found["high"]
-    return f"{100 * found['value']:.2f} ({low:.2f} to {high:.2f})"
+    low, high = 100 * share["low"], 100 * share["high"]
+    return f"{100 * share['value']:.2f} ({low:.2f} to {high:.2f})"
 
 
-def _beside_published(document: Document, study: Found, domain: MotifDomain) -> None:
+def _add_published(document: Document, study: FinishedCells, domain: MotifDomain) -> None:
     """Add our errors beside the published ones."""
     ours = [
         _spread([percent(v["results"], name) for v in study.values()])
@@ -269,7 +269,7 @@ def _beside_published(document: Document, study: Found, domain: MotifDomain) -> 
     document.add(Table(["", *SHARE_NAMES, "consistency"], rows, note))
 
 
-def _channels(document: Document, results: Mapping[str, Any], domain: MotifDomain) -> None:
+def _add_channels(document: Document, results: Mapping[str, Any], domain: MotifDomain) -> None:
     """Add how often each channel meets each symbol."""
     confusion = results["confusion"]
     head = ["symbol", *(f"channel {c}" for c in range(len(results["assignment"])))]
@@ -283,13 +283,13 @@ def _channels(document: Document, results: Mapping[str, Any], domain: MotifDomai
     )
 
 
-def _contrast(document: Document, found: Found, group: str, title: str) -> None:
+def _add_contrast(document: Document, cells: FinishedCells, group: str, title: str) -> None:
     """Add a group of arms beside the study's own arm."""
     arms = [arm for arm in ARMS if ARMS[arm].group == group]
-    cells = {arm: [v for c, v in found.items() if c.arm == arm] for arm in arms}
-    if not any(cells.values()):
+    by_arm = {arm: [v for c, v in cells.items() if c.arm == arm] for arm in arms}
+    if not any(by_arm.values()):
         return
-    shown = {"sparling": [v for c, v in found.items() if c.arm == "sparling"], **cells}
+    shown = {"sparling": [v for c, v in cells.items() if c.arm == "sparling"], **by_arm}
     rows, points = [], []
     for arm, values in shown.items():
         if not values:
@@ -311,7 +311,7 @@ def _contrast(document: Document, found: Found, group: str, title: str) -> None:
         ]
     document.add(Heading(title))
     if group == "l1":
-        document.add(Paragraph(_l1_reading(shown)))
+        document.add(Paragraph(_l1_in_words(shown)))
     head = ["arm", "seeds", *SHARE_NAMES, "FPE + FNE + CE", "density"]
     document.add(
         Table(
@@ -334,7 +334,7 @@ def _contrast(document: Document, found: Found, group: str, title: str) -> None:
         )
 
 
-def _l1_reading(shown: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+def _l1_in_words(shown: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     """Say how L1 compares with thresholds."""
     means = {
         arm: mean(motif_total(value["results"]) for value in values)
@@ -359,9 +359,9 @@ def _l1_reading(shown: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     return text + " The weight is chosen here by motif labels, in favour of L1."
 
 
-def _protocol(document: Document, found: Found) -> None:
+def _add_protocol(document: Document, cells: FinishedCells) -> None:
     """Add every choice of the protocol with its source."""
-    config = next(iter(found.values()))["config"]
+    config = next(iter(cells.values()))["config"]
     defaults = SparlingConfig.__dataclass_fields__
     rows = [
         [

@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import sparling
 from ..configs import check_one_process, check_packages, usable_device
-from ..reproduction import Ended, checked_jobs, checked_names, locked, read_cells, run_grid
+from ..reproduction import GridOutcome, checked_jobs, checked_names, locked, read_cells, run_grid
 from . import grid, report
 from .config import SparlingConfig
 from .grid import Cell, asked_cells, cell_config, cells, parsed_overrides
@@ -62,7 +62,7 @@ class Request:
 
 def reproduce(
     request: Request, folder: str | Path, *, jobs: int | None = None, progress: bool = True
-) -> Ended:
+) -> GridOutcome:
     """Run what is not finished yet and write the report on everything that is.
 
     Args:
@@ -86,7 +86,7 @@ def reproduce(
     domain = domain_of(first)  # reads the recordings
     folder = Path(folder)
     with locked(folder):
-        ended, asked = run_grid(
+        outcome, asked = run_grid(
             sparling,
             folder,
             configs,
@@ -97,8 +97,8 @@ def reproduce(
             device=device,
             progress=progress,
         )
-        everything = asked_cells(asked)
-        found = read_cells(sparling, folder, everything)
-        if found:
-            report.write(folder, asked, found, domain, failed=ended.failed, total=len(everything))
-    return ended
+        wanted = asked_cells(asked)
+        finished = read_cells(sparling, folder, wanted)
+        if finished:
+            report.write(folder, asked, finished, domain, failed=outcome.failed, total=len(wanted))
+    return outcome

@@ -139,11 +139,11 @@ def table(results: Mapping[str, Any], config: SparlingConfig) -> str:
     """Format the final measurements for a terminal."""
 
     def share(name: str) -> str:
-        found = results[name]
-        if found["value"] is None:
+        measured = results[name]
+        if measured["value"] is None:
             return "none to count"
-        low, high = (100 * found[end] for end in ("low", "high"))
-        return f"{100 * found['value']:.2f} %  (95 %: {low:.2f} to {high:.2f})"
+        low, high = (100 * measured[end] for end in ("low", "high"))
+        return f"{100 * measured['value']:.2f} %  (95 %: {low:.2f} to {high:.2f})"
 
     rows: list[tuple[str, str]] = [
         ("domain", f"{results['domain']}: {results['origin']}"),

@@ -114,7 +114,7 @@ class SparlingTask:
         self.optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
         self.validation = domain.batch(VALIDATION_SEED, 0, config.validation_samples)
         # On which motif errors are followed through training.
-        followed = min(measures.batch_of(domain, channels), config.test_samples)
+        followed = min(measures.batch_size_for(domain, channels), config.test_samples)
         self.path = tested.batch(TEST_SEED, 0, followed)
 
     @property
@@ -145,7 +145,7 @@ class SparlingTask:
         """Add the gradients of the loss."""
         drawn = self.domain.batch(self.config.seed, batch.first, batch.count)
         inputs = measures.on_device(drawn.inputs, self.device)
-        labels = measures.padded(drawn.labels, self.domain).to(self.device)
+        labels = measures.pad_labels(drawn.labels, self.domain).to(self.device)
         low = self.config.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=low):
             output = self.motifs(inputs, labels)

@@ -91,12 +91,12 @@ def planes(images: np.ndarray, side: int, device: torch.device) -> Tensor:
 
     They are [n, 64, 64] of 0 and 1 or [n, 64, 64, 3] of 0..255.
     """
-    found = torch.from_numpy(np.ascontiguousarray(images)).to(device)
-    if found.dim() == 3:
-        found = found.unsqueeze(1) * 255
+    tensor = torch.from_numpy(np.ascontiguousarray(images)).to(device)
+    if tensor.dim() == 3:
+        tensor = tensor.unsqueeze(1) * 255
     else:
-        found = found.permute(0, 3, 1, 2).contiguous()
-    return shrunk(found, side)
+        tensor = tensor.permute(0, 3, 1, 2).contiguous()
+    return shrunk(tensor, side)
 
 
 def shrunk(images: Tensor, side: int) -> Tensor:

@@ -89,20 +89,20 @@ def evaluate(model: VAESAE, images: Tensor, *, sample_seed: int | None = None) -
     return _facts(run_over(model, images, sample_seed=sample_seed))
 
 
-def _facts(found: Pass) -> dict[str, Any]:
+def _facts(one_pass: Pass) -> dict[str, Any]:
     """Collect what :func:`evaluate` returns."""
     return {
-        "reconstruction": found.reconstruction,
-        "kl": found.kl,
-        "l0": found.activity.l0(),
-        "dead": found.activity.dead_panel(),
+        "reconstruction": one_pass.reconstruction,
+        "kl": one_pass.kl,
+        "l0": one_pass.activity.l0(),
+        "dead": one_pass.activity.dead_panel(),
     }
 
 
 def quick_mig(model: VAESAE, part: Part, seed: int) -> dict[str, float]:
     """Estimate MIG of the mean code on the first 4096 images, with its 95 % interval."""
-    found = run_over(model, part.images[:QUICK_ROWS])
-    gap = mig(found.mean.cpu(), part.classes[:QUICK_ROWS], resamples=RESAMPLES, seed=seed)
+    one_pass = run_over(model, part.images[:QUICK_ROWS])
+    gap = mig(one_pass.mean.cpu(), part.classes[:QUICK_ROWS], resamples=RESAMPLES, seed=seed)
     return {"mig": gap.score, "mig_low": gap.low, "mig_high": gap.high}
 
 
@@ -114,22 +114,22 @@ def measure(model: VAESAE, part: Part, seed: int, *, monte_carlo: bool = True) -
     Monte Carlo from the posteriors; and per unit frequency, mean (absolute activation), selectivity
     (share of the entropy of the factor it stands for) and that factor.
     """
-    found = run_over(model, part.images, keep_codes=True)
+    one_pass = run_over(model, part.images, keep_codes=True)
     classes = part.classes
-    codes = found.codes
+    codes = one_pass.codes
     if codes is None:
         raise RuntimeError("measure: the codes must have been kept")
-    random = torch.randn(found.mean.shape, generator=torch.Generator().manual_seed(seed))
-    mean, log_variance = found.mean.cpu(), found.log_variance.cpu()
+    random = torch.randn(one_pass.mean.shape, generator=torch.Generator().manual_seed(seed))
+    mean, log_variance = one_pass.mean.cpu(), one_pass.log_variance.cpu()
     chosen = selectivity(codes.cpu(), classes)
-    activity = found.activity
+    activity = one_pass.activity
     gaps = {}
     if monte_carlo:
         gaps["mig_monte_carlo"] = _gap(
             mig_monte_carlo(mean, log_variance, classes, samples=MONTE_CARLO_SAMPLES, seed=seed)
         )
     return {
-        **_facts(found),
+        **_facts(one_pass),
         **gaps,
         "dead_sampled": evaluate(model, part.images, sample_seed=seed)["dead"],
         "mig": _gap(mig(mean, classes, resamples=RESAMPLES, seed=seed)),

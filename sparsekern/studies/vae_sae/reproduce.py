@@ -11,7 +11,15 @@ from typing import Any
 
 from .. import vae_sae
 from ..configs import check_one_process, check_packages, usable_device
-from ..reproduction import REQUEST, Ended, checked_jobs, checked_names, locked, read_cells, run_grid
+from ..reproduction import (
+    REQUEST,
+    GridOutcome,
+    checked_jobs,
+    checked_names,
+    locked,
+    read_cells,
+    run_grid,
+)
 from . import grid, report
 from .config import DATASETS, VAESAEConfig
 from .grid import Cell, asked_cells, cell_config, cells, parsed_overrides
@@ -79,14 +87,14 @@ class Request:
 
     def digests(self) -> dict[str, str]:
         """Hash the data files with SHA-256, by data set: a file may move, but not change."""
-        found = {}
+        digests_by_set = {}
         for name, path in self.data.items():
             digest = hashlib.sha256()
             with open(path, "rb") as file:
                 while block := file.read(1 << 20):
                     digest.update(block)
-            found[name] = digest.hexdigest()
-        return found
+            digests_by_set[name] = digest.hexdigest()
+        return digests_by_set
 
     def configs(self) -> dict[Cell, VAESAEConfig]:
         """Make the config of each cell."""
@@ -99,7 +107,7 @@ class Request:
 
 def reproduce(
     request: Request, folder: str | Path, *, jobs: int | None = None, progress: bool = True
-) -> Ended:
+) -> GridOutcome:
     """Run what is not finished yet and write the report on everything that is.
 
     Args:
@@ -128,7 +136,7 @@ def reproduce(
         if name not in request.datasets and not (folder / REQUEST).exists():
             raise ValueError(f"--data must be of the data sets asked for, got one of {name}")
     with locked(folder):
-        ended, asked = run_grid(
+        outcome, asked = run_grid(
             vae_sae,
             folder,
             configs,
@@ -139,8 +147,8 @@ def reproduce(
             device=device,
             progress=progress,
         )
-        everything = asked_cells(asked)
-        found = read_cells(vae_sae, folder, everything)
-        if found:
-            report.write(folder, asked, found, failed=ended.failed, total=len(everything))
-    return ended
+        wanted = asked_cells(asked)
+        finished = read_cells(vae_sae, folder, wanted)
+        if finished:
+            report.write(folder, asked, finished, failed=outcome.failed, total=len(wanted))
+    return outcome

@@ -69,7 +69,7 @@ def run(
     config = prepared(config)
     device = usable_device(config.device)
     with backend(config.backend):
-        _probe(config, device)
+        _try_backend(config, device)
         if not resume:
             RunFolder.check_new(folder)
         parts = read(config, device)
@@ -85,7 +85,7 @@ def run(
     return Report(outcome, results)
 
 
-def _probe(config: VAESAEConfig, device: torch.device) -> None:
+def _try_backend(config: VAESAEConfig, device: torch.device) -> None:
     """Run a step of a tiny model: a backend that cannot run fails before anything is written."""
     tiny = replace(config, latents=2, units=4, k_start=2, k_end=2, width=1, side=32)
     model = make_model(tiny, 1, 0.5).to(device)

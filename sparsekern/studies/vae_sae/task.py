@@ -169,15 +169,17 @@ class VAESAETask:
         At the end of the schedule and of the run on the test images, too, under "test".
         """
         config, parts = self.config, self.parts
-        found = measures.run_over(self.vae, parts.held_out.images)
-        self.model.active[epoch] = found.activity.fired > 0
+        one_pass = measures.run_over(self.vae, parts.held_out.images)
+        self.model.active[epoch] = one_pass.activity.fired > 0
         if self.model.gate is not None and config.warm_epochs <= epoch < config.epochs:
-            self.model.gate.update(found.reconstruction + found.kl, epoch - config.warm_epochs)
+            self.model.gate.update(
+                one_pass.reconstruction + one_pass.kl, epoch - config.warm_epochs
+            )
         facts: dict[str, Any] = {
-            "eval_reconstruction": found.reconstruction,
-            "eval_kl": found.kl,
-            "eval_l0": found.activity.l0(),
-            "eval_dead": found.activity.dead_panel()["never"],
+            "eval_reconstruction": one_pass.reconstruction,
+            "eval_kl": one_pass.kl,
+            "eval_l0": one_pass.activity.l0(),
+            "eval_dead": one_pass.activity.dead_panel()["never"],
             "train_dead": float(self.vae.activity.fraction(self.examples)),
         }
         if self._wants_mig(epoch):
