@@ -74,7 +74,7 @@ NEEDS: list[tuple[str, Callable[[Path], object]]] = [
     ("tqdm", lambda folder: dsprites.write(folder / "a.npz", 10, seed=0)),
     ("matplotlib", lambda folder: figures.new_figure(1, 1)),
     ("matplotlib", drawn_motifs),
-    ("scipy", lambda folder: motif_errors.assigned(np.ones((2, 2)), one_to_one=True)),
+    ("scipy", lambda folder: motif_errors.assign_symbols(np.ones((2, 2)), one_to_one=True)),
     ("scipy", lambda folder: statistics._quantile(3)),
 ]
 

@@ -5,10 +5,15 @@ from made_up_cells import UNITS, asked, content, grid
 
 from sparsekern.studies.vae_sae.grid import Cell
 from sparsekern.studies.vae_sae.report.conclusions import conclusions
-from sparsekern.studies.vae_sae.report.limits import changed_settings, limits
+from sparsekern.studies.vae_sae.report.conclusions.limits import changed_settings, limits
+from sparsekern.studies.vae_sae.report.measurements import (
+    Measured,
+    Returned,
+    returned,
+    threshold_range,
+)
+from sparsekern.studies.vae_sae.report.raw_results import protocol_rows
 from sparsekern.studies.vae_sae.report.statistics import Spread, Verdict, spread, welch
-from sparsekern.studies.vae_sae.report.summary import Measured, Returned, returned, threshold_range
-from sparsekern.studies.vae_sae.report.tables import protocol_rows
 
 # -- statistics ------------------------------------------------------------------------------------
 

@@ -8,21 +8,21 @@ from sparsekern.studies.vae_sae.report.activity import (
     PHASES,
     Cut,
     Lag,
-    binding,
-    cut,
-    early,
-    lag,
-    parts,
+    describe_cut,
+    first_cut_epoch,
+    l1_strengths,
+    largest_lag,
     phase_of_units,
-    phases,
+    phase_shares,
     shared_epochs,
-    silent,
     silent_after_a_tenth,
     silent_before_cut,
-    strengths,
+    silent_share,
+    silent_since_before_cut,
+    split_silent,
 )
 from sparsekern.studies.vae_sae.report.conclusions import conclusions
-from sparsekern.studies.vae_sae.report.summary import Measured
+from sparsekern.studies.vae_sae.report.measurements import Measured
 
 NEVER, BEFORE, WHILE = PHASES
 
@@ -46,19 +46,19 @@ def lasting(*last):
 def test_k_cuts_from_the_first_epoch_that_fills_it():
     one = made("topk")
     # k: 20 18 16 14 12 10; ReLU leaves 11, of which 0.95 * 12 = 11.4 are not.
-    assert binding(one) == 5
-    assert cut(one) == Cut(first=ACTIVE, epoch=6, k=10, before=ACTIVE, last=2)
+    assert first_cut_epoch(one) == 5
+    assert describe_cut(one) == Cut(first=ACTIVE, epoch=6, k=10, before=ACTIVE, last=2)
     one["epochs"][4]["eval_l0"] = 11.5
-    assert binding(one) == 4
-    assert binding(made("dense")) is None and cut(made("dense")).epoch is None
-    assert binding(made("fixed")) == 0 and cut(made("fixed")).before == 2
+    assert first_cut_epoch(one) == 4
+    assert first_cut_epoch(made("dense")) is None and describe_cut(made("dense")).epoch is None
+    assert first_cut_epoch(made("fixed")) == 0 and describe_cut(made("fixed")).before == 2
 
 
 def test_k_of_all_units_cuts_nothing_even_when_all_are_active():
     one = made("topk")
     for record in one["epochs"]:
         record["eval_l0"] = float(record["k"])
-    assert one["epochs"][0]["k"] == UNITS and binding(one) == 1
+    assert one["epochs"][0]["k"] == UNITS and first_cut_epoch(one) == 1
 
 
 def test_the_lag_is_the_largest_of_the_last_fifth():
@@ -66,18 +66,18 @@ def test_the_lag_is_the_largest_of_the_last_fifth():
     # Epochs 9 and 10 of 10, with k = 4 and 2; what lies before does not count.
     for record, l0 in zip(one["epochs"][7:10], (60.0, 6.0, 2.4), strict=True):
         record["eval_l0"] = l0
-    assert lag(one) == Lag(share=0.5, epoch=9, l0=6.0, k=4)
+    assert largest_lag(one) == Lag(share=0.5, epoch=9, l0=6.0, k=4)
     one["epochs"][9]["eval_l0"] = 0.5
-    assert lag(one) == Lag(share=-0.75, epoch=10, l0=0.5, k=2)
+    assert largest_lag(one) == Lag(share=-0.75, epoch=10, l0=0.5, k=2)
 
 
 def test_strengths_are_those_of_both_ends():
     one = made("l1")
     one["epochs"][EPOCHS - 1]["strength"], one["epochs"][-1]["strength"] = 6.0, 0.25
-    assert strengths(one) == (6.0, 0.25)
-    assert strengths(made("topk")) is None
+    assert l1_strengths(one) == (6.0, 0.25)
+    assert l1_strengths(made("topk")) is None
     one["config"]["extra_epochs"] = 0
-    assert strengths(one) is None
+    assert l1_strengths(one) is None
 
 
 def with_strength(last):
@@ -111,17 +111,17 @@ def test_units_die_in_the_phase_of_their_first_silent_epoch():
     # k cuts from epoch 5 (from 0) on: last active in epoch 3, silent from 4; last in 4, from 5.
     one = made("topk", death=lasting(-1, 0, 3, 4, 8))
     assert phase_of_units(one)[:6] == [NEVER, BEFORE, BEFORE, WHILE, WHILE, None]
-    assert phases(one) == {NEVER: 1 / 20, BEFORE: 2 / 20, WHILE: 2 / 20}
-    assert silent(one) == sum(phases(one).values()) == 5 / 20
-    assert early(one) == pytest.approx(3 / 20)
+    assert phase_shares(one) == {NEVER: 1 / 20, BEFORE: 2 / 20, WHILE: 2 / 20}
+    assert silent_share(one) == sum(phase_shares(one).values()) == 5 / 20
+    assert silent_since_before_cut(one) == pytest.approx(3 / 20)
 
 
 def test_in_the_controls_k_cuts_never_or_always():
     death = lasting(-1, 0, 8)
     assert phase_of_units(made("dense", death=death))[:3] == [NEVER, BEFORE, BEFORE]
-    assert early(made("dense", death=death)) == pytest.approx(3 / 20)
+    assert silent_since_before_cut(made("dense", death=death)) == pytest.approx(3 / 20)
     assert phase_of_units(made("fixed", death=death))[:3] == [NEVER, WHILE, WHILE]
-    assert early(made("fixed", death=death)) == 0.0
+    assert silent_since_before_cut(made("fixed", death=death)) == 0.0
 
 
 def test_the_curve_of_silent_units_is_read_at_three_epochs():
@@ -148,12 +148,12 @@ def two_arms(topk, dense, arm="topk"):
 
 def test_the_parts_of_the_collapse_add_up():
     # 2 early and 8 late under Top-k, 2 early and 1 late (still uncut) in the control.
-    found = parts(Measured(two_arms([0, 1] + [6] * 8, [0, 1, 6])), "dsprites", "topk")
+    found = split_silent(Measured(two_arms([0, 1] + [6] * 8, [0, 1, 6])), "dsprites", "topk")
     assert found.whole.mean == pytest.approx(11 / 20)
     assert found.early == pytest.approx(3 / 20) and found.uncut == pytest.approx(1 / 20)
     assert found.excess.mean == pytest.approx(7 / 20) and found.excess.shown == 1
     assert found.early + found.uncut + found.excess.mean == pytest.approx(found.whole.mean)
-    assert parts(Measured(grid(("topk",))), "dsprites", "topk") is None
+    assert split_silent(Measured(grid(("topk",))), "dsprites", "topk") is None
 
 
 def test_the_sentence_on_the_parts_has_their_numbers():

@@ -12,8 +12,7 @@ from sparsekern.studies.vae_sae.grid import Cell
 from sparsekern.studies.vae_sae.images import read
 from sparsekern.studies.vae_sae.report import figures as report_figures
 from sparsekern.studies.vae_sae.report import pictures as report_pictures
-from sparsekern.studies.vae_sae.report import traces
-from sparsekern.studies.vae_sae.report.summary import Measured
+from sparsekern.studies.vae_sae.report.measurements import Measured
 from sparsekern.studies.vae_sae.task import Trained, make_model
 from sparsekern.training.checkpoints import model_tensors, write_checkpoint
 
@@ -81,7 +80,7 @@ def test_the_heat_map_has_a_row_for_each_arm(figures):
 
 def test_deaths_are_stacked_by_epoch(figures):
     death = [-1, -1, 0, 8] + [None] * (UNITS - 4)
-    figure = traces.deaths(Measured(grid(("topk",), ("dsprites",), death=death)))
+    figure = report_figures.deaths(Measured(grid(("topk",), ("dsprites",), death=death)))
     panel = figure.axes[0]
     bars = {
         (round(bar.get_x() + bar.get_width() / 2), phase.get_label()): bar.get_height()
@@ -98,7 +97,7 @@ def test_deaths_are_stacked_by_epoch(figures):
 
 def test_active_units_and_the_strength_lie_above_each_other(figures):
     found = grid(("topk", "l1", "dense"))
-    figure = traces.active_units(Measured(found))
+    figure = report_figures.active_units(Measured(found))
     above, below = figure.axes[0], figure.axes[2]
     lines = lines_of(above)
     assert list(lines["Top-k"].get_ydata())[:6] == [11, 11, 11, 11, 11, 10]
@@ -106,7 +105,7 @@ def test_active_units_and_the_strength_lie_above_each_other(figures):
     assert list(below.get_lines()[0].get_ydata()) == [0.5] * (EPOCHS + EXTRA)
     assert below.get_yscale() == "log"
     only = {cell: made for cell, made in found.items() if cell.arm != "l1"}
-    assert len(traces.active_units(Measured(only)).axes) == 2
+    assert len(report_figures.active_units(Measured(only)).axes) == 2
 
 
 def test_every_arm_lies_inside_the_pareto_plot(figures):

@@ -14,7 +14,7 @@ from sparsekern.studies.reproduction import document as report_document
 from sparsekern.studies.vae_sae.grid import Cell, cells
 from sparsekern.studies.vae_sae.report import figures as report_figures
 from sparsekern.studies.vae_sae.report import pictures as report_pictures
-from sparsekern.studies.vae_sae.report.sections import command
+from sparsekern.studies.vae_sae.report.sections.overview import command
 from sparsekern.training import RunError
 
 

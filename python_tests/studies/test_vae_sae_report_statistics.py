@@ -8,9 +8,9 @@ from sparsekern.studies.vae_sae.report.statistics import (
     Difference,
     Spread,
     Verdict,
-    change,
     counted,
     mig_floor,
+    paired_change,
     spread,
     verdict,
     welch,
@@ -40,9 +40,9 @@ def test_an_interval_of_a_difference_is_that_of_welch():
 def test_an_interval_of_changes_within_runs_is_that_of_student():
     values = [0.3, -0.1, 0.5, 0.2]
     expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    found = change(spread(values))
+    found = paired_change(spread(values))
     assert (found.low, found.high) == pytest.approx(tuple(expected))
-    assert change(spread([0.2])) == Difference(0.2, None, None, "1 seed")
+    assert paired_change(spread([0.2])) == Difference(0.2, None, None, "1 seed")
 
 
 def test_intervals_miss_the_truth_about_as_often_as_they_say():

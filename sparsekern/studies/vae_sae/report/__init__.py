@@ -20,10 +20,10 @@ from ....training.runs import write_atomically
 from ...reproduction import table_bytes, usable_processors
 from ...reproduction.document import Document, Heading, Items, Paragraph, markdown, page
 from ..grid import Cell, asked_cells
-from . import arms, collapse, sections
+from .measurements import Measured
+from .raw_results import cell_rows, epoch_rows, unit_rows
+from .sections import arms, collapse, overview
 from .statistics import counted
-from .summary import Measured
-from .tables import cell_rows, epoch_rows, unit_rows
 
 TITLE = "VAE-SAE: dead units under sparsification"
 FIGURES = "figures"
@@ -33,7 +33,7 @@ NAMED = 12  # at most so many missing cells are named one by one
 def write(
     folder: Path,
     asked: Mapping[str, Any],
-    found: Mapping[Cell, Mapping[str, Any]],
+    cells: Mapping[Cell, Mapping[str, Any]],
     *,
     failed: Mapping[str, str],
     total: int,
@@ -43,19 +43,19 @@ def write(
     Args:
         folder: of the reproduction, with its run folders.
         asked: the content of reproduction.json.
-        found: the finished cells, see reproduction.read_cells.
+        cells: the finished cells, see reproduction.read_cells.
         failed: cell's name -> why, of this call.
         total: cells that were asked for.
 
     Raises:
         RunError: a cell lacks a measurement, or was run by another version; names it.
     """
-    measured = Measured(found)
+    measured = Measured(cells)
     document = Document()
     document.add(Heading(TITLE, 1))
-    _state(document, asked, found, failed, total)
-    if found:
-        _fill(document, folder, measured, asked)
+    _add_state(document, asked, cells, failed, total)
+    if cells:
+        _add_sections(document, folder, measured, asked)
     (folder / FIGURES).mkdir(exist_ok=True)
     for name, png in document.figures.items():
         write_atomically(folder / FIGURES / f"{name}.png", png)
@@ -69,7 +69,9 @@ def write(
     write_atomically(folder / "report.html", page(document, TITLE).encode())
 
 
-def _fill(document: Document, folder: Path, measured: Measured, asked: Mapping[str, Any]) -> None:
+def _add_sections(
+    document: Document, folder: Path, measured: Measured, asked: Mapping[str, Any]
+) -> None:
     """Add all sections."""
     facts = {
         "sparsekern": __version__,
@@ -79,18 +81,18 @@ def _fill(document: Document, folder: Path, measured: Measured, asked: Mapping[s
     }
     if torch.cuda.is_available():
         facts["GPU:"] = torch.cuda.get_device_name()
-    sections.what_was_run(document, measured, asked, facts)
-    sections.main_table(document, measured)
+    overview.what_was_run(document, measured, asked, facts)
+    overview.main_table(document, measured)
     arms.every_arm(document, measured)
     collapse.active_units(document, measured)
     collapse.courses(document, measured)
     collapse.further_epochs(document, measured)
-    sections.local_interpretability(document, measured)
-    sections.looks(document, measured, folder)
+    overview.local_interpretability(document, measured)
+    overview.looks(document, measured, folder)
     arms.cures(document, measured)
     arms.sensitivity(document, measured, asked)
-    sections.reading(document, measured, asked)
-    sections.protocol(document, measured, asked)
+    overview.reading(document, measured, asked)
+    overview.protocol(document, measured, asked)
     document.add(
         Heading("Raw results"),
         Items(
@@ -113,25 +115,25 @@ def _fill(document: Document, folder: Path, measured: Measured, asked: Mapping[s
     )
 
 
-def _state(
+def _add_state(
     document: Document,
     asked: Mapping[str, Any],
-    found: Mapping[Cell, Any],
+    cells: Mapping[Cell, Any],
     failed: Mapping[str, str],
     total: int,
 ) -> None:
     """Say what is missing and what failed."""
-    if len(found) == total:
+    if len(cells) == total:
         document.add(Paragraph(f"Complete: {counted(total, 'cell')}."))
         return
-    absent = [c for c in asked_cells(asked) if c not in found and c.name not in failed]
-    missing = [c.name for c in absent]
-    if len(missing) > NAMED:
+    absent = [c for c in asked_cells(asked) if c not in cells and c.name not in failed]
+    names = [c.name for c in absent]
+    if len(names) > NAMED:
         by_arm = Counter(c.arm for c in absent)
-        missing = [f"{count} of {arm}" for arm, count in by_arm.items()]
-    text = f"Incomplete: {len(found)} of {counted(total, 'cell')}."
-    if missing:
-        text += f" Not finished: {', '.join(missing)}."
+        names = [f"{count} of {arm}" for arm, count in by_arm.items()]
+    text = f"Incomplete: {len(cells)} of {counted(total, 'cell')}."
+    if names:
+        text += f" Not finished: {', '.join(names)}."
     document.add(Paragraph(text, notice=True))
     if failed:
         document.add(Items([f"{name} failed: {why}" for name, why in failed.items()]))

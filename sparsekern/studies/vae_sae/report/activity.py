@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .statistics import Difference, Spread, spread, welch
-from .summary import Content, Measured
+from .measurements import Content, Measured
+from .statistics import Difference, Spread, welch
 
 BINDS_AT = 0.95
 """Of k: from the first epoch on with a mean L0 of at least that, k cuts active units."""
@@ -31,7 +31,7 @@ def scheduled_epochs(content: Content) -> Sequence[Mapping[str, Any]]:
 # -- active units ----------------------------------------------------------------------------------
 
 
-def binding(content: Content) -> int | None:
+def first_cut_epoch(content: Content) -> int | None:
     """Find the first epoch, from 0, in which k cut active units; None where it never did.
 
     There k is below the number of units, and L0 after the epoch at least 0.95 k.
@@ -58,10 +58,10 @@ class Cut(NamedTuple):
     """L0 after the last epoch."""
 
 
-def cut(content: Content) -> Cut:
+def describe_cut(content: Content) -> Cut:
     """Summarise what the schedule did to the number of active units."""
     records = scheduled_epochs(content)
-    at = binding(content)
+    at = first_cut_epoch(content)
     before = records[(len(records) if at is None else max(at, 1)) - 1]
     return Cut(
         records[0]["eval_l0"],
@@ -83,18 +83,18 @@ class Lag(NamedTuple):
     k: int
 
 
-def lag(content: Content) -> Lag:
+def largest_lag(content: Content) -> Lag:
     """Find the largest relative distance of L0 from k over the last fifth of the schedule."""
     records = scheduled_epochs(content)
     first = len(records) - max(1, round(LAST_SHARE * len(records)))
-    found = [
+    lags = [
         Lag((r["eval_l0"] - r["k"]) / r["k"], first + at + 1, r["eval_l0"], r["k"])
         for at, r in enumerate(records[first:])
     ]
-    return max(found, key=lambda one: abs(one.share))
+    return max(lags, key=lambda one: abs(one.share))
 
 
-def strengths(content: Content) -> tuple[float, float] | None:
+def l1_strengths(content: Content) -> tuple[float, float] | None:
     """Look up the mean strength of L1 in the last epochs of the schedule and of the run.
 
     None where there are no further epochs, or no strength was written.
@@ -116,35 +116,35 @@ def phase_of_units(content: Content) -> list[str | None]:
     "never alive" was active on the held-out images after no epoch. "before k cut": its first epoch
     without activity lies before that in which k began to cut active units. Else "while k cut".
     """
-    began = binding(content)
-    found: list[str | None] = []
+    began = first_cut_epoch(content)
+    unit_phases: list[str | None] = []
     for last in content["results"]["death_epoch"]:
         if last is None:
-            found.append(None)
+            unit_phases.append(None)
         elif last == -1:
-            found.append(PHASES[0])
+            unit_phases.append(PHASES[0])
         else:
-            found.append(PHASES[1] if began is None or last + 1 < began else PHASES[2])
-    return found
+            unit_phases.append(PHASES[1] if began is None or last + 1 < began else PHASES[2])
+    return unit_phases
 
 
-def phases(content: Content) -> dict[str, float]:
+def phase_shares(content: Content) -> dict[str, float]:
     """Compute the share of all units in each of :data:`PHASES`; they add up to :func:`silent`."""
-    found = phase_of_units(content)
-    return {phase: found.count(phase) / len(found) for phase in PHASES}
+    unit_phases = phase_of_units(content)
+    return {phase: unit_phases.count(phase) / len(unit_phases) for phase in PHASES}
 
 
-def early(content: Content) -> float:
+def silent_since_before_cut(content: Content) -> float:
     """Compute the share of units that fell silent for good before k cut anything.
 
     Those that were never alive count, too, in a schedule whose k did not cut from the first epoch
     on.
     """
-    found = phases(content)
-    return found[PHASES[1]] + (0.0 if binding(content) == 0 else found[PHASES[0]])
+    shares = phase_shares(content)
+    return shares[PHASES[1]] + (0.0 if first_cut_epoch(content) == 0 else shares[PHASES[0]])
 
 
-def silent(content: Content) -> float:
+def silent_share(content: Content) -> float:
     """Compute the share of units without activity after the last epoch of the schedule."""
     deaths = content["results"]["death_epoch"]
     return sum(last is not None for last in deaths) / len(deaths)
@@ -161,14 +161,14 @@ def silent_before_cut(content: Content) -> float:
 
     0 where k cut from the first epoch on.
     """
-    at = binding(content)
+    at = first_cut_epoch(content)
     records = scheduled_epochs(content)
     if at is None:
         return float(records[-1]["eval_dead"])
     return float(records[at - 1]["eval_dead"]) if at else 0.0
 
 
-class Parts(NamedTuple):
+class SilentParts(NamedTuple):
     """Silent units at the end of the schedule, as three shares of all units that add up."""
 
     whole: Spread
@@ -180,14 +180,14 @@ class Parts(NamedTuple):
     """Over the dense control."""
 
 
-def parts(measured: Measured, dataset: str, arm: str) -> Parts | None:
+def split_silent(measured: Measured, dataset: str, arm: str) -> SilentParts | None:
     """Split an arm's silent units; None without cells of the arm and of the dense control."""
-    whole = measured.spread(dataset, arm, silent)
-    dense = measured.spread(dataset, "dense", silent)
+    whole = measured.spread(dataset, arm, silent_share)
+    dense = measured.spread(dataset, "dense", silent_share)
     if whole is None or dense is None:
         return None
-    before = measured.known(dataset, arm, early).mean
-    return Parts(whole, before, dense.mean - before, welch(whole, dense))
+    before = measured.known(dataset, arm, silent_since_before_cut).mean
+    return SilentParts(whole, before, dense.mean - before, welch(whole, dense))
 
 
 def shared_epochs(measured: Measured, dataset: str, arm: str) -> int:
@@ -203,9 +203,3 @@ def shared_epochs(measured: Measured, dataset: str, arm: str) -> int:
         same = [all(a[n] == b[n] for n in ("eval_l0", "eval_reconstruction")) for a, b in pairs]
         counts.append([*same, False].index(False))
     return min(counts, default=0)
-
-
-def mean_of(values: Sequence[float | None]) -> Spread | None:
-    """Average over the seeds, where every seed has a value."""
-    known = [value for value in values if value is not None]
-    return spread(known) if known and len(known) == len(values) else None

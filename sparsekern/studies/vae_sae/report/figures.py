@@ -7,28 +7,29 @@ from typing import Any
 
 import numpy as np
 
-from ...figures import as_png as as_png
-from ...figures import from_zero
+from ...figures import as_png, from_zero
 from ...figures import new_figure as sized_figure
 from ..grid import ARMS, STUDY
-from .statistics import CURED_BELOW, spread
-from .summary import (
+from .activity import PHASES, first_cut_epoch, phase_of_units, scheduled_epochs
+from .measurements import (
     UNCURED,
     Content,
     Measured,
     alive_selectivity,
+    at_end_of_schedule,
     draws_matter,
     mig_score,
-    never,
-    never_sampled,
+    never_active,
+    never_active_drawn,
     random_mig,
-    scheduled,
+    records_by_k,
     untrained_mig,
 )
+from .names import SETS, STUDY_AND_CONTROLS, definition, named
+from .statistics import CURED_BELOW, spread
 
 DOTS_PER_INCH = 150
 WIDTH = 7.0
-SETS = {"dsprites": "dSprites", "shapes3d": "Shapes3D"}
 # Okabe and Ito's colours, which differ for colour-blind readers, too.
 BLUE, VERMILION, GREEN, ORANGE = "#0072B2", "#D55E00", "#009E73", "#E69F00"
 SKY, PURPLE, GREY = "#56B4E9", "#CC79A7", "#6B6B6B"
@@ -36,24 +37,15 @@ OTHERS = (GREEN, ORANGE, SKY, PURPLE, VERMILION, "#8C6D1F", "#332288")
 MARKERS = "sD^vPX*hp<>"
 COLOURS = {"topk": BLUE, "l1": VERMILION, "dense": GREY, "fixed": GREEN}
 MARKS = {"topk": "o", "l1": "o", "dense": "o", "fixed": "o"}
+PHASE_COLOURS = dict(zip(PHASES, ("#9A9A9A", ORANGE, BLUE), strict=True))
 # Cures first: they share a figure.
 _others = sorted(set(ARMS) - set(COLOURS), key=lambda arm: (ARMS[arm].group, list(ARMS).index(arm)))
 for _at, _arm in enumerate(_others):
     COLOURS[_arm] = OTHERS[_at % len(OTHERS)]
     MARKS[_arm] = MARKERS[_at % len(MARKERS)]
-NAMES = {"topk": "Top-k", "l1": "L1", "dense": "dense", "fixed": "fixed k"}
-STUDY_AND_CONTROLS = ("topk", "l1", "dense", "fixed")
 
 
-def named(arm: str) -> str:
-    """Name an arm in figures and tables."""
-    return NAMES.get(arm, arm)
-
-
-def definition(name: str) -> str:
-    """Put a definition of dead units in words: "frequency<1e-02" -> "frequency < 0.01"."""
-    kind, less, threshold = name.partition("<")
-    return f"{kind} < {float(threshold):g}" if less else f"{kind} active"
+# -- style -----------------------------------------------------------------------------------------
 
 
 def new_figure(height: float, rows: int, columns: int, **options: Any) -> tuple[Any, Any]:
@@ -111,6 +103,9 @@ def mark_end(panel: Any, epoch: int) -> None:
     )  # fmt: skip
 
 
+# -- against the epoch -----------------------------------------------------------------------------
+
+
 def dead_by_epoch(measured: Measured) -> bytes:
     """Draw the units never active on the held-out images after each epoch."""
     figure, panels = new_figure(3.4, 1, len(measured.datasets), sharey=True)
@@ -133,17 +128,130 @@ def dead_by_epoch(measured: Measured) -> bytes:
     return as_png(figure)
 
 
-def by_k(content: Content, name: str) -> dict[int, Mapping[str, Any]]:
-    """Find the last record of the schedule at each k that has a value of this name."""
-    records = content["epochs"][: content["config"]["epochs"]]
-    return {record["k"]: record for record in records if name in record}
+def active_units(measured: Measured) -> bytes:
+    """Draw L0 and k after each epoch, and below, where L1 was run and wrote it, its strength."""
+    steered = any("strength" in r for c in measured.cells.values() for r in c["epochs"])
+    figure, panels = new_figure(
+        5.2 if steered else 3.2, 2 if steered else 1, len(measured.datasets),
+        sharex="col", sharey="row",
+    )  # fmt: skip
+    for at, dataset in enumerate(measured.datasets):
+        _l0_panel(panels[0, at], measured, dataset)
+        if steered:
+            _strength_panel(panels[1, at], measured, dataset)
+        panels[-1, at].set_xlabel("epoch")
+        for panel in panels[:, at]:
+            plain(panel)
+    panels[0, 0].set_ylabel("active units per image", fontsize=9)
+    if steered:
+        panels[1, 0].set_ylabel("strength of L1", fontsize=9)
+    legend_below(figure, panels, 5)
+    return as_png(figure)
 
 
-def _over_k(
+def _l0_panel(panel: Any, measured: Measured, dataset: str) -> None:
+    """Draw L0 and k of a data set."""
+    for arm in STUDY_AND_CONTROLS:
+        contents = list(measured.of(dataset, arm).values())
+        if not contents:
+            continue
+        records = contents[0]["epochs"]
+        x = range(1, len(records) + 1)
+        if arm in ("topk", "l1"):
+            panel.plot(
+                x, [r["k"] for r in records], color="black", linestyle="--", linewidth=1, label="k"
+            )
+        runs = [[r["eval_l0"] for r in c["epochs"]] for c in contents]
+        band(panel, arm, x, runs, (0, None))
+        if contents[0]["config"]["extra_epochs"]:
+            mark_end(panel, contents[0]["config"]["epochs"])
+    panel.set_title(SETS[dataset])
+    from_zero(panel)
+    panel.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _strength_panel(panel: Any, measured: Measured, dataset: str) -> None:
+    """Draw the strength of L1 of a data set."""
+    contents = list(measured.of(dataset, "l1").values())
+    runs = [[r.get("strength", np.nan) for r in c["epochs"]] for c in contents]
+    for run in runs:
+        panel.plot(range(1, len(run) + 1), run, color=COLOURS["l1"], linewidth=1)
+    if contents and contents[0]["config"]["extra_epochs"]:
+        panel.axvline(contents[0]["config"]["epochs"], color="black", linestyle=":", linewidth=1)
+    panel.set_yscale("log")
+
+
+def deaths(measured: Measured) -> bytes:
+    """Draw how many units fell silent in which epoch, by phase.
+
+    For the rest of the schedule; k at that epoch is on the axis above.
+    """
+    arms = [arm for arm in STUDY_AND_CONTROLS if arm in measured.arms]
+    figure, panels = new_figure(0.6 + 1.9 * len(arms), len(arms), len(measured.datasets))
+    for row, arm in zip(panels, arms, strict=True):
+        for panel, dataset in zip(row, measured.datasets, strict=True):
+            contents = list(measured.of(dataset, arm).values())
+            if contents:
+                _death_panel(panel, contents)
+            else:
+                panel.text(0.5, 0.5, "not run", ha="center", transform=panel.transAxes, fontsize=8)
+                panel.set(xticks=[], yticks=[])
+                panel.spines[:].set_visible(False)
+            panel.set_title(f"{SETS[dataset]}, {named(arm)}", fontsize=9)
+        row[0].set_ylabel("units", fontsize=8)
+    for panel in panels[-1]:
+        panel.set_xlabel("first epoch without activity", fontsize=8)
+    legend_below(figure, panels)
+    return as_png(figure)
+
+
+def _death_panel(panel: Any, contents: Sequence[Content]) -> None:
+    """Draw the deaths of an arm."""
+    records = scheduled_epochs(contents[0])
+    width = max(1, -(-len(records) // 50))
+    edges = np.arange(0.5, len(records) + width + 0.5, width)
+    total = np.zeros(len(edges) - 1)
+    for phase in PHASES:
+        epochs = [
+            last + 2
+            for content in contents
+            for last, unit_phase in zip(
+                content["results"]["death_epoch"], phase_of_units(content), strict=True
+            )
+            if unit_phase == phase and last is not None
+        ]
+        counts = np.histogram(epochs, edges)[0] / len(contents)
+        panel.bar(
+            edges[:-1], counts, width, bottom=total, align="edge", label=phase,
+            color=PHASE_COLOURS[phase], edgecolor="white", linewidth=0.3,
+        )  # fmt: skip
+        total += counts
+    plain(panel)
+    panel.set_xlim(edges[0], edges[-1])
+    panel.set_ylim(0, max(1.0, 1.1 * total.max()))
+    if not total.any():
+        panel.set_yticks([0])
+        panel.text(0.5, 0.5, "no dead units", ha="center", transform=panel.transAxes, fontsize=8)
+    began = {at for at in map(first_cut_epoch, contents) if at is not None}
+    for at in began:
+        panel.axvline(at + 0.5, color="black", linestyle=":", linewidth=1)
+    end = len(records)
+    ticks = sorted({at for at in (1, end // 4, end // 2, 3 * end // 4, end) if at > 0})
+    panel.set_xticks(ticks)
+    above = panel.secondary_xaxis("top")
+    above.set_xticks(ticks, [f"k={records[at - 1]['k']}" for at in ticks], fontsize=7)
+    above.tick_params(length=2, pad=1)
+    above.spines["top"].set_visible(False)
+
+
+# -- against k -------------------------------------------------------------------------------------
+
+
+def _shared_k_records(
     measured: Measured, dataset: str, arm: str, name: str
 ) -> tuple[list[int], list[list[Mapping[str, Any]]]]:
     """Find the k that all seeds went through, and for each seed its records at them."""
-    runs = [by_k(content, name) for content in measured.of(dataset, arm).values()]
+    runs = [records_by_k(content, name) for content in measured.of(dataset, arm).values()]
     shared = sorted(set(runs[0]).intersection(*runs)) if runs else []
     return shared, [[run[k] for k in shared] for run in runs]
 
@@ -153,7 +261,7 @@ def dead_by_k(measured: Measured) -> bytes:
     figure, panels = new_figure(3.4, 1, len(measured.datasets), sharey=True)
     for panel, dataset in zip(panels[0], measured.datasets, strict=True):
         for arm in STUDY:
-            ks, runs = _over_k(measured, dataset, arm, "eval_dead")
+            ks, runs = _shared_k_records(measured, dataset, arm, "eval_dead")
             if ks:
                 band(panel, arm, ks, [[100 * r["eval_dead"] for r in run] for run in runs])
         for arm, style in (("dense", "--"), ("fixed", ":")):
@@ -175,19 +283,12 @@ def dead_by_k(measured: Measured) -> bytes:
     return as_png(figure)
 
 
-def has_mig_records(measured: Measured) -> bool:
-    """Tell whether MIG was estimated during the training of an arm of the study."""
-    return any(
-        by_k(content, "mig") for cell, content in measured.cells.items() if cell.arm in STUDY
-    )
-
-
 def mig_by_k(measured: Measured) -> bytes:
     """Draw MIG of the mean code during the schedule, with the levels of controls."""
     figure, panels = new_figure(3.6, 1, len(measured.datasets))
     for panel, dataset in zip(panels[0], measured.datasets, strict=True):
         for arm in STUDY:
-            ks, runs = _over_k(measured, dataset, arm, "mig")
+            ks, runs = _shared_k_records(measured, dataset, arm, "mig")
             if ks:
                 values, low, high = (
                     np.array([[r[name] for r in run] for run in runs])
@@ -201,7 +302,7 @@ def mig_by_k(measured: Measured) -> bytes:
                 panel.vlines(ks, low.mean(0), high.mean(0), color=COLOURS[arm], linewidth=1)
                 if len(values) > 1:
                     panel.plot(ks, values.T, color=COLOURS[arm], linewidth=0.8, alpha=0.5)
-        for label, colour, style, of, get in _levels():
+        for label, colour, style, of, get in _control_levels():
             value = measured.spread(dataset, of or first_arm(measured, dataset), get)
             if value is not None:
                 panel.axhline(value.mean, color=colour, linestyle=style, linewidth=1.2, label=label)
@@ -215,7 +316,7 @@ def mig_by_k(measured: Measured) -> bytes:
     return as_png(figure)
 
 
-def _levels() -> list[tuple[str, str, str, str | None, Callable[[Content], float]]]:
+def _control_levels() -> list[tuple[str, str, str, str | None, Callable[[Content], float]]]:
     """List the levels of controls: label, colour, style, arm and getter."""
     return [
         ("dense, last epoch", GREY, "--", "dense", mig_score),
@@ -224,15 +325,18 @@ def _levels() -> list[tuple[str, str, str, str | None, Callable[[Content], float
     ]
 
 
+# -- at the end of the schedule --------------------------------------------------------------------
+
+
 def panel_map(measured: Measured, dataset: str) -> bytes:
     """Draw the dead share of each arm under each definition, as a heat map."""
     arms = [arm for arm in measured.arms if measured.has(dataset, arm)]
     shares = [measured.panel(dataset, arm) for arm in arms]
-    rows = [[found[n].mean for n in shares[0]] for found in shares]
+    rows = [[share_by_name[n].mean for n in shares[0]] for share_by_name in shares]
     labels = [definition(n).replace(" ", "\n", 1) for n in shares[0]]
     if draws_matter(measured):
         for row, arm in zip(rows, arms, strict=True):
-            row.append(measured.known(dataset, arm, never_sampled).mean)
+            row.append(measured.known(dataset, arm, never_active_drawn).mean)
         labels.append("never,\nz drawn")
     values = np.array(rows)
     figure, panels = new_figure(1.3 + 0.27 * len(arms), 1, 1)
@@ -296,8 +400,8 @@ def pareto(measured: Measured) -> bytes:
         for arm in [UNCURED, "dense", *cures]:
             if not measured.has(dataset, arm):
                 continue
-            x = measured.known(dataset, arm, scheduled("reconstruction"))
-            y = measured.known(dataset, arm, never)
+            x = measured.known(dataset, arm, at_end_of_schedule("reconstruction"))
+            y = measured.known(dataset, arm, never_active)
             note = ", uncured" if arm == UNCURED else ""
             panel.errorbar(
                 x.mean, 100 * y.mean, xerr=x.sd, yerr=None if y.sd is None else 100 * y.sd,

@@ -14,11 +14,13 @@ from torch import Tensor
 from ....data.images.factors import subset
 from ....models.vae_sae import VAESAE
 from ....training.checkpoints import CheckpointError, load_model, read_checkpoint
+from ...figures import as_png
 from ..config import VAESAEConfig
 from ..images import SETS as IMAGE_SETS
 from ..images import pixels, planes, read
 from ..task import Trained, make_model
-from .figures import SETS, as_png, new_figure
+from .figures import new_figure
+from .names import SETS
 
 SHOWN = 6
 LATENTS = 5

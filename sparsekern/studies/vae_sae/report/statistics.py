@@ -11,6 +11,8 @@ from ...._system import require
 
 CURED_BELOW = 0.05
 CONFIDENCE = 0.95
+NO_INTERVAL = "fewer than 2 seeds, so no verdict"
+NOT_SHOWN = "no difference shown"
 
 
 class Spread(NamedTuple):
@@ -33,9 +35,9 @@ class Spread(NamedTuple):
 
 def spread(values: Iterable[float]) -> Spread:
     """Compute mean and deviation of at least one value."""
-    found = list(values)
-    sd = statistics.stdev(found) if len(found) > 1 else None
-    return Spread(statistics.fmean(found), sd, len(found))
+    numbers = list(values)
+    sd = statistics.stdev(numbers) if len(numbers) > 1 else None
+    return Spread(statistics.fmean(numbers), sd, len(numbers))
 
 
 class Difference(NamedTuple):
@@ -88,6 +90,17 @@ def counted(count: int, name: str) -> str:
     return f"{count} {name}" if count == 1 else f"{count} {name}s"
 
 
+def in_words(difference: Difference, more: str, less: str) -> str:
+    """Say what an interval shows: one of the words, or that it shows nothing."""
+    return {1: more, -1: less, 0: NOT_SHOWN, None: NO_INTERVAL}[difference.shown]
+
+
+def span(values: list[int]) -> str:
+    """Format a range as "36", or "35 to 37"."""
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"
+
+
 def welch(one: Spread, two: Spread) -> Difference:
     """Subtract two from one, whose seeds are independent; the interval is Welch's t.
 
@@ -109,7 +122,7 @@ def welch(one: Spread, two: Spread) -> Difference:
     return Difference(mean, mean - half, mean + half, seeds)
 
 
-def change(values: Spread) -> Difference:
+def paired_change(values: Spread) -> Difference:
     """Average values that are differences within a run; the interval is Student's t."""
     seeds = counted(values.n, "seed")
     if values.sd is None:

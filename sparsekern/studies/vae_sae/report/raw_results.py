@@ -10,8 +10,14 @@ from .. import grid
 from ..config import OURS, VALUES_OF_SOURCES, VAESAEConfig
 from ..grid import Cell
 from ..images import SETS
-from .activity import cut, early, phase_of_units, phases, silent
-from .summary import Content, Measured, returned
+from .activity import (
+    describe_cut,
+    phase_of_units,
+    phase_shares,
+    silent_share,
+    silent_since_before_cut,
+)
+from .measurements import Content, Measured, returned
 
 FACTORS = {name: images.factors.names for name, images in SETS.items()}
 OWN_COLUMNS = ("dataset", "data", "seed", "progress")
@@ -36,9 +42,12 @@ def _cell_row(cell: Cell, content: Content, asked: Mapping[str, Any]) -> Row:
     row |= _measurements("", results["schedule"]) | _measurements("after_", results)
     row |= _measurements("untrained_", results["untrained"])
     row |= _gap("mig_random", results["mig_random"])
-    row |= {f"died_{phase.replace(' ', '_')}": s for phase, s in phases(content).items()}
-    began = cut(content)
-    row |= {"silent": silent(content), "silent_since_before_cut": early(content)}
+    row |= {f"died_{phase.replace(' ', '_')}": s for phase, s in phase_shares(content).items()}
+    began = describe_cut(content)
+    row |= {
+        "silent": silent_share(content),
+        "silent_since_before_cut": silent_since_before_cut(content),
+    }
     row |= {
         "cut_epoch": "" if began.epoch is None else began.epoch,
         "cut_k": "" if began.k is None else began.k,

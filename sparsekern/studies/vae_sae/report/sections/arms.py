@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...reproduction.document import Document, Heading, Items, Paragraph, Table
-from ..grid import ARMS, Cell
-from . import figures
-from .activity import early
-from .figures import SETS, definition, named
-from .statistics import CURED_BELOW, mig_floor
-from .summary import OTHER_DEFINITIONS, UNCURED, Measured, mig_score, never, scheduled
-from .tables import differing
+from ....reproduction.document import Document, Heading, Items, Paragraph, Table
+from ...grid import ARMS, Cell
+from .. import figures
+from ..activity import silent_since_before_cut
+from ..measurements import (
+    OTHER_DEFINITIONS,
+    UNCURED,
+    Measured,
+    at_end_of_schedule,
+    mig_score,
+    never_active,
+)
+from ..names import SETS, definition, named
+from ..raw_results import differing
+from ..statistics import CURED_BELOW, mig_floor
 
 
 def every_arm(document: Document, measured: Measured) -> None:
@@ -22,8 +29,8 @@ def every_arm(document: Document, measured: Measured) -> None:
             named(arm),
             SETS[dataset],
             *_numbers(measured, dataset, arm),
-            measured.known(dataset, arm, scheduled("kl")).text(2),
-            measured.known(dataset, arm, scheduled("l0")).text(1),
+            measured.known(dataset, arm, at_end_of_schedule("kl")).text(2),
+            measured.known(dataset, arm, at_end_of_schedule("l0")).text(1),
             str(len(measured.of(dataset, arm))),
         ]
         for arm, dataset in measured.columns(measured.arms)
@@ -41,7 +48,7 @@ def every_arm(document: Document, measured: Measured) -> None:
     )  # fmt: skip
 
 
-def _yes(value: bool | None) -> str:
+def _verdict_in_words(value: bool | None) -> str:
     """Say a verdict."""
     return "not decided (1 seed)" if value is None else "yes" if value else "no"
 
@@ -60,7 +67,7 @@ def cures(document: Document, measured: Measured) -> None:
         "deviations over seeds, the dotted line is 5 %. Lower left is better.",
     )
     for dataset in measured.datasets:
-        _cures_of(document, measured, dataset, arms)
+        _add_cures_of(document, measured, dataset, arms)
     document.add(
         Paragraph(
             f"Rule: below {100 * CURED_BELOW:.0f} % by the mean over seeds. Reconstruction is no "
@@ -69,11 +76,11 @@ def cures(document: Document, measured: Measured) -> None:
             "that. The rule has no known error rate; the intervals beside it show which "
             "differences these seeds leave possible."
         ),
-        Items([f"{arm}: {ARMS[arm].text}.{_idle(measured, arm)}" for arm in arms]),
+        Items([f"{arm}: {ARMS[arm].text}.{_idle_warning(measured, arm)}" for arm in arms]),
     )
 
 
-def _cures_of(document: Document, measured: Measured, dataset: str, arms: list[str]) -> None:
+def _add_cures_of(document: Document, measured: Measured, dataset: str, arms: list[str]) -> None:
     """Add the tables of cures of a data set."""
     shares, verdicts = [], []
     for arm in (UNCURED, *arms):
@@ -84,18 +91,20 @@ def _cures_of(document: Document, measured: Measured, dataset: str, arms: list[s
         dead, *others = _numbers(measured, dataset, arm)
         wider = [panel[n].percent() if n in panel else "" for n in OTHER_DEFINITIONS]
         shares.append([name, dead, *wider, *others])
-        found = measured.verdict(dataset, arm) if arm in arms else None
-        if found is not None:
+        cure_verdict = measured.verdict(dataset, arm) if arm in arms else None
+        if cure_verdict is not None:
             floor = mig_floor(measured.known(dataset, UNCURED, mig_score))
-            mig = _yes(found.mig) + (
-                f" (a MIG of {floor:.3f} is, too)" if found.mig and found.blind else ""
+            mig = _verdict_in_words(cure_verdict.mig) + (
+                f" (a MIG of {floor:.3f} is, too)"
+                if cure_verdict.mig and cure_verdict.blind
+                else ""
             )
             verdicts.append(
                 [
                     name,
-                    _yes(found.alive),
+                    _verdict_in_words(cure_verdict.alive),
                     _against_uncured(measured, dataset, arm, "reconstruction"),
-                    _yes(found.reconstruction),
+                    _verdict_in_words(cure_verdict.reconstruction),
                     _against_uncured(measured, dataset, arm, "mig"),
                     mig,
                 ]
@@ -117,12 +126,12 @@ def _cures_of(document: Document, measured: Measured, dataset: str, arms: list[s
 
 def _against_uncured(measured: Measured, dataset: str, arm: str, name: str) -> str:
     """Format the difference of an arm from the uncured one."""
-    get, digits = (mig_score, 3) if name == "mig" else (scheduled(name), 1)
+    get, digits = (mig_score, 3) if name == "mig" else (at_end_of_schedule(name), 1)
     difference = measured.difference(dataset, arm, UNCURED, get)
     return "" if difference is None else difference.brief(digits)
 
 
-def _idle(measured: Measured, arm: str) -> str:
+def _idle_warning(measured: Measured, arm: str) -> str:
     """Warn where the revival of dead units cannot have begun during the schedule."""
     for cell, content in measured.cells.items():
         config = content["config"]
@@ -138,8 +147,8 @@ def _idle(measured: Measured, arm: str) -> str:
 def _numbers(measured: Measured, dataset: str, arm: str) -> list[str]:
     """Format dead units, reconstruction and MIG of an arm."""
     return [
-        measured.known(dataset, arm, never).percent(),
-        measured.known(dataset, arm, scheduled("reconstruction")).text(1),
+        measured.known(dataset, arm, never_active).percent(),
+        measured.known(dataset, arm, at_end_of_schedule("reconstruction")).text(1),
         measured.known(dataset, arm, mig_score).text(3),
     ]
 
@@ -160,16 +169,16 @@ def sensitivity(document: Document, measured: Measured, asked: Mapping[str, Any]
             seed, content = next(iter(cells.items()))
             changes = differing(Cell(dataset, arm, seed), content, asked)
             settings = ", ".join(f"{n} {v}" for n, v in changes.items() if n != "extra_epochs")
-            change = measured.difference(dataset, arm, "topk", never)
+            change = measured.difference(dataset, arm, "topk", never_active)
             rows.append(
                 [
                     named(arm),
                     settings or "the protocol",
                     *_numbers(measured, dataset, arm),
-                    measured.known(dataset, arm, early).percent(),
+                    measured.known(dataset, arm, silent_since_before_cut).percent(),
                     "" if arm == "topk" or change is None else change.brief(1, 100),
-                    measured.known(dataset, arm, scheduled("k")).text(0),
-                    measured.known(dataset, arm, scheduled("l0")).text(1),
+                    measured.known(dataset, arm, at_end_of_schedule("k")).text(0),
+                    measured.known(dataset, arm, at_end_of_schedule("l0")).text(1),
                 ]
             )
         head = [

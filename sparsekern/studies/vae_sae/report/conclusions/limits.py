@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ....measures.activity import DEAD_THRESHOLDS
-from ..grid import Cell, cell_config
-from .figures import SETS
-from .statistics import counted
-from .summary import Measured
+from .....measures.activity import DEAD_THRESHOLDS
+from ...grid import Cell, cell_config
+from ..measurements import Measured
+from ..names import SETS
+from ..statistics import counted
 
 SEEDS_FOR_SPREAD = 3
 
@@ -33,7 +33,7 @@ def limits(measured: Measured, changed: Mapping[str, str]) -> list[str]:
         len(measured.of(d, a)) for d in measured.datasets for a in measured.arms
         if measured.has(d, a)
     }  # fmt: skip
-    found = [
+    sentences = [
         (
             "Only the abstract of the study is public. Layers, losses, the place of the sparse "
             "layer, the definition of a dead unit and every field without the abstract as its "
@@ -43,20 +43,20 @@ def limits(measured: Measured, changed: Mapping[str, str]) -> list[str]:
     ]
     if changed:
         words = ", ".join(f"{name} (the preset has {value})" for name, value in changed.items())
-        found.append(f"Settings were changed, so this is not the preset's protocol: {words}.")
+        sentences.append(f"Settings were changed, so this is not the preset's protocol: {words}.")
     if min(counts) < SEEDS_FOR_SPREAD:
-        found.append(
+        sentences.append(
             f"Some arms have {counted(min(counts), 'seed')}. With fewer than {SEEDS_FOR_SPREAD} a "
             "standard deviation is hardly known, and small differences can be chance."
         )
-    found += _of_images(measured)
+    sentences += _of_images(measured)
     tests = min(content["results"]["test_images"] for content in contents)
     finest = min(DEAD_THRESHOLDS)
     if tests * finest <= 1:
-        found.append(
+        sentences.append(
             f"On {tests} test images, a frequency below {finest:g} is the same as never active."
         )
-    found += [
+    sentences += [
         (
             "Deaths are dated on the held-out images, dead shares are counted on the test images; "
             "a rare unit can be dead to the first and alive to the second."
@@ -67,7 +67,7 @@ def limits(measured: Measured, changed: Mapping[str, str]) -> list[str]:
         ),
         "Of the study's numbers, four rates are public; its values of MIG are not.",
     ]
-    return found
+    return sentences
 
 
 def _of_images(measured: Measured) -> Iterator[str]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ....training import RunError
-from ..grid import ARMS, Cell
+from ..grid import ARMS, STUDY, Cell
 from .statistics import Difference, Spread, Verdict, spread, verdict, welch
 
 Content = Mapping[str, Any]
@@ -43,17 +43,17 @@ NEEDED = {
 # -- one cell --------------------------------------------------------------------------------------
 
 
-def never(content: Content) -> float:
+def never_active(content: Content) -> float:
     """Look up the share of units that are active on no test image."""
     return float(content["results"]["schedule"]["dead"]["never"])
 
 
-def never_sampled(content: Content) -> float:
+def never_active_drawn(content: Content) -> float:
     """Look up the share of units that are active on no test image with z drawn."""
     return float(content["results"]["schedule"]["dead_sampled"]["never"])
 
 
-def scheduled(name: str) -> Getter:
+def at_end_of_schedule(name: str) -> Getter:
     """Make a getter of a scalar, such as reconstruction, kl or l0."""
     return lambda content: content["results"]["schedule"][name]
 
@@ -63,7 +63,7 @@ def mig_score(content: Content) -> float:
     return float(content["results"]["schedule"]["mig"]["score"])
 
 
-def after(content: Content) -> Content:
+def at_end_of_run(content: Content) -> Content:
     """Put the measurements at the end of the run in the place of those of the schedule."""
     return {**content, "results": {**content["results"], "schedule": content["results"]}}
 
@@ -134,6 +134,12 @@ def alive_factors(units: Mapping[str, Sequence[float]], count: int) -> list[int]
     return [chosen.count(factor) for factor in range(count)]
 
 
+def records_by_k(content: Content, name: str) -> dict[int, Mapping[str, Any]]:
+    """Find the last record of the schedule at each k that has a value of this name."""
+    records = content["epochs"][: content["config"]["epochs"]]
+    return {record["k"]: record for record in records if name in record}
+
+
 # -- all cells -------------------------------------------------------------------------------------
 
 
@@ -144,13 +150,13 @@ class Measured:
         RunError: a cell lacks a measurement, or its parts do not fit together; names it.
     """
 
-    def __init__(self, found: Mapping[Cell, Content]) -> None:
-        for cell, content in found.items():
-            _check(cell, content)
-        self.cells = dict(found)
-        self.datasets = list(dict.fromkeys(cell.dataset for cell in found))
-        there = {cell.arm for cell in found}
-        self.arms = [arm for arm in ARMS if arm in there]
+    def __init__(self, cells: Mapping[Cell, Content]) -> None:
+        for cell, content in cells.items():
+            _check_complete(cell, content)
+        self.cells = dict(cells)
+        self.datasets = list(dict.fromkeys(cell.dataset for cell in cells))
+        run_arms = {cell.arm for cell in cells}
+        self.arms = [arm for arm in ARMS if arm in run_arms]
 
     def of(self, dataset: str, arm: str) -> dict[int, Content]:
         """Find the cells of an arm by seed, in order; empty when there are none."""
@@ -168,10 +174,10 @@ class Measured:
 
     def known(self, dataset: str, arm: str, get: Getter) -> Spread:
         """Summarise a number over the seeds, where there are cells."""
-        found = self.spread(dataset, arm, get)
-        if found is None:
+        known = self.spread(dataset, arm, get)
+        if known is None:
             raise KeyError(f"no cell of {dataset}, {arm}")
-        return found
+        return known
 
     def difference(self, dataset: str, arm: str, other: str, get: Getter) -> Difference | None:
         """Compare arm minus other, with its interval; None without cells of both."""
@@ -194,14 +200,23 @@ class Measured:
         def both(get: Getter) -> tuple[Spread, Spread]:
             return self.known(dataset, cure, get), self.known(dataset, UNCURED, get)
 
-        dead = self.known(dataset, cure, never)
-        return verdict(dead, both(scheduled("reconstruction")), both(mig_score))
+        dead = self.known(dataset, cure, never_active)
+        return verdict(dead, both(at_end_of_schedule("reconstruction")), both(mig_score))
 
     def panel(self, dataset: str, arm: str) -> dict[str, Spread]:
         """Summarise the dead shares by definition over the seeds; empty without cells."""
         contents = list(self.of(dataset, arm).values())
         names = panel(contents[0]) if contents else {}
         return {name: spread(panel(c)[name] for c in contents) for name in names}
+
+
+def has_mig_records(measured: Measured) -> bool:
+    """Tell whether MIG was estimated during the training of an arm of the study."""
+    return any(
+        records_by_k(content, "mig")
+        for cell, content in measured.cells.items()
+        if cell.arm in STUDY
+    )
 
 
 def draws_matter(measured: Measured) -> bool:
@@ -211,11 +226,11 @@ def draws_matter(measured: Measured) -> bool:
 
 def threshold_range(shares: Mapping[str, Spread]) -> tuple[tuple[str, float], tuple[str, float]]:
     """Find the definitions with the smallest and the largest mean dead share, with it."""
-    means = [(name, found.mean) for name, found in shares.items()]
+    means = [(name, share.mean) for name, share in shares.items()]
     return min(means, key=lambda pair: pair[1]), max(means, key=lambda pair: pair[1])
 
 
-def _check(cell: Cell, content: Content) -> None:
+def _check_complete(cell: Cell, content: Content) -> None:
     """Raise RunError where a cell lacks something."""
 
     def lacks(place: str, name: str) -> RunError:

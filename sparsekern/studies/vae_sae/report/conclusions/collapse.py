@@ -5,51 +5,36 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..grid import STUDY
-from .activity import (
+from ...grid import STUDY
+from ..activity import (
     PHASES,
     TRANSIENT,
     Cut,
-    Parts,
-    cut,
-    early,
-    lag,
-    parts,
-    phases,
+    SilentParts,
+    describe_cut,
+    l1_strengths,
+    largest_lag,
+    phase_shares,
     shared_epochs,
-    silent,
     silent_after_a_tenth,
     silent_before_cut,
-    strengths,
+    silent_share,
+    silent_since_before_cut,
+    split_silent,
 )
-from .figures import named
-from .statistics import Difference, Spread, change, counted, spread
-from .summary import (
+from ..measurements import (
     L0_TOLERANCE,
     Content,
     Getter,
     Measured,
-    after,
+    at_end_of_run,
+    at_end_of_schedule,
     mig_score,
-    never,
+    never_active,
     returned,
-    scheduled,
 )
-
-NO_INTERVAL = "fewer than 2 seeds, so no verdict"
-NOT_SHOWN = "no difference shown"
-
-
-def in_words(difference: Difference, more: str, less: str) -> str:
-    """Say what an interval shows: one of the words, or that it shows nothing."""
-    return {1: more, -1: less, 0: NOT_SHOWN, None: NO_INTERVAL}[difference.shown]
-
-
-def span(values: list[int]) -> str:
-    """Format a range as "36", or "35 to 37"."""
-    low, high = min(values), max(values)
-    return str(low) if low == high else f"{low} to {high}"
-
+from ..names import named
+from ..statistics import Difference, Spread, counted, in_words, paired_change, span, spread
 
 # -- active units ----------------------------------------------------------------------------------
 
@@ -60,10 +45,10 @@ def active_units(measured: Measured, dataset: str) -> Iterator[str]:
         cells = list(measured.of(dataset, arm).values())
         if cells:
             config = cells[0]["config"]
-            yield _real_cut(arm, [cut(c) for c in cells], config)
+            yield _when_k_cuts(arm, [describe_cut(c) for c in cells], config)
 
 
-def _real_cut(arm: str, cuts: list[Cut], config: Mapping[str, Any]) -> str:
+def _when_k_cuts(arm: str, cuts: list[Cut], config: Mapping[str, Any]) -> str:
     """Say from when on k cuts active units under an arm."""
     first = spread(c.first for c in cuts)
     last = spread(c.last for c in cuts)
@@ -91,14 +76,14 @@ def _real_cut(arm: str, cuts: list[Cut], config: Mapping[str, Any]) -> str:
 
 def without_sparsification(measured: Measured, dataset: str) -> Iterator[str]:
     """Say how many units are dead in the dense control."""
-    dense = measured.spread(dataset, "dense", never)
+    dense = measured.spread(dataset, "dense", never_active)
     if dense is None:
         yield (
             "no cell of the dense control is finished, so the part of the dead units that needs no "
             "sparsification is unknown."
         )
         return
-    held_out = measured.known(dataset, "dense", silent)
+    held_out = measured.known(dataset, "dense", silent_share)
     yield (
         f"{dense.percent()} % of the units are active on no test image although k never cut "
         f"anything (dense control, {counted(dense.n, 'seed')}); on the fewer held-out images, "
@@ -112,21 +97,21 @@ def by_part(measured: Measured, dataset: str) -> Iterator[str]:
         cells = list(measured.of(dataset, arm).values())
         if not cells:
             continue
-        whole = measured.known(dataset, arm, silent)
+        whole = measured.known(dataset, arm, silent_share)
         if whole.mean == 0:
             yield f"under {named(arm)} no unit was silent on the held-out images at the end."
             continue
-        yield _when(measured, dataset, arm, whole)
-        found = parts(measured, dataset, arm)
-        if found is not None:
-            yield _sum(arm, found)
+        yield _when_silent(measured, dataset, arm, whole)
+        split = split_silent(measured, dataset, arm)
+        if split is not None:
+            yield _sum_of_parts(arm, split)
             yield from _same_run(measured, dataset, arm)
 
 
-def _when(measured: Measured, dataset: str, arm: str, whole: Spread) -> str:
+def _when_silent(measured: Measured, dataset: str, arm: str, whole: Spread) -> str:
     """Say when units fell silent under an arm."""
     cells = measured.of(dataset, arm).values()
-    shares = {phase: spread(phases(c)[phase] for c in cells) for phase in PHASES}
+    shares = {phase: spread(phase_shares(c)[phase] for c in cells) for phase in PHASES}
     words = ", ".join(f"{s.percent()} % {phase}" for phase, s in shares.items())
 
     def of(get: Getter) -> str:
@@ -134,39 +119,39 @@ def _when(measured: Measured, dataset: str, arm: str, whole: Spread) -> str:
 
     return (
         f"under {named(arm)}, {whole.percent()} % of all units are silent on the held-out images "
-        f"at the end of the schedule ({of(never)} % on the test images). By when their "
+        f"at the end of the schedule ({of(never_active)} % on the test images). By when their "
         f"silence began: {words}. The curve of silent units passes {of(silent_after_a_tenth)} % "
         f"after a tenth of the schedule and {of(silent_before_cut)} % after the last epoch before "
-        f"k cut, of which {of(early)} % stay silent."
+        f"k cut, of which {of(silent_since_before_cut)} % stay silent."
     )
 
 
-def _sum(arm: str, found: Parts) -> str:
+def _sum_of_parts(arm: str, split: SilentParts) -> str:
     """Say what the parts of the silent units add up to."""
 
     def of(part: float) -> str:
-        return f"{100 * part:.1f} ({100 * part / found.whole.mean:.0f} %)"
+        return f"{100 * part:.1f} ({100 * part / split.whole.mean:.0f} %)"
 
-    if found.uncut >= 0:
+    if split.uncut >= 0:
         rest = (
-            f"+ {of(found.uncut)} that fell silent later as in the dense control, late or rare "
+            f"+ {of(split.uncut)} that fell silent later as in the dense control, late or rare "
             "units that neither explains"
         )
     else:
         rest = (
-            f"- {of(-found.uncut)} counted in both, since fewer units are silent at the end of the "
+            f"- {of(-split.uncut)} counted in both, since fewer units are silent at the end of the "
             "dense control than stay silent here from before the cut"
         )
     judged = in_words(
-        found.excess,
+        split.excess,
         "more than in the control, so this part goes with sparsification",
         "fewer than in the control",
     )
     return (
-        f"so the {100 * found.whole.mean:.1f} % silent under {named(arm)} are, in points of all "
-        f"units (and as a share of the silent ones): {of(found.early)} that died early, before k "
-        f"cut anything, + {of(found.excess.mean)} in excess of the dense control, {rest}. The "
-        f"excess is {found.excess.points()}: {judged}."
+        f"so the {100 * split.whole.mean:.1f} % silent under {named(arm)} are, in points of all "
+        f"units (and as a share of the silent ones): {of(split.early)} that died early, before k "
+        f"cut anything, + {of(split.excess.mean)} in excess of the dense control, {rest}. The "
+        f"excess is {split.excess.points()}: {judged}."
     )
 
 
@@ -182,7 +167,7 @@ def _same_run(measured: Measured, dataset: str, arm: str) -> Iterator[str]:
 
 def fixed(measured: Measured, dataset: str) -> Iterator[str]:
     """Compare the final k from the start with the schedule."""
-    difference = measured.difference(dataset, "fixed", "topk", never)
+    difference = measured.difference(dataset, "fixed", "topk", never_active)
     if difference is not None:
         words = in_words(
             difference,
@@ -208,7 +193,7 @@ def steering(measured: Measured, dataset: str) -> Iterator[str]:
         k, l0 = (content["results"]["schedule"][name] for name in ("k", "l0"))
         if abs(l0 - k) > L0_TOLERANCE * k:
             off.append(f"seed {seed}: {l0:.1f} for k = {k}")
-    worst = max((lag(c) for c in cells.values()), key=lambda one: abs(one.share))
+    worst = max((largest_lag(c) for c in cells.values()), key=lambda one: abs(one.share))
     yield (
         f"over the last fifth of the schedule, L0 under L1 was off k by at most "
         f"{100 * worst.share:+.0f} % (epoch {worst.epoch}: {worst.l0:.0f} for k = {worst.k})."
@@ -219,14 +204,14 @@ def steering(measured: Measured, dataset: str) -> Iterator[str]:
             "are not comparable with those of Top-k."
         )
     else:
-        l0 = measured.known(dataset, "l1", scheduled("l0"))
+        l0 = measured.known(dataset, "l1", at_end_of_schedule("l0"))
         yield f"L0 under L1 ended within 10 % of k: {l0.text(1)}."
-    yield from _transient(list(cells.values()))
+    yield from _whether_settled(list(cells.values()))
 
 
-def _transient(cells: list[Content]) -> Iterator[str]:
+def _whether_settled(cells: list[Content]) -> Iterator[str]:
     """Say whether the strength of L1 had settled."""
-    pairs = [pair for pair in map(strengths, cells) if pair is not None]
+    pairs = [pair for pair in map(l1_strengths, cells) if pair is not None]
     if not pairs:
         return
     last, settled = (spread(pair[at] for pair in pairs).mean for at in (0, 1))
@@ -251,9 +236,9 @@ def further_epochs(measured: Measured, dataset: str) -> Iterator[str]:
         cells = [c for c in measured.of(dataset, arm).values() if c["config"]["extra_epochs"]]
         if not cells:
             continue
-        found = [returned(c) for c in cells]
-        dead, back = sum(r.dead_before for r in found), sum(r.back for r in found)
-        died = sum(r.died for r in found)
+        counts = [returned(c) for c in cells]
+        dead, back = sum(r.dead_before for r in counts), sum(r.back for r in counts)
+        died = sum(r.died for r in counts)
         epochs = counted(cells[0]["config"]["extra_epochs"], "more epoch")
         if dead == 0:
             yield f"under {named(arm)} no unit was dead after the schedule; {died} died later."
@@ -264,16 +249,16 @@ def further_epochs(measured: Measured, dataset: str) -> Iterator[str]:
                 f"({counted(len(cells), 'seed')}{' together' if len(cells) > 1 else ''}, on the "
                 f"test images), and {died} others died."
             )
-        yield _changed(arm, cells, epochs)
+        yield _further_changes(arm, cells, epochs)
 
 
-def _changed(arm: str, cells: list[Content], epochs: str) -> str:
+def _further_changes(arm: str, cells: list[Content], epochs: str) -> str:
     """Say what the further epochs changed."""
 
     def of(get: Getter) -> Difference:
-        return change(spread(get(after(c)) - get(c) for c in cells))
+        return paired_change(spread(get(at_end_of_run(c)) - get(c) for c in cells))
 
-    reconstruction = of(scheduled("reconstruction"))
+    reconstruction = of(at_end_of_schedule("reconstruction"))
     open_ended = (
         " Training had not converged at the end of the schedule."
         if reconstruction.shown == -1
@@ -282,6 +267,6 @@ def _changed(arm: str, cells: list[Content], epochs: str) -> str:
     return (
         f"these {epochs} under {named(arm)} changed reconstruction by "
         f"{reconstruction.text(1, 1, ' nats')}, KL by "
-        f"{of(scheduled('kl')).text(2, 1, ' nats')}, MIG by {of(mig_score).text(3)}, never active "
-        f"units by {of(never).points()}.{open_ended}"
+        f"{of(at_end_of_schedule('kl')).text(2, 1, ' nats')}, MIG by {of(mig_score).text(3)}, "
+        f"never active units by {of(never_active).points()}.{open_ended}"
     )

@@ -4,40 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ...reproduction.document import Document, Heading, Paragraph, Table
-from ..grid import STUDY
-from . import figures, traces
-from .activity import (
+from ....reproduction.document import Document, Heading, Paragraph, Table
+from ...grid import STUDY
+from .. import figures
+from ..activity import (
     PHASES,
-    binding,
-    cut,
-    parts,
-    phases,
-    silent,
+    describe_cut,
+    first_cut_epoch,
+    l1_strengths,
+    phase_shares,
     silent_after_a_tenth,
     silent_before_cut,
-    strengths,
+    silent_share,
+    split_silent,
 )
-from .figures import SETS, named
-from .on_collapse import span
-from .statistics import Spread, spread
-from .summary import Content, Measured, after, mig_score, never, returned, scheduled
+from ..measurements import (
+    Content,
+    Measured,
+    at_end_of_run,
+    at_end_of_schedule,
+    has_mig_records,
+    mig_score,
+    never_active,
+    returned,
+)
+from ..names import SETS, STUDY_AND_CONTROLS, named
+from ..statistics import Spread, span, spread
 
 
 def active_units(document: Document, measured: Measured) -> None:
     """Add L0 and k, and from when on k cuts."""
     document.add(Heading("Active units"))
-    if any(arm in measured.arms for arm in figures.STUDY_AND_CONTROLS):
+    if any(arm in measured.arms for arm in STUDY_AND_CONTROLS):
         document.picture(
             "active_units",
-            traces.active_units(measured),
+            figures.active_units(measured),
             "Active units per held-out image (L0) after each epoch, mean and standard deviation "
             "over seeds, and k (dashed), which L1's strength steers L0 to. Below: that strength "
             "in each epoch, a line for each seed.",
         )
     rows = []
     for arm, dataset in measured.columns(measured.arms):
-        cuts = [cut(c) for c in measured.of(dataset, arm).values()]
+        cuts = [describe_cut(c) for c in measured.of(dataset, arm).values()]
         epochs = [c.epoch for c in cuts if c.epoch is not None]
         ks = [c.k for c in cuts if c.k is not None]
         spreads = [spread(values).text() for values in (
@@ -62,7 +70,7 @@ def active_units(document: Document, measured: Measured) -> None:
 def courses(document: Document, measured: Measured) -> None:
     """Add dead share against epoch and k, when units died, and MIG."""
     document.add(Heading("Dead units during training"))
-    if not any(arm in measured.arms for arm in figures.STUDY_AND_CONTROLS):
+    if not any(arm in measured.arms for arm in STUDY_AND_CONTROLS):
         document.add(Paragraph("Left out: neither an arm of the study nor a control was run."))
         return
     document.picture(
@@ -79,9 +87,9 @@ def courses(document: Document, measured: Measured) -> None:
             "curves alone do not tell one from the other; the horizontal controls do. For L1, k is "
             "what L0 is steered to.",
         )
-    _deaths(document, measured)
+    _add_deaths(document, measured)
     document.add(Heading("Mutual information gap"))
-    if figures.has_mig_records(measured):
+    if has_mig_records(measured):
         document.picture(
             "mig_by_k",
             figures.mig_by_k(measured),
@@ -92,35 +100,35 @@ def courses(document: Document, measured: Measured) -> None:
         )
     elif set(STUDY) & set(measured.arms):
         document.add(Paragraph("No curves: MIG was not estimated during training (mig_every 0)."))
-    _mig_table(document, measured)
+    _add_mig_table(document, measured)
 
 
-def _deaths(document: Document, measured: Measured) -> None:
+def _add_deaths(document: Document, measured: Measured) -> None:
     """Add when units died."""
     document.add(Heading("When units died"))
     document.picture(
         "deaths",
-        traces.deaths(measured),
+        figures.deaths(measured),
         "Units that are silent on the held-out images at the end of the schedule, by their first "
         "epoch without activity since (mean over seeds), with k at that epoch above; dotted: where "
         "k begins to cut, for each seed. A rare unit can miss the last held-out passes by chance, "
         "so the last bars are too high.",
     )
     rows, sums = [], []
-    for arm, dataset in measured.columns(figures.STUDY_AND_CONTROLS):
+    for arm, dataset in measured.columns(STUDY_AND_CONTROLS):
         cells = measured.of(dataset, arm).values()
-        shares = [spread(phases(c)[phase] for c in cells) for phase in PHASES]
+        shares = [spread(phase_shares(c)[phase] for c in cells) for phase in PHASES]
         curve = [measured.known(dataset, arm, get).percent()
-                 for get in (silent_after_a_tenth, silent_before_cut, silent)]  # fmt: skip
-        if all(binding(c) == 0 for c in cells):
+                 for get in (silent_after_a_tenth, silent_before_cut, silent_share)]  # fmt: skip
+        if all(first_cut_epoch(c) == 0 for c in cells):
             curve[1] = "k cuts at once"
         rows.append([named(arm), SETS[dataset], *curve, *(s.percent() for s in shares)])
-        found = parts(measured, dataset, arm)
-        if found is not None and arm in STUDY:
+        split = split_silent(measured, dataset, arm)
+        if split is not None and arm in STUDY:
             sums.append(
                 [
-                    named(arm), SETS[dataset], found.whole.percent(), f"{100 * found.early:.1f}",
-                    f"{100 * found.uncut:.1f}", found.excess.brief(1, 100),
+                    named(arm), SETS[dataset], split.whole.percent(), f"{100 * split.early:.1f}",
+                    f"{100 * split.uncut:.1f}", split.excess.brief(1, 100),
                 ]
             )  # fmt: skip
     document.add(
@@ -155,16 +163,16 @@ def _deaths(document: Document, measured: Measured) -> None:
         )  # fmt: skip
 
 
-def _mig_table(document: Document, measured: Measured) -> None:
+def _add_mig_table(document: Document, measured: Measured) -> None:
     """Add MIG at the end of the schedule."""
     rows = []
-    for arm, dataset in measured.columns(figures.STUDY_AND_CONTROLS):
+    for arm, dataset in measured.columns(STUDY_AND_CONTROLS):
         cells = list(measured.of(dataset, arm).values())
-        found = [spread(c["results"]["schedule"][n]["score"] for c in cells)
+        scores = [spread(c["results"]["schedule"][n]["score"] for c in cells)
                  for n in ("mig", "mig_monte_carlo", "mig_code")]  # fmt: skip
-        found.append(spread(c["results"]["untrained"]["mig"]["score"] for c in cells))
-        found.append(spread(c["results"]["mig_random"]["score"] for c in cells))
-        rows.append([named(arm), SETS[dataset], *(s.text(3) for s in found)])
+        scores.append(spread(c["results"]["untrained"]["mig"]["score"] for c in cells))
+        scores.append(spread(c["results"]["mig_random"]["score"] for c in cells))
+        rows.append([named(arm), SETS[dataset], *(s.text(3) for s in scores)])
     document.add(
         Table(
             ["arm", "data set", "mean code", "Monte Carlo", "sparse code", "untrained", "random"],
@@ -183,8 +191,8 @@ def further_epochs(document: Document, measured: Measured) -> None:
         cells = [c for c in measured.of(dataset, arm).values() if c["config"]["extra_epochs"]]
         if cells:
             epochs |= {c["config"]["extra_epochs"] for c in cells}
-            found = [returned(c) for c in cells]
-            counts = [spread(values).text(1) for values in zip(*found, strict=True)]
+            counts_by_cell = [returned(c) for c in cells]
+            counts = [spread(values).text(1) for values in zip(*counts_by_cell, strict=True)]
             rows.append([named(arm), SETS[dataset], *counts, str(len(cells))])
             changes += _before_and_after(f"{named(arm)}, {SETS[dataset]}", cells)
     plural = "" if epochs == {1} else "s"
@@ -215,15 +223,15 @@ def further_epochs(document: Document, measured: Measured) -> None:
 def _before_and_after(name: str, cells: list[Content]) -> list[list[str]]:
     """List the measurements at the end of the schedule and at the end of the run."""
     texts: list[tuple[Callable[[Content], float], Callable[[Spread], str]]] = [
-        (never, Spread.percent),
-        (scheduled("reconstruction"), Spread.text),
-        (scheduled("kl"), lambda s: s.text(2)),
+        (never_active, Spread.percent),
+        (at_end_of_schedule("reconstruction"), Spread.text),
+        (at_end_of_schedule("kl"), lambda s: s.text(2)),
         (mig_score, lambda s: s.text(3)),
-        (scheduled("l0"), Spread.text),
+        (at_end_of_schedule("l0"), Spread.text),
     ]
-    pairs = [pair for pair in map(strengths, cells) if pair is not None]
+    pairs = [pair for pair in map(l1_strengths, cells) if pair is not None]
     rows = []
-    for at, (moment, of) in enumerate((("schedule", lambda c: c), ("run", after))):
+    for at, (moment, of) in enumerate((("schedule", lambda c: c), ("run", at_end_of_run))):
         row = [text(spread(get(of(c)) for c in cells)) for get, text in texts]
         row.append(spread(pair[at] for pair in pairs).text(2) if pairs else "")
         rows.append([f"{name}, end of {moment}", *row])

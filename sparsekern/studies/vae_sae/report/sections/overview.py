@@ -1,4 +1,4 @@
-"""The contents of a report, section by section."""
+"""The sections of a report on what was run, the main table, units, pictures, and what follows."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ....data import DataError
-from ....training.checkpoints import CheckpointError
-from ...reproduction import calls_of, cell_folder
-from ...reproduction.document import Code, Document, Heading, Items, Paragraph, Table
-from ..grid import STUDY, Cell
-from ..published import DEAD_UNITS
-from . import figures, pictures
-from .conclusions import conclusions
-from .figures import SETS, definition, named
-from .limits import changed_settings, is_rendered, limits
-from .statistics import Spread, counted, spread
-from .summary import (
+from .....data import DataError
+from .....training.checkpoints import CheckpointError
+from ....reproduction import calls_of, cell_folder
+from ....reproduction.document import Code, Document, Heading, Items, Paragraph, Table
+from ...grid import STUDY, Cell
+from ...published import DEAD_UNITS
+from .. import figures, pictures
+from ..conclusions import conclusions
+from ..conclusions.limits import changed_settings, is_rendered, limits
+from ..measurements import (
     Measured,
     alive_factors,
+    at_end_of_schedule,
     draws_matter,
     median_of,
-    never_sampled,
-    scheduled,
+    never_active_drawn,
 )
-from .tables import FACTORS, protocol_rows
+from ..names import SETS, definition, named
+from ..raw_results import FACTORS, protocol_rows
+from ..statistics import Spread, counted, spread
 
 
 def command(asked: Mapping[str, Any], call: Mapping[str, Any] | None = None) -> str:
@@ -94,7 +94,7 @@ def main_table(document: Document, measured: Measured) -> None:
             return lambda column: shares[column][name].percent()
 
         names = list(next(iter(shares.values())))
-        drawn = [row("never active, z drawn (%)", ours(never_sampled, Spread.percent))]
+        drawn = [row("never active, z drawn (%)", ours(never_active_drawn, Spread.percent))]
         if not draws_matter(measured):
             drawn = []
         rows = [
@@ -105,8 +105,8 @@ def main_table(document: Document, measured: Measured) -> None:
                 "never active after the further epochs (%)",
                 ours(lambda c: c["results"]["dead"]["never"], Spread.percent),
             ),
-            row("L0 (units per image)", ours(scheduled("l0"), Spread.text)),
-            row("k", ours(scheduled("k"), lambda s: s.text(0))),
+            row("L0 (units per image)", ours(at_end_of_schedule("l0"), Spread.text)),
+            row("k", ours(at_end_of_schedule("k"), lambda s: s.text(0))),
             row("seeds", lambda c: str(len(contents[c]))),
         ]  # fmt: skip
         head = ["", *(f"{named(arm)}, {SETS[dataset]}" for arm, dataset in columns)]
@@ -118,7 +118,7 @@ def main_table(document: Document, measured: Measured) -> None:
                 "activation. The study's definition is not public.",
             )
         )  # fmt: skip
-    _missing(document, measured, STUDY)
+    _add_missing(document, measured, STUDY)
     for dataset in measured.datasets:
         document.picture(
             f"panel_{dataset}",
@@ -128,7 +128,7 @@ def main_table(document: Document, measured: Measured) -> None:
         )
 
 
-def _missing(document: Document, measured: Measured, arms: tuple[str, ...]) -> None:
+def _add_missing(document: Document, measured: Measured, arms: tuple[str, ...]) -> None:
     """Say which arms were not run."""
     absent = [named(arm) for arm in arms if arm not in measured.arms]
     if absent:
