@@ -13,8 +13,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
 readonly OUT_FOLDER=${1:-${OUT:-bench/out}}
 readonly TOTAL_SECONDS=${TOTAL_SECONDS:-525}
-# What the emulation and the CPU do is tested elsewhere: here only what a GPU adds.
-readonly TESTS=(python_tests/{ops,nn,sae,training/test_finite.py} -k "not emulation and not native-cpu")
+# What runs on a CPU is tested elsewhere: here only what a GPU adds.
+readonly TESTS=(python_tests/{ops,nn,sae,dispatch} -k "native-cuda or triton-cuda or reference-cuda")
 # Seconds for what an interrupted command has to say: pytest ends its workers within 10 s and then
 # prints the failures so far.
 readonly GRACE=20 MOST_REASONS=100
@@ -112,12 +112,15 @@ main() {
   say "machine: $name; results in $OUT_FOLDER"
   stage build 240 150 python3 setup.py build_ext --inplace
   stage info 40 150 python3 -m sparsekern info
-  local workers=()
-  python3 -c "import xdist" 2>/dev/null && workers=(-n 12 --dist worksteal)
-  gpu_stage tests 180 150 python3 -m pytest -o addopts=-ra -q -m "not slow" "${workers[@]}" "${TESTS[@]}"
-  gpu_stage lines 150 70 python3 bench/run.py --device cuda --seconds 1 --results "$OUT_FOLDER"
-  gpu_stage sweep 150 40 python3 bench/sweep.py --device cuda --limit 130 --results "$OUT_FOLDER"
+  # Every kernel is compared with the reference before it is timed.
+  gpu_stage lines 150 90 python3 bench/run.py --device cuda --seconds 1 --results "$OUT_FOLDER"
+  gpu_stage sweep 90 60 python3 bench/sweep.py --device cuda --limit 85 --results "$OUT_FOLDER"
   gpu_stage plots 40 15 python3 bench/plots.py --results "$OUT_FOLDER"
+  local options=()
+  python3 -c "import xdist" 2>/dev/null && options+=(-n 14 --dist worksteal)
+  python3 -c "import pytest_timeout" 2>/dev/null && options+=(--timeout 60)
+  gpu_stage tests 300 5 python3 -m pytest -o addopts=-rfE -q -m "not slow" --tb=short \
+    --durations=10 "${options[@]}" "${TESTS[@]}"
   say ""
   python3 bench/table.py --device cuda --results "$OUT_FOLDER" | tee -a "$SUMMARY"
   ((PIPESTATUS[0] == 0)) || failures=$((failures + 1))

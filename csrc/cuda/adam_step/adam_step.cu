@@ -10,8 +10,6 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 // Elements of a thread where rows do not matter: enough loads under way, few blocks.
 constexpr int64_t kPerThread = 8;
-// The longest row that a block holds in registers has 4096 elements.
-constexpr int kMostHeld = 16;
 
 struct Matrices {
   float* parameter;   // [rows, d]
@@ -24,15 +22,21 @@ struct Step {
   float step_size, new_mean, beta2, new_square, root_scale, eps, weight_decay;
 };
 
-// The new parameter; mean and square are written.
-__device__ float step_element(const Matrices& m, const Step& s, int64_t i, float parameter,
-                              float decay) {
-  const float g = m.grad[i] + decay * parameter;
-  const float mean = m.mean[i] + s.new_mean * (g - m.mean[i]);
-  const float square = s.beta2 * m.square[i] + s.new_square * g * g;
+// The new parameter; mean and square become new, too.
+__device__ inline float step_element(const Step& s, float parameter, float grad, float decay,
+                                     float* mean, float* square) {
+  const float g = grad + decay * parameter;
+  *mean += s.new_mean * (g - *mean);
+  *square = s.beta2 * *square + s.new_square * g * g;
+  return parameter - s.step_size * *mean / (sqrtf(*square) * s.root_scale + s.eps);
+}
+
+__device__ inline float step_in_memory(const Matrices& m, const Step& s, int64_t i, float decay) {
+  float mean = m.mean[i], square = m.square[i];
+  const float parameter = step_element(s, m.parameter[i], m.grad[i], decay, &mean, &square);
   m.mean[i] = mean;
   m.square[i] = square;
-  return parameter - s.step_size * mean / (sqrtf(square) * s.root_scale + s.eps);
+  return parameter;
 }
 
 // parameter -= step_size * mean / (sqrt(square) * root_scale + eps), element by element. Neighbours
@@ -41,7 +45,7 @@ __global__ void __launch_bounds__(kThreads) adam_step_kernel(Matrices m, Step s,
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads * kPerThread + threadIdx.x;
   for (int64_t u = 0; u < kPerThread; ++u) {
     const int64_t i = first + u * kThreads;
-    if (i < count) m.parameter[i] = step_element(m, s, i, m.parameter[i], s.weight_decay);
+    if (i < count) m.parameter[i] = step_in_memory(m, s, i, s.weight_decay);
   }
 }
 
@@ -54,59 +58,82 @@ __device__ float block_sum(float x, float* parts) {
   return warp_sum(threadIdx.x % kWarp < kWarps ? parts[threadIdx.x % kWarp] : 0.0f);
 }
 
-// The thread's elements of a row: in registers where the row has at most kHeld * kThreads of them
-// (kHeld > 0), else in memory, where the passes after the first find them in a cache.
-template <int kHeld>
-struct RowElements {
-  float* row;
-  int64_t d;
-  float held[kHeld > 0 ? kHeld : 1];
-
-  // visit(f, &element) for each; the first visit loads them and changes nothing, the last stores.
-  template <class Visit>
-  __device__ void each(bool first, bool last, const Visit& visit) {
-    if constexpr (kHeld > 0) {
-#pragma unroll
-      for (int u = 0; u < kHeld; ++u) {
-        const int64_t f = threadIdx.x + u * kThreads;
-        if (f >= d) break;
-        if (first) held[u] = row[f];
-        visit(f, &held[u]);
-        if (last) row[f] = held[u];
-      }
-    } else {
-      for (int64_t f = threadIdx.x; f < d; f += kThreads) {
-        float element = row[f];
-        visit(f, &element);
-        if (!first) row[f] = element;
-      }
-    }
-  }
-};
+// The factor of a row with these squares that gives it norm 1.
+__device__ inline float unit_scale(float squares) { return squares > 0 ? 1 / sqrtf(squares) : 1; }
 
 // The same for a row of norm 1, by one block: g loses its part along the row, and the row gets norm
-// 1 again. Bound by memory.
+// 1 again. The block holds the row in registers, kHeld elements a thread; so memory sees everything
+// once. All loads of a pass are independent. Bound by memory.
 template <int kHeld>
 __global__ void __launch_bounds__(kThreads) adam_unit_rows_kernel(Matrices m, Step s, int64_t d) {
   __shared__ float parts[kWarps];
-  const int64_t begin = static_cast<int64_t>(blockIdx.x) * d;
-  RowElements<kHeld> elements{m.parameter + begin, d, {}};
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * d + threadIdx.x;
+  const int left = static_cast<int>(d) - static_cast<int>(threadIdx.x);
+  float parameter[kHeld], grad[kHeld];
+#pragma unroll
+  for (int u = 0; u < kHeld; ++u) {
+    parameter[u] = u * kThreads < left ? m.parameter[begin + u * kThreads] : 0.0f;
+    grad[u] = u * kThreads < left ? m.grad[begin + u * kThreads] : 0.0f;
+  }
   float length = 0, product = 0;
-  elements.each(true, false, [&](int64_t f, const float* parameter) {
-    length += *parameter * *parameter;
-    product += *parameter * m.grad[begin + f];
-  });
+#pragma unroll
+  for (int u = 0; u < kHeld; ++u) {
+    length += parameter[u] * parameter[u];
+    product += parameter[u] * grad[u];
+  }
+  length = block_sum(length, parts);
+  product = block_sum(product, parts);
+  const float along = length > 0 ? product / length : 0;
+  constexpr int kAtOnce = kHeld < 8 ? kHeld : 8;
+  float moved = 0;
+#pragma unroll
+  for (int first = 0; first < kHeld; first += kAtOnce) {
+    float mean[kAtOnce], square[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int at = (first + u) * kThreads;
+      mean[u] = at < left ? m.mean[begin + at] : 0.0f;
+      square[u] = at < left ? m.square[begin + at] : 0.0f;
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      const int at = (first + u) * kThreads;
+      if (at >= left) continue;
+      float* element = &parameter[first + u];
+      *element =
+          step_element(s, *element, grad[first + u], s.weight_decay - along, &mean[u], &square[u]);
+      moved += *element * *element;
+      m.mean[begin + at] = mean[u];
+      m.square[begin + at] = square[u];
+    }
+  }
+  const float scale = unit_scale(block_sum(moved, parts));
+#pragma unroll
+  for (int u = 0; u < kHeld; ++u) {
+    if (u * kThreads < left) m.parameter[begin + u * kThreads] = parameter[u] * scale;
+  }
+}
+
+// The same for rows of any length: the second and third passes find the row in a cache.
+__global__ void __launch_bounds__(kThreads) adam_long_rows_kernel(Matrices m, Step s, int64_t d) {
+  __shared__ float parts[kWarps];
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * d;
+  float length = 0, product = 0;
+  for (int64_t i = begin + threadIdx.x; i < begin + d; i += kThreads) {
+    length += m.parameter[i] * m.parameter[i];
+    product += m.parameter[i] * m.grad[i];
+  }
   length = block_sum(length, parts);
   product = block_sum(product, parts);
   const float along = length > 0 ? product / length : 0;
   float moved = 0;
-  elements.each(false, false, [&](int64_t f, float* parameter) {
-    *parameter = step_element(m, s, begin + f, *parameter, s.weight_decay - along);
-    moved += *parameter * *parameter;
-  });
-  moved = block_sum(moved, parts);
-  const float scale = moved > 0 ? 1 / sqrtf(moved) : 1;
-  elements.each(false, true, [&](int64_t, float* parameter) { *parameter *= scale; });
+  for (int64_t i = begin + threadIdx.x; i < begin + d; i += kThreads) {
+    const float parameter = step_in_memory(m, s, i, s.weight_decay - along);
+    m.parameter[i] = parameter;
+    moved += parameter * parameter;
+  }
+  const float scale = unit_scale(block_sum(moved, parts));
+  for (int64_t i = begin + threadIdx.x; i < begin + d; i += kThreads) m.parameter[i] *= scale;
 }
 
 }  // namespace
@@ -118,9 +145,9 @@ void adam_step(const AdamStepArguments& call, cudaStream_t stream) {
   const int64_t count = call.rows * call.d;
   if (count == 0) return;
   if (call.unit_rows) {
-    const auto kernel = call.d <= 4 * kThreads           ? adam_unit_rows_kernel<4>
-                        : call.d <= kMostHeld * kThreads ? adam_unit_rows_kernel<kMostHeld>
-                                                         : adam_unit_rows_kernel<0>;
+    const auto kernel = call.d <= 4 * kThreads    ? adam_unit_rows_kernel<4>
+                        : call.d <= 16 * kThreads ? adam_unit_rows_kernel<16>
+                                                  : adam_long_rows_kernel;
     launch(kernel, static_cast<unsigned>(call.rows), kThreads, 0, stream, matrices, step, call.d);
     return;
   }

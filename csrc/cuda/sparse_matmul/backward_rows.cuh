@@ -8,10 +8,13 @@ namespace sparsekern::cuda {
 constexpr int kRowFeatures = 16;  // of a lane
 constexpr int kPartFeatures = kRowFeatures * kWarp;
 constexpr int kLatentsPerBlock = kMostThreads / kWarp;
-// Blocks of a multiprocessor that the registers must leave room for: 80 of them hold the sums
-// alone.
-template <bool kVector, bool kDots>
-constexpr int kRowBlocks = kVector && !kDots ? 3 : 2;
+// Entries read at once: 64 bytes a lane. Few latents have many entries, and warps hide latencies
+// better than registers do: measured on an H200, twice as many were slower.
+template <class Values>
+constexpr int kRowEntries = 4 / static_cast<int>(sizeof(Values));
+// Blocks of a multiprocessor that the registers must leave room for.
+template <class Values, bool kDots>
+constexpr int kRowBlocks = kDots && sizeof(Values) == 2 ? 3 : 4;
 
 // The parts into which d features are cut, each for a warp of its own.
 inline int64_t parts_of(int64_t d) { return (d + kPartFeatures - 1) / kPartFeatures; }
@@ -25,10 +28,10 @@ inline int64_t parts_of(int64_t d) { return (d + kPartFeatures - 1) / kPartFeatu
 // whole rows of 4096 features would not. Memory sees the dictionary and its gradient once. Nothing
 // waits for other warps. Bound by the L2 cache's bandwidth, entries * d numbers.
 template <class Values, class Weight, bool kVector, bool kDots>
-__global__ void __launch_bounds__(kMostThreads, kRowBlocks<kVector, kDots>)
+__global__ void __launch_bounds__(kMostThreads, kRowBlocks<Values, kDots>)
     sparse_matmul_backward_rows_kernel(Gradients<Values, Weight> p, float* dots, int64_t count) {
   using Own = Slice<Values, Weight, kVector, kRowFeatures, kWarp>;
-  constexpr int kAtOnce = kEntriesAtOnce<Values>;
+  constexpr int kAtOnce = kRowEntries<Values>;
   const int lane = threadIdx.x % kWarp;
   const int64_t latent =
       static_cast<int64_t>(blockIdx.x) * kLatentsPerBlock + static_cast<int>(threadIdx.x) / kWarp;
@@ -44,6 +47,7 @@ __global__ void __launch_bounds__(kMostThreads, kRowBlocks<kVector, kDots>)
                                begin < end ? slice.left : 0, slice.weight);
   }
   slice.clear_sums();
+  const bool sums = p.grad_weight != nullptr;
   for (int64_t first = begin; first < end; first += kWarp) {
     const int entries = end - first < kWarp ? static_cast<int>(end - first) : kWarp;
     const int position = lane < entries ? p.positions[first + lane] : 0;
@@ -61,15 +65,11 @@ __global__ void __launch_bounds__(kMostThreads, kRowBlocks<kVector, kDots>)
         Own::template load<false>(p.grad + row * p.d + slice.feature,
                                   base + u < entries ? slice.left : 0, x[u]);
       }
-      if (p.grad_weight != nullptr) {
 #pragma unroll
-        for (int u = 0; u < kAtOnce; ++u) {
-          slice.add_to_sums(__shfl_sync(kFullMask, own_value, base + u), x[u]);
-        }
-      }
-      if constexpr (kDots) {
-#pragma unroll
-        for (int u = 0; u < kAtOnce; ++u) {
+      for (int u = 0; u < kAtOnce; ++u) {
+        if (base + u >= entries) break;
+        if (sums) slice.add_to_sums(__shfl_sync(kFullMask, own_value, base + u), x[u]);
+        if constexpr (kDots) {
           const float dot = warp_sum(slice.dot(x[u]));
           if (lane == base + u) own_dot = dot;
         }
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kMostThreads, kRowBlocks<kVector, kDots>)
       }
     }
   }
-  if (p.grad_weight != nullptr) {
+  if (sums) {
     slice.store(p.grad_weight + latent * p.grad_stride_n + slice.feature);
   }
 }

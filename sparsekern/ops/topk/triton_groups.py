@@ -18,8 +18,8 @@ import triton.language as tl
 from ..block_sizes import cdiv
 from ..triton_keys import bits_of, bits_of_key, key_of
 
-# Elements of one program: 16 a thread, in loads of 16 bytes.
-BLOCK = 2048
+# Elements of one program: 32 a thread, in loads of 16 bytes.
+BLOCK = 4096
 WARPS = 4
 
 
