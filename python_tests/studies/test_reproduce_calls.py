@@ -10,7 +10,7 @@ from sparsekern.cli.command import _parser
 from sparsekern.studies.figures import from_zero, new_figure
 from sparsekern.studies.reproduction import calls_of, merged_request
 from sparsekern.studies.sparling import grid as sparling
-from sparsekern.studies.sparling.report import _command as sparling_command
+from sparsekern.studies.sparling.report import _command_line as sparling_command
 from sparsekern.studies.vae_sae import grid as vae_sae
 
 

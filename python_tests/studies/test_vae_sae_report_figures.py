@@ -147,7 +147,7 @@ def test_pictures_show_the_test_images_of_the_run(dataset, tmp_path):
     place = cell_folder(tmp_path, Cell(dataset, "topk", 0))
     place.mkdir(parents=True)
     write_checkpoint(place, 1, model_tensors(model), {})
-    seen = report_pictures.seen_by({"config": asdict(config), "results": {"k": 4}}, place)
+    seen = report_pictures.picture_run({"config": asdict(config), "results": {"k": 4}}, place)
     assert seen.images.shape == (6, channels, 32, 32) == seen.reconstructions.shape
     assert seen.traversals.shape == (5, 7, channels, 32, 32)
     assert seen.divergences == sorted(seen.divergences, reverse=True)

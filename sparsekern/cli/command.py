@@ -155,12 +155,12 @@ def _info(options: argparse.Namespace) -> int:
     for module, built in facts["modules"].items():
         text = ", ".join(f"{name}: {value}" for name, value in built.items())
         lines.append(f"sparsekern.{module}: {text}")
-    sys.stdout.write("\n".join(map(_wrapped, lines)) + "\n\n")
+    sys.stdout.write("\n".join(map(_wrap, lines)) + "\n\n")
     sys.stdout.write("\n".join(_implementation_lines(facts["implementations"])) + "\n")
     return 0
 
 
-def _wrapped(text: str, indent: str = "") -> str:
+def _wrap(text: str, indent: str = "") -> str:
     """Wrap a line of what ``info`` prints."""
     return textwrap.fill(
         text,
@@ -180,7 +180,7 @@ def _implementation_lines(rows: list[dict[str, str]]) -> list[str]:
         groups.setdefault(choice, []).append(row["operation"])
     lines = []
     for (device, backend, reason, others), operations in groups.items():
-        lines.append(_wrapped(f"{device}: {backend} ({reason})"))
-        lines.append(_wrapped(f"serves {', '.join(operations)}", "  "))
-        lines.append(_wrapped(f"others: {others}", "  "))
+        lines.append(_wrap(f"{device}: {backend} ({reason})"))
+        lines.append(_wrap(f"serves {', '.join(operations)}", "  "))
+        lines.append(_wrap(f"others: {others}", "  "))
     return lines

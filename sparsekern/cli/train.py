@@ -54,13 +54,15 @@ def _add_study(studies: Any, study: Study) -> None:
         study.name, help=study.help, description=study.description,
         argument_default=argparse.SUPPRESS, allow_abbrev=False,
     )  # fmt: skip
-    place = parser.add_mutually_exclusive_group()
-    place.add_argument(
+    folder_flags = parser.add_mutually_exclusive_group()
+    folder_flags.add_argument(
         "--out",
         metavar="RUN",
         help=f"folder of the new run; by default runs/{study.name}-<date>-<time>",
     )
-    place.add_argument("--resume", metavar="RUN", help="folder of an interrupted run to go on with")
+    folder_flags.add_argument(
+        "--resume", metavar="RUN", help="folder of an interrupted run to go on with"
+    )
     parser.add_argument(
         "--log-to",
         choices=TARGETS,
@@ -104,7 +106,7 @@ def _add_flag(parser: argparse.ArgumentParser, item: Field[Any], kind: Any) -> N
 def _train(options: argparse.Namespace) -> int:
     """Train, or go on with a run; return the exit status."""
     study = STUDIES[options.study]
-    given = {
+    flags = {
         item.name: getattr(options, item.name)
         for item in fields(study.config)
         if hasattr(options, item.name)
@@ -112,11 +114,11 @@ def _train(options: argparse.Namespace) -> int:
     resume = getattr(options, "resume", None)
     preset = getattr(options, "preset", None)
     with contextlib.ExitStack() as stack:
-        more: dict[str, Any] = {}
+        extras: dict[str, Any] = {}
         if resume is None:
-            config = study.config(**{**study.presets[preset or "default"], **given})
+            config = study.config(**{**study.presets[preset or "default"], **flags})
             unused = config.without_effect()
-            for name in given.keys() & unused.keys():
+            for name in flags.keys() & unused.keys():
                 raise SettingError(name, f"has no effect {unused[name]}")
             folder = out_folder(getattr(options, "out", None), options.study)
             out = stack.enter_context(folder)
@@ -126,12 +128,12 @@ def _train(options: argparse.Namespace) -> int:
             raise ValueError("--preset belongs to a new run: a resumed one keeps its settings")
         else:
             saved, out = study.saved_config(resume), Path(resume)
-            config = _resumed_config(saved, given, resume)
+            config = _resumed_config(saved, flags, resume)
             if any(item.metadata.get("extends") for item in fields(study.config)):
-                more = {"extend": bool(given.keys() & _fields_that_may_grow(saved))}
+                extras = {"extend": bool(flags.keys() & _fields_that_may_grow(saved))}
         if target := getattr(options, "log_to", None):
-            more["on_metrics"] = stack.enter_context(logged_to(target, out, config))
-        report = study.run(config, out, resume=resume is not None, **more)
+            extras["on_metrics"] = stack.enter_context(logged_to(target, out, config))
+        report = study.run(config, out, resume=resume is not None, **extras)
     # What a shell gives a process that the signal ended.
     signal = report.outcome.signal
     status = 0 if signal is None else 128 + signal
@@ -151,11 +153,11 @@ def _fields_that_may_grow(saved: Any) -> set[str]:
     return {item.name for item in fields(saved) if item.metadata.get("extends")}
 
 
-def _resumed_config(saved: Any, given: dict[str, Any], folder: str) -> Any:
+def _resumed_config(saved: Any, flags: dict[str, Any], folder: str) -> Any:
     """Change the free fields of a saved config as given; any other difference is an error."""
     fixed = saved.identity()
-    resumed = with_absolute_paths(replace(saved, **given))
-    for name in given:
+    resumed = with_absolute_paths(replace(saved, **flags))
+    for name in flags:
         saved_value, value = getattr(saved, name), getattr(resumed, name)
         free = name not in fixed and name != "init_from"
         grown = name in _fields_that_may_grow(saved) and value > saved_value

@@ -155,11 +155,11 @@ def _source_file(name: str, dataset: Any) -> Path | None:
     """Find the file of a virtual dataset's source where HDF5 looks for it."""
     folder = os.path.dirname(os.path.abspath(dataset.file.filename))
     prefixes = os.environ.get("HDF5_VDS_PREFIX", "").replace("${ORIGIN}", folder).split(os.pathsep)
-    places = [os.path.join(prefix, name) for prefix in prefixes if prefix]
+    candidates = [os.path.join(prefix, name) for prefix in prefixes if prefix]
     if os.path.isabs(name):
-        places, name = [name, *places], os.path.basename(name)
-    places += [os.path.join(folder, name), name]
-    return next((Path(place) for place in places if os.path.isfile(place)), None)
+        candidates, name = [name, *candidates], os.path.basename(name)
+    candidates += [os.path.join(folder, name), name]
+    return next((Path(candidate) for candidate in candidates if os.path.isfile(candidate)), None)
 
 
 def one_line(text: object) -> str:

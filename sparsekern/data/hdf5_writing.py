@@ -149,9 +149,9 @@ def trim(raw: BinaryIO) -> None:
     """
     raw.seek(0)
     start = raw.read(48)
-    place, size_of_offsets = {0: (40, 13), 2: (28, 9), 3: (28, 9)}.get(start[8], (0, 0))
-    if start[:8] == b"\x89HDF\r\n\x1a\n" and place and start[size_of_offsets] == 8:
-        raw.truncate(int.from_bytes(start[place : place + 8], "little"))
+    end_position, size_of_offsets = {0: (40, 13), 2: (28, 9), 3: (28, 9)}.get(start[8], (0, 0))
+    if start[:8] == b"\x89HDF\r\n\x1a\n" and end_position and start[size_of_offsets] == 8:
+        raw.truncate(int.from_bytes(start[end_position : end_position + 8], "little"))
 
 
 def _cannot_write(path: Path, function: str, error: BaseException) -> DataError:

@@ -50,7 +50,7 @@ class Selectivity(NamedTuple):
     factor: Tensor
 
 
-def _check(op: str, codes: Tensor, factors: Tensor) -> None:
+def _check_codes(op: str, codes: Tensor, factors: Tensor) -> None:
     if codes.dim() != 2 or not codes.is_floating_point():
         raise ValueError(
             f"{op}: codes must be [rows, units] floating point, got {list(codes.shape)} of "
@@ -67,7 +67,7 @@ def _check(op: str, codes: Tensor, factors: Tensor) -> None:
         raise ValueError(f"{op}: codes must be finite, got NaN or infinities")
 
 
-def _classes(factor: Tensor) -> tuple[Tensor, int]:
+def _number_classes(factor: Tensor) -> tuple[Tensor, int]:
     """Turn a factor's values into 0, 1, ...; return those and how many there are."""
     values, classes = factor.unique(return_inverse=True)
     return classes, len(values)
@@ -91,7 +91,7 @@ def discretize(codes: Tensor, bins: int = BINS) -> Tensor:
     return torch.where((high == low).unsqueeze(1), 0, labels).t().contiguous()
 
 
-def _plug_in(counts: Tensor) -> Tensor:
+def _information_of_counts(counts: Tensor) -> Tensor:
     """Compute the mutual information [...] in nats of counts [..., values, bins]."""
     joint = counts / counts.sum((-2, -1), keepdim=True)
     independent = joint.sum(-1, keepdim=True) * joint.sum(-2, keepdim=True)
@@ -114,7 +114,7 @@ class _Histograms:
     def __init__(self, labels: Tensor, bins: int, factors: Tensor) -> None:
         self.rows, self.units = labels.shape
         self.bins = bins
-        self.factors = [_classes(factor) for factor in factors.unbind(1)]
+        self.factors = [_number_classes(factor) for factor in factors.unbind(1)]
         largest = max(size for _, size in self.factors)
         step = max(1, BLOCK // max(self.rows, largest * bins))
         self.blocks = []
@@ -133,7 +133,7 @@ class _Histograms:
                 counts = cell.bincount(weights[row], width * size * self.bins)
                 counts = counts.view(width, size, self.bins)
                 counts[:, :, 0] = whole - counts.sum(-1)
-                parts.append(_plug_in(counts))
+                parts.append(_information_of_counts(counts))
             per_factor.append(torch.cat(parts))
         return torch.stack(per_factor, 1)
 
@@ -142,7 +142,7 @@ def entropies(factors: Tensor) -> Tensor:
     """Compute H(v) of each factor in nats: factors int [rows, factors] -> float64 [factors]."""
     per_factor = []
     for factor in factors.unbind(1):
-        classes, size = _classes(factor)
+        classes, size = _number_classes(factor)
         share = classes.bincount(minlength=size).double() / len(classes)
         per_factor.append(-(share * share.log()).sum())
     return torch.stack(per_factor)
@@ -169,7 +169,7 @@ def mutual_information(codes: Tensor, factors: Tensor, *, bins: int = BINS) -> T
         >>> round(mutual_information(factor.double(), factor).item(), 4)  # log 2
         0.6931
     """
-    _check("mutual_information", codes, factors)
+    _check_codes("mutual_information", codes, factors)
     weights = torch.ones(len(codes), dtype=torch.float64, device=codes.device)
     return _Histograms(discretize(codes, bins), bins, factors).information(weights)
 
@@ -199,7 +199,7 @@ def mig(
     Source: Chen et al. 2018; estimator of disentanglement_lib (Locatello et al. 2019).
     """
     op = "mig"
-    _check(op, codes, factors)
+    _check_codes(op, codes, factors)
     if codes.shape[1] < 2:
         raise ValueError(f"{op}: codes must have at least two units, got {codes.shape[1]}")
     entropy = entropies(factors)
@@ -271,14 +271,14 @@ def monte_carlo_information(
     Source: Chen et al. 2018 (arXiv 1802.04942), appendix C.
     """
     op = "monte_carlo_information"
-    _check(op, mean, factors)
+    _check_codes(op, mean, factors)
     if logvar.shape != mean.shape:
         raise ValueError(f"{op}: logvar must be {list(mean.shape)}, got {list(logvar.shape)}")
     generator = torch.Generator().manual_seed(seed)
     whole = _entropy(mean, logvar, samples, generator)
     per_factor = []
     for factor in factors.unbind(1):
-        classes, size = _classes(factor)
+        classes, size = _number_classes(factor)
         conditional = torch.zeros_like(whole)
         for value in range(size):
             rows = classes == value
@@ -314,7 +314,7 @@ def mig_monte_carlo(
     :func:`monte_carlo_information`.
     """
     information = monte_carlo_information(mean, logvar, factors, samples=samples, seed=seed)
-    sizes = [_classes(factor)[1] for factor in factors.unbind(1)]
+    sizes = [_number_classes(factor)[1] for factor in factors.unbind(1)]
     entropy = torch.tensor(sizes, dtype=torch.float64, device=mean.device).log()
     gaps = _gaps(information, entropy)
     return Gap(gaps.nanmean().item(), tuple(gaps.tolist()), math.nan, math.nan)

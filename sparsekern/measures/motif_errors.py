@@ -80,13 +80,13 @@ def find_motifs(activations: Tensor, motifs: Tensor, *, margin: int = 0) -> Moti
             f"{list(activations.shape)}, got {list(motifs.shape)}"
         )
     active = activations != 0
-    where = active.nonzero()  # [P, 2 + d]
+    active_at = active.nonzero()  # [P, 2 + d]
     values = activations[active]
-    sample, channel, position = where[:, 0], where[:, 1], where[:, 2:]
+    sample, channel, position = active_at[:, 0], active_at[:, 1], active_at[:, 2:]
     boxes = motifs[sample]  # [P, M, 1 + 2 d]
     start, stop = boxes[..., 1::2] - margin, boxes[..., 2::2] + margin
-    at = position.unsqueeze(1)
-    inside = ((at >= start) & (at < stop)).all(-1) & (boxes[..., 0] >= 0)
+    positions = position.unsqueeze(1)
+    inside = ((positions >= start) & (positions < stop)).all(-1) & (boxes[..., 0] >= 0)
     consumed = inside.any(1)
     owner = inside.int().argmax(1)  # the first motif in whose region it lies
     count = motifs.shape[1]
@@ -118,7 +118,7 @@ def motif_errors(
     """
     confusion = confusion_matrix(matches, symbols, channels)
     assignment = assign_symbols(confusion, one_to_one)
-    return _errors(matches, confusion, assignment)
+    return _errors_under(matches, confusion, assignment)
 
 
 def confusion_matrix(matches: MotifMatches, symbols: int, channels: int) -> np.ndarray:
@@ -140,7 +140,7 @@ def assign_symbols(confusion: np.ndarray, one_to_one: bool) -> tuple[int, ...]:
     return tuple(symbols.tolist())
 
 
-def _errors(
+def _errors_under(
     matches: MotifMatches, confusion: np.ndarray, assignment: tuple[int, ...]
 ) -> MotifErrors:
     """Compute FPE, FNE and CE under an assignment."""

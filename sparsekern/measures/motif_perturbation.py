@@ -69,7 +69,7 @@ def perturbation_consistency(
         decode: activations -> labels int64 [B, L], padded with -1.
         activations: [B, C, *space], zero or more.
         labels: int64 [B, L], true ones, padded with -1.
-        motifs: int64 [B, M, 1 + 2 d], as for :func:`sparsekern.motif_errors.find_motifs`.
+        motifs: int64 [B, M, 1 + 2 d], as for :func:`~.motif_errors.find_motifs`.
         channels: the channel of each symbol; -1 for none.
         replacements: a label and the symbols of the motifs, without their padding -> everything
             that may be replaced in that input.

@@ -210,8 +210,8 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
     numbers: dict[str, Any] = {}
     for parameter, entries in state["state"].items():
         for key, value in entries.items():
-            place = tensors if isinstance(value, Tensor) else numbers
-            place[f"{OPTIMIZER}{parameter}.{key}"] = value
+            target = tensors if isinstance(value, Tensor) else numbers
+            target[f"{OPTIMIZER}{parameter}.{key}"] = value
     return tensors, {"numbers": numbers, "groups": state["param_groups"]}
 
 

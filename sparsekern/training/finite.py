@@ -50,14 +50,14 @@ class FiniteSteps:
         """
         parameters = _total_norm([p.detach() for p in self.parameters])
         device = parameters.device
-        seen = torch.stack([
+        norms = torch.stack([
             value.detach().to(device, torch.float64) for value in (loss, gradients, parameters)
         ])  # fmt: skip
         if device.type != "cuda":
-            self._check(step, seen)
+            self._check(step, norms)
             return
-        host = torch.empty(seen.shape, dtype=seen.dtype, pin_memory=True)
-        host.copy_(seen, non_blocking=True)
+        host = torch.empty(norms.shape, dtype=norms.dtype, pin_memory=True)
+        host.copy_(norms, non_blocking=True)
         event = torch.cuda.current_stream(device).record_event()
         before, self._waiting = self._waiting, (step, host, event)
         self._check_waiting(before)
@@ -75,8 +75,8 @@ class FiniteSteps:
                 event.synchronize()
             self._check(step, host)
 
-    def _check(self, step: int, seen: Tensor) -> None:
-        loss, gradients, parameters = seen.tolist()
+    def _check(self, step: int, norms: Tensor) -> None:
+        loss, gradients, parameters = norms.tolist()
         if not math.isfinite(loss):
             raise divergence_error("loss", loss, step)
         if not math.isfinite(gradients):
@@ -119,12 +119,12 @@ def nonfinite_names(tensors: Mapping[str, Tensor]) -> set[str]:
         if tensor.element_size() == 1:  # float8 has no aminmax
             tensor = tensor.float()
         low, high = tensor.aminmax()
-        whole = low.isfinite() & high.isfinite()
-        by_device.setdefault(tensor.device, []).append((name, whole))
+        finite = low.isfinite() & high.isfinite()
+        by_device.setdefault(tensor.device, []).append((name, finite))
     bad: set[str] = set()
     for checked in by_device.values():
-        flags = torch.stack([whole for _, whole in checked]).tolist()
-        bad |= {name for (name, _), whole in zip(checked, flags, strict=True) if not whole}
+        flags = torch.stack([finite for _, finite in checked]).tolist()
+        bad |= {name for (name, _), finite in zip(checked, flags, strict=True) if not finite}
     return bad
 
 

@@ -198,7 +198,7 @@ class _Loop:
         self.clock = 0.0
         self.finite = FiniteSteps(task.model)
         # Buffers that begin so, such as a threshold before its first batch.
-        self.unset = nonfinite_names(self._buffers())
+        self.unset = nonfinite_names(self._saved_buffers())
 
     def progress_bar(self) -> Any:
         """Make the progress bar, in examples of all epochs."""
@@ -223,7 +223,7 @@ class _Loop:
         with _closing_if_possible(self.task.batches(position.epoch, position.batch)) as batches:
             while position.batch < self.batches_per_epoch:
                 batch = self._next_batch(batches)
-                self._step(batch, bar)
+                self._train_batch(batch, bar)
                 bar.update(len(batch))
                 inside = position.batch < self.batches_per_epoch
                 ends = bool(stop) or self.run.failed is not None
@@ -252,7 +252,7 @@ class _Loop:
             )
         return batch
 
-    def _step(self, batch: Any, bar: Any) -> None:
+    def _train_batch(self, batch: Any, bar: Any) -> None:
         """Train on a batch; add up its scalars and log them."""
         position = self.position
         self.task.optimizer.zero_grad(set_to_none=True)
@@ -317,7 +317,7 @@ class _Loop:
         if self.run.failed is not None:
             raise self.run.failed
 
-    def _buffers(self) -> dict[str, Tensor]:
+    def _saved_buffers(self) -> dict[str, Tensor]:
         """Name what a checkpoint holds of the model besides its parameters."""
         parameters = {f"model.{name}" for name, _ in self.task.model.named_parameters()}
         tensors = checkpoints.model_tensors(self.task.model)
@@ -331,7 +331,7 @@ class _Loop:
         tensors |= checkpoints.model_tensors(self.task.model)
         tensors |= {f"total.{name}": total for name, total in position.totals.items()}
         check_finite_state(tensors, position.step, self.unset)
-        self.unset &= nonfinite_names(self._buffers())
+        self.unset &= nonfinite_names(self._saved_buffers())
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
@@ -362,7 +362,7 @@ class _Loop:
             raise checkpoints.damaged(folder, reason)
         checkpoints.load_model(folder, self.task.model, tensors)
         checkpoints.load_optimizer(folder, self.task.optimizer, tensors, facts["optimizer"])
-        self.unset = nonfinite_names(self._buffers())
+        self.unset = nonfinite_names(self._saved_buffers())
         totals = {
             name.removeprefix("total."): tensors[name].to(self.device)
             for name in tensors

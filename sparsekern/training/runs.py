@@ -69,7 +69,7 @@ class RunFolder:
         """
         path = Path(path)
         cls.check_new(path)
-        made = [folder for folder in (path, *path.parents) if not folder.exists()]
+        new_folders = [folder for folder in (path, *path.parents) if not folder.exists()]
         run = None
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ class RunFolder:
             if run is not None:
                 run.close()
             if isinstance(error, OSError):
-                _remove_folders(made, path)
+                _remove_folders(new_folders, path)
                 reason = error.strerror
                 raise RunError(f"cannot write to the run folder {path}: {reason}") from error
             raise
@@ -213,7 +213,7 @@ def unused_folder(path: str | Path) -> Iterator[Path]:
         RunError: it cannot be made.
     """
     path = Path(path)
-    made = [folder for folder in path.parents if not folder.exists()]
+    new_folders = [folder for folder in path.parents if not folder.exists()]
     chosen, number = path, 1
     try:
         while True:
@@ -230,7 +230,7 @@ def unused_folder(path: str | Path) -> Iterator[Path]:
         yield chosen
     finally:
         if chosen.is_dir() and {file.name for file in chosen.iterdir()} <= {LOCK}:
-            _remove_folders([chosen, *made], chosen)
+            _remove_folders([chosen, *new_folders], chosen)
 
 
 def _lock(path: Path) -> Callable[[], None]:

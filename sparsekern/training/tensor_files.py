@@ -119,10 +119,10 @@ class SavedTensors(Mapping[str, Tensor]):
             dtype, shape, (start, stop) = (
                 DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"],
             )  # fmt: skip
-            whole = all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, stop))
+            intact = all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, stop))
         except (KeyError, TypeError, ValueError):
-            whole = False
-        if not whole or stop - start != math.prod(shape) * dtype.itemsize:
+            intact = False
+        if not intact or stop - start != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{self.path.name} has a damaged header: {name}")
         return dtype, shape, start, stop
 
@@ -139,8 +139,8 @@ class SavedTensors(Mapping[str, Tensor]):
         tensor = torch.empty(shape, dtype=dtype)
         if tensor.numel():
             self._file.seek(self._start + start)
-            place = tensor.view(-1).view(torch.uint8).numpy().data
-            if self._file.readinto(place) != stop - start:
+            target = tensor.view(-1).view(torch.uint8).numpy().data
+            if self._file.readinto(target) != stop - start:
                 raise ValueError(f"{self.path.name} was truncated while it was read")
         return tensor
 

@@ -51,7 +51,7 @@ class ActivationFile:
         """
         stop = start + len(out)
         target = (out.view(torch.uint16) if self.dtype == torch.bfloat16 else out).numpy()
-        with self._reading(f"rows {start}..{stop - 1} cannot be read"):
+        with self._refusing_damage(f"rows {start}..{stop - 1} cannot be read"):
             self._read(start, target)
             self._check_unchanged()
 
@@ -96,7 +96,7 @@ class ActivationFile:
             )
 
     @contextmanager
-    def _reading(self, what: str = "") -> Iterator[None]:
+    def _refusing_damage(self, what: str = "") -> Iterator[None]:
         """Turn whatever goes wrong in reading a damaged file into a DataError."""
         try:
             yield

@@ -153,7 +153,7 @@ class SafetensorsFile(_ArrayFile):
 
         Raises as :meth:`read`, and where they have another layout.
         """
-        with self._reading(DIRECTIONS):
+        with self._refusing_damage(DIRECTIONS):
             if DIRECTIONS not in self._entries:
                 return None
             kind, shape, start = self._entries[DIRECTIONS]

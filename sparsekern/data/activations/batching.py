@@ -29,15 +29,15 @@ def cut_batches(
         for rows, order in groups:
             piece = min(batch_size, max(1, SERIAL_ELEMENTS // rows.shape[1]))
             scratch = torch.empty(piece, rows.shape[1], dtype=rows.dtype)
-            at = 0
-            while at < len(order):
+            taken = 0
+            while taken < len(order):
                 if batch is None:
                     shape = (min(batch_size, left), rows.shape[1])
                     batch, filled = torch.empty(shape, dtype=dtype, pin_memory=pin), 0
-                chosen = order[at : at + min(piece, len(batch) - filled)]
+                chosen = order[taken : taken + min(piece, len(batch) - filled)]
                 gathered = torch.index_select(rows, 0, chosen, out=scratch[: len(chosen)])
                 batch[filled : filled + len(chosen)] = gathered
-                at += len(chosen)
+                taken += len(chosen)
                 filled += len(chosen)
                 if filled == len(batch):
                     left -= filled

@@ -241,12 +241,12 @@ def _own_arguments(arguments: dict[str, Any], hook_point: str) -> dict[str, Any]
     decoder = {DECODER + name: name for name in (INPUT_IDS, ATTENTION_MASK, "inputs_embeds")}
     in_encoder = "encoder" in hook_point.split(".")
     if "tgt" in arguments:  # torch's
-        other = "tgt_key_padding_mask" if in_encoder else "src_key_padding_mask"
-        return {name: value for name, value in arguments.items() if name != other}
+        foreign = "tgt_key_padding_mask" if in_encoder else "src_key_padding_mask"
+        return {name: value for name, value in arguments.items() if name != foreign}
     if in_encoder or not decoder.keys() & arguments.keys():
         return arguments
-    kept = {name: value for name, value in arguments.items() if name not in decoder.values()}
-    return kept | {decoder[name]: value for name, value in kept.items() if name in decoder}
+    own = {name: value for name, value in arguments.items() if name not in decoder.values()}
+    return own | {decoder[name]: value for name, value in own.items() if name in decoder}
 
 
 def _attention_mask(arguments: Mapping[str, Any]) -> tuple[str, Any]:

@@ -33,7 +33,7 @@ class Hdf5File(ActivationFile):
         # Of each chunk that was ever written: its first row, ascending, and its place.
         self._chunks = np.empty(0, np.int64), np.empty(0, np.int64)
         try:
-            with self._reading():
+            with self._refusing_damage():
                 self._rows = self._open_dataset(name)
                 self._descriptor = descriptor_of(self._rows)
                 self.stamp = self._stamp()
@@ -179,7 +179,7 @@ class Hdf5File(ActivationFile):
 
         Raises as :meth:`read`, and where they have another layout.
         """
-        with self._reading(DIRECTIONS):
+        with self._refusing_damage(DIRECTIONS):
             field = self._file.get(DIRECTIONS)
             if field is None:
                 return None
@@ -200,7 +200,7 @@ class Hdf5File(ActivationFile):
 
         Raises as :meth:`read`, and where the column has another layout.
         """
-        with self._reading(name):
+        with self._refusing_damage(name):
             field = self._file.get(name)
             if field is None:
                 return None

@@ -82,12 +82,14 @@ def plan_epoch(
         buffer_rows: rows of a group, at most; those left out count.
         key: ``(seed, epoch)``; None for the order of the files.
     """
-    blocks, kept = [], []
+    blocks, kept_rows = [], []
     for number, (file, gone) in enumerate(zip(files, left_out, strict=True)):
         starts = np.arange(0, file.tokens, block_rows(file, buffer_rows))
         stops = np.append(starts[1:], file.tokens)
         blocks.append(np.stack([np.full(len(starts), number), starts, stops], axis=1))
-        kept.append(stops - starts - (np.searchsorted(gone, stops) - np.searchsorted(gone, starts)))
+        kept_rows.append(
+            stops - starts - (np.searchsorted(gone, stops) - np.searchsorted(gone, starts))
+        )
     all_blocks = np.concatenate(blocks)
     order = np.arange(len(all_blocks)) if key is None else _permutation(len(all_blocks), (*key, 0))
     sizes = (all_blocks[:, 2] - all_blocks[:, 1])[order]
@@ -101,7 +103,7 @@ def plan_epoch(
         blocks=all_blocks,
         order=order,
         bounds=np.array(bounds),
-        first_rows=np.append(0, np.cumsum(np.concatenate(kept)[order]))[bounds],
+        first_rows=np.append(0, np.cumsum(np.concatenate(kept_rows)[order]))[bounds],
         capacity=int(np.diff(row_bounds).max()),
         key=key,
     )

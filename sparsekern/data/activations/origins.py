@@ -58,12 +58,12 @@ def origins_of(
 
 def origin_columns(files: Sequence[ActivationFile]) -> list[str]:
     """List the columns that all files hold; none without documents and positions."""
-    known = [
+    columns = [
         name
         for name in (DOCUMENTS, POSITIONS, TOKEN_IDS)
         if all(file.origins(name, 0, 1) is not None for file in files)
     ]
-    return known if known[:2] == [DOCUMENTS, POSITIONS] else []
+    return columns if columns[:2] == [DOCUMENTS, POSITIONS] else []
 
 
 def _place(left_out: np.ndarray, number: int) -> int:

@@ -118,6 +118,6 @@ def drop_rows(rows: Tensor, start: int, left_out: np.ndarray) -> Tensor:
         return rows
     stays = torch.ones(len(rows), dtype=torch.bool)
     stays[torch.from_numpy(left_out[first:last] - start)] = False
-    kept = rows[stays]
-    rows[: len(kept)] = kept
-    return rows[: len(kept)]
+    remaining = rows[stays]
+    rows[: len(remaining)] = remaining
+    return rows[: len(remaining)]

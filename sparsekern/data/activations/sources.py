@@ -66,20 +66,20 @@ def _row_count(piece: tuple[Tensor, dict[str, Tensor]]) -> int:
 
 def _read_rows(store: ActivationStore) -> Generator[tuple[Tensor, dict[str, Tensor]]]:
     """Yield all rows of a store in their order, and where they come from, if it is known."""
-    at, known = 0, origin_columns(store._files)
+    first, column_names = 0, origin_columns(store._files)
     batches = store.batches(
         CONVERT_ROWS, seed=0, shuffle=False, buffer_rows=CONVERT_ROWS, dtype=store.dtype
     )
     with closing(batches):
         for rows in batches:
             columns: dict[str, Tensor] = {}
-            origins = store.origins(at, at + len(rows)) if known else None
+            origins = store.origins(first, first + len(rows)) if column_names else None
             if origins is not None:
                 columns = {DOCUMENTS: origins.documents, POSITIONS: origins.positions.int()}
-                if TOKEN_IDS in known and origins.token_ids is not None:
+                if TOKEN_IDS in column_names and origins.token_ids is not None:
                     columns[TOKEN_IDS] = origins.token_ids.int()
             yield rows, columns
-            at += len(rows)
+            first += len(rows)
 
 
 def synthetic(

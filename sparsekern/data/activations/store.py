@@ -149,8 +149,8 @@ class ActivationStore:
     def __getstate__(self) -> dict[str, Any]:
         """Keep what opens the same files again in another process: no rows, nothing open."""
         paths, stamps = zip(*((f.path.absolute(), f.stamp) for f in self._files), strict=True)
-        kept = {name: getattr(self, name) for name in ("_dataset", *_PICKLED)}
-        return {"paths": paths, "stamps": stamps, **kept}
+        settings = {name: getattr(self, name) for name in ("_dataset", *_PICKLED)}
+        return {"paths": paths, "stamps": stamps, **settings}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._dataset, self._files = state["_dataset"], []
@@ -379,17 +379,17 @@ class ActivationStore:
         """Fill the buffer with the blocks' rows, without those left out, and return that part."""
         if not self._files:
             raise ValueError("batches: the store is closed")
-        at, bad = 0, []
+        filled, nonfinite = 0, []
         for number, start, stop in blocks:
             file = self._files[number]
-            rows = buffer[at : at + stop - start]
+            rows = buffer[filled : filled + stop - start]
             file.read(start, rows)
             if self.nonfinite == "refuse":
-                bad += [(file, start + row) for row in nonfinite_rows(rows).tolist()]
-            at += len(drop_rows(rows, start, left_out[number]))
-        if bad:
-            raise nonfinite_error(bad, at)
-        return buffer[:at]
+                nonfinite += [(file, start + row) for row in nonfinite_rows(rows).tolist()]
+            filled += len(drop_rows(rows, start, left_out[number]))
+        if nonfinite:
+            raise nonfinite_error(nonfinite, filled)
+        return buffer[:filled]
 
     def close(self) -> None:
         """Release the files; iterators of batches have to be closed before."""

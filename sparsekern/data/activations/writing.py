@@ -123,11 +123,11 @@ def write_pieces(
         rows.finish()
         partial = new.path
     if failure is not None:
-        kept = f"the {rows.count} rows before are kept in {partial}"
+        note = f"the {rows.count} rows before are kept in {partial}"
         if isinstance(failure, DataError):
-            raise DataError(f"{failure}; {kept}") from failure
+            raise DataError(f"{failure}; {note}") from failure
         # What add_note does, from Python 3.11 on.
-        failure.__notes__ = [*getattr(failure, "__notes__", ()), kept]
+        failure.__notes__ = [*getattr(failure, "__notes__", ()), note]
         raise failure
     return rows.count
 
@@ -235,13 +235,13 @@ class _RowWriter:
             return
         rows = torch.cat([*self._waiting, batch]) if self._waiting else batch
         self._waiting = []
-        whole = len(rows) - len(rows) % chunk_rows
+        complete_rows = len(rows) - len(rows) % chunk_rows
         step = chunk_rows * max(1, BLOCK_BYTES // (chunk_rows * row_bytes))
-        for start in range(0, whole, step):
+        for start in range(0, complete_rows, step):
             self._new.reserve((step + chunk_rows) * row_bytes)
-            self._write(rows[start : min(start + step, whole)])
-        if whole < len(rows):
-            self._waiting = [rows[whole:].clone()]
+            self._write(rows[start : min(start + step, complete_rows)])
+        if complete_rows < len(rows):
+            self._waiting = [rows[complete_rows:].clone()]
 
     def finish(self) -> None:
         """Write what waits."""

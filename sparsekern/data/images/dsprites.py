@@ -182,11 +182,11 @@ def _in_heart(u: Tensor, v: Tensor) -> Tensor:
     inside = square <= min(HEART_RADII) ** 2
     ring = (~inside & (square <= max(HEART_RADII) ** 2)).view(-1).nonzero()[:, 0]
     angle = torch.atan2(u.reshape(-1)[ring].abs_(), v.reshape(-1)[ring].neg_())
-    at = angle * (180 / math.pi / HEART_STEP_DEGREES)
+    position = angle * (180 / math.pi / HEART_STEP_DEGREES)
     # The last knot is at 180 degrees itself: it needs a neighbour, which gets no weight.
     knots = torch.tensor((*HEART_RADII, HEART_RADII[-1]), dtype=u.dtype, device=u.device)
-    knot = at.long()
-    radius = torch.lerp(knots[knot], knots[knot + 1], at - knot)
+    knot = position.long()
+    radius = torch.lerp(knots[knot], knots[knot + 1], position - knot)
     inside.view(-1)[ring] = square.view(-1)[ring] <= radius.square_()
     return inside
 

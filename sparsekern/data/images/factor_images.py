@@ -263,10 +263,10 @@ class FactorImages:
         assert name is not None
         shape, dtype = reader.header(name)
         expected = (count, len(cls.factors.names))
-        kinds, said = ("iu", "integers") if fields.classes else ("f", "floats")
-        if shape != expected or dtype.kind not in kinds:
+        kind_codes, kind_name = ("iu", "integers") if fields.classes else ("f", "floats")
+        if shape != expected or dtype.kind not in kind_codes:
             raise DataError(
-                f"{another}{name} must be {said} {list(expected)}, got {dtype} {list(shape)}"
+                f"{another}{name} must be {kind_name} {list(expected)}, got {dtype} {list(shape)}"
             )
         classes = gather(reader.blocks(name), wanted, shape, dtype)
         if fields.classes is None:

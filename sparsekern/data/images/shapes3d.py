@@ -93,7 +93,7 @@ class Shapes3D(FactorImages):
         device = classes.device
         images = torch.empty(len(classes), SIDE * SIDE, 3, dtype=torch.uint8, device=device)
         geometry = classes[:, 3:] @ torch.tensor(BASES[3:], device=device)
-        table = _table(str(device))
+        table = _region_table(str(device))
         table.fill(geometry.unique().tolist())
         # Images of one geometry together: they read the same rows of the table.
         order = geometry.argsort(stable=True)
@@ -142,7 +142,7 @@ def render(classes: Array) -> Array:
     return Shapes3D.render(classes)  # type: ignore[return-value]
 
 
-class _Table:
+class _RegionTable:
     """What each region adds to the channels of an image: the sum of four rows is a channel.
 
     ``rows`` is float32 [480 * TABLE_ROWS + 1, 4096], filled where it was needed; the last is zero.
@@ -153,7 +153,7 @@ class _Table:
         self.rows = torch.empty(combinations * TABLE_ROWS + 1, SIDE * SIDE, device=device)
         self.rows[-1] = 0
         self.filled = np.zeros(combinations, bool)
-        self.levels = torch.from_numpy(_levels()).to(device)
+        self.levels = torch.from_numpy(_hue_levels()).to(device)
         regions = [FIRST_ROWS[region] for region in (FLOOR, WALL, OBJECT)]
         self.first_rows = torch.tensor(regions, device=device)[:, None]
 
@@ -163,8 +163,8 @@ class _Table:
             if not self.filled[geometry]:
                 scale, shape, orientation = np.unravel_index(geometry, SIZES[3:])
                 rows = _traced_rows(int(scale), int(shape), int(orientation))
-                at = geometry * TABLE_ROWS
-                self.rows[at : at + TABLE_ROWS] = torch.from_numpy(rows)
+                first_row = geometry * TABLE_ROWS
+                self.rows[first_row : first_row + TABLE_ROWS] = torch.from_numpy(rows)
                 self.filled[geometry] = True
 
     def bags(self, geometry: Tensor, hues: Tensor) -> Tensor:
@@ -179,11 +179,11 @@ class _Table:
 
 
 @functools.cache
-def _table(device: str) -> _Table:
-    return _Table(device)
+def _region_table(device: str) -> _RegionTable:
+    return _RegionTable(device)
 
 
-def _levels() -> np.ndarray:
+def _hue_levels() -> np.ndarray:
     """Compute the level of each channel at each hue, int64 [10, 3].
 
     At full saturation and brightness.

@@ -106,7 +106,7 @@ class _Writer:
         # Before a folder is made for nothing.
         if self.path.exists() and not self.parts.exists():
             raise self._exists_error()
-        with self._locked(), stop_signals() as self.stop:
+        with self._hold_lock(), stop_signals() as self.stop:
             if self.path.exists():
                 self._keep_finished()
                 return
@@ -140,7 +140,7 @@ class _Writer:
         return (json.dumps(self.settings) + "\n").encode()
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _hold_lock(self) -> Iterator[None]:
         self.parts.mkdir(exist_ok=True)
         unlock = lock_file(self.parts / LOCK)
         if unlock is None:
@@ -188,7 +188,7 @@ class _Writer:
     def _chunk_path(self, start: int) -> Path:
         return self.parts / f"{start}.z"
 
-    def _starts(self, what: str) -> Iterator[int]:
+    def _chunk_starts(self, what: str) -> Iterator[int]:
         """Yield where the chunks start, with a progress bar where somebody watches."""
         tqdm = require("tqdm", what).tqdm
         unit = {"unit": " images", "unit_scale": True, "dynamic_ncols": True}
@@ -208,7 +208,7 @@ class _Writer:
             )
 
     def _draw_chunks(self) -> None:
-        for start in self._starts("rendering"):
+        for start in self._chunk_starts("rendering"):
             if not self._chunk_path(start).exists():
                 self._write_durably(self._chunk_path(start), self._compressed_chunk(start))
 
@@ -255,7 +255,7 @@ class _Writer:
             yield self.kind.factors.classes_of(self.indices[start : start + BLOCK_ROWS])
 
     def _read_images(self) -> Iterator[np.ndarray]:
-        for start in self._starts("packing"):
+        for start in self._chunk_starts("packing"):
             chunk = self._chunk_path(start)
             try:
                 data = zlib.decompress(chunk.read_bytes())

@@ -68,9 +68,9 @@ class Recordings:
         ]
         files = [name for names in missing.values() if len(names) < self.takes for name in names]
         lacks = [
-            f"{len(things)} {kind} ({', '.join(things[:NAMED])}{', ...' * (len(things) > NAMED)})"
-            for kind, things in (("speakers", speakers), ("digits", digits), ("files", files))
-            if things
+            f"{len(names)} {kind} ({', '.join(names[:NAMED])}{', ...' * (len(names) > NAMED)})"
+            for kind, names in (("speakers", speakers), ("digits", digits), ("files", files))
+            if names
         ]
         if lacks:
             raise DataError(

@@ -87,10 +87,10 @@ def _figure(domain: MotifDomain) -> tuple[Any, Any]:
         rows, columns = domain.space
         width = min(INCHES, MOST_INCHES * columns / rows)
         size = width, width * rows / columns + TITLE_INCHES
-    made = require("matplotlib.figure", "drawing motifs").Figure(
+    figure = require("matplotlib.figure", "drawing motifs").Figure(
         size, dpi=DOTS_PER_INCH, layout="constrained"
     )
-    return made, made.subplots()
+    return figure, figure.subplots()
 
 
 def _label(domain: MotifDomain, label: Tensor) -> str:

@@ -43,5 +43,5 @@ def motif_domain(name: str, **options: Any) -> MotifDomain:
     }
     if name not in makers:
         raise ValueError(f"motif_domain: name must be one of {', '.join(makers)}, got {name!r}")
-    made: MotifDomain = makers[name](**options)
-    return made
+    domain: MotifDomain = makers[name](**options)
+    return domain

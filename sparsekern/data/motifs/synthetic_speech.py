@@ -136,9 +136,9 @@ class Speech:
         return self._sounds[key]
 
     def _speak(self, digit: int, speaker: int, take: int) -> np.ndarray:
-        pitch, speed, tract = _between(SPEAKER_SEED, speaker, (PITCH, SPEED, TRACT))
+        pitch, speed, tract = _draw_between(SPEAKER_SEED, speaker, (PITCH, SPEED, TRACT))
         number = (speaker * DIGITS + digit) * TAKES + take
-        changes = _between(TAKE_SEED, number, (TAKE_PITCH, TAKE_SPEED, TAKE_LEVEL))
+        changes = _draw_between(TAKE_SEED, number, (TAKE_PITCH, TAKE_SPEED, TAKE_LEVEL))
         pitch, speed, level = pitch * changes[0], speed * changes[1], changes[2]
 
         score = np.array(_SCORES[digit])
@@ -182,7 +182,7 @@ class Speech:
         return summed
 
 
-def _between(seed: int, number: int, ranges: tuple[tuple[float, float], ...]) -> list[float]:
+def _draw_between(seed: int, number: int, ranges: tuple[tuple[float, float], ...]) -> list[float]:
     """Draw one random number in each range, those of ``number`` in the stream ``seed``."""
     start = starts(seed, np.array([number]))
     shares = fractions(words(start, 0, len(ranges))[0])

@@ -76,17 +76,17 @@ def is_finished(study: ModuleType, folder: Path, cell: Cell, config: CellConfig)
     Raises:
         RunError: its folder holds a run with other settings.
     """
-    place = cell_folder(folder, cell)
-    if not (place / "config.json").exists():
+    cell_path = cell_folder(folder, cell)
+    if not (cell_path / "config.json").exists():
         return False
-    there, here = study.saved_config(place).identity(), config.identity()
-    for name, value in here.items():
-        if there[name] != value:
+    saved, wanted = study.saved_config(cell_path).identity(), config.identity()
+    for name, value in wanted.items():
+        if saved[name] != value:
             raise RunError(
-                f"cell {cell.name} in {folder} was run with {name} {there[name]!r}, not {value!r}: "
+                f"cell {cell.name} in {folder} was run with {name} {saved[name]!r}, not {value!r}: "
                 "name another folder"
             )
-    return (place / "results.json").exists()
+    return (cell_path / "results.json").exists()
 
 
 def run_cells(
@@ -112,7 +112,7 @@ def run_cells(
     waiting = deque(cell for cell in configs if cell not in finished)
     # Whatever is finished already: the number of threads changes the last bits.
     threads = max(1, usable_processors() // jobs)
-    with stop_signals() as stop, _bar(folder, configs, progress) as show:
+    with stop_signals() as stop, _progress_bar(folder, configs, progress) as show:
         workers = [_Worker(study, folder, configs, waiting, outcome, threads) for _ in range(jobs)]
         while any(worker.thread.is_alive() for worker in workers):
             if stop and outcome.signal is None:
@@ -181,9 +181,9 @@ class _Worker:
         """Hand a cell to the process and note how it ends."""
         if self.process is None or self.process.poll() is not None:
             self.process = self._start_process(log)
-        place = cell_folder(self.folder, cell)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        job = {"folder": str(place), "config": asdict(self.configs[cell])}
+        cell_path = cell_folder(self.folder, cell)
+        cell_path.parent.mkdir(parents=True, exist_ok=True)
+        job = {"folder": str(cell_path), "config": asdict(self.configs[cell])}
         answer = _train_in(self.process, job)
         if answer is None:
             if not self.interrupted:
@@ -199,7 +199,7 @@ class _Worker:
     def _start_process(self, log: IO[str]) -> subprocess.Popen[str]:
         """Start a process that trains cells."""
         return subprocess.Popen(
-            [sys.executable, "-c", _program(self.study, self.threads)],
+            [sys.executable, "-c", _worker_program(self.study, self.threads)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -220,7 +220,7 @@ class _Worker:
                 self.process.stdout.close()
 
 
-def _program(study: ModuleType, threads: int) -> str:
+def _worker_program(study: ModuleType, threads: int) -> str:
     """Write what a worker's process runs: this very package, whatever the current folder holds."""
     return (
         f"import sys; sys.path[:] = {sys.path!r}; import {study.__name__} as study; "
@@ -258,7 +258,7 @@ def usable_processors() -> int:
 
 
 @contextmanager
-def _bar(folder: Path, configs: Mapping[Any, Any], progress: bool) -> Iterator[Any]:
+def _progress_bar(folder: Path, configs: Mapping[Any, Any], progress: bool) -> Iterator[Any]:
     """Show a bar of epochs; yield a function that brings it up to date."""
     total = sum(config.all_epochs for config in configs.values())
     bar = require("tqdm", "reproducing a study").tqdm(
@@ -285,10 +285,10 @@ def _bar(folder: Path, configs: Mapping[Any, Any], progress: bool) -> Iterator[A
         yield show if progress else lambda: None
 
 
-def epochs_done(place: Path) -> int:
+def epochs_done(run_path: Path) -> int:
     """Count the epochs that a cell has logged."""
     try:
-        with open(place / "metrics.jsonl", "rb") as file:
+        with open(run_path / "metrics.jsonl", "rb") as file:
             return sum(line.startswith(b'{"kind": "epoch"') for line in file)
     except FileNotFoundError:
         return 0
@@ -300,17 +300,17 @@ def read_cells(
     """Read the finished cells: config, results and epoch records of each."""
     finished = {}
     for cell in wanted:
-        place = cell_folder(folder, cell)
-        if not (place / "results.json").exists():
+        cell_path = cell_folder(folder, cell)
+        if not (cell_path / "results.json").exists():
             continue
         try:
-            with open_plain(place / "results.json") as file:
+            with open_plain(cell_path / "results.json") as file:
                 results = json.loads(file.read())
         except (OSError, ValueError) as error:
-            raise RunError(f"cannot read {place / 'results.json'}: {error}") from error
+            raise RunError(f"cannot read {cell_path / 'results.json'}: {error}") from error
         finished[cell] = {
-            "config": asdict(study.saved_config(place)),
+            "config": asdict(study.saved_config(cell_path)),
             "results": results,
-            "epochs": read_metrics(place, "epoch"),
+            "epochs": read_metrics(cell_path, "epoch"),
         }
     return finished

@@ -118,7 +118,7 @@ def escaped(text: str) -> str:
     return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\_", text)
 
 
-def _line(text: str) -> str:
+def _escaped_line(text: str) -> str:
     """Escape a line of its own, which must not begin like a list, a quotation or a heading."""
     return re.sub(r"^(\d*)(>|(?:[-+.)]|#+)(?=\s|$))", r"\1\\\2", escaped(text))
 
@@ -127,24 +127,26 @@ def _markdown_block(block: Block, figures: str) -> str:
     """Write a block as Markdown."""
     match block:
         case Heading():
-            return f"{'#' * block.level} {_line(block.text)}"
+            return f"{'#' * block.level} {_escaped_line(block.text)}"
         case Paragraph():
-            return f"{'> ' if block.notice else ''}{_line(block.text)}"
+            return f"{'> ' if block.notice else ''}{_escaped_line(block.text)}"
         case Items():
-            return "\n".join(f"- {_line(text)}" for text in block.texts)
+            return "\n".join(f"- {_escaped_line(text)}" for text in block.texts)
         case Code():
             fence = "`" * max(3, 1 + max(map(len, re.findall("`+", block.text)), default=0))
             return f"{fence}\n{block.text}\n{fence}"
         case Picture():
-            place = f"![{escaped(block.name)}]({figures}/{block.name}.png)"
-            return f"{place}\n\n{_line(block.caption)}"
+            image = f"![{escaped(block.name)}]({figures}/{block.name}.png)"
+            return f"{image}\n\n{_escaped_line(block.caption)}"
         case Table():
             rows = [block.head, ["---"] * len(block.head), *block.rows]
             lines = [
                 "| " + " | ".join(c if row is rows[1] else escaped(c) for c in row) + " |"
                 for row in rows
             ]
-            return "\n".join(([f"{_line(block.caption)}\n"] if block.caption else []) + lines)
+            return "\n".join(
+                ([f"{_escaped_line(block.caption)}\n"] if block.caption else []) + lines
+            )
 
 
 # -- HTML ------------------------------------------------------------------------------------------

@@ -122,13 +122,13 @@ def parsed_settings(
         if name in parsed:
             raise ValueError(f"--set must name each setting once, got {name} twice")
         try:
-            parsed[name] = _parsed(kinds[name], text)
+            parsed[name] = _parse_value(kinds[name], text)
         except ValueError:
             raise ValueError(f"--set {name} must be {kinds[name].__name__}, got {text!r}") from None
     return parsed
 
 
-def _parsed(kind: Any, text: str) -> Any:
+def _parse_value(kind: Any, text: str) -> Any:
     """Parse a value of a field's type."""
     if kind is bool:
         if text.lower() not in ("true", "false"):

@@ -208,22 +208,22 @@ def _open_store(config: SAEConfig, paths: tuple[str, ...], **options: Any) -> Ac
 
 def _check_given_once(paths: tuple[str, ...]) -> None:
     """Refuse a file that is given twice: its rows would be held out and trained on."""
-    path_by_place: dict[str, str] = {}
+    path_by_real_path: dict[str, str] = {}
     for path in paths:
-        place = os.path.realpath(path)
-        if place in path_by_place:
-            names = " and ".join(dict.fromkeys([path_by_place[place], path]))
+        real_path = os.path.realpath(path)
+        if real_path in path_by_real_path:
+            names = " and ".join(dict.fromkeys([path_by_real_path[real_path], path]))
             raise SettingError("activations", f"must name each file once, got twice: {names}")
-        path_by_place[place] = path
+        path_by_real_path[real_path] = path
 
 
 def overlap_warnings(config: SAEConfig) -> list[str]:
     """Say which files are both trained on and measured, in a sentence, if any are."""
-    places = set(map(os.path.realpath, config.activations))
-    both = [path for path in config.eval_activations if os.path.realpath(path) in places]
-    if not both:
+    real_paths = set(map(os.path.realpath, config.activations))
+    shared = [path for path in config.eval_activations if os.path.realpath(path) in real_paths]
+    if not shared:
         return []
-    return [f"tokens are measured that are trained on: those of {', '.join(both)}"]
+    return [f"tokens are measured that are trained on: those of {', '.join(shared)}"]
 
 
 def dominance_warnings(statistics: ActivationStatistics) -> list[str]:

@@ -114,18 +114,18 @@ def run(
         _try_backend(task)
         if config.init_from is not None and not (resume and (folder / checkpoints.FACTS).exists()):
             _start_from_run(task.model, config.init_from, rows)
-        with run_folder(folder, NAME, config, resume=resume, on_metrics=on_metrics) as place:
+        with run_folder(folder, NAME, config, resume=resume, on_metrics=on_metrics) as opened:
             identity = _identity(config, rows)
             if resume:
-                identity = _resumed_identity(place, config, identity, extend)
-            outcome = train(task, config.loop(), place, identity=identity)
+                identity = _resumed_identity(opened, config, identity, extend)
+            outcome = train(task, config.loop(), opened, identity=identity)
             if outcome.signal is not None:
                 return Report(outcome, None)
-            results = _results(config, task, outcome)
+            results = _collect_results(config, task, outcome)
             text = json.dumps(results, indent=2) + "\n"
-            write_atomically(place.path / RESULTS, text.encode())
+            write_atomically(opened.path / RESULTS, text.encode())
             figures.save_sae_history(
-                place.path / "history.png", place.read_metrics("step"), config.batch_size
+                opened.path / "history.png", opened.read_metrics("step"), config.batch_size
             )
     return Report(outcome, results)
 
@@ -156,34 +156,34 @@ def activation_digest(store: ActivationStore) -> str:
 
 
 def _resumed_identity(
-    place: RunFolder, config: SAEConfig, identity: dict[str, Any], extend: bool
+    opened: RunFolder, config: SAEConfig, identity: dict[str, Any], extend: bool
 ) -> dict[str, Any]:
     """Compare a run with its checkpoint; return the identity to go on with.
 
     The config in the folder is brought up to date where the data has moved or the run is extended.
     """
-    saved = checkpoints.read_checkpoint(place.path)
+    saved = checkpoints.read_checkpoint(opened.path)
     if saved is not None:
         saved.tensors.close()
-        checkpoints.check_facts(place.path, saved.facts, {"identity": dict})
-        there = saved.facts["identity"]
-        if "activations" in there:  # an earlier version's: files by name
+        checkpoints.check_facts(opened.path, saved.facts, {"identity": dict})
+        saved_identity = saved.facts["identity"]
+        if "activations" in saved_identity:  # an earlier version's: files by name
             del identity[DIGEST]
-            identity["activations"] = there["activations"]
-        epochs = there.get("epochs", 0)
+            identity["activations"] = saved_identity["activations"]
+        epochs = saved_identity.get("epochs", 0)
         longer = extend and isinstance(epochs, int) and config.epochs > epochs
         checkpoints.check_same(
-            place.path, there, {**identity, "epochs": epochs} if longer else identity
+            opened.path, saved_identity, {**identity, "epochs": epochs} if longer else identity
         )
         if longer:
-            checkpoints.change_identity(place.path, {"epochs": config.epochs})
-            (place.path / RESULTS).unlink(missing_ok=True)
-    stored = RunFolder.read_config(place.path)
+            checkpoints.change_identity(opened.path, {"epochs": config.epochs})
+            (opened.path / RESULTS).unlink(missing_ok=True)
+    stored = RunFolder.read_config(opened.path)
     files = {name: list(getattr(config, name)) for name in ("activations", "eval_activations")}
     current = {**files, "epochs": config.epochs}
     changed = {**stored, "config": {**stored["config"], **current}}
     if changed != stored:
-        place.rewrite_config(changed)
+        opened.rewrite_config(changed)
     return identity
 
 
@@ -237,9 +237,9 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Train
         checkpoints.check_facts(folder, saved.facts, {"step": int, "identity": dict})
         facts = saved.facts["identity"]
         checkpoints.check_facts(folder, facts, {"features": int})
-        here = config.identity()
+        own = config.identity()
         # Fields younger than the checkpoint say nothing of it; the others are of the activations.
-        current = {name: here.get(name, value) for name, value in facts.items()}
+        current = {name: own.get(name, value) for name, value in facts.items()}
         checkpoints.check_same(folder, facts, current)
         model = make_model(config, _Trained(facts["features"], facts.get("tokens", 1)))
         checkpoints.load_model(folder, model, saved.tensors)
@@ -269,14 +269,17 @@ def _start_from_run(model: SparseAutoencoder, folder: str, rows: Rows) -> None:
         ValueError: a parameter has another name or shape there.
     """
     trained = load_run(folder)
-    there, here = trained.model.state_dict(), model.state_dict()
-    for name in sorted(here.keys() | there.keys()):
-        one, other = (list(s[name].shape) if name in s else "absent" for s in (there, here))
-        if one != other:
+    saved_state, new_state = trained.model.state_dict(), model.state_dict()
+    for name in sorted(new_state.keys() | saved_state.keys()):
+        saved_shape, new_shape = (
+            list(s[name].shape) if name in s else "absent" for s in (saved_state, new_state)
+        )
+        if saved_shape != new_shape:
             raise SettingError(
-                "init_from", f"must name a run of such a model: {name} is {one} there, {other} here"
+                "init_from",
+                f"must name a run of such a model: {name} is {saved_shape} there, {new_shape} here",
             )
-    model.load_state_dict(there)
+    model.load_state_dict(saved_state)
     model.counter.reset()
     factor = rows.mean_factor
     if trained.config.normalize == "token":  # others take activations as they are
@@ -292,7 +295,7 @@ def _try_backend(task: SAETask) -> None:
     loss.total.backward()
 
 
-def _results(config: SAEConfig, task: SAETask, outcome: Outcome) -> dict[str, Any]:
+def _collect_results(config: SAEConfig, task: SAETask, outcome: Outcome) -> dict[str, Any]:
     """Measure a finished run."""
     task._schedule(config.epochs * task.steps_per_epoch - 1)
     return {
@@ -330,8 +333,8 @@ def evaluate_run(
         DataError, ValueError: see `run`.
     """
     folder = Path(folder)
-    place = usable_device(device)
-    model, config, _, step, facts = load_run(folder, device=place)
+    torch_device = usable_device(device)
+    model, config, _, step, facts = load_run(folder, device=torch_device)
     if activations:
         config = replace(config, activations=activations, eval_activations=activations)
     # The model takes activations as they are, except with "token".
@@ -351,7 +354,7 @@ def evaluate_run(
                 {n: facts[n] for n in names if n in facts},
                 {n: own[n] for n in names if n in facts},
             )
-        measured = evaluate(config, model, rows, place)
+        measured = evaluate(config, model, rows, torch_device)
     done = {"step": step}
     if "tokens" in facts:
         done["epochs"] = step / -(-facts["tokens"] // config.batch_size)
@@ -364,7 +367,7 @@ def _label(name: str) -> str:
     return f"FVU of the first {first} latents" if first.isdigit() else LABELS.get(name, name)
 
 
-def _text(name: str, value: Any) -> str:
+def _format(name: str, value: Any) -> str:
     """Format a measurement for people."""
     return (FVU_FORMAT if name.startswith("fvu") else FORMATS.get(name, "{}")).format(value)
 
@@ -378,7 +381,7 @@ def comparison(measured: Mapping[str, Mapping[str, Any]]) -> str:
     names = list(dict.fromkeys(name for results in measured.values() for name in results))
     rows = [["run", *map(_label, names)]]
     for run, results in measured.items():
-        cells = [_text(name, results[name]) if name in results else "" for name in names]
+        cells = [_format(name, results[name]) if name in results else "" for name in names]
         rows.append([run, *cells])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
@@ -395,7 +398,7 @@ def table(results: Mapping[str, Any], config: SAEConfig) -> str:
 def measurements(results: Mapping[str, Any], title: str) -> str:
     """Format named measurements for a terminal."""
     rows = [
-        (_label(name), _text(name, value))
+        (_label(name), _format(name, value))
         for name, value in results.items()
         if not isinstance(value, (dict, list))
     ]

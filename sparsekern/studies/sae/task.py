@@ -52,7 +52,7 @@ class SAETask:
             nn.init.constant_(layer.log_threshold, math.log(config.threshold))
         elif isinstance(layer, JumpReLU) and config.steered_to is None:
             self.model.calibrate(first, config.k)
-        self.optimizer = Adam(_groups(config, self.model), lr=config.learning_rate)
+        self.optimizer = Adam(_parameter_groups(config, self.model), lr=config.learning_rate)
 
     def begin_epoch(self, epoch: int) -> dict[str, float]:
         """Do nothing: the schedules follow the steps, see :meth:`backward`."""
@@ -82,7 +82,7 @@ class SAETask:
                 "sparsity": loss.sparsity,
                 "prefixes": loss.prefixes,
                 "l0": share * (output.values != 0).sum(-1).float().mean(),
-                "cosine": share * _cosine(part, output.reconstruction),
+                "cosine": share * _mean_cosine(part, output.reconstruction),
             }
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach()
@@ -130,8 +130,10 @@ class SAETask:
         self.model.sparsity_weight = config.weight_of_sparsity * risen
         if config.counted:
             start = (config.k_start or config.k) // config.groups
-            way = min(1.0, done / config.anneal) if config.anneal else 1.0
-            self.model.k = round(start + (config.k // config.groups - start) * way) * config.groups
+            share = min(1.0, done / config.anneal) if config.anneal else 1.0
+            self.model.k = (
+                round(start + (config.k // config.groups - start) * share) * config.groups
+            )
 
     def evaluate(self, epoch: int) -> dict[str, float]:
         """Set thresholds where they are due, and measure."""
@@ -196,7 +198,7 @@ def _activation(config: SAEConfig, latents: int) -> nn.Module:
     return TopK(config.k, groups=config.groups)
 
 
-def _groups(config: SAEConfig, model: SparseAutoencoder) -> list[dict[str, Any]]:
+def _parameter_groups(config: SAEConfig, model: SparseAutoencoder) -> list[dict[str, Any]]:
     """Group parameters for the optimizer: dictionary, other weights, thresholds."""
     rest = [model.encoder_bias, model.decoder_bias]
     if not config.tied:
@@ -214,7 +216,7 @@ def autocast(config: SAEConfig, device: torch.device) -> Any:
     return torch.autocast(device.type, torch.bfloat16, enabled=config.autocast)
 
 
-def _cosine(x: Tensor, reconstruction: Tensor) -> Tensor:
+def _mean_cosine(x: Tensor, reconstruction: Tensor) -> Tensor:
     """Compute the mean cosine of rows and their reconstructions."""
     return torch.nn.functional.cosine_similarity(x.float(), reconstruction.float(), dim=-1).mean()
 
@@ -246,7 +248,7 @@ def evaluate(
         sums = {
             "fvu": squared_error(x, output.reconstruction),
             "fvu_unnormalized": squared_error(part, output.reconstruction / factors),
-            "cosine": _cosine(x, output.reconstruction) * len(x),
+            "cosine": _mean_cosine(x, output.reconstruction) * len(x),
         }
         for size, estimate in zip(model.prefixes, prefixes, strict=True):
             sums[f"fvu_{size}"] = squared_error(x, estimate)

@@ -136,7 +136,7 @@ def _add_what_was_run(
     """Add what was run, and the commands that ask for it."""
     first = next(iter(cells.values()))
     results, config = first["results"], first["config"]
-    seconds = sum(one["results"]["seconds"] for one in cells.values())
+    seconds = sum(cell["results"]["seconds"] for cell in cells.values())
     used = {name for v in cells.values() for name in v["results"]["backends"].values()}
     backends = ", ".join(sorted(used)) or "torch"
     document.add(
@@ -151,10 +151,10 @@ def _add_what_was_run(
             "In tables, ± is the standard deviation over seeds; all errors are percentages."
         )
     )
-    document.add(*(Code(_command(asked, call)) for call in calls_of(asked)))
+    document.add(*(Code(_command_line(asked, call)) for call in calls_of(asked)))
 
 
-def _command(asked: Mapping[str, Any], call: Mapping[str, Any]) -> str:
+def _command_line(asked: Mapping[str, Any], call: Mapping[str, Any]) -> str:
     """Write the command line that asks for a reproduction again."""
     words = ["sparsekern", "reproduce", "sparling", "--preset", asked["preset"], "--arms"]
     words += [*call["arms"], "--seeds", str(call["seeds"])]
@@ -194,9 +194,9 @@ def _add_study(document: Document, folder: Path, study: FinishedCells, domain: M
     rows = [
         [
             str(cell.seed),
-            *(_interval(value["results"], name) for name in SHARES),
+            *(_share_with_interval(value["results"], name) for name in SHARES),
             f"{totals[cell]:.2f}",
-            f"{_interval(value['results'], 'perturbation')} of {tested[cell]}",
+            f"{_share_with_interval(value['results'], 'perturbation')} of {tested[cell]}",
             f"{value['results']['relative_density']:.2f}",
             f"{100 * value['results']['validation_exact']:.1f}",
         ]
@@ -214,7 +214,9 @@ def _add_study(document: Document, folder: Path, study: FinishedCells, domain: M
     _add_published(document, study, domain)
     document.picture(
         "annealing",
-        pictures.annealing_path({cell.seed: _records(value) for cell, value in study.items()}),
+        pictures.annealing_path(
+            {cell.seed: _epoch_records(value) for cell, value in study.items()}
+        ),
         "Above: motif errors on a few test samples while the density falls (all seeds; zero is "
         "drawn at the lower edge). Below: validation accuracy.",
     )
@@ -234,13 +236,13 @@ def _not_annealed(study: FinishedCells) -> list[str]:
     return [f"Not at that density by the end of training: seeds {', '.join(late)}."] if late else []
 
 
-def _records(value: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _epoch_records(value: Mapping[str, Any]) -> list[dict[str, Any]]:
     """List the epoch records of a cell, each with its number of samples."""
-    every = value["config"]["validate_every"]
-    return [{**epoch, "samples": every} for epoch in value["epochs"]]
+    validate_every = value["config"]["validate_every"]
+    return [{**epoch, "samples": validate_every} for epoch in value["epochs"]]
 
 
-def _interval(results: Mapping[str, Any], name: str) -> str:
+def _share_with_interval(results: Mapping[str, Any], name: str) -> str:
     """Format a share with its interval."""
     share = results[name]
     if share["value"] is None:

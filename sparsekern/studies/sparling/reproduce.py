@@ -49,8 +49,8 @@ class Request:
         if seeds < 1:
             raise ValueError(f"--seeds must be at least 1, got {seeds}")
         wanted = tuple(checked_names("--arms", names, tuple(grid.ARMS)))
-        place = None if data is None else os.path.abspath(data)
-        return cls(preset, wanted, seeds, place, parsed_overrides(settings))
+        data_path = None if data is None else os.path.abspath(data)
+        return cls(preset, wanted, seeds, data_path, parsed_overrides(settings))
 
     def configs(self) -> dict[Cell, SparlingConfig]:
         """Make the config of each cell."""

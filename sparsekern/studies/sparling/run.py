@@ -68,15 +68,15 @@ def run(
             RunFolder.check_new(folder)
         domain, tested = domain_of(config), domain_of(config, test=True)
         task = SparlingTask(config, domain, tested, device)
-        with run_folder(folder, NAME, config, resume=resume, on_metrics=on_metrics) as place:
+        with run_folder(folder, NAME, config, resume=resume, on_metrics=on_metrics) as opened:
             identity = config.identity()
             if config.data is not None:  # else the digits are synthesised
                 identity["recordings' digest"] = recordings_digest(config.data)
-            outcome = train(task, config.loop(), place, identity=identity)
+            outcome = train(task, config.loop(), opened, identity=identity)
             if outcome.signal is not None:
                 return Report(outcome, None)
             results = {
-                **_measured(task, tested, config, device),
+                **_measure(task, tested, config, device),
                 "steps": outcome.step,
                 "samples_per_second": outcome.examples_per_second,
                 "seconds": config.samples / outcome.examples_per_second,
@@ -86,10 +86,10 @@ def run(
                 "backends": backends_of(OPERATIONS if task.sparse else (), device.type),
             }
             picture = pictures.found_motifs(task.motifs, tested, results["assignment"], device)
-            write_atomically(place.path / "motifs.png", picture)
+            write_atomically(opened.path / "motifs.png", picture)
             # Last: it says that the run is finished.
             text = json.dumps(results, allow_nan=False) + "\n"
-            write_atomically(place.path / "results.json", text.encode())
+            write_atomically(opened.path / "results.json", text.encode())
     return Report(outcome, results)
 
 
@@ -116,7 +116,7 @@ def domain_of(config: SparlingConfig, *, test: bool = False) -> MotifDomain:
 
 
 @torch.no_grad()
-def _measured(
+def _measure(
     task: SparlingTask, tested: MotifDomain, config: SparlingConfig, device: torch.device
 ) -> dict[str, Any]:
     channels, count = CHANNELS[config.domain], config.test_samples
@@ -163,7 +163,10 @@ def table(results: Mapping[str, Any], config: SparlingConfig) -> str:
             f"{results['density']:.3g}, {results['relative_density']:.2f} times the motifs'",
         ),
         ("samples per second", f"{results['samples_per_second']:.3g} in training"),
-        ("cost of a sample", _cost(Cost(**results["cost"]), results["draw_seconds"], config)),
+        (
+            "cost of a sample",
+            _describe_cost(Cost(**results["cost"]), results["draw_seconds"], config),
+        ),
         *((f"{name} by", served) for name, served in results["backends"].items()),
     ]
     width = max(len(name) for name, _ in rows)
@@ -171,11 +174,16 @@ def table(results: Mapping[str, Any], config: SparlingConfig) -> str:
     return "\n".join([head, *(f"  {name:<{width}}  {value}" for name, value in rows)])
 
 
-def _cost(cost: Cost, drawing: float, config: SparlingConfig) -> str:
+def _describe_cost(cost: Cost, drawing: float, config: SparlingConfig) -> str:
     """Format what a sample costs, and what the published size would."""
-    whole = {"samples": config.samples, **PRESETS.get(config.domain, {})}
-    samples, every = whole["samples"], whole.get("validate_every", config.validate_every)
-    validated = samples // every * whole.get("validation_samples", config.validation_samples)
+    published = {"samples": config.samples, **PRESETS.get(config.domain, {})}
+    samples, validate_every = (
+        published["samples"],
+        published.get("validate_every", config.validate_every),
+    )
+    validated = (
+        samples // validate_every * published.get("validation_samples", config.validation_samples)
+    )
     seconds = cost.gpu_seconds()
     # A forward pass is a third of a step.
     training, validation = (count * seconds / 3600 for count in (samples, validated / 3))

@@ -47,10 +47,10 @@ def check_file(config: VAESAEConfig) -> None:
         DataError: it is missing, damaged, laid out otherwise, or has too few images.
     """
     if config.data is not None:
-        SETS[config.dataset].check(config.data, _sizes(config).total())
+        SETS[config.dataset].check(config.data, _part_sizes(config).total())
 
 
-def _sizes(config: VAESAEConfig) -> Counter[str]:
+def _part_sizes(config: VAESAEConfig) -> Counter[str]:
     """Count the images of each part of a run."""
     names = ("images", "eval_images", "test_images")
     return Counter({name: getattr(config, name) for name in names})
@@ -64,7 +64,7 @@ def read(config: VAESAEConfig, device: torch.device) -> Parts:
         DataError: see sparsekern.data.
     """
     images = SETS[config.dataset]
-    sizes = _sizes(config)
+    sizes = _part_sizes(config)
     total = sizes.total()
     try:
         if config.data is None:
@@ -76,12 +76,12 @@ def read(config: VAESAEConfig, device: torch.device) -> Parts:
         raise CountError(f"{error} ({' + '.join(flags)})") from error
     digest = hashlib.sha256(np.ascontiguousarray(data.images).data).hexdigest()[:16]
     training, held_out, test = (
-        _part(part, config.side, device) for part in data.split(*sizes.values())
+        _make_part(part, config.side, device) for part in data.split(*sizes.values())
     )
     return Parts(training, held_out, test, data.source, digest)
 
 
-def _part(data: FactorImages, side: int, device: torch.device) -> Part:
+def _make_part(data: FactorImages, side: int, device: torch.device) -> Part:
     """Convert a part of a set."""
     return Part(planes(data.images, side, device), torch.from_numpy(data.classes))
 

@@ -52,7 +52,7 @@ def run_over(
     """
     device = images.device
     activity = UnitActivity(model.units, device)
-    everything = torch.arange(model.units, device=device)
+    all_units = torch.arange(model.units, device=device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     means, log_variances, codes = [], [], []
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -65,15 +65,15 @@ def run_over(
             sums += torch.stack((loss.reconstruction, loss.kl)).double() * len(part)
             indices = output.indices
             if indices is None:
-                indices = everything.expand_as(output.values)
+                indices = all_units.expand_as(output.values)
             activity.update(output.values, indices)
             means.append(output.mean)
             log_variances.append(output.log_variance)
             if keep_codes:
                 codes.append(codes_to_dense(output.values, indices, model.units))
     reconstruction, kl = (sums / len(images)).tolist()
-    kept = torch.cat(codes) if keep_codes else None
-    return Pass(reconstruction, kl, activity, torch.cat(means), torch.cat(log_variances), kept)
+    all_codes = torch.cat(codes) if keep_codes else None
+    return Pass(reconstruction, kl, activity, torch.cat(means), torch.cat(log_variances), all_codes)
 
 
 def evaluate(model: VAESAE, images: Tensor, *, sample_seed: int | None = None) -> dict[str, Any]:
@@ -86,10 +86,10 @@ def evaluate(model: VAESAE, images: Tensor, *, sample_seed: int | None = None) -
         images: uint8 [n, C, side, side], at least one, on the model's device.
         sample_seed: draw z with this seed; by default z is the posterior mean.
     """
-    return _facts(run_over(model, images, sample_seed=sample_seed))
+    return _basic_facts(run_over(model, images, sample_seed=sample_seed))
 
 
-def _facts(one_pass: Pass) -> dict[str, Any]:
+def _basic_facts(one_pass: Pass) -> dict[str, Any]:
     """Collect what :func:`evaluate` returns."""
     return {
         "reconstruction": one_pass.reconstruction,
@@ -125,16 +125,16 @@ def measure(model: VAESAE, part: Part, seed: int, *, monte_carlo: bool = True) -
     activity = one_pass.activity
     gaps = {}
     if monte_carlo:
-        gaps["mig_monte_carlo"] = _gap(
+        gaps["mig_monte_carlo"] = _gap_facts(
             mig_monte_carlo(mean, log_variance, classes, samples=MONTE_CARLO_SAMPLES, seed=seed)
         )
     return {
-        **_facts(one_pass),
+        **_basic_facts(one_pass),
         **gaps,
         "dead_sampled": evaluate(model, part.images, sample_seed=seed)["dead"],
-        "mig": _gap(mig(mean, classes, resamples=RESAMPLES, seed=seed)),
-        "mig_code": _gap(mig(codes.cpu(), classes, resamples=CODE_RESAMPLES, seed=seed)),
-        "mig_random": _gap(mig(random, classes, resamples=RESAMPLES, seed=seed)),
+        "mig": _gap_facts(mig(mean, classes, resamples=RESAMPLES, seed=seed)),
+        "mig_code": _gap_facts(mig(codes.cpu(), classes, resamples=CODE_RESAMPLES, seed=seed)),
+        "mig_random": _gap_facts(mig(random, classes, resamples=RESAMPLES, seed=seed)),
         "units": {
             "frequency": _rounded(activity.fired.double() / activity.rows),
             "mean": _rounded(activity.sums / activity.rows),
@@ -144,7 +144,7 @@ def measure(model: VAESAE, part: Part, seed: int, *, monte_carlo: bool = True) -
     }
 
 
-def _gap(gap: Gap) -> dict[str, Any]:
+def _gap_facts(gap: Gap) -> dict[str, Any]:
     """Collect a gap for JSON, which has no NaN.
 
     An interval that was not made is absent, a factor of one value is null.

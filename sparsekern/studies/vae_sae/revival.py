@@ -53,10 +53,10 @@ def auxiliary_loss(layer: SparseBottleneck, sparse: BottleneckOutput, dead: Tens
     scores = layer.to_units(sparse.input.detach()).masked_fill(~dead, -torch.inf)
     values, indices = topk(scores, min(AUX_K, layer.units))
     values = torch.where(dead[indices], values, 0)
-    told = sparse_matmul(values.float(), indices, layer.dictionary)
+    answer = sparse_matmul(values.float(), indices, layer.dictionary)
     spread = (sparse.output - sparse.output.mean(0)).detach().float().square().mean().sqrt()
     wanted = AUX_SHARE * spread * residual(sparse)
-    error = (wanted - told).square().sum() / wanted.square().sum().clamp_min(1e-30)
+    error = (wanted - answer).square().sum() / wanted.square().sum().clamp_min(1e-30)
     return torch.where(dead.any(), error, 0.0)
 
 

@@ -75,13 +75,13 @@ def run(
         parts = read(config, device)
         # Before the folder: a model that cannot be made leaves nothing behind.
         task = VAESAETask(config, parts)
-        with run_folder(folder, NAME, config, resume=resume, on_metrics=on_metrics) as place:
+        with run_folder(folder, NAME, config, resume=resume, on_metrics=on_metrics) as opened:
             identity = {**config.identity(), "images' digest": parts.digest}
-            outcome = train(task, config.loop(), place, identity=identity)
+            outcome = train(task, config.loop(), opened, identity=identity)
             if outcome.signal is not None:
                 return Report(outcome, None)
-            results = _results(task, place, outcome)
-            _write_results(place, results, task.vae, parts.test)
+            results = _collect_results(task, opened, outcome)
+            _write_results(opened, results, task.vae, parts.test)
     return Report(outcome, results)
 
 
@@ -94,14 +94,14 @@ def _try_backend(config: VAESAEConfig, device: torch.device) -> None:
         vae_sae_loss(model(images), images).total.backward()
 
 
-def _results(task: VAESAETask, place: RunFolder, outcome: Outcome) -> dict[str, Any]:
+def _collect_results(task: VAESAETask, opened: RunFolder, outcome: Outcome) -> dict[str, Any]:
     """Collect the measurements of a finished run.
 
     Those at the end on top, those at the end of the schedule and before training below, and what
     became of each unit.
     """
     config, parts = task.config, task.parts
-    epochs = place.read_metrics("epoch")
+    epochs = opened.read_metrics("epoch")
     device = parts.test.images.device.type
     return {
         "data": parts.source,
@@ -109,7 +109,7 @@ def _results(task: VAESAETask, place: RunFolder, outcome: Outcome) -> dict[str, 
         "k": task.vae.k,
         **epochs[-1]["test"],
         "schedule": {"k": epochs[config.epochs - 1]["k"], **epochs[config.epochs - 1]["test"]},
-        "untrained": _untrained(config, parts),
+        "untrained": _measure_untrained(config, parts),
         # Epochs after the schedule would date a death by the last chance activity in them.
         "death_epoch": task.model.death_epochs(config.epochs),
         "death_epoch_after": task.model.death_epochs(config.all_epochs),
@@ -121,7 +121,7 @@ def _results(task: VAESAETask, place: RunFolder, outcome: Outcome) -> dict[str, 
     }
 
 
-def _untrained(config: VAESAEConfig, parts: Parts) -> dict[str, Any]:
+def _measure_untrained(config: VAESAEConfig, parts: Parts) -> dict[str, Any]:
     """Measure the model before its first step: what random weights give."""
     images = parts.training.images
     model = make_model(config, images.shape[1], mean_pixel(images)).to(images.device).eval()
@@ -129,24 +129,26 @@ def _untrained(config: VAESAEConfig, parts: Parts) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _write_results(place: RunFolder, results: Mapping[str, Any], model: VAESAE, test: Part) -> None:
-    epochs = place.read_metrics("epoch")
+def _write_results(
+    opened: RunFolder, results: Mapping[str, Any], model: VAESAE, test: Part
+) -> None:
+    epochs = opened.read_metrics("epoch")
     title = f"VAE-SAE on {results['data']}"
-    figures.save_history(place.path / "history.png", epochs, title)
+    figures.save_history(opened.path / "history.png", epochs, title)
     shown = pixels(test.images[:SHOWN_IMAGES])
     output = model(shown).logits.sigmoid()
     figures.save_reconstructions(
-        place.path / "reconstructions.png",
-        _pictures(shown),
-        _pictures(output),
+        opened.path / "reconstructions.png",
+        _plot_arrays(shown),
+        _plot_arrays(output),
         f"held-out images and their reconstructions at k = {results['k']}",
     )
     # Last: it says that the run is finished.
     text = json.dumps(results, allow_nan=False) + "\n"
-    write_atomically(place.path / "results.json", text.encode())
+    write_atomically(opened.path / "results.json", text.encode())
 
 
-def _pictures(images: torch.Tensor) -> Any:
+def _plot_arrays(images: torch.Tensor) -> Any:
     """Arrange [n, C, side, side] as a plot takes it: [n, side, side] or [n, side, side, 3]."""
     shown = images.float().cpu()
     return (shown.squeeze(1) if shown.shape[1] == 1 else shown.permute(0, 2, 3, 1)).numpy()
@@ -168,7 +170,7 @@ def table(results: Mapping[str, Any], config: VAESAEConfig) -> str:
         ("KL", f"{results['kl']:.2f} nats per image"),
         ("MIG of z", f"{results['mig']['score']:.3f}"),
         ("dead units, never active", f"{dead['never']:.1%}"),
-        *_published(config),
+        *_published_rate(config),
         ("dead units, z sampled", f"{results['dead_sampled']['never']:.1%}"),
         *((f"dead units, {name}", f"{share:.1%}") for name, share in dead.items() if "<" in name),
         ("L0", f"{results['l0']:.1f} units per image"),
@@ -184,7 +186,7 @@ def table(results: Mapping[str, Any], config: VAESAEConfig) -> str:
     return "\n".join(lines)
 
 
-def _published(config: VAESAEConfig) -> list[tuple[str, str]]:
+def _published_rate(config: VAESAEConfig) -> list[tuple[str, str]]:
     """List the study's own rate of dead units, for a run that sparsifies as far as the study."""
     rate = DEAD_UNITS.get((config.sparsifier, config.dataset))
     if rate is None or (config.units, config.k_start, config.k_end) != (500, 500, 50):

@@ -90,13 +90,13 @@ class VAESAETask:
         """Set k."""
         config = self.config
         self.resamples = epoch < revival.RESAMPLED_SHARE * config.epochs
-        at, span = epoch - config.warm_epochs, config.epochs - config.warm_epochs
-        if at < 0:
+        position, epochs = epoch - config.warm_epochs, config.epochs - config.warm_epochs
+        if position < 0:
             k = config.k_start
         elif self.model.gate is not None:
             k = self.model.gate.k
         else:
-            k = scheduled_k(config.schedule, config.k_start, config.k_end, at, span)
+            k = scheduled_k(config.schedule, config.k_start, config.k_end, position, epochs)
         self.vae.k = k
         return {"k": k}
 
@@ -190,7 +190,7 @@ class VAESAETask:
 
     def _wants_mig(self, epoch: int) -> bool:
         """Tell whether MIG is due after an epoch; after the schedule little changes."""
-        every = self.config.mig_every
+        interval = self.config.mig_every
         if epoch >= self.config.epochs:
-            every *= LATER_MIG
-        return every > 0 and (epoch == 0 or (epoch + 1) % every == 0)
+            interval *= LATER_MIG
+        return interval > 0 and (epoch == 0 or (epoch + 1) % interval == 0)

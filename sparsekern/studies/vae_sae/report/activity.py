@@ -37,9 +37,9 @@ def first_cut_epoch(content: Content) -> int | None:
     There k is below the number of units, and L0 after the epoch at least 0.95 k.
     """
     units = content["config"]["units"]
-    for at, record in enumerate(scheduled_epochs(content)):
+    for epoch, record in enumerate(scheduled_epochs(content)):
         if record["k"] < units and record["eval_l0"] >= BINDS_AT * record["k"]:
-            return at
+            return epoch
     return None
 
 
@@ -61,12 +61,12 @@ class Cut(NamedTuple):
 def describe_cut(content: Content) -> Cut:
     """Summarise what the schedule did to the number of active units."""
     records = scheduled_epochs(content)
-    at = first_cut_epoch(content)
-    before = records[(len(records) if at is None else max(at, 1)) - 1]
+    first_cut = first_cut_epoch(content)
+    before = records[(len(records) if first_cut is None else max(first_cut, 1)) - 1]
     return Cut(
         records[0]["eval_l0"],
-        None if at is None else at + 1,
-        None if at is None else records[at]["k"],
+        None if first_cut is None else first_cut + 1,
+        None if first_cut is None else records[first_cut]["k"],
         before["eval_l0"],
         records[-1]["eval_l0"],
     )
@@ -88,8 +88,8 @@ def largest_lag(content: Content) -> Lag:
     records = scheduled_epochs(content)
     first = len(records) - max(1, round(LAST_SHARE * len(records)))
     lags = [
-        Lag((r["eval_l0"] - r["k"]) / r["k"], first + at + 1, r["eval_l0"], r["k"])
-        for at, r in enumerate(records[first:])
+        Lag((r["eval_l0"] - r["k"]) / r["k"], first + offset + 1, r["eval_l0"], r["k"])
+        for offset, r in enumerate(records[first:])
     ]
     return max(lags, key=lambda one: abs(one.share))
 
@@ -129,7 +129,7 @@ def phase_of_units(content: Content) -> list[str | None]:
 
 
 def phase_shares(content: Content) -> dict[str, float]:
-    """Compute the share of all units in each of :data:`PHASES`; they add up to :func:`silent`."""
+    """Compute the share of units in each of :data:`PHASES`; the sum is :func:`silent_share`."""
     unit_phases = phase_of_units(content)
     return {phase: unit_phases.count(phase) / len(unit_phases) for phase in PHASES}
 
@@ -161,11 +161,11 @@ def silent_before_cut(content: Content) -> float:
 
     0 where k cut from the first epoch on.
     """
-    at = first_cut_epoch(content)
+    first_cut = first_cut_epoch(content)
     records = scheduled_epochs(content)
-    if at is None:
+    if first_cut is None:
         return float(records[-1]["eval_dead"])
-    return float(records[at - 1]["eval_dead"]) if at else 0.0
+    return float(records[first_cut - 1]["eval_dead"]) if first_cut else 0.0
 
 
 class SilentParts(NamedTuple):

@@ -30,7 +30,7 @@ MEASURED = 128
 
 
 @dataclass(frozen=True)
-class Seen:
+class ModelPictures:
     """What a model makes of test images; pixels in 0..1."""
 
     images: Tensor
@@ -58,7 +58,7 @@ def test_images(config: VAESAEConfig, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def look(model: VAESAE, images: Tensor) -> Seen:
+def picture_model(model: VAESAE, images: Tensor) -> ModelPictures:
     """Reconstruct the first images, and traverse the latents from the first one's code.
 
     Args:
@@ -74,7 +74,7 @@ def look(model: VAESAE, images: Tensor) -> Seen:
         codes = mean[:1].repeat(STEPS, 1)
         codes[:, latent] = torch.linspace(-2, 2, STEPS)
         rows.append(model.decode(codes).sigmoid())
-    return Seen(
+    return ModelPictures(
         pixels(images[:SHOWN]),
         output.logits[:SHOWN].sigmoid(),
         latents,
@@ -83,7 +83,7 @@ def look(model: VAESAE, images: Tensor) -> Seen:
     )
 
 
-def seen_by(content: Mapping[str, Any], folder: Path) -> Seen:
+def picture_run(content: Mapping[str, Any], folder: Path) -> ModelPictures:
     """Load the model in a run folder and look at its test images, on the CPU.
 
     Args:
@@ -103,10 +103,10 @@ def seen_by(content: Mapping[str, Any], folder: Path) -> Seen:
     load_model(folder, trained, checkpoint.tensors)
     model = trained.vae.eval()
     model.k = content["results"]["k"]
-    return look(model, images)
+    return picture_model(model, images)
 
 
-def _show(panel: Any, picture: Tensor) -> None:
+def _draw_picture(panel: Any, picture: Tensor) -> None:
     """Draw a picture [C, side, side]."""
     shown = picture.permute(1, 2, 0).numpy()
     panel.imshow(shown.squeeze(-1) if shown.shape[-1] == 1 else shown, cmap="gray", vmin=0, vmax=1)
@@ -114,7 +114,7 @@ def _show(panel: Any, picture: Tensor) -> None:
     panel.spines[:].set_visible(False)
 
 
-def reconstructions(seen: Seen, dataset: str) -> bytes:
+def reconstructions(seen: ModelPictures, dataset: str) -> bytes:
     """Draw images above what the model makes of them."""
     count = len(seen.images)
     figure, panels = new_figure(2.7, 2, count)
@@ -122,19 +122,19 @@ def reconstructions(seen: Seen, dataset: str) -> bytes:
         (("test image", seen.images), ("output", seen.reconstructions))
     ):
         for panel, picture in zip(panels[row], pictures, strict=True):
-            _show(panel, picture)
+            _draw_picture(panel, picture)
         panels[row, 0].set_ylabel(label, fontsize=8)
     figure.suptitle(SETS[dataset], fontsize=10)
     return as_png(figure)
 
 
-def traversals(seen: Seen, dataset: str) -> bytes:
+def traversals(seen: ModelPictures, dataset: str) -> bytes:
     """Draw one row a latent, its value from -2 to 2."""
     rows, steps = seen.traversals.shape[:2]
     figure, panels = new_figure(0.5 + 0.9 * rows, rows, steps)
     for row, (latent, divergence) in enumerate(zip(seen.latents, seen.divergences, strict=True)):
         for panel, picture in zip(panels[row], seen.traversals[row], strict=True):
-            _show(panel, picture)
+            _draw_picture(panel, picture)
         panels[row, 0].set_ylabel(f"z{latent}\nKL {divergence:.2f}", fontsize=8)
     for panel, value in zip(panels[-1], np.linspace(-2, 2, steps), strict=True):
         panel.set_xlabel(f"{value:.1f}", fontsize=8)

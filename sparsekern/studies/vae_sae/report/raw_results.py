@@ -39,9 +39,9 @@ def _cell_row(cell: Cell, content: Content, asked: Mapping[str, Any]) -> Row:
     """List every scalar of a cell."""
     results = content["results"]
     row: Row = {"dataset": cell.dataset, "arm": cell.arm, "seed": cell.seed}
-    row |= _measurements("", results["schedule"]) | _measurements("after_", results)
-    row |= _measurements("untrained_", results["untrained"])
-    row |= _gap("mig_random", results["mig_random"])
+    row |= _measurement_row("", results["schedule"]) | _measurement_row("after_", results)
+    row |= _measurement_row("untrained_", results["untrained"])
+    row |= _gap_row("mig_random", results["mig_random"])
     row |= {f"died_{phase.replace(' ', '_')}": s for phase, s in phase_shares(content).items()}
     began = describe_cut(content)
     row |= {
@@ -54,15 +54,19 @@ def _cell_row(cell: Cell, content: Content, asked: Mapping[str, Any]) -> Row:
         "l0_first_epoch": began.first,
         "l0_before_cut": began.before,
     }
-    back = returned(content)
-    row |= {"units": content["config"]["units"], "back": back.back, "died_after": back.died}
+    change_after = returned(content)
+    row |= {
+        "units": content["config"]["units"],
+        "back": change_after.back,
+        "died_after": change_after.died,
+    }
     row |= {name: results[name] for name in ("seconds", "images_per_second", "device", "data")}
     row["backends"] = " ".join(f"{n}={b}" for n, b in sorted(results["backends"].items()))
     row["settings"] = " ".join(f"{n}={v}" for n, v in differing(cell, content, asked).items())
     return row
 
 
-def _measurements(prefix: str, facts: Mapping[str, Any]) -> Row:
+def _measurement_row(prefix: str, facts: Mapping[str, Any]) -> Row:
     """List measurements with a prefix before their names."""
     row: Row = {}
     for name in ("k", "reconstruction", "kl", "l0"):
@@ -74,11 +78,11 @@ def _measurements(prefix: str, facts: Mapping[str, Any]) -> Row:
         row[f"{prefix}dead_sampled_{name}"] = share
     for name in MIGS:
         if name in facts:
-            row |= _gap(prefix + name, facts[name])
+            row |= _gap_row(prefix + name, facts[name])
     return row
 
 
-def _gap(name: str, gap: Mapping[str, Any]) -> Row:
+def _gap_row(name: str, gap: Mapping[str, Any]) -> Row:
     """List a gap with its interval."""
     ends = {f"{name}_{end}": gap[end] for end in ("low", "high") if end in gap}
     return {name: gap["score"]} | ends
@@ -111,21 +115,21 @@ def unit_rows(measured: Measured) -> list[Row]:
         before = results["schedule"]["units"]["frequency"]
         phase = phase_of_units(content)
         ends = zip(results["death_epoch"], results["death_epoch_after"], strict=True)
-        for at, (last, last_of_run) in enumerate(ends):
+        for unit, (last, last_of_run) in enumerate(ends):
             rows.append(
                 {
                     "dataset": cell.dataset,
                     "arm": cell.arm,
                     "seed": cell.seed,
-                    "unit": at,
-                    "frequency": units["frequency"][at],
-                    "mean": units["mean"][at],
-                    "selectivity": units["selectivity"][at],
-                    "factor": names[units["factor"][at]],
-                    "frequency_at_end_of_schedule": before[at],
+                    "unit": unit,
+                    "frequency": units["frequency"][unit],
+                    "mean": units["mean"][unit],
+                    "selectivity": units["selectivity"][unit],
+                    "factor": names[units["factor"][unit]],
+                    "frequency_at_end_of_schedule": before[unit],
                     "last_active_epoch": "" if last is None else last + 1,
                     "last_active_epoch_of_run": "" if last_of_run is None else last_of_run + 1,
-                    "phase": phase[at] or "",
+                    "phase": phase[unit] or "",
                 }
             )
     return rows

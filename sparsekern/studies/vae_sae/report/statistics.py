@@ -59,28 +59,28 @@ class Difference(NamedTuple):
 
     def text(self, digits: int = 1, scale: float = 1.0, unit: str = "") -> str:
         """Format as "+2.1 (95 % interval +0.3 to +3.9, 3 seeds each)"."""
-        value = _signed(self.mean, digits, scale) + unit
-        ends = self._ends(digits, scale)
+        value = _with_sign(self.mean, digits, scale) + unit
+        ends = self._interval_ends(digits, scale)
         if ends is None:
             return f"{value} ({self.seeds}: no interval)"
         return f"{value} (95 % interval {ends}, {self.seeds})"
 
     def brief(self, digits: int = 1, scale: float = 1.0) -> str:
         """Format as "+2.1 (+0.3 to +3.9)", for a table that says what the brackets are."""
-        value, ends = _signed(self.mean, digits, scale), self._ends(digits, scale)
+        value, ends = _with_sign(self.mean, digits, scale), self._interval_ends(digits, scale)
         return value if ends is None else f"{value} ({ends})"
 
-    def _ends(self, digits: int, scale: float) -> str | None:
+    def _interval_ends(self, digits: int, scale: float) -> str | None:
         if self.low is None or self.high is None:
             return None
-        return f"{_signed(self.low, digits, scale)} to {_signed(self.high, digits, scale)}"
+        return f"{_with_sign(self.low, digits, scale)} to {_with_sign(self.high, digits, scale)}"
 
     def points(self) -> str:
         """Format a difference of shares, in words."""
         return self.text(1, 100, " percentage points")
 
 
-def _signed(value: float, digits: int, scale: float) -> str:
+def _with_sign(value: float, digits: int, scale: float) -> str:
     # The sum: no sign before a zero that rounding made.
     return f"{round(scale * value, digits) + 0.0:+.{digits}f}"
 

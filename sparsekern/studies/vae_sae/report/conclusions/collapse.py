@@ -237,13 +237,13 @@ def further_epochs(measured: Measured, dataset: str) -> Iterator[str]:
         if not cells:
             continue
         counts = [returned(c) for c in cells]
-        dead, back = sum(r.dead_before for r in counts), sum(r.back for r in counts)
+        dead, revived = sum(r.dead_before for r in counts), sum(r.back for r in counts)
         died = sum(r.died for r in counts)
         epochs = counted(cells[0]["config"]["extra_epochs"], "more epoch")
         if dead == 0:
             yield f"under {named(arm)} no unit was dead after the schedule; {died} died later."
         else:
-            count = "none" if back == 0 else f"{back} ({100 * back / dead:.0f} %)"
+            count = "none" if revived == 0 else f"{revived} ({100 * revived / dead:.0f} %)"
             yield (
                 f"in {epochs} under {named(arm)}, {count} of {dead} dead units came back "
                 f"({counted(len(cells), 'seed')}{' together' if len(cells) > 1 else ''}, on the "

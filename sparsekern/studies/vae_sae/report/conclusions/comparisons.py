@@ -30,8 +30,8 @@ def orderings(measured: Measured) -> Iterator[str]:
         one = measured.spread("shapes3d", arm, never_active)
         two = measured.spread("dsprites", arm, never_active)
         if one and two:
-            place = f"Shapes3D has more dead units than dSprites under {named(arm)}"
-            yield _ordering(place, one, two)
+            claim = f"Shapes3D has more dead units than dSprites under {named(arm)}"
+            yield _ordering(claim, one, two)
     for dataset in measured.datasets:
         one = measured.spread(dataset, "l1", never_active)
         two = measured.spread(dataset, "topk", never_active)
@@ -41,11 +41,11 @@ def orderings(measured: Measured) -> Iterator[str]:
             further = {c["config"]["extra_epochs"] for arm in ("l1", "topk")
                        for c in measured.of(dataset, arm).values()}  # fmt: skip
             if further != {0}:
-                ends = (measured.known(dataset, arm, _never_after) for arm in ("l1", "topk"))
+                ends = (measured.known(dataset, arm, _never_active_after) for arm in ("l1", "topk"))
                 yield _ordering(f"{claim} after the further epochs", *ends)
 
 
-def _never_after(content: Content) -> float:
+def _never_active_after(content: Content) -> float:
     """Return the share of units that are active on no test image at the end of the run."""
     return never_active(at_end_of_run(content))
 

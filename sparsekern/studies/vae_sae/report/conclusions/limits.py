@@ -49,7 +49,7 @@ def limits(measured: Measured, changed: Mapping[str, str]) -> list[str]:
             f"Some arms have {counted(min(counts), 'seed')}. With fewer than {SEEDS_FOR_SPREAD} a "
             "standard deviation is hardly known, and small differences can be chance."
         )
-    sentences += _of_images(measured)
+    sentences += _image_limits(measured)
     tests = min(content["results"]["test_images"] for content in contents)
     finest = min(DEAD_THRESHOLDS)
     if tests * finest <= 1:
@@ -70,7 +70,7 @@ def limits(measured: Measured, changed: Mapping[str, str]) -> list[str]:
     return sentences
 
 
-def _of_images(measured: Measured) -> Iterator[str]:
+def _image_limits(measured: Measured) -> Iterator[str]:
     """Say what the images leave open."""
     configs = [content["config"] for content in measured.cells.values()]
     sides = sorted({config["side"] for config in configs})

@@ -28,7 +28,7 @@ def every_arm(document: Document, measured: Measured) -> None:
         [
             named(arm),
             SETS[dataset],
-            *_numbers(measured, dataset, arm),
+            *_main_numbers(measured, dataset, arm),
             measured.known(dataset, arm, at_end_of_schedule("kl")).text(2),
             measured.known(dataset, arm, at_end_of_schedule("l0")).text(1),
             str(len(measured.of(dataset, arm))),
@@ -88,7 +88,7 @@ def _add_cures_of(document: Document, measured: Measured, dataset: str, arms: li
             continue
         panel = measured.panel(dataset, arm)
         name = named(arm) + ("" if arm in arms else ", uncured")
-        dead, *others = _numbers(measured, dataset, arm)
+        dead, *others = _main_numbers(measured, dataset, arm)
         wider = [panel[n].percent() if n in panel else "" for n in OTHER_DEFINITIONS]
         shares.append([name, dead, *wider, *others])
         cure_verdict = measured.verdict(dataset, arm) if arm in arms else None
@@ -144,7 +144,7 @@ def _idle_warning(measured: Measured, arm: str) -> str:
     return ""
 
 
-def _numbers(measured: Measured, dataset: str, arm: str) -> list[str]:
+def _main_numbers(measured: Measured, dataset: str, arm: str) -> list[str]:
     """Format dead units, reconstruction and MIG of an arm."""
     return [
         measured.known(dataset, arm, never_active).percent(),
@@ -174,7 +174,7 @@ def sensitivity(document: Document, measured: Measured, asked: Mapping[str, Any]
                 [
                     named(arm),
                     settings or "the protocol",
-                    *_numbers(measured, dataset, arm),
+                    *_main_numbers(measured, dataset, arm),
                     measured.known(dataset, arm, silent_since_before_cut).percent(),
                     "" if arm == "topk" or change is None else change.brief(1, 100),
                     measured.known(dataset, arm, at_end_of_schedule("k")).text(0),

@@ -174,21 +174,21 @@ def looks(document: Document, measured: Measured, folder: Path) -> None:
             document.add(Paragraph(f"{SETS[dataset]}: left out, since Top-k was not run."))
             continue
         seed, content = next(iter(cells.items()))
-        place = cell_folder(folder, Cell(dataset, "topk", seed))
+        run_path = cell_folder(folder, Cell(dataset, "topk", seed))
         try:
-            seen = pictures.seen_by(content, place)
+            shown = pictures.picture_run(content, run_path)
         except (CheckpointError, DataError) as error:
             document.add(Paragraph(f"{SETS[dataset]}: left out: {error}."))
             continue
         of = f"{SETS[dataset]}, Top-k, seed {seed}, after all epochs"
         document.picture(
             f"reconstructions_{dataset}",
-            pictures.reconstructions(seen, dataset),
+            pictures.reconstructions(shown, dataset),
             f"{of}: test images and what the model makes of their mean code.",
         )
         document.picture(
             f"traversals_{dataset}",
-            pictures.traversals(seen, dataset),
+            pictures.traversals(shown, dataset),
             f"{of}: the first image's code with one latent from -2 to 2 (standard deviations of "
             "the prior); the latents with the largest mean KL, in nats per image.",
         )
