@@ -231,7 +231,7 @@ class BatchTopK(SavedK):
     def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> BatchTopK:
         old_threshold, old_trend = self.threshold, self.trend
         self._known = False
-        super()._apply(fn, *args, **kwargs)
+        super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
         self.threshold = keep_dtype(old_threshold, self.threshold)
         if self.trend is not None and old_trend is not None:
             self.trend = keep_dtype(old_trend, self.trend)

@@ -380,7 +380,7 @@ class SpatialSparsity(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> SpatialSparsity:
         before = dict(self._buffers)
-        super()._apply(fn, *args, **kwargs)
+        super()._apply(fn, *args, **kwargs)  # type: ignore[no-untyped-call]
         for name, buffer in self._buffers.items():
             old = before[name]
             if old is not None and buffer is not None and buffer.itemsize == 2:

@@ -61,7 +61,7 @@ def jumprelu(
         ([0.0, 0.0, 1.2000000476837158, 3.0], -4.0)
     """
     _check("jumprelu", x, theta, bandwidth)
-    y: torch.Tensor = _JumpReLU.apply(x, theta, float(bandwidth), relative)
+    y: torch.Tensor = _JumpReLU.apply(x, theta, float(bandwidth), relative)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -99,7 +99,7 @@ def step(
     """
     _check("step", x, theta, bandwidth)
     # Detached: compiled autograd fails to add up a gradient that is None.
-    active: torch.Tensor = _Step.apply(x.detach(), theta, float(bandwidth), relative)
+    active: torch.Tensor = _Step.apply(x.detach(), theta, float(bandwidth), relative)  # type: ignore[no-untyped-call]
     return active
 
 

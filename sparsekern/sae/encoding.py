@@ -87,7 +87,7 @@ class Scores:
             scores = self._linear()
         else:  # recorded in the same way, whether it was at hand or not
             unscaled = self.unscaled() if unscaled is None else unscaled
-            scores = _ComputedLinear.apply(*self._factors(unscaled.dtype), unscaled)
+            scores = _ComputedLinear.apply(*self._factors(unscaled.dtype), unscaled)  # type: ignore[no-untyped-call]
         return scores if self.scale is None else scores * self.scale.to(scores.dtype)
 
     @torch.no_grad()

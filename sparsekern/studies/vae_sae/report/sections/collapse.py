@@ -230,9 +230,10 @@ def _before_and_after(name: str, cells: list[Content]) -> list[list[str]]:
         (at_end_of_schedule("l0"), Spread.text),
     ]
     pairs = [pair for pair in map(l1_strengths, cells) if pair is not None]
+    moments = (("schedule", cells), ("run", [at_end_of_run(c) for c in cells]))
     rows = []
-    for at, (moment, of) in enumerate((("schedule", lambda c: c), ("run", at_end_of_run))):
-        row = [text(spread(get(of(c)) for c in cells)) for get, text in texts]
-        row.append(spread(pair[at] for pair in pairs).text(2) if pairs else "")
+    for number, (moment, contents) in enumerate(moments):
+        row = [text(spread(map(get, contents))) for get, text in texts]
+        row.append(spread(pair[number] for pair in pairs).text(2) if pairs else "")
         rows.append([f"{name}, end of {moment}", *row])
     return rows
