@@ -156,7 +156,15 @@ FILLS = (
 
 
 def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
-    """Give the same numbers [rows, n] other strides."""
+    """Give the same numbers [rows, n] other strides.
+
+    Args:
+        x: [rows, n].
+        layout: "contiguous" or one of LAYOUTS.
+
+    Raises:
+        ValueError: the layout is another.
+    """
     rows, n = x.shape
     if layout == "contiguous":
         return x

@@ -44,6 +44,11 @@ def words(start: np.ndarray, position: int, count: int) -> np.ndarray:
     """Draw numbers ``position .. position + count - 1`` of each sample, uint64 ``[n, count]``.
 
     All 64 bits are random. ``start`` is uint64 ``[n]``, from :func:`starts`.
+
+    Args:
+        start: where the numbers of each sample start.
+        position: of the first number, 0 and up.
+        count: numbers of each sample.
     """
     return _mix(start[:, None] + _steps(position, count))
 
@@ -58,6 +63,10 @@ def integers(word: np.ndarray, below: int | np.ndarray) -> np.ndarray:
 
     The upper half of the word, times ``below``, over 2^32: for ``below`` up to 2^20, probabilities
     are off by less than 2^-12 of themselves.
+
+    Args:
+        word: uint64 of any shape.
+        below: 1 and up.
     """
     scaled = (word >> np.uint64(32)) * np.asarray(below).astype(np.uint64)
     return (scaled >> np.uint64(32)).astype(np.int64)
@@ -68,6 +77,12 @@ def coins(start: np.ndarray, position: int, count: int, probability: float) -> n
 
     Every word gives four coins of 16 bits each, so the probability is rounded to a multiple of
     2^-16, and ``ceil(count / 4)`` positions are used.
+
+    Args:
+        start: where the numbers of each sample start, uint64 ``[n]``.
+        position: of the first number.
+        count: coins of each sample.
+        probability: in 0..1.
     """
     width = -(-count // LANES)
     steps = _steps(position, width)

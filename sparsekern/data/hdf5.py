@@ -59,7 +59,7 @@ def lock_error_number(error: OSError) -> int | None:
 
 
 def explain_no_locks(path: Path, error: object) -> str:
-    """Say where locks are needed and the file system has none."""
+    """Explain that locks are needed and the file system has none."""
     return (
         f"the file system of {path} has no locks (set HDF5_USE_FILE_LOCKING=FALSE if no other "
         f"process writes it: {error})"
@@ -83,6 +83,11 @@ def check_stored(dataset: Any, path: Path, where: str) -> None:
     HDF5 gives fill values for what it does not find: where a header promises far more than was
     ever written (so that nobody makes room, or plans, for it), and where the files of external
     storage or the sources of a virtual dataset are missing or too small.
+
+    Args:
+        dataset: of h5py.
+        path: the file that was opened.
+        where: how the message begins.
     """
     if dataset.is_virtual:
         _check_sources(dataset, path, where)

@@ -115,6 +115,11 @@ def new_hdf5(path: Path, function: str) -> Iterator[NewFile]:
 def reserve(file: Any, raw: BinaryIO, size: int) -> None:
     """Take space for so many bytes more, and some; :func:`trim` gives it back.
 
+    Args:
+        file: of h5py.
+        raw: the same file, open for writing.
+        size: bytes.
+
     Raises:
         OSError: the disk is full, or the file would be larger than files may be.
     """

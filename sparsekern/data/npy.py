@@ -90,6 +90,11 @@ class NpyArray:
 def read_bytes(descriptor: int, offset: int, target: np.ndarray) -> None:
     """Fill a contiguous array from a byte of an open file on, whatever else reads that file.
 
+    Args:
+        descriptor: the system's.
+        offset: of the first byte.
+        target: contiguous, of any shape and dtype.
+
     Raises:
         EOFError: the file ends before.
     """

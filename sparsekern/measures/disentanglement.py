@@ -310,7 +310,7 @@ def mig_monte_carlo(
 ) -> Gap:
     """Compute the mutual information gap of Gaussian posteriors, as its authors estimate it.
 
-    Normalised by the logarithm of a factor's number of values. Arguments as
+    Normalised by the logarithm of a factor's number of values. Arguments and errors are those of
     :func:`monte_carlo_information`.
     """
     information = monte_carlo_information(mean, logvar, factors, samples=samples, seed=seed)

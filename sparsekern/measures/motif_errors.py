@@ -130,7 +130,15 @@ def confusion_matrix(matches: MotifMatches, symbols: int, channels: int) -> np.n
 
 
 def assign_symbols(confusion: np.ndarray, one_to_one: bool) -> tuple[int, ...]:
-    """Find the symbol of each channel; -1 for none."""
+    """Find the symbol of each channel; -1 for none.
+
+    Args:
+        confusion: int64 [S, C].
+        one_to_one: each symbol has one channel at most; else each channel has its majority symbol.
+
+    Returns:
+        C numbers of symbols.
+    """
     if not one_to_one:
         return tuple(np.where(confusion.sum(0) > 0, confusion.argmax(0), NONE).tolist())
     optimize = require("scipy.optimize", "assigning channels to symbols")
@@ -174,6 +182,17 @@ def bootstrap_errors(
     """Compute 95 % intervals of fpe, fne and ce over the samples, by resampling them.
 
     The assignment is that of all samples.
+
+    Args:
+        matches: of any number of inputs.
+        symbols: S.
+        channels: C.
+        one_to_one: how channels are assigned; see the module.
+        resamples: how many.
+        seed: of the resampling.
+
+    Returns:
+        Low and high end of each, by name; NaN where there is nothing to take a share of.
     """
     assignment = assign_symbols(confusion_matrix(matches, symbols, channels), one_to_one)
     channel_symbol = torch.tensor([*assignment, NONE, NONE])  # of channels -2 and -1: none

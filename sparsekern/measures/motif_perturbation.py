@@ -40,6 +40,13 @@ def move_motif(
 
     Those of channel `source` in the motif's region (symbol, then start and stop along each
     dimension; widened by a margin) move to channel `to`; a larger one that is there already stays.
+
+    Args:
+        activations: [C, *space], left as they are.
+        motif: symbol, then start and stop along each dimension.
+        margin: by how much the region is wider on each side.
+        source: channel.
+        to: channel.
     """
     copy = activations.clone()
     region = copy  # a view of it

@@ -293,7 +293,15 @@ class SequenceReadout(nn.Module):
         return memory
 
     def forward(self, activations: Tensor, labels: Tensor | None) -> Tensor:
-        """Compute logits [B, L, S + 1] of each place, given the true symbols before it."""
+        """Compute logits [B, L, S + 1] of each place, given the true symbols before it.
+
+        Args:
+            activations: [B, C, *space].
+            labels: int64 [B, L], padded with -1.
+
+        Raises:
+            ValueError: there are no labels.
+        """
         if labels is None:
             raise ValueError("SequenceReadout: labels must be given; decode() needs none")
         return self._logits(self.memory(activations), target_classes(labels, self.symbols)[:, :-1])

@@ -115,6 +115,11 @@ def check_facts(folder: Path, facts: Any, kinds: Mapping[str, type]) -> None:
     """Raise :class:`CheckpointError` unless facts hold these names, with values of these types.
 
     Numbers must be finite and not negative; an int is a float, too, but a bool is no int.
+
+    Args:
+        folder: of the run, for the message.
+        facts: what was read.
+        kinds: type of each by name.
     """
     if not isinstance(facts, dict):
         raise damaged(folder, f"{', '.join(kinds)} are expected in place of {facts!r}")
@@ -129,7 +134,13 @@ def check_facts(folder: Path, facts: Any, kinds: Mapping[str, type]) -> None:
 
 
 def check_same(folder: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Raise :class:`CheckpointError` naming the first field in which two configs differ."""
+    """Raise :class:`CheckpointError` naming the first field in which two configs differ.
+
+    Args:
+        folder: of the run, for the message.
+        saved: fields of the checkpoint.
+        current: fields of now.
+    """
     for field in [*current, *(name for name in saved if name not in current)]:
         saved_value, value = saved.get(field, "absent"), current.get(field, "absent")
         if saved_value != value:
@@ -147,6 +158,11 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 @torch.no_grad()
 def load_model(folder: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Put saved tensors into a model, one at a time, after checking all of them.
+
+    Args:
+        folder: of the run, for messages.
+        model: left as it is where the tensors do not fit.
+        tensors: by names that start with ``model.``.
 
     Raises:
         CheckpointError: a name, a shape or a dtype differs.
@@ -222,6 +238,12 @@ def load_optimizer(
     facts: Mapping[str, Any],
 ) -> None:
     """Load what :func:`optimizer_state` returned.
+
+    Args:
+        folder: of the run, for messages.
+        optimizer: of the same parameters.
+        tensors: of the checkpoint; those of the optimizer are taken.
+        facts: the JSON part.
 
     Raises:
         CheckpointError: the facts are not those of such an optimizer.

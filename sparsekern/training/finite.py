@@ -101,7 +101,13 @@ def divergence_error(what: str, value: float, step: int) -> TrainingError:
 def check_finite_state(
     tensors: Mapping[str, Tensor], step: int, exempt: Iterable[str] = ()
 ) -> None:
-    """Raise :class:`TrainingError`, naming the first of them, unless all tensors are finite."""
+    """Raise :class:`TrainingError`, naming the first of them, unless all tensors are finite.
+
+    Args:
+        tensors: by name.
+        step: for the message.
+        exempt: names that may hold anything.
+    """
     bad = nonfinite_names(tensors)
     for name in tensors:
         if name in bad and name not in exempt:

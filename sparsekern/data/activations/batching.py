@@ -22,6 +22,13 @@ def cut_batches(
     """Cut batches from the stream of groups, across their borders; ``left`` rows in all.
 
     Yields ``[<= batch_size, D]`` of ``dtype`` on the CPU, in pinned memory with ``pin``.
+
+    Args:
+        groups: rows ``[n, D]`` of each, and the order int64 to take them in; closed at the end.
+        left: rows in all batches.
+        batch_size: rows of a batch; the last one may have fewer.
+        dtype: floating, of the batches.
+        pin: put batches into pinned memory.
     """
     batch: Tensor | None = None
     filled = 0

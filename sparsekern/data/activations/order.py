@@ -110,7 +110,12 @@ def plan_epoch(
 
 
 def block_rows(file: ActivationFile, buffer_rows: int) -> int:
-    """Choose the rows of a block: whole chunks, about 1 MiB, as far as the buffer holds them."""
+    """Choose the rows of a block: whole chunks, about 1 MiB, as far as the buffer holds them.
+
+    Args:
+        file: which it is.
+        buffer_rows: rows of a group, at most.
+    """
     row_bytes = file.features * file.dtype.itemsize
     wanted = min(BLOCK_BYTES // row_bytes, buffer_rows // BLOCKS_PER_GROUP)
     return min(max(1, wanted // file.chunk_rows) * file.chunk_rows, buffer_rows)

@@ -31,6 +31,12 @@ def origins_of(
     """Read the origins of rows ``start`` to ``stop``; None where a file does not hold them.
 
     The rows are numbered in the order of the files, without those left out.
+
+    Args:
+        files: in their order.
+        left_out: for each file the rows that do not count, int64, ascending.
+        start: the first row.
+        stop: the row after the last.
     """
     parts: dict[str, list[np.ndarray]] = {}
     first_here = documents_before = 0

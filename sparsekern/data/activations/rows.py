@@ -42,6 +42,10 @@ def held_out_blocks(lengths: list[int], rows: int) -> list[list[int]]:
 
     They are the ends of up to 16 equal parts of all files together, as [number of the file, first
     row, row after the last].
+
+    Args:
+        lengths: rows of each file.
+        rows: how many to hold out.
     """
     total, pieces = sum(lengths), min(HELD_OUT_PIECES, rows)
     firsts = np.cumsum([0, *lengths])
@@ -74,6 +78,11 @@ def find_unusable_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Read a whole file for the rows to leave out, int64, ascending.
 
+    Args:
+        file: which it is.
+        nonfinite: ``"refuse"`` or ``"skip"`` rows with NaN or infinities.
+        max_norm: longer rows are left out; None for no limit.
+
     Returns:
         Those that are not finite, and the finite ones whose norm exceeds ``max_norm``.
 
@@ -102,7 +111,12 @@ def find_unusable_rows(
 
 
 def nonfinite_error(bad: list[tuple[ActivationFile, int]], read: int) -> DataError:
-    """Make the error that names rows which hold NaN or infinities."""
+    """Make the error that names rows which hold NaN or infinities.
+
+    Args:
+        bad: files and numbers of such rows.
+        read: rows that were read together.
+    """
     named = ", ".join(f"row {row} of {file.path}" for file, row in bad[:POSITIONS_NAMED])
     return DataError(
         f"activations are not finite: {len(bad)} of {read} rows read together hold NaN or "
@@ -112,7 +126,16 @@ def nonfinite_error(bad: list[tuple[ActivationFile, int]], read: int) -> DataErr
 
 
 def drop_rows(rows: Tensor, start: int, left_out: np.ndarray) -> Tensor:
-    """Move the rows that stay to the front; ``rows`` are those from number ``start`` on."""
+    """Move the rows that stay to the front; ``rows`` are those from number ``start`` on.
+
+    Args:
+        rows: ``[n, D]``, overwritten.
+        start: number of the first of them.
+        left_out: numbers of the rows to leave out, int64, ascending.
+
+    Returns:
+        The front of ``rows``, ``[m, D]``.
+    """
     first, last = np.searchsorted(left_out, [start, start + len(rows)])
     if first == last:
         return rows

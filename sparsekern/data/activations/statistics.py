@@ -65,6 +65,10 @@ def statistics_of(batches: Iterable[Tensor], rows: int) -> ActivationStatistics:
     """Summarise the first ``rows`` rows of finite batches ``[n, D]`` on the CPU.
 
     Single-threaded sums in numpy: the same to the bit on any number of threads.
+
+    Args:
+        batches: ``[n, D]``, any floating dtype.
+        rows: how many to take, at most.
     """
     count, mean, squares, norms = 0, np.float64(0), np.float64(0), []
     for batch in batches:

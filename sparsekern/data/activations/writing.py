@@ -135,7 +135,14 @@ def write_pieces(
 def with_progress(
     pieces: Generator[Item], what: str, size: Callable[[Item], int], tokens: int | None = None
 ) -> Generator[Item]:
-    """Show a progress bar in tokens while the pieces pass, where somebody watches; close them."""
+    """Show a progress bar in tokens while the pieces pass, where somebody watches; close them.
+
+    Args:
+        pieces: what passes.
+        what: beside the bar, and what needs tqdm in the error without it.
+        size: tokens of a piece.
+        tokens: of all pieces, where that is known.
+    """
     tqdm = require("tqdm", what).tqdm
     unit = {"unit": " tokens", "unit_scale": True}
     # disable=None: no bar where nobody watches.

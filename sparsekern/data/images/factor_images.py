@@ -143,7 +143,13 @@ class FactorImages:
     def arrays(
         cls, kind: str, images: Column, classes: Callable[[], Iterable[np.ndarray]]
     ) -> dict[str, Column]:
-        """Name the arrays of a file; classes come in blocks ``[b, f]``."""
+        """Name the arrays of a file; classes come in blocks ``[b, f]``.
+
+        Args:
+            kind: NPZ or HDF5.
+            images: uint8 ``[n, *image_shape]``.
+            classes: makes int64 blocks ``[b, f]``.
+        """
         fields, shape = cls.fields[kind], (images.shape[0], len(cls.factors.names))
         columns = {fields.images: images}
         if fields.values is not None:

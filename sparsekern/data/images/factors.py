@@ -78,6 +78,10 @@ class Factors:
     def nearest(self, values: np.ndarray, where: str) -> np.ndarray:
         """Find the classes int64 ``[n, f]`` of values ``[n, f]`` on evenly spaced tables.
 
+        Args:
+            values: floating.
+            where: how the message begins.
+
         Raises:
             DataError: a value is not in its table; ``where`` begins the message.
         """
@@ -140,6 +144,15 @@ def subset(function: str, available: int, count: int | None, seed: int) -> np.nd
 
     The subset of n images is the front of that of n + 1.
 
+    Args:
+        function: how messages begin.
+        available: number of images.
+        count: of the subset, 1..available; ``None`` for all.
+        seed: chooses the subset.
+
+    Returns:
+        int64 ``[count]``, or ``None``.
+
     Raises:
         CountError: count is out of range.
         ValueError: seed is negative.
@@ -162,6 +175,12 @@ def gather(
     The array has ``shape``, the result ``[w, *shape[1:]]``.
 
     Memory is needed for the result and one block, also when all rows are wanted.
+
+    Args:
+        blocks: rows from first to last.
+        wanted: their numbers, int64 ``[w]``; ``None`` for all.
+        shape: of the whole array.
+        dtype: of the result.
     """
     out, start = np.empty((shape[0] if wanted is None else len(wanted), *shape[1:]), dtype), 0
     if wanted is not None:
