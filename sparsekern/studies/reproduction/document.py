@@ -10,6 +10,11 @@ import html
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from ...training.runs import write_atomically
+
+FIGURES = "figures"
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1c1c1c; --back: #ffffff; --line: #d4d4d4;
@@ -104,7 +109,7 @@ class Document:
 # -- Markdown --------------------------------------------------------------------------------------
 
 
-def markdown(document: Document, figures: str = "figures") -> str:
+def markdown(document: Document, figures: str = FIGURES) -> str:
     """Write the document as Markdown with its figures as files in a folder beside it."""
     return "\n\n".join(_markdown_block(block, figures) for block in document.blocks) + "\n"
 
@@ -207,3 +212,25 @@ def _html_table(block: Table) -> str:
 def _html_cell(text: str) -> str:
     """Escape text in which a mean and its deviation stay on one line."""
     return html.escape(text).replace(" ± ", "&nbsp;±&nbsp;")
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def write_report(document: Document, folder: Path, title: str) -> None:
+    """Write report.md, report.html and figures/*.png, each atomically; remove older figures.
+
+    Args:
+        document: what to write.
+        folder: where.
+        title: of the HTML page.
+    """
+    figures = folder / FIGURES
+    figures.mkdir(exist_ok=True)
+    for name, png in document.figures.items():
+        write_atomically(figures / f"{name}.png", png)
+    for old in figures.glob("*.png"):
+        if old.stem not in document.figures:
+            old.unlink()
+    write_atomically(folder / "report.md", markdown(document, FIGURES).encode())
+    write_atomically(folder / "report.html", page(document, title).encode())

@@ -20,7 +20,7 @@ from ... import __version__
 from ...data.motifs.domain import MotifDomain
 from ...training.runs import write_atomically
 from ..reproduction import calls_of, cell_folder, table_bytes, usable_processors
-from ..reproduction.document import Code, Document, Heading, Items, Paragraph, Table, markdown, page
+from ..reproduction.document import Code, Document, Heading, Items, Paragraph, Table, write_report
 from . import pictures
 from .config import SparlingConfig, source_of
 from .grid import ARMS, Cell
@@ -28,7 +28,6 @@ from .raw_results import SHARES, cell_rows, epoch_rows
 from .task import NETWORKS
 
 TITLE = "Sparling: motifs found by extreme activation sparsity"
-FIGURES = "figures"
 # Percent, of arXiv 2302.01976: FPE, FNE, CE, E2EE, perturbation consistency; means over 9 seeds at
 # the final density.
 PUBLISHED = {
@@ -85,13 +84,9 @@ def write(
     _add_contrast(document, cells, "kl", "KL at equal samples")
     _add_contrast(document, cells, "ablation", "Ablations")
     _add_protocol(document, cells)
-    (folder / FIGURES).mkdir(exist_ok=True)
-    for name, png in document.figures.items():
-        write_atomically(folder / FIGURES / f"{name}.png", png)
     write_atomically(folder / "cells.csv", table_bytes(cell_rows(cells)))
     write_atomically(folder / "epochs.csv", table_bytes(epoch_rows(cells)))
-    write_atomically(folder / "report.md", markdown(document, FIGURES).encode())
-    write_atomically(folder / "report.html", page(document, TITLE).encode())
+    write_report(document, folder, TITLE)
 
 
 # -- numbers ---------------------------------------------------------------------------------------
@@ -112,11 +107,6 @@ def motif_total(results: Mapping[str, Any]) -> float:
 def select_run(study: FinishedCells) -> Cell:
     """Choose the run with the best validation accuracy; no motif label takes part."""
     return max(study, key=lambda cell: study[cell]["results"]["validation_exact"])
-
-
-def _percentage(value: float) -> str:
-    """Format a percentage."""
-    return "none" if math.isnan(value) else f"{value:.2f}"
 
 
 def _spread(values: Sequence[float]) -> str:

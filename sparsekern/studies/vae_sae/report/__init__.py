@@ -18,7 +18,7 @@ import torch
 from .... import __version__
 from ....training.runs import write_atomically
 from ...reproduction import table_bytes, usable_processors
-from ...reproduction.document import Document, Heading, Items, Paragraph, markdown, page
+from ...reproduction.document import Document, Heading, Items, Paragraph, write_report
 from ..grid import Cell, asked_cells
 from .measurements import Measured
 from .raw_results import cell_rows, epoch_rows, unit_rows
@@ -26,7 +26,6 @@ from .sections import arms, collapse, overview
 from .statistics import counted
 
 TITLE = "VAE-SAE: dead units under sparsification"
-FIGURES = "figures"
 NAMED = 12  # at most so many missing cells are named one by one
 
 
@@ -56,17 +55,10 @@ def write(
     _add_state(document, asked, cells, failed, total)
     if cells:
         _add_sections(document, folder, measured, asked)
-    (folder / FIGURES).mkdir(exist_ok=True)
-    for name, png in document.figures.items():
-        write_atomically(folder / FIGURES / f"{name}.png", png)
-    for old in (folder / FIGURES).glob("*.png"):
-        if old.stem not in document.figures:
-            old.unlink()
     write_atomically(folder / "cells.csv", table_bytes(cell_rows(measured, asked)))
     write_atomically(folder / "units.csv", table_bytes(unit_rows(measured)))
     write_atomically(folder / "epochs.csv", table_bytes(epoch_rows(measured)))
-    write_atomically(folder / "report.md", markdown(document, FIGURES).encode())
-    write_atomically(folder / "report.html", page(document, TITLE).encode())
+    write_report(document, folder, TITLE)
 
 
 def _add_sections(
@@ -88,10 +80,10 @@ def _add_sections(
     collapse.courses(document, measured)
     collapse.further_epochs(document, measured)
     overview.local_interpretability(document, measured)
-    overview.looks(document, measured, folder)
+    overview.reconstructions(document, measured, folder)
     arms.cures(document, measured)
     arms.sensitivity(document, measured, asked)
-    overview.reading(document, measured, asked)
+    overview.what_follows(document, measured, asked)
     overview.protocol(document, measured, asked)
     document.add(
         Heading("Raw results"),

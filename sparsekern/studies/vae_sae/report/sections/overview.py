@@ -165,7 +165,7 @@ def local_interpretability(document: Document, measured: Measured) -> None:
         )
 
 
-def looks(document: Document, measured: Measured, folder: Path) -> None:
+def reconstructions(document: Document, measured: Measured, folder: Path) -> None:
     """Add reconstructions and traversals of one Top-k cell of each data set."""
     document.add(Heading("Reconstructions and traversals"))
     for dataset in measured.datasets:
@@ -194,7 +194,7 @@ def looks(document: Document, measured: Measured, folder: Path) -> None:
         )
 
 
-def reading(document: Document, measured: Measured, asked: Mapping[str, Any]) -> None:
+def what_follows(document: Document, measured: Measured, asked: Mapping[str, Any]) -> None:
     """Add what follows, and what does not."""
     document.add(
         Heading("What can be concluded, and what cannot"),
