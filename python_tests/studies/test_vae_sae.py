@@ -14,7 +14,7 @@ from sparsekern.data import rendered
 from sparsekern.models import VAESAE, SparseBottleneck, bottleneck, vae_sae, vae_sae_loss
 from sparsekern.studies.vae_sae import VAESAEConfig, evaluate, run
 from sparsekern.studies.vae_sae.images import mean_pixel, shrunk
-from sparsekern.studies.vae_sae.task import Trained
+from sparsekern.studies.vae_sae.task import CheckpointedModel
 from sparsekern.training import checkpoints
 
 __all__ = ["one_thread"]  # a fixture
@@ -304,7 +304,9 @@ def test_images_are_shrunk_by_means_of_squares():
 
 
 def test_when_units_died():
-    trained = Trained(small(units=4, k=2), VAESAEConfig(**{**TINY, "units": 4, "k_start": 4}))
+    trained = CheckpointedModel(
+        small(units=4, k=2), VAESAEConfig(**{**TINY, "units": 4, "k_start": 4})
+    )
     trained.active = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 1], [0, 1, 0, 1]]).bool()
     # Died last; silent for an epoch; never active; born late and alive.
     assert trained.death_epochs(3) == [1, None, -1, None]

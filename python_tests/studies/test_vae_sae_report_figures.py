@@ -13,7 +13,7 @@ from sparsekern.studies.vae_sae.images import read
 from sparsekern.studies.vae_sae.report import figures as report_figures
 from sparsekern.studies.vae_sae.report import pictures as report_pictures
 from sparsekern.studies.vae_sae.report.measurements import Measured
-from sparsekern.studies.vae_sae.task import Trained, make_model
+from sparsekern.studies.vae_sae.task import CheckpointedModel, make_model
 from sparsekern.training.checkpoints import model_tensors, write_checkpoint
 
 
@@ -141,7 +141,7 @@ def test_pictures_show_the_test_images_of_the_run(dataset, tmp_path):
     images = report_pictures.test_images(config, 9)
     assert torch.equal(images, expected)
     channels = images.shape[1]
-    model = Trained(make_model(config, channels, 0.5), config)
+    model = CheckpointedModel(make_model(config, channels, 0.5), config)
     with torch.no_grad():
         model.vae.decoder[-1].bias += 0.25  # unlike what make_model gives
     place = cell_folder(tmp_path, Cell(dataset, "topk", 0))

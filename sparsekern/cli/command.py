@@ -73,7 +73,7 @@ def _open_closed_streams() -> None:
 
 def _run(arguments: Sequence[str] | None) -> int:
     """Run the command that the arguments name."""
-    from ..studies.configs import EXPECTED_ERRORS
+    from ..studies.runs import EXPECTED_ERRORS
 
     options, unknown = _parser().parse_known_args(arguments)
     if unknown:

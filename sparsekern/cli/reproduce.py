@@ -6,8 +6,8 @@ import argparse
 import sys
 from typing import Any
 
-from ..studies.configs import out_folder
 from ..studies.registry import STUDIES
+from ..studies.runs import out_folder
 from ..studies.study import Reproduction
 
 

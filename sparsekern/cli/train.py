@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ..studies import sae
-from ..studies.configs import SettingError, out_folder, with_absolute_paths
+from ..studies.configs import SettingError, with_absolute_paths
 from ..studies.loggers import TARGETS, logged_to
 from ..studies.registry import STUDIES
+from ..studies.runs import out_folder
 from ..studies.study import Study
 
 

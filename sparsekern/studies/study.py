@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .configs import Report, StudyConfig
+from .configs import StudyConfig
+from .runs import RunResult
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Study:
     """Settings to start from by name; "default" is one."""
     files: tuple[str, ...]
     """What a finished run leaves in its folder, for the last line of the command."""
-    run: Callable[..., Report]
+    run: Callable[..., RunResult]
     """Train, given a config and a folder."""
     table: Callable[[Mapping[str, Any], Any], str]
     """The results of a run as text, given the results and the config."""

@@ -51,7 +51,7 @@ def _read(jobs: queue.SimpleQueue[dict[str, Any] | None]) -> None:
 
 def _answer(study: ModuleType, folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Train a cell and say how that ended."""
-    from ..configs import EXPECTED_ERRORS
+    from ..runs import EXPECTED_ERRORS
 
     try:
         return {"signal": _train(study, folder, settings), "error": None}

@@ -205,12 +205,12 @@ class SAEConfig(StudyConfig):
             self._check(name, divides, f"must be a multiple of groups = {self.groups}")
 
     @property
-    def counted(self) -> bool:
+    def has_k(self) -> bool:
         """Whether the activation keeps a given number k of latents."""
         return self.activation in ("topk", "batchtopk")
 
     @property
-    def steered_to(self) -> float | None:
+    def steered_l0(self) -> float | None:
         """The number of active latents that jumprelu is steered to, if it is."""
         if self.activation != "jumprelu" or (self.sparsity_weight and not self.target_l0):
             return None
@@ -221,7 +221,7 @@ class SAEConfig(StudyConfig):
         """The weight of the sparsity loss, with its default."""
         if self.sparsity_weight is not None:
             return self.sparsity_weight
-        return 0.0 if self.steered_to is None else 1.0
+        return 0.0 if self.steered_l0 is None else 1.0
 
     def auxk_for(self, features: int, latents: int) -> int:
         """Choose how many dead latents the auxiliary loss takes.
@@ -231,7 +231,7 @@ class SAEConfig(StudyConfig):
         """
         if self.auxk is not None:
             return self.auxk
-        active = self.k if self.counted else int(self.steered_to or features)
+        active = self.k if self.has_k else int(self.steered_l0 or features)
         return max(1, min(active, features // 2, latents))
 
     def dead_after_in(self, tokens: int) -> int:
@@ -248,7 +248,7 @@ class SAEConfig(StudyConfig):
         """Check that every k of the schedule is possible."""
         for name in ("k", "k_start", "auxk", "multi_k", "target_l0"):
             value = getattr(self, name)
-            if name == "k" and self.steered_to is None and not self.counted:
+            if name == "k" and self.steered_l0 is None and not self.has_k:
                 continue  # not used
             if value is not None and value > latents:
                 raise SettingError(

@@ -20,15 +20,8 @@ from ...models import SparseAutoencoder
 from ...training import Outcome, RunError, RunFolder, checkpoints, train
 from ...training.runs import write_atomically
 from .. import figures
-from ..configs import (
-    Report,
-    SettingError,
-    backends_of,
-    prepared,
-    read_config,
-    run_folder,
-    usable_device,
-)
+from ..configs import SettingError
+from ..runs import RunResult, backends_of, prepared, read_config, run_folder, usable_device
 from .config import SAEConfig
 from .rows import Rows
 from .task import SAETask, autocast, evaluate, make_model
@@ -77,7 +70,7 @@ def run(
     resume: bool = False,
     extend: bool = False,
     on_metrics: Callable[[Mapping[str, Any]], object] | None = None,
-) -> Report:
+) -> RunResult:
     """Train, evaluate and fill a run folder.
 
     Besides what training writes (see training/runs.py), a finished run has results.json and
@@ -120,14 +113,14 @@ def run(
                 identity = _resumed_identity(opened, config, identity, extend)
             outcome = train(task, config.loop(), opened, identity=identity)
             if outcome.signal is not None:
-                return Report(outcome, None)
+                return RunResult(outcome, None)
             results = _collect_results(config, task, outcome)
             text = json.dumps(results, indent=2) + "\n"
             write_atomically(opened.path / RESULTS, text.encode())
             figures.save_sae_history(
                 opened.path / "history.png", opened.read_metrics("step"), config.batch_size
             )
-    return Report(outcome, results)
+    return RunResult(outcome, results)
 
 
 # -- what belongs to a checkpoint ------------------------------------------------------------------
@@ -204,7 +197,9 @@ class TrainedRun(NamedTuple):
     """What the checkpoint belongs to: the settings, and tokens and features of the activations."""
 
 
-class _Trained(NamedTuple):
+class SavedSize(NamedTuple):
+    """The size of the data of a run, as its checkpoint knows it."""
+
     features: int
     tokens: int
 
@@ -241,7 +236,7 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Train
         # Fields younger than the checkpoint say nothing of it; the others are of the activations.
         current = {name: own.get(name, value) for name, value in facts.items()}
         checkpoints.check_same(folder, facts, current)
-        model = make_model(config, _Trained(facts["features"], facts.get("tokens", 1)))
+        model = make_model(config, SavedSize(facts["features"], facts.get("tokens", 1)))
         checkpoints.load_model(folder, model, saved.tensors)
     model = model.to(device).eval()
     if config.normalize == "dataset":
@@ -304,8 +299,8 @@ def _collect_results(config: SAEConfig, task: SAETask, outcome: Outcome) -> dict
         "outliers": task.rows.store.outliers,
         "features": task.rows.features,
         "latents": len(task.model.dictionary),
-        **({"k": task.model.k} if config.counted else {}),
-        **({} if config.steered_to is None else {"target_l0": config.steered_to}),
+        **({"k": task.model.k} if config.has_k else {}),
+        **({} if config.steered_l0 is None else {"target_l0": config.steered_l0}),
         **({"scale": task.rows.scale} if config.normalize == "dataset" else {}),
         "auxk": task.model.auxk,
         "dead_after": task.model.dead_after,

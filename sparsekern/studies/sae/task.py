@@ -50,7 +50,7 @@ class SAETask:
         layer = self.model.activation
         if isinstance(layer, JumpReLU) and config.threshold is not None:
             nn.init.constant_(layer.log_threshold, math.log(config.threshold))
-        elif isinstance(layer, JumpReLU) and config.steered_to is None:
+        elif isinstance(layer, JumpReLU) and config.steered_l0 is None:
             self.model.calibrate(first, config.k)
         self.optimizer = Adam(_parameter_groups(config, self.model), lr=config.learning_rate)
 
@@ -88,7 +88,7 @@ class SAETask:
                 sums[name] = sums.get(name, 0) + term.detach()
         self._revive(output.values)
         sums["dead"] = self.model.counter.fraction(self.model.dead_after)
-        if self.config.counted:
+        if self.config.has_k:
             sums["k"] = torch.tensor(float(self.model.k))
         return sums
 
@@ -125,10 +125,10 @@ class SAETask:
             self.optimizer.param_groups, (1.0, 1.0, THRESHOLD_RATE), strict=False
         ):
             group["lr"] = config.learning_rate * rise * fall * rate
-        rises = config.sparsity_warmup > 0 and config.steered_to is None
+        rises = config.sparsity_warmup > 0 and config.steered_l0 is None
         risen = min(1.0, done / config.sparsity_warmup) if rises else 1.0
         self.model.sparsity_weight = config.weight_of_sparsity * risen
-        if config.counted:
+        if config.has_k:
             start = (config.k_start or config.k) // config.groups
             share = min(1.0, done / config.anneal) if config.anneal else 1.0
             self.model.k = (
@@ -146,7 +146,7 @@ class SAETask:
         return {f"eval_{name}": value for name, value in measured.items()}
 
 
-class Trained(Protocol):
+class DataSize(Protocol):
     """What knows how wide its activations are and how many: rows, or a checkpoint."""
 
     @property
@@ -158,7 +158,7 @@ class Trained(Protocol):
         """Of an epoch."""
 
 
-def make_model(config: SAEConfig, rows: Trained) -> SparseAutoencoder:
+def make_model(config: SAEConfig, rows: DataSize) -> SparseAutoencoder:
     """Make the model of a config, with its first weights, on the CPU.
 
     Raises:
@@ -175,7 +175,7 @@ def make_model(config: SAEConfig, rows: Trained) -> SparseAutoencoder:
             latents,
             activation=_activation(config, latents),
             sparsity_weight=config.weight_of_sparsity,
-            target_l0=config.steered_to,
+            target_l0=config.steered_l0,
             prefixes=config.prefixes,
             auxk=config.auxk_for(features, latents),
             auxk_weight=config.auxk_weight,

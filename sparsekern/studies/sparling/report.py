@@ -21,7 +21,7 @@ from ...data.motifs.domain import MotifDomain
 from ...training.runs import write_atomically
 from ..reproduction import calls_of, cell_folder, table_bytes, usable_processors
 from ..reproduction.document import Code, Document, Heading, Items, Paragraph, Table, write_report
-from . import pictures
+from . import figures
 from .config import SparlingConfig, source_of
 from .grid import ARMS, Cell
 from .raw_results import SHARES, cell_rows, epoch_rows
@@ -204,9 +204,7 @@ def _add_study(document: Document, folder: Path, study: FinishedCells, domain: M
     _add_published(document, study, domain)
     document.picture(
         "annealing",
-        pictures.annealing_path(
-            {cell.seed: _epoch_records(value) for cell, value in study.items()}
-        ),
+        figures.annealing_path({cell.seed: _epoch_records(value) for cell, value in study.items()}),
         "Above: motif errors on a few test samples while the density falls (all seeds; zero is "
         "drawn at the lower edge). Below: validation accuracy.",
     )
@@ -315,7 +313,7 @@ def _add_contrast(document: Document, cells: FinishedCells, group: str, title: s
     )
     if group == "l1":
         document.picture(
-            "l1", pictures.sweep(points), "Each run: its motif error against its density."
+            "l1", figures.sweep(points), "Each run: its motif error against its density."
         )
         document.add(
             Table(

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import sparling
-from ..configs import check_one_process, check_packages, usable_device
 from ..reproduction import GridOutcome, checked_jobs, checked_names, locked, read_cells, run_grid
+from ..runs import check_one_process, check_packages, usable_device
 from . import grid, report
 from .config import SparlingConfig
 from .grid import Cell, asked_cells, cell_config, cells, parsed_overrides

@@ -15,15 +15,8 @@ from ...data.motifs.domain import MotifDomain
 from ...data.motifs.registry import motif_domain
 from ...training import RunFolder, train
 from ...training.runs import write_atomically
-from ..configs import (
-    Report,
-    backends_of,
-    prepared,
-    read_config,
-    run_folder,
-    usable_device,
-)
-from . import measures, pictures
+from ..runs import RunResult, backends_of, prepared, read_config, run_folder, usable_device
+from . import figures, measures
 from .config import PRESETS, SparlingConfig
 from .cost import Cost, cost_of, draw_seconds
 from .task import CHANNELS, SparlingTask
@@ -40,7 +33,7 @@ def run(
     *,
     resume: bool = False,
     on_metrics: Callable[[Mapping[str, Any]], object] | None = None,
-) -> Report:
+) -> RunResult:
     """Train, measure and fill a run folder.
 
     A finished run has results.json and motifs.png besides what training writes (see
@@ -74,7 +67,7 @@ def run(
                 identity["recordings' digest"] = recordings_digest(config.data)
             outcome = train(task, config.loop(), opened, identity=identity)
             if outcome.signal is not None:
-                return Report(outcome, None)
+                return RunResult(outcome, None)
             results = {
                 **_measure(task, tested, config, device),
                 "steps": outcome.step,
@@ -85,12 +78,12 @@ def run(
                 "device": device.type,
                 "backends": backends_of(OPERATIONS if task.sparse else (), device.type),
             }
-            picture = pictures.found_motifs(task.motifs, tested, results["assignment"], device)
+            picture = figures.found_motifs(task.motifs, tested, results["assignment"], device)
             write_atomically(opened.path / "motifs.png", picture)
             # Last: it says that the run is finished.
             text = json.dumps(results, allow_nan=False) + "\n"
             write_atomically(opened.path / "results.json", text.encode())
-    return Report(outcome, results)
+    return RunResult(outcome, results)
 
 
 def recordings_digest(folder: str | Path) -> str:

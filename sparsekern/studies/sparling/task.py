@@ -45,7 +45,7 @@ class Samples:
         return self.count
 
 
-class Trained(nn.Module):
+class CheckpointedModel(nn.Module):
     """The model and the annealing of its density: what a checkpoint holds."""
 
     def __init__(self, model: MotifModel, gate: AccuracyGatedDensity) -> None:
@@ -110,7 +110,7 @@ class SparlingTask:
         if len(domain.space) == 2:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.motifs = model
-        self.model = Trained(model, gate).to(device)
+        self.model = CheckpointedModel(model, gate).to(device)
         self.optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
         self.validation = domain.batch(VALIDATION_SEED, 0, config.validation_samples)
         # On which motif errors are followed through training.

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from .. import vae_sae
-from ..configs import check_one_process, check_packages, usable_device
 from ..reproduction import (
     REQUEST,
     GridOutcome,
@@ -20,6 +19,7 @@ from ..reproduction import (
     read_cells,
     run_grid,
 )
+from ..runs import check_one_process, check_packages, usable_device
 from . import grid, report
 from .config import DATASETS, VAESAEConfig
 from .grid import Cell, asked_cells, cell_config, cells, parsed_overrides

@@ -19,14 +19,7 @@ from ...models.vae_sae import VAESAE, vae_sae_loss
 from ...training import Outcome, RunFolder, train
 from ...training.runs import write_atomically
 from .. import figures
-from ..configs import (
-    Report,
-    backends_of,
-    prepared,
-    read_config,
-    run_folder,
-    usable_device,
-)
+from ..runs import RunResult, backends_of, prepared, read_config, run_folder, usable_device
 from . import measures
 from .config import VAESAEConfig
 from .images import Part, Parts, mean_pixel, pixels, read
@@ -45,7 +38,7 @@ def run(
     *,
     resume: bool = False,
     on_metrics: Callable[[Mapping[str, Any]], object] | None = None,
-) -> Report:
+) -> RunResult:
     """Train, evaluate and fill a run folder.
 
     Besides what training writes (see training/runs.py), a finished run has results.json,
@@ -79,10 +72,10 @@ def run(
             identity = {**config.identity(), "images' digest": parts.digest}
             outcome = train(task, config.loop(), opened, identity=identity)
             if outcome.signal is not None:
-                return Report(outcome, None)
+                return RunResult(outcome, None)
             results = _collect_results(task, opened, outcome)
             _write_results(opened, results, task.vae, parts.test)
-    return Report(outcome, results)
+    return RunResult(outcome, results)
 
 
 def _try_backend(config: VAESAEConfig, device: torch.device) -> None:

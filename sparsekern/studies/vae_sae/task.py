@@ -19,7 +19,7 @@ from .sparsity import L1Steering, ValidationGate
 LATER_MIG = 5
 
 
-class Trained(nn.Module):
+class CheckpointedModel(nn.Module):
     """The model, and what else a checkpoint must hold: all of it in parameters and buffers."""
 
     steps: Tensor
@@ -78,7 +78,7 @@ class VAESAETask:
         self.device = images.device
         self.examples = len(images)
         model = make_model(config, images.shape[1], mean_pixel(images))
-        self.model = Trained(model, config).to(self.device)
+        self.model = CheckpointedModel(model, config).to(self.device)
         self.resamples = False
         self.vae = model
         if config.compile:

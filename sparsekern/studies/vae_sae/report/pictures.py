@@ -18,7 +18,7 @@ from ...figures import as_png
 from ..config import VAESAEConfig
 from ..images import SETS as IMAGE_SETS
 from ..images import pixels, planes, read
-from ..task import Trained, make_model
+from ..task import CheckpointedModel, make_model
 from .figures import new_figure
 from .names import SETS
 
@@ -99,7 +99,7 @@ def picture_run(content: Mapping[str, Any], folder: Path) -> ModelPictures:
     if checkpoint is None:
         raise CheckpointError(f"no checkpoint in {folder}")
     images = test_images(config, min(MEASURED, config.test_images))
-    trained = Trained(make_model(config, images.shape[1], 0.5), config)
+    trained = CheckpointedModel(make_model(config, images.shape[1], 0.5), config)
     load_model(folder, trained, checkpoint.tensors)
     model = trained.vae.eval()
     model.k = content["results"]["k"]
