@@ -118,7 +118,7 @@ main() {
   gpu_stage plots 40 15 python3 bench/plots.py --results "$OUT_FOLDER"
   local options=()
   python3 -c "import xdist" 2>/dev/null && options+=(-n 14 --dist worksteal)
-  python3 -c "import pytest_timeout" 2>/dev/null && options+=(--timeout 60)
+  python3 -c "import pytest_timeout" 2>/dev/null && options+=(--timeout 120)
   gpu_stage tests 300 5 python3 -m pytest -o addopts=-rfE -q -m "not slow" --tb=short \
     --durations=10 "${options[@]}" "${TESTS[@]}"
   say ""

@@ -99,8 +99,13 @@ def test_any_strides(target, counted, layout):
             for what, a, r in zip(
                 ("z", "dx", "dw", "db", "mean", "var"), actual, right, strict=True
             ):
-                # Sums of as many terms as a channel has, in another order.
-                torch.testing.assert_close(a, r, rtol=1e-5, atol=1e-4, msg=f"{name}: {what}")
+                # Sums of as many terms as a channel has, in another order. In dx they are divided
+                # by the deviation, and may cancel.
+                size = (of_z.abs().max() * weight.abs().max() / right[5].min().sqrt()).item()
+                atol = max(1e-4, 1e-5 * size) if what == "dx" else 1e-4
+                torch.testing.assert_close(
+                    a, r, rtol=1e-5, atol=atol, msg=lambda m, w=f"{name}: {what}": f"{w}: {m}"
+                )
             counted()
 
 

@@ -155,6 +155,8 @@ def select_kernel(
 
     if SPAN == 0:
         latents = begin.to(tl.int32)[:, None] + columns[None, :]
+    elif SPAN == 1:  # the longest lists: read again, from the cache, rather than held all along
+        latents = tl.load(listed, mask=place >= 0, other=0)
     tl.store(taken + (part * k)[:, None] + place, latents, mask=place >= 0)
 
 
