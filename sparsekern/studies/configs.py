@@ -77,7 +77,7 @@ class StudyConfig:
 
     def identity(self) -> dict[str, Any]:
         """Collect the fields that must be equal when a run is resumed."""
-        free = {f.name for f in fields(self) if f.metadata.get("free")}
+        free = {item.name for item in fields(self) if item.metadata.get("free")}
         return {name: value for name, value in asdict(self).items() if name not in free}
 
 

@@ -146,7 +146,7 @@ def _markdown_block(block: Block, figures: str) -> str:
         case Table():
             rows = [block.head, ["---"] * len(block.head), *block.rows]
             lines = [
-                "| " + " | ".join(c if row is rows[1] else escaped(c) for c in row) + " |"
+                "| " + " | ".join(cell if row is rows[1] else escaped(cell) for cell in row) + " |"
                 for row in rows
             ]
             return "\n".join(

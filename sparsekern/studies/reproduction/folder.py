@@ -58,7 +58,7 @@ def merged_request(
     """
     path = folder / REQUEST
     if not path.exists():
-        strangers = [p.name for p in folder.iterdir() if p.name not in (LOCK, ".new")]
+        strangers = [path.name for path in folder.iterdir() if path.name not in (LOCK, ".new")]
         if strangers:
             raise RunError(f"folder is not empty: {folder} holds {sorted(strangers)[0]}")
         return new
@@ -77,7 +77,7 @@ def merged_request(
             new[name] = list(dict.fromkeys([*old[name], *new[name]]))
         new["seeds"] = max(old["seeds"], new["seeds"])
         last = {tuple(map(str, call.values())): call for call in calls}.values()
-        calls = [call for call in last if not any(_covers(o, call, lists) for o in last)]
+        calls = [call for call in last if not any(_covers(other, call, lists) for other in last)]
         if len(calls) > 1:
             new["calls"] = calls
     except (KeyError, TypeError, ValueError) as error:

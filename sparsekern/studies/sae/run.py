@@ -267,7 +267,8 @@ def _start_from_run(model: SparseAutoencoder, folder: str, rows: Rows) -> None:
     saved_state, new_state = trained.model.state_dict(), model.state_dict()
     for name in sorted(new_state.keys() | saved_state.keys()):
         saved_shape, new_shape = (
-            list(s[name].shape) if name in s else "absent" for s in (saved_state, new_state)
+            list(state[name].shape) if name in state else "absent"
+            for state in (saved_state, new_state)
         )
         if saved_shape != new_shape:
             raise SettingError(

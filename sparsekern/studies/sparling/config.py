@@ -138,14 +138,16 @@ class SparlingConfig(StudyConfig):
 
     def loop(self) -> LoopConfig:
         """Choose what the training loop needs."""
-        names = {f.name for f in fields(LoopConfig)}
+        names = {item.name for item in fields(LoopConfig)}
         chosen = {name: value for name, value in asdict(self).items() if name in names}
         return LoopConfig(**{**chosen, "epochs": self.all_epochs})
 
     @classmethod
     def sources(cls) -> dict[str, str]:
         """Say where each choice comes from, by field."""
-        return {f.name: f.metadata["source"] for f in fields(cls) if "source" in f.metadata}
+        return {
+            item.name: item.metadata["source"] for item in fields(cls) if "source" in item.metadata
+        }
 
 
 _PUBLISHED: dict[str, Any] = {

@@ -55,7 +55,7 @@ def cost_of(model: MotifModel, domain: MotifDomain, device: torch.device) -> Cos
     def count(_module: nn.Module, _inputs: Any, output: Any) -> None:
         nonlocal elements
         outputs = output if isinstance(output, tuple) else (output,)
-        elements += sum(o.numel() for o in outputs if isinstance(o, Tensor))
+        elements += sum(tensor.numel() for tensor in outputs if isinstance(tensor, Tensor))
 
     leaves = [module for module in model.modules() if not list(module.children())]
     handles = [leaf.register_forward_hook(count) for leaf in leaves]
@@ -82,4 +82,8 @@ def _step(model: MotifModel, domain: MotifDomain, batch: MotifBatch, device: tor
     """Run a training step without an update."""
     labels = measures.pad_labels(batch.labels, domain).to(device)
     loss = motif_loss(model(measures.on_device(batch.inputs, device), labels), labels)
-    torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    torch.autograd.grad(
+        loss,
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        allow_unused=True,
+    )

@@ -64,14 +64,14 @@ def annealing_path(runs: Mapping[int, Sequence[Mapping[str, Any]]]) -> bytes:
     for number, epochs in enumerate(runs.values()):
         for name, colour in ERRORS.items():
             points = [
-                (e["relative_density"], max(100 * e[name], LEAST_PERCENT))
-                for e in epochs
-                if e[name] is not None and e["relative_density"] > 0
+                (epoch["relative_density"], max(100 * epoch[name], LEAST_PERCENT))
+                for epoch in epochs
+                if epoch[name] is not None and epoch["relative_density"] > 0
             ]
             label = NAMES[name] if number == 0 else None
             errors.plot(*zip(*points, strict=True), ".-", ms=3, lw=0.7, c=colour, label=label)
-        samples = [(e["epoch"] + 1) * e["samples"] / 1000 for e in epochs]
-        course.plot(samples, [100 * e["accuracy"] for e in epochs], c="tab:blue", lw=0.8)
+        samples = [(epoch["epoch"] + 1) * epoch["samples"] / 1000 for epoch in epochs]
+        course.plot(samples, [100 * epoch["accuracy"] for epoch in epochs], c="tab:blue", lw=0.8)
     errors.set(
         xscale="log", yscale="log", xlabel=DENSITY,
         ylabel="error (%)", ylim=(LEAST_PERCENT, 120),

@@ -87,8 +87,10 @@ def cells(arms: Iterable[str], seeds: int) -> list[Cell]:
     Arms beside the study's have at most three seeds.
     """
     wanted = list(arms)
-    counts = {a: seeds if ARMS[a].group == "study" else min(seeds, OTHER_SEEDS) for a in wanted}
-    return [Cell(a, seed) for a in ARMS if a in wanted for seed in range(counts[a])]
+    counts = {
+        arm: seeds if ARMS[arm].group == "study" else min(seeds, OTHER_SEEDS) for arm in wanted
+    }
+    return [Cell(arm, seed) for arm in ARMS if arm in wanted for seed in range(counts[arm])]
 
 
 def asked_cells(asked: Mapping[str, Any]) -> list[Cell]:

@@ -77,7 +77,7 @@ def write(
     if failed:
         document.add(Items([f"{name} failed: {why}" for name, why in failed.items()]))
     _add_what_was_run(document, asked, cells, domain)
-    study = {c: v for c, v in cells.items() if ARMS[c.arm].group == "study"}
+    study = {cell: content for cell, content in cells.items() if ARMS[cell.arm].group == "study"}
     if study:
         _add_study(document, folder, study, domain)
     _add_contrast(document, cells, "l1", "L1 at equal samples")
@@ -127,7 +127,7 @@ def _add_what_was_run(
     first = next(iter(cells.values()))
     results, config = first["results"], first["config"]
     seconds = sum(cell["results"]["seconds"] for cell in cells.values())
-    used = {name for v in cells.values() for name in v["results"]["backends"].values()}
+    used = {name for content in cells.values() for name in content["results"]["backends"].values()}
     backends = ", ".join(sorted(used)) or "torch"
     document.add(
         Paragraph(
@@ -159,7 +159,7 @@ def _add_study(document: Document, folder: Path, study: FinishedCells, domain: M
     """Add the section on the study's own arm."""
     best = select_run(study)
     results = study[best]["results"]
-    totals = {cell: motif_total(v["results"]) for cell, v in study.items()}
+    totals = {cell: motif_total(content["results"]) for cell, content in study.items()}
     good = sum(total < GOAL for total in totals.values())
     document.add(
         Heading("Motifs found"),
@@ -180,7 +180,7 @@ def _add_study(document: Document, folder: Path, study: FinishedCells, domain: M
             ]
         ),
     )
-    tested = {cell: v["results"]["perturbation"]["inputs"] for cell, v in study.items()}
+    tested = {cell: content["results"]["perturbation"]["inputs"] for cell, content in study.items()}
     rows = [
         [
             str(cell.seed),
@@ -220,7 +220,11 @@ def _add_study(document: Document, folder: Path, study: FinishedCells, domain: M
 
 def _not_annealed(study: FinishedCells) -> list[str]:
     """Say which seeds did not reach the final density, if any."""
-    late = [str(cell.seed) for cell, v in study.items() if v["results"]["annealed_at"] is None]
+    late = [
+        str(cell.seed)
+        for cell, content in study.items()
+        if content["results"]["annealed_at"] is None
+    ]
     return [f"Not at that density by the end of training: seeds {', '.join(late)}."] if late else []
 
 
@@ -242,7 +246,7 @@ def _share_with_interval(results: Mapping[str, Any], name: str) -> str:
 def _add_published(document: Document, study: FinishedCells, domain: MotifDomain) -> None:
     """Add our errors beside the published ones."""
     ours = [
-        _spread([percent(v["results"], name) for v in study.values()])
+        _spread([percent(content["results"], name) for content in study.values()])
         for name in (*SHARES, "perturbation")
     ]
     rows = [[f"ours, {domain.name}, mean of {len(study)} seeds", *ours]]
@@ -262,7 +266,7 @@ def _add_published(document: Document, study: FinishedCells, domain: MotifDomain
 def _add_channels(document: Document, results: Mapping[str, Any], domain: MotifDomain) -> None:
     """Add how often each channel meets each symbol."""
     confusion = results["confusion"]
-    head = ["symbol", *(f"channel {c}" for c in range(len(results["assignment"])))]
+    head = ["symbol", *(f"channel {channel}" for channel in range(len(results["assignment"])))]
     rows = [
         [symbol, *map(str, counts)]
         for symbol, counts in zip(domain.symbols, confusion, strict=True)
@@ -276,10 +280,13 @@ def _add_channels(document: Document, results: Mapping[str, Any], domain: MotifD
 def _add_contrast(document: Document, cells: FinishedCells, group: str, title: str) -> None:
     """Add a group of arms beside the study's own arm."""
     arms = [arm for arm in ARMS if ARMS[arm].group == group]
-    by_arm = {arm: [v for c, v in cells.items() if c.arm == arm] for arm in arms}
+    by_arm = {arm: [content for cell, content in cells.items() if cell.arm == arm] for arm in arms}
     if not any(by_arm.values()):
         return
-    shown = {"sparling": [v for c, v in cells.items() if c.arm == "sparling"], **by_arm}
+    shown = {
+        "sparling": [content for cell, content in cells.items() if cell.arm == "sparling"],
+        **by_arm,
+    }
     rows, points = [], []
     for arm, values in shown.items():
         if not values:

@@ -134,8 +134,8 @@ def cells(datasets: Iterable[str], arms: Iterable[str], seeds: Iterable[int]) ->
     So that a report of an interrupted reproduction says as much as can be said.
     """
     wanted = list(arms)
-    order = [*(a for a in ARMS if a in wanted)]
-    return [Cell(d, a, s) for a in order for s in seeds for d in datasets]
+    order = [*(arm for arm in ARMS if arm in wanted)]
+    return [Cell(dataset, arm, seed) for arm in order for seed in seeds for dataset in datasets]
 
 
 def asked_cells(asked: Mapping[str, Any]) -> list[Cell]:

@@ -151,7 +151,9 @@ def _gap_facts(gap: Gap) -> dict[str, Any]:
     """
     facts = {"score": gap.score, "low": gap.low, "high": gap.high}
     factors = [None if math.isnan(value) else value for value in gap.factors]
-    return {n: v for n, v in facts.items() if not math.isnan(v)} | {"factors": factors}
+    return {name: value for name, value in facts.items() if not math.isnan(value)} | {
+        "factors": factors
+    }
 
 
 def _rounded(values: Tensor) -> list[float]:

@@ -118,10 +118,10 @@ def _add_state(
     if len(cells) == total:
         document.add(Paragraph(f"Complete: {counted(total, 'cell')}."))
         return
-    absent = [c for c in asked_cells(asked) if c not in cells and c.name not in failed]
-    names = [c.name for c in absent]
+    absent = [cell for cell in asked_cells(asked) if cell not in cells and cell.name not in failed]
+    names = [cell.name for cell in absent]
     if len(names) > NAMED:
-        by_arm = Counter(c.arm for c in absent)
+        by_arm = Counter(cell.arm for cell in absent)
         names = [f"{count} of {arm}" for arm, count in by_arm.items()]
     text = f"Incomplete: {len(cells)} of {counted(total, 'cell')}."
     if names:

@@ -88,8 +88,13 @@ def largest_lag(content: Content) -> Lag:
     records = scheduled_epochs(content)
     first = len(records) - max(1, round(LAST_SHARE * len(records)))
     lags = [
-        Lag((r["eval_l0"] - r["k"]) / r["k"], first + offset + 1, r["eval_l0"], r["k"])
-        for offset, r in enumerate(records[first:])
+        Lag(
+            (record["eval_l0"] - record["k"]) / record["k"],
+            first + offset + 1,
+            record["eval_l0"],
+            record["k"],
+        )
+        for offset, record in enumerate(records[first:])
     ]
     return max(lags, key=lambda one: abs(one.share))
 

@@ -114,7 +114,10 @@ def dead_by_epoch(measured: Measured) -> bytes:
         for arm in STUDY_AND_CONTROLS:
             contents = list(measured.of(dataset, arm).values())
             if contents:
-                runs = [[100 * record["eval_dead"] for record in c["epochs"]] for c in contents]
+                runs = [
+                    [100 * record["eval_dead"] for record in content["epochs"]]
+                    for content in contents
+                ]
                 band(panel, arm, range(1, len(runs[0]) + 1), runs)
                 if contents[0]["config"]["extra_epochs"]:
                     ends.add(contents[0]["config"]["epochs"])
@@ -130,7 +133,9 @@ def dead_by_epoch(measured: Measured) -> bytes:
 
 def active_units(measured: Measured) -> bytes:
     """Draw L0 and k after each epoch, and below, where L1 was run and wrote it, its strength."""
-    steered = any("strength" in r for c in measured.cells.values() for r in c["epochs"])
+    steered = any(
+        "strength" in record for content in measured.cells.values() for record in content["epochs"]
+    )
     figure, panels = new_figure(
         5.2 if steered else 3.2, 2 if steered else 1, len(measured.datasets),
         sharex="col", sharey="row",
@@ -159,9 +164,14 @@ def _l0_panel(panel: Any, measured: Measured, dataset: str) -> None:
         x = range(1, len(records) + 1)
         if arm in ("topk", "l1"):
             panel.plot(
-                x, [r["k"] for r in records], color="black", linestyle="--", linewidth=1, label="k"
+                x,
+                [record["k"] for record in records],
+                color="black",
+                linestyle="--",
+                linewidth=1,
+                label="k",
             )
-        runs = [[r["eval_l0"] for r in c["epochs"]] for c in contents]
+        runs = [[record["eval_l0"] for record in content["epochs"]] for content in contents]
         band(panel, arm, x, runs, (0, None))
         if contents[0]["config"]["extra_epochs"]:
             mark_end(panel, contents[0]["config"]["epochs"])
@@ -173,7 +183,9 @@ def _l0_panel(panel: Any, measured: Measured, dataset: str) -> None:
 def _strength_panel(panel: Any, measured: Measured, dataset: str) -> None:
     """Draw the strength of L1 of a data set."""
     contents = list(measured.of(dataset, "l1").values())
-    runs = [[r.get("strength", np.nan) for r in c["epochs"]] for c in contents]
+    runs = [
+        [record.get("strength", np.nan) for record in content["epochs"]] for content in contents
+    ]
     for run in runs:
         panel.plot(range(1, len(run) + 1), run, color=COLOURS["l1"], linewidth=1)
     if contents and contents[0]["config"]["extra_epochs"]:
@@ -263,12 +275,15 @@ def dead_by_k(measured: Measured) -> bytes:
         for arm in STUDY:
             ks, runs = _shared_k_records(measured, dataset, arm, "eval_dead")
             if ks:
-                band(panel, arm, ks, [[100 * r["eval_dead"] for r in run] for run in runs])
+                band(
+                    panel, arm, ks, [[100 * record["eval_dead"] for record in run] for run in runs]
+                )
         for arm, style in (("dense", "--"), ("fixed", ":")):
             contents = measured.of(dataset, arm).values()
             if contents:
                 value = spread(
-                    c["epochs"][c["config"]["epochs"] - 1]["eval_dead"] for c in contents
+                    content["epochs"][content["config"]["epochs"] - 1]["eval_dead"]
+                    for content in contents
                 )
                 panel.axhline(
                     100 * value.mean, color=COLOURS[arm], linestyle=style, linewidth=1.4,
@@ -291,7 +306,7 @@ def mig_by_k(measured: Measured) -> bytes:
             ks, runs = _shared_k_records(measured, dataset, arm, "mig")
             if ks:
                 values, low, high = (
-                    np.array([[r[name] for r in run] for run in runs])
+                    np.array([[record[name] for record in run] for run in runs])
                     for name in ("mig", "mig_low", "mig_high")
                 )
                 panel.plot(
@@ -360,7 +375,7 @@ def selectivity(measured: Measured) -> bytes:
     figure, panels = new_figure(3.5, 1, len(measured.datasets), sharey=True)
     for panel, dataset in zip(panels[0], measured.datasets, strict=True):
         for label, colour, style, units in unit_sets(measured, dataset):
-            values = np.sort([v for u in units for v in alive_selectivity(u)])
+            values = np.sort([value for unit in units for value in alive_selectivity(unit)])
             if len(values):
                 height = 100 * np.arange(1, len(values) + 1) / len(values)
                 panel.step(values, height, color=colour, linestyle=style, label=label, where="post")
@@ -383,10 +398,13 @@ def unit_sets(
 ) -> list[tuple[str, str, str, list[Mapping[str, Any]]]]:
     """List label, colour, line style and the units of each seed: untrained, then by arm."""
     first = measured.of(dataset, first_arm(measured, dataset))
-    untrained = [c["results"]["untrained"]["units"] for c in first.values()]
+    untrained = [content["results"]["untrained"]["units"] for content in first.values()]
     sets = [("untrained", "black", "-.", untrained)]
     for arm in ("dense", "topk", "l1"):
-        units = [c["results"]["schedule"]["units"] for c in measured.of(dataset, arm).values()]
+        units = [
+            content["results"]["schedule"]["units"]
+            for content in measured.of(dataset, arm).values()
+        ]
         if units:
             sets.append((named(arm), COLOURS[arm], "--" if arm == "dense" else "-", units))
     return sets

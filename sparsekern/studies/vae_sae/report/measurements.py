@@ -96,8 +96,8 @@ class Returned(NamedTuple):
 
 def returned(content: Content) -> Returned:
     """Count units from the end of the schedule to the end of the run."""
-    before = [f > 0 for f in content["results"]["schedule"]["units"]["frequency"]]
-    after = [f > 0 for f in content["results"]["units"]["frequency"]]
+    before = [frequency > 0 for frequency in content["results"]["schedule"]["units"]["frequency"]]
+    after = [frequency > 0 for frequency in content["results"]["units"]["frequency"]]
     pairs = list(zip(before, after, strict=True))
     return Returned(
         before.count(False), pairs.count((False, True)), pairs.count((True, False)),
@@ -160,7 +160,11 @@ class Measured:
 
     def of(self, dataset: str, arm: str) -> dict[int, Content]:
         """Find the cells of an arm by seed, in order; empty when there are none."""
-        chosen = {c.seed: v for c, v in self.cells.items() if (c.dataset, c.arm) == (dataset, arm)}
+        chosen = {
+            cell.seed: content
+            for cell, content in self.cells.items()
+            if (cell.dataset, cell.arm) == (dataset, arm)
+        }
         return dict(sorted(chosen.items()))
 
     def has(self, dataset: str, *arms: str) -> bool:
@@ -186,7 +190,9 @@ class Measured:
 
     def columns(self, arms: Iterable[str]) -> list[tuple[str, str]]:
         """List arm and data set wherever there are cells, by arm."""
-        return [(arm, d) for arm in arms for d in self.datasets if self.has(d, arm)]
+        return [
+            (arm, dataset) for arm in arms for dataset in self.datasets if self.has(dataset, arm)
+        ]
 
     def of_group(self, group: str) -> list[str]:
         """List the arms of a group that have cells."""
@@ -207,7 +213,7 @@ class Measured:
         """Summarise the dead shares by definition over the seeds; empty without cells."""
         contents = list(self.of(dataset, arm).values())
         names = panel(contents[0]) if contents else {}
-        return {name: spread(panel(c)[name] for c in contents) for name in names}
+        return {name: spread(panel(content)[name] for content in contents) for name in names}
 
 
 def has_mig_records(measured: Measured) -> bool:
@@ -221,7 +227,7 @@ def has_mig_records(measured: Measured) -> bool:
 
 def draws_matter(measured: Measured) -> bool:
     """Tell whether z lies before the sparse layer of an arm, so that drawing it matters."""
-    return any(c["config"]["placement"] != "encoder" for c in measured.cells.values())
+    return any(content["config"]["placement"] != "encoder" for content in measured.cells.values())
 
 
 def threshold_range(shares: Mapping[str, Spread]) -> tuple[tuple[str, float], tuple[str, float]]:

@@ -42,7 +42,9 @@ def _cell_row(cell: Cell, content: Content, asked: Mapping[str, Any]) -> Row:
     row |= _measurement_row("", results["schedule"]) | _measurement_row("after_", results)
     row |= _measurement_row("untrained_", results["untrained"])
     row |= _gap_row("mig_random", results["mig_random"])
-    row |= {f"died_{phase.replace(' ', '_')}": s for phase, s in phase_shares(content).items()}
+    row |= {
+        f"died_{phase.replace(' ', '_')}": share for phase, share in phase_shares(content).items()
+    }
     began = describe_cut(content)
     row |= {
         "silent": silent_share(content),
@@ -61,8 +63,12 @@ def _cell_row(cell: Cell, content: Content, asked: Mapping[str, Any]) -> Row:
         "died_after": change_after.died,
     }
     row |= {name: results[name] for name in ("seconds", "images_per_second", "device", "data")}
-    row["backends"] = " ".join(f"{n}={b}" for n, b in sorted(results["backends"].items()))
-    row["settings"] = " ".join(f"{n}={v}" for n, v in differing(cell, content, asked).items())
+    row["backends"] = " ".join(
+        f"{name}={backend}" for name, backend in sorted(results["backends"].items())
+    )
+    row["settings"] = " ".join(
+        f"{name}={value}" for name, value in differing(cell, content, asked).items()
+    )
     return row
 
 
@@ -140,7 +146,9 @@ def epoch_rows(measured: Measured) -> list[Row]:
     rows = []
     for cell, content in measured.cells.items():
         for record in content["epochs"]:
-            scalars = {n: v for n, v in record.items() if not isinstance(v, dict | list)}
+            scalars = {
+                name: value for name, value in record.items() if not isinstance(value, dict | list)
+            }
             scalars.pop("kind", None)
             scalars["epoch"] += 1
             rows.append({"dataset": cell.dataset, "arm": cell.arm, "seed": cell.seed, **scalars})

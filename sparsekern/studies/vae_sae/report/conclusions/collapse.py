@@ -45,25 +45,25 @@ def active_units(measured: Measured, dataset: str) -> Iterator[str]:
         cells = list(measured.of(dataset, arm).values())
         if cells:
             config = cells[0]["config"]
-            yield _when_k_cuts(arm, [describe_cut(c) for c in cells], config)
+            yield _when_k_cuts(arm, [describe_cut(content) for content in cells], config)
 
 
 def _when_k_cuts(arm: str, cuts: list[Cut], config: Mapping[str, Any]) -> str:
     """Say from when on k cuts active units under an arm."""
-    first = spread(c.first for c in cuts)
-    last = spread(c.last for c in cuts)
+    first = spread(cut.first for cut in cuts)
+    last = spread(cut.last for cut in cuts)
     start = (
         f"under {named(arm)}, {first.text()} of {config['units']} units are active after the first "
         "epoch"
     )
-    begun = [(c.epoch, c.k) for c in cuts if c.epoch is not None and c.k is not None]
+    begun = [(cut.epoch, cut.k) for cut in cuts if cut.epoch is not None and cut.k is not None]
     if not begun:
         return f"{start} and {last.text()} after the last; k never cuts them."
     epochs, ks = ([pair[at] for pair in begun] for at in (0, 1))
     if max(epochs) == 1:
         return f"{start}: k cuts from the first epoch on, and {last.text()} are active at the end."
     some = "" if len(begun) == len(cuts) else f" with {len(begun)} of {len(cuts)} seeds"
-    before = spread(c.before for c in cuts)
+    before = spread(cut.before for cut in cuts)
     return (
         f"{start}, so k = {config['k_start']} cuts nothing. It begins to cut{some} in epoch "
         f"{span(epochs)} of {config['epochs']}, at k = {span(ks)}: the real cut of active units is "
@@ -111,8 +111,8 @@ def by_part(measured: Measured, dataset: str) -> Iterator[str]:
 def _when_silent(measured: Measured, dataset: str, arm: str, whole: Spread) -> str:
     """Say when units fell silent under an arm."""
     cells = measured.of(dataset, arm).values()
-    shares = {phase: spread(phase_shares(c)[phase] for c in cells) for phase in PHASES}
-    words = ", ".join(f"{s.percent()} % {phase}" for phase, s in shares.items())
+    shares = {phase: spread(phase_shares(content)[phase] for content in cells) for phase in PHASES}
+    words = ", ".join(f"{share.percent()} % {phase}" for phase, share in shares.items())
 
     def of(get: Getter) -> str:
         return measured.known(dataset, arm, get).percent()
@@ -193,7 +193,9 @@ def steering(measured: Measured, dataset: str) -> Iterator[str]:
         k, l0 = (content["results"]["schedule"][name] for name in ("k", "l0"))
         if abs(l0 - k) > L0_TOLERANCE * k:
             off.append(f"seed {seed}: {l0:.1f} for k = {k}")
-    worst = max((largest_lag(c) for c in cells.values()), key=lambda one: abs(one.share))
+    worst = max(
+        (largest_lag(content) for content in cells.values()), key=lambda one: abs(one.share)
+    )
     yield (
         f"over the last fifth of the schedule, L0 under L1 was off k by at most "
         f"{100 * worst.share:+.0f} % (epoch {worst.epoch}: {worst.l0:.0f} for k = {worst.k})."
@@ -233,12 +235,19 @@ def _whether_settled(cells: list[Content]) -> Iterator[str]:
 def further_epochs(measured: Measured, dataset: str) -> Iterator[str]:
     """Say who came back and who died, and what else changed."""
     for arm in STUDY:
-        cells = [c for c in measured.of(dataset, arm).values() if c["config"]["extra_epochs"]]
+        cells = [
+            content
+            for content in measured.of(dataset, arm).values()
+            if content["config"]["extra_epochs"]
+        ]
         if not cells:
             continue
-        counts = [returned(c) for c in cells]
-        dead, revived = sum(r.dead_before for r in counts), sum(r.back for r in counts)
-        died = sum(r.died for r in counts)
+        counts = [returned(content) for content in cells]
+        dead, revived = (
+            sum(count.dead_before for count in counts),
+            sum(count.back for count in counts),
+        )
+        died = sum(count.died for count in counts)
         epochs = counted(cells[0]["config"]["extra_epochs"], "more epoch")
         if dead == 0:
             yield f"under {named(arm)} no unit was dead after the schedule; {died} died later."
@@ -256,7 +265,9 @@ def _further_changes(arm: str, cells: list[Content], epochs: str) -> str:
     """Say what the further epochs changed."""
 
     def of(get: Getter) -> Difference:
-        return paired_change(spread(get(at_end_of_run(c)) - get(c) for c in cells))
+        return paired_change(
+            spread(get(at_end_of_run(content)) - get(content) for content in cells)
+        )
 
     reconstruction = of(at_end_of_schedule("reconstruction"))
     open_ended = (

@@ -38,8 +38,8 @@ def orderings(measured: Measured) -> Iterator[str]:
         if one and two:
             claim = f"L1 leaves more dead units than Top-k on {SETS[dataset]}"
             yield _ordering(claim, one, two)
-            further = {c["config"]["extra_epochs"] for arm in ("l1", "topk")
-                       for c in measured.of(dataset, arm).values()}  # fmt: skip
+            further = {content["config"]["extra_epochs"] for arm in ("l1", "topk")
+                       for content in measured.of(dataset, arm).values()}  # fmt: skip
             if further != {0}:
                 ends = (measured.known(dataset, arm, _never_active_after) for arm in ("l1", "topk"))
                 yield _ordering(f"{claim} after the further epochs", *ends)
@@ -72,9 +72,9 @@ def cures(measured: Measured) -> Iterator[str]:
     passed = []
     for cure in cures:
         verdicts = [measured.verdict(dataset, cure) for dataset in measured.datasets]
-        if all(v is not None and v.all for v in verdicts):
+        if all(verdict is not None and verdict.all for verdict in verdicts):
             passed.append(cure)
-    sets = " and ".join(SETS[d] for d in measured.datasets)
+    sets = " and ".join(SETS[dataset] for dataset in measured.datasets)
     rule = (
         f"never active below {100 * CURED_BELOW:.0f} % (mean over seeds), with reconstruction and "
         f"MIG at most one standard deviation of the uncured arm worse than its means, on {sets}"
@@ -93,7 +93,7 @@ def _undecided_mig(measured: Measured, cures: list[str]) -> Iterator[str]:
     """Say where the MIG of the uncured arm scatters too widely to decide."""
     for dataset in measured.datasets:
         cure_verdicts = [measured.verdict(dataset, cure) for cure in cures]
-        if any(v is not None and v.blind for v in cure_verdicts):
+        if any(verdict is not None and verdict.blind for verdict in cure_verdicts):
             uncured = measured.known(dataset, UNCURED, mig_score)
             yield (
                 f"On {SETS[dataset]} the uncured MIG scatters so widely ({uncured.text(3)}) that a "

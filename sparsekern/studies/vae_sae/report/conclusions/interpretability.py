@@ -35,7 +35,9 @@ def mig(measured: Measured, dataset: str) -> Iterator[str]:
             continue
         end = measured.known(dataset, arm, mig_score)
         random = measured.known(dataset, arm, random_mig)
-        gained = paired_change(spread(mig_score(c) - untrained_mig(c) for c in cells))
+        gained = paired_change(
+            spread(mig_score(content) - untrained_mig(content) for content in cells)
+        )
         words = in_words(gained, "training raised it", "training lowered it")
         floor = " That is no more than three times the level of a random code."
         yield (
@@ -76,7 +78,9 @@ def _mig_along(measured: Measured, dataset: str, arm: str) -> Iterator[str]:
     for content in measured.of(dataset, arm).values():
         records = records_by_k(content, "mig")
         began = first_cut_epoch(content)
-        uncut = [k for k, r in records.items() if began is not None and r["epoch"] < began]
+        uncut = [
+            k for k, record in records.items() if began is not None and record["epoch"] < began
+        ]
         if not uncut:
             return
         before.append(min(uncut))
@@ -108,7 +112,9 @@ def selectivity(measured: Measured, dataset: str) -> Iterator[str]:
         before = measured.known(dataset, arm, untrained_selectivity)
         cells = measured.of(dataset, arm).values()
         trained = paired_change(
-            spread(median_selectivity(c) - untrained_selectivity(c) for c in cells)
+            spread(
+                median_selectivity(content) - untrained_selectivity(content) for content in cells
+            )
         )
         lower |= against.shown == -1
         yield (
@@ -147,7 +153,7 @@ def definitions(measured: Measured, dataset: str) -> Iterator[str]:
 
 def drawn_codes(measured: Measured, dataset: str) -> Iterator[str]:
     """Say what drawing z changes."""
-    contents = [c for arm in STUDY for c in measured.of(dataset, arm).values()]
+    contents = [content for arm in STUDY for content in measured.of(dataset, arm).values()]
     if contents and contents[0]["config"]["placement"] == "encoder":
         yield "the sparse layer sits before z, so drawing z changes nothing about its dead units."
         return

@@ -30,8 +30,8 @@ def limits(measured: Measured, changed: Mapping[str, str]) -> list[str]:
     """
     contents = list(measured.cells.values())
     counts = {
-        len(measured.of(d, a)) for d in measured.datasets for a in measured.arms
-        if measured.has(d, a)
+        len(measured.of(dataset, arm)) for dataset in measured.datasets for arm in measured.arms
+        if measured.has(dataset, arm)
     }  # fmt: skip
     sentences = [
         (
@@ -85,15 +85,13 @@ def _image_limits(measured: Measured) -> Iterator[str]:
             f"Training saw {images[0]} images, a small part of either set; an epoch has "
             "correspondingly few steps, and rates per epoch do not carry over to whole sets."
         )
-    drawn = [d for d in measured.datasets if is_rendered(measured, d)]
+    drawn = [dataset for dataset in measured.datasets if is_rendered(measured, dataset)]
     if drawn:
-        yield (
-            f"The images of {' and '.join(SETS[d] for d in drawn)} are rendered, compatible ones, "
-            "not the published files."
-        )
+        names = " and ".join(SETS[dataset] for dataset in drawn)
+        yield f"The images of {names} are rendered, compatible ones, not the published files."
 
 
 def is_rendered(measured: Measured, dataset: str) -> bool:
     """Tell whether images of a data set came from no file."""
-    return any(c.dataset == dataset and v["config"]["data"] is None
-               for c, v in measured.cells.items())  # fmt: skip
+    return any(cell.dataset == dataset and content["config"]["data"] is None
+               for cell, content in measured.cells.items())  # fmt: skip

@@ -168,7 +168,9 @@ def sensitivity(document: Document, measured: Measured, asked: Mapping[str, Any]
                 continue
             seed, content = next(iter(cells.items()))
             changes = differing(Cell(dataset, arm, seed), content, asked)
-            settings = ", ".join(f"{n} {v}" for n, v in changes.items() if n != "extra_epochs")
+            settings = ", ".join(
+                f"{name} {value}" for name, value in changes.items() if name != "extra_epochs"
+            )
             change = measured.difference(dataset, arm, "topk", never_active)
             rows.append(
                 [

@@ -45,11 +45,11 @@ def active_units(document: Document, measured: Measured) -> None:
         )
     rows = []
     for arm, dataset in measured.columns(measured.arms):
-        cuts = [describe_cut(c) for c in measured.of(dataset, arm).values()]
-        epochs = [c.epoch for c in cuts if c.epoch is not None]
-        ks = [c.k for c in cuts if c.k is not None]
+        cuts = [describe_cut(content) for content in measured.of(dataset, arm).values()]
+        epochs = [cut.epoch for cut in cuts if cut.epoch is not None]
+        ks = [cut.k for cut in cuts if cut.k is not None]
         spreads = [spread(values).text() for values in (
-            [c.first for c in cuts], [c.before for c in cuts], [c.last for c in cuts],
+            [cut.first for cut in cuts], [cut.before for cut in cuts], [cut.last for cut in cuts],
         )]  # fmt: skip
         begun = [span(epochs), span(ks)] if epochs else ["never", ""]
         rows.append([named(arm), SETS[dataset], spreads[0], *begun, *spreads[1:]])
@@ -117,12 +117,12 @@ def _add_deaths(document: Document, measured: Measured) -> None:
     rows, sums = [], []
     for arm, dataset in measured.columns(STUDY_AND_CONTROLS):
         cells = measured.of(dataset, arm).values()
-        shares = [spread(phase_shares(c)[phase] for c in cells) for phase in PHASES]
+        shares = [spread(phase_shares(content)[phase] for content in cells) for phase in PHASES]
         curve = [measured.known(dataset, arm, get).percent()
                  for get in (silent_after_a_tenth, silent_before_cut, silent_share)]  # fmt: skip
-        if all(first_cut_epoch(c) == 0 for c in cells):
+        if all(first_cut_epoch(content) == 0 for content in cells):
             curve[1] = "k cuts at once"
-        rows.append([named(arm), SETS[dataset], *curve, *(s.percent() for s in shares)])
+        rows.append([named(arm), SETS[dataset], *curve, *(share.percent() for share in shares)])
         split = split_silent(measured, dataset, arm)
         if split is not None and arm in STUDY:
             sums.append(
@@ -168,11 +168,11 @@ def _add_mig_table(document: Document, measured: Measured) -> None:
     rows = []
     for arm, dataset in measured.columns(STUDY_AND_CONTROLS):
         cells = list(measured.of(dataset, arm).values())
-        scores = [spread(c["results"]["schedule"][n]["score"] for c in cells)
+        scores = [spread(content["results"]["schedule"][n]["score"] for content in cells)
                  for n in ("mig", "mig_monte_carlo", "mig_code")]  # fmt: skip
-        scores.append(spread(c["results"]["untrained"]["mig"]["score"] for c in cells))
-        scores.append(spread(c["results"]["mig_random"]["score"] for c in cells))
-        rows.append([named(arm), SETS[dataset], *(s.text(3) for s in scores)])
+        scores.append(spread(content["results"]["untrained"]["mig"]["score"] for content in cells))
+        scores.append(spread(content["results"]["mig_random"]["score"] for content in cells))
+        rows.append([named(arm), SETS[dataset], *(score.text(3) for score in scores)])
     document.add(
         Table(
             ["arm", "data set", "mean code", "Monte Carlo", "sparse code", "untrained", "random"],
@@ -188,10 +188,14 @@ def further_epochs(document: Document, measured: Measured) -> None:
     rows, changes = [], []
     epochs = set()
     for arm, dataset in measured.columns(STUDY):
-        cells = [c for c in measured.of(dataset, arm).values() if c["config"]["extra_epochs"]]
+        cells = [
+            content
+            for content in measured.of(dataset, arm).values()
+            if content["config"]["extra_epochs"]
+        ]
         if cells:
-            epochs |= {c["config"]["extra_epochs"] for c in cells}
-            counts_by_cell = [returned(c) for c in cells]
+            epochs |= {content["config"]["extra_epochs"] for content in cells}
+            counts_by_cell = [returned(content) for content in cells]
             counts = [spread(values).text(1) for values in zip(*counts_by_cell, strict=True)]
             rows.append([named(arm), SETS[dataset], *counts, str(len(cells))])
             changes += _before_and_after(f"{named(arm)}, {SETS[dataset]}", cells)
@@ -230,7 +234,7 @@ def _before_and_after(name: str, cells: list[Content]) -> list[list[str]]:
         (at_end_of_schedule("l0"), Spread.text),
     ]
     pairs = [pair for pair in map(l1_strengths, cells) if pair is not None]
-    moments = (("schedule", cells), ("run", [at_end_of_run(c) for c in cells]))
+    moments = (("schedule", cells), ("run", [at_end_of_run(content) for content in cells]))
     rows = []
     for number, (moment, contents) in enumerate(moments):
         row = [text(spread(map(get, contents))) for get, text in texts]

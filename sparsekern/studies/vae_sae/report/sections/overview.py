@@ -50,25 +50,25 @@ def what_was_run(
     data = []
     for dataset in measured.datasets:
         cells = [c for cell, c in measured.cells.items() if cell.dataset == dataset]
-        for source in dict.fromkeys(c["results"]["data"] for c in cells):
+        for source in dict.fromkeys(content["results"]["data"] for content in cells):
             data.append(f"{SETS[dataset]}: {source}")
-    drawn = [SETS[d] for d in measured.datasets if is_rendered(measured, d)]
+    drawn = [SETS[dataset] for dataset in measured.datasets if is_rendered(measured, dataset)]
     rendered = (
         f" The images of {' and '.join(drawn)} are rendered, compatible with the published files, "
         "not those files themselves."
         if drawn
         else ""
     )
-    devices = sorted({r["device"] for r in results})
-    backends = sorted({b for r in results for b in r["backends"].values()})
-    tests = sorted({r["test_images"] for r in results})
+    devices = sorted({result["device"] for result in results})
+    backends = sorted({backend for result in results for backend in result["backends"].values()})
+    tests = sorted({result["test_images"] for result in results})
     document.add(
         Paragraph(
             f"Preset {asked['preset']}: {counted(len(measured.cells), 'cell')} "
             f"({', '.join(map(named, measured.arms))}; up to {counted(asked['seeds'], 'seed')}). "
             f"Data: {'; '.join(data)}.{rendered} Measured on {' or '.join(map(str, tests))} test "
             f"images, on {' and '.join(devices)}, sparse operations by {' and '.join(backends)}; "
-            f"{sum(r['seconds'] for r in results):.0f} seconds of training in all. "
+            f"{sum(result['seconds'] for result in results):.0f} seconds of training in all. "
             + ", ".join(f"{name} {value}" for name, value in facts.items())
             + ". In tables, ± is the standard deviation over seeds; it is absent for 1 seed."
         ),
@@ -82,7 +82,7 @@ def main_table(document: Document, measured: Measured) -> None:
     columns = measured.columns(STUDY)
     if columns:
         shares = {column: measured.panel(column[1], column[0]) for column in columns}
-        contents = {c: list(measured.of(c[1], c[0]).values()) for c in columns}
+        contents = {column: list(measured.of(column[1], column[0]).values()) for column in columns}
 
         def row(name: str, get: Callable[[tuple[str, str]], str]) -> list[str]:
             return [name, *(get(column) for column in columns)]
@@ -150,10 +150,10 @@ def local_interpretability(document: Document, measured: Measured) -> None:
         names = FACTORS[dataset]
         rows = []
         for label, _, _, units in figures.unit_sets(measured, dataset):
-            counts = [alive_factors(u, len(names)) for u in units]
+            counts = [alive_factors(unit, len(names)) for unit in units]
             means = [spread(values).text(0) for values in zip(*counts, strict=True)]
-            alive = any(f > 0 for u in units for f in u["frequency"])
-            middle = spread(median_of(u) for u in units).text(3) if alive else "none alive"
+            alive = any(frequency > 0 for unit in units for frequency in unit["frequency"])
+            middle = spread(median_of(unit) for unit in units).text(3) if alive else "none alive"
             rows.append([label, middle, *means])
         document.add(
             Table(
