@@ -169,7 +169,9 @@ def _source_file(name: str, dataset: Any) -> Path | None:
 
 def one_line(text: object) -> str:
     """Remove line breaks and control characters, which names in damaged files hold."""
-    return "".join(c if c.isprintable() else " " for c in " ".join(str(text).split()))
+    return "".join(
+        character if character.isprintable() else " " for character in " ".join(str(text).split())
+    )
 
 
 def _describe_failure(path: Path, what: str, error: BaseException) -> str:

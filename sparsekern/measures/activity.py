@@ -56,8 +56,13 @@ class UnitActivity:
         frequency = self.fired.double() / self.rows
         mean = self.sums / self.rows
         panel = {"never": _share(self.fired == 0)}
-        panel |= {f"frequency<{t:.0e}": _share(frequency < t) for t in DEAD_THRESHOLDS}
-        panel |= {f"mean<{t:.0e}": _share(mean < t) for t in DEAD_THRESHOLDS}
+        panel |= {
+            f"frequency<{threshold:.0e}": _share(frequency < threshold)
+            for threshold in DEAD_THRESHOLDS
+        }
+        panel |= {
+            f"mean<{threshold:.0e}": _share(mean < threshold) for threshold in DEAD_THRESHOLDS
+        }
         return panel
 
     def _check_rows(self, function: str) -> None:

@@ -155,7 +155,9 @@ def _errors_under(
     matched = int(confusion.sum())
     motifs = int((matches.symbols >= 0).sum())
     spare = int(matches.spare.sum())
-    right = sum(int(confusion[s, c]) for c, s in enumerate(assignment) if s >= 0)
+    right = sum(
+        int(confusion[symbol, channel]) for channel, symbol in enumerate(assignment) if symbol >= 0
+    )
     return MotifErrors(
         fpe=_share(spare, spare + matched),
         fne=_share(motifs - matched, motifs),
@@ -200,7 +202,11 @@ def bootstrap_errors(
     matched = matches.channels >= 0
     wrong = matched & (channel_symbol[matches.channels] != matches.symbols)
     columns = (true, matched, wrong)
-    facts = torch.stack([*(c.sum(1) for c in columns), matches.spare], 1).double().numpy(force=True)
+    facts = (
+        torch.stack([*(column.sum(1) for column in columns), matches.spare], 1)
+        .double()
+        .numpy(force=True)
+    )
     generator = np.random.default_rng(seed)
     n = len(facts)
     draws = np.empty((resamples, 3))
@@ -234,7 +240,9 @@ def edit_errors(predicted: Tensor, labels: Tensor) -> Tensor:
     """
     return torch.tensor(
         [
-            _edit_error([s for s in a if s >= 0], [s for s in b if s >= 0])
+            _edit_error(
+                [symbol for symbol in a if symbol >= 0], [symbol for symbol in b if symbol >= 0]
+            )
             for a, b in zip(predicted.tolist(), labels.tolist(), strict=True)
         ],
         dtype=torch.float64,

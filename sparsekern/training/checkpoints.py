@@ -169,10 +169,16 @@ def load_model(folder: Path, model: nn.Module, tensors: Mapping[str, Tensor]) ->
     """
     prefix = "model."
     state = model.state_dict()
-    saved = {n.removeprefix(prefix): n for n in tensors if n.startswith(prefix)}
+    saved = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
     # Versions before saved no k, and a tied matrix under both of its names.
-    state = {n: t for n, t in state.items() if n in saved or n.rpartition(".")[2] != K}
-    saved = {n: key for n, key in saved.items() if n in state or not _is_alias(model, n)}
+    state = {
+        name: tensor
+        for name, tensor in state.items()
+        if name in saved or name.rpartition(".")[2] != K
+    }
+    saved = {
+        name: key for name, key in saved.items() if name in state or not _is_alias(model, name)
+    }
     check_same(
         folder,
         {name: _shape(tensors, key) for name, key in saved.items()},
@@ -257,7 +263,9 @@ def load_optimizer(
         for name in tensors:
             if name.startswith(OPTIMIZER):
                 _file_entry(state, name, None)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = [
+            parameter for group in optimizer.param_groups for parameter in group["params"]
+        ]
         for number, entries in state.items():
             for key, value in entries.items():
                 if value is None:

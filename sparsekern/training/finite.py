@@ -28,12 +28,14 @@ class FiniteSteps:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._waiting: tuple[int, Tensor, torch.cuda.Event | None] | None = None
 
     def gradients(self) -> Tensor:
         """Compute the norm of all gradients; before the step, which may change them."""
-        return _total_norm([p.grad for p in self.parameters if p.grad is not None])
+        return _total_norm(
+            [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        )
 
     @torch.no_grad()
     def watch(self, step: int, loss: Tensor, gradients: Tensor) -> None:
@@ -48,7 +50,7 @@ class FiniteSteps:
             TrainingError: loss, gradients or parameters of this step (on a GPU: of the one before)
                 are not finite.
         """
-        parameters = _total_norm([p.detach() for p in self.parameters])
+        parameters = _total_norm([parameter.detach() for parameter in self.parameters])
         device = parameters.device
         norms = torch.stack([
             value.detach().to(device, torch.float64) for value in (loss, gradients, parameters)
@@ -90,7 +92,7 @@ class FiniteSteps:
 
     def _gradients(self) -> Iterable[tuple[str, Tensor]]:
         named = self.model.named_parameters()
-        return ((name, p.grad) for name, p in named if p.grad is not None)
+        return ((name, parameter.grad) for name, parameter in named if parameter.grad is not None)
 
 
 def divergence_error(what: str, value: float, step: int) -> TrainingError:
@@ -117,7 +119,9 @@ def check_finite_state(
 @torch.no_grad()
 def nonfinite_names(tensors: Mapping[str, Tensor]) -> set[str]:
     """Name the tensors that hold NaN or infinities; the host waits once a device."""
-    names = [n for n, t in tensors.items() if t.numel() and t.is_floating_point()]
+    names = [
+        name for name, tensor in tensors.items() if tensor.numel() and tensor.is_floating_point()
+    ]
     # In one pass each, without a mask of their size; NaN is both of its own.
     by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
     for name in names:

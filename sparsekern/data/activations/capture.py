@@ -135,8 +135,8 @@ def _capture_rows(
         # A copy: the module may go on in place.
         outputs.append(arranged(_tensor_of(output, hook_point)).detach().clone())
 
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    modes = [(m, m.training) for m in module.modules()]
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    modes = [(layer, layer.training) for layer in module.modules()]
     handle = module.get_submodule(hook_point).register_forward_hook(keep)
     try:
         module.eval()
@@ -189,7 +189,7 @@ def _batch_first_layout(module: nn.Module, hook_point: str) -> Callable[[Tensor]
         return lambda output: output.movedim(channels, -1)
     if isinstance(layer, BATCH_NORMS):
         return lambda output: output.movedim(1, -1)
-    if any(isinstance(m, SEQUENCE_LAYERS) and not _batch_first(m) for m in around):
+    if any(isinstance(layer, SEQUENCE_LAYERS) and not _batch_first(layer) for layer in around):
         return lambda output: output.transpose(0, 1) if output.dim() == 3 else output
     return lambda output: output
 
@@ -302,7 +302,7 @@ class _RowChoice:
         real = self._mask_of_output(_attention_mask(arguments)[1], lead)
         chosen = self._write_mask(given, arguments, lead)
         tokens = self._tokens(arguments, lead)
-        known = next((m for m in (chosen, real, tokens) if m is not None), None)
+        known = next((layout for layout in (chosen, real, tokens) if layout is not None), None)
         layout = lead if known is None else known.shape
         has_positions = known is not None or len(lead) > 1
         if len(layout) > 1:

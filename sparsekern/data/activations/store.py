@@ -139,7 +139,7 @@ class ActivationStore:
         self.skipped = sum(len(nonfinite) for nonfinite, _ in unusable)
         self.outliers = sum(len(longer) for _, longer in unusable)
         self._left_out = [np.union1d(nonfinite, longer) for nonfinite, longer in unusable]
-        self.tokens = sum(f.tokens for f in self._files) - self.skipped - self.outliers
+        self.tokens = sum(file.tokens for file in self._files) - self.skipped - self.outliers
         if self.tokens == 0:
             limit = "" if self.max_norm is None else f" of a norm up to {self.max_norm:g}"
             raise DataError(
@@ -148,7 +148,9 @@ class ActivationStore:
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep what opens the same files again in another process: no rows, nothing open."""
-        paths, stamps = zip(*((f.path.absolute(), f.stamp) for f in self._files), strict=True)
+        paths, stamps = zip(
+            *((file.path.absolute(), file.stamp) for file in self._files), strict=True
+        )
         settings = {name: getattr(self, name) for name in ("_dataset", *_PICKLED)}
         return {"paths": paths, "stamps": stamps, **settings}
 

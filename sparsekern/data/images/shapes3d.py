@@ -214,7 +214,9 @@ def _traced_rows(scale: int, shape: int, orientation: int) -> np.ndarray:
             rows += [share * np.float32(colour) + np.float32(0.5) for colour in SKY_COLOUR]
         else:
             levels = LEVELS if region == OBJECT else LEVELS[1:]
-            rows += [share * np.minimum(np.float32(c) * factor + white, 255) for c in levels]
+            rows += [
+                share * np.minimum(np.float32(level) * factor + white, 255) for level in levels
+            ]
     return np.stack(rows)
 
 

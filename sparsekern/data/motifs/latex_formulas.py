@@ -145,7 +145,9 @@ class LatexFormulas(MotifDomain):
                 continue
             for other in formula_grammar.DIGITS_AND_LETTERS:
                 if other != SYMBOLS[symbol]:
-                    tokens = [TOKEN_NUMBERS[other] if t == token else t for t in label]
+                    tokens = [
+                        TOKEN_NUMBERS[other] if number == token else number for number in label
+                    ]
                     possible.append(Replacement(motif, SYMBOLS.index(other), tokens))
         return possible
 
