@@ -45,10 +45,10 @@ def active_units(measured: Measured, dataset: str) -> Iterator[str]:
         cells = list(measured.of(dataset, arm).values())
         if cells:
             config = cells[0]["config"]
-            yield _when_k_cuts(arm, [describe_cut(content) for content in cells], config)
+            yield _describe_cut_of_arm(arm, [describe_cut(content) for content in cells], config)
 
 
-def _when_k_cuts(arm: str, cuts: list[Cut], config: Mapping[str, Any]) -> str:
+def _describe_cut_of_arm(arm: str, cuts: list[Cut], config: Mapping[str, Any]) -> str:
     """Say from when on k cuts active units under an arm."""
     first = spread(cut.first for cut in cuts)
     last = spread(cut.last for cut in cuts)
@@ -101,14 +101,14 @@ def by_part(measured: Measured, dataset: str) -> Iterator[str]:
         if whole.mean == 0:
             yield f"under {named(arm)} no unit was silent on the held-out images at the end."
             continue
-        yield _when_silent(measured, dataset, arm, whole)
+        yield _describe_silence(measured, dataset, arm, whole)
         split = split_silent(measured, dataset, arm)
         if split is not None:
-            yield _sum_of_parts(arm, split)
-            yield from _same_run(measured, dataset, arm)
+            yield _describe_parts(arm, split)
+            yield from _describe_shared_epochs(measured, dataset, arm)
 
 
-def _when_silent(measured: Measured, dataset: str, arm: str, whole: Spread) -> str:
+def _describe_silence(measured: Measured, dataset: str, arm: str, whole: Spread) -> str:
     """Say when units fell silent under an arm."""
     cells = measured.of(dataset, arm).values()
     shares = {phase: spread(phase_shares(content)[phase] for content in cells) for phase in PHASES}
@@ -126,7 +126,7 @@ def _when_silent(measured: Measured, dataset: str, arm: str, whole: Spread) -> s
     )
 
 
-def _sum_of_parts(arm: str, split: SilentParts) -> str:
+def _describe_parts(arm: str, split: SilentParts) -> str:
     """Say what the parts of the silent units add up to."""
 
     def of(part: float) -> str:
@@ -155,7 +155,7 @@ def _sum_of_parts(arm: str, split: SilentParts) -> str:
     )
 
 
-def _same_run(measured: Measured, dataset: str, arm: str) -> Iterator[str]:
+def _describe_shared_epochs(measured: Measured, dataset: str, arm: str) -> Iterator[str]:
     """Say for how long an arm and the dense control are the same run."""
     count = shared_epochs(measured, dataset, arm)
     if count:
@@ -208,10 +208,10 @@ def steering(measured: Measured, dataset: str) -> Iterator[str]:
     else:
         l0 = measured.known(dataset, "l1", at_end_of_schedule("l0"))
         yield f"L0 under L1 ended within 10 % of k: {l0.text(1)}."
-    yield from _whether_settled(list(cells.values()))
+    yield from _describe_settling(list(cells.values()))
 
 
-def _whether_settled(cells: list[Content]) -> Iterator[str]:
+def _describe_settling(cells: list[Content]) -> Iterator[str]:
     """Say whether the strength of L1 had settled."""
     pairs = [pair for pair in map(l1_strengths, cells) if pair is not None]
     if not pairs:
@@ -258,10 +258,10 @@ def further_epochs(measured: Measured, dataset: str) -> Iterator[str]:
                 f"({counted(len(cells), 'seed')}{' together' if len(cells) > 1 else ''}, on the "
                 f"test images), and {died} others died."
             )
-        yield _further_changes(arm, cells, epochs)
+        yield _describe_changes(arm, cells, epochs)
 
 
-def _further_changes(arm: str, cells: list[Content], epochs: str) -> str:
+def _describe_changes(arm: str, cells: list[Content], epochs: str) -> str:
     """Say what the further epochs changed."""
 
     def of(get: Getter) -> Difference:
