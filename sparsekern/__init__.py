@@ -78,6 +78,7 @@ del _torch, _torch_missing
 _SUBMODULES = (
     "cli",
     "data",
+    "integrations",
     "measures",
     "models",
     "optim",

@@ -21,6 +21,7 @@ ALLOWED = {
     "dispatch": {"dispatch"},
     "ops": {"dispatch", "ops"},
     "nn": {"dispatch", "nn", "ops"},
+    "integrations": {"integrations", "nn", "ops"},
     "optim": {"ops"},
     "sae": {"dispatch", "nn", "ops", "sae"},
     "models": {"models", "nn", "ops", "sae"},

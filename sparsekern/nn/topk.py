@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,13 +19,12 @@ from .saved_k import SavedK
 Post = Callable[[torch.Tensor], torch.Tensor]
 
 
-class _Unset:
+class _Default:
     def __repr__(self) -> str:  # in signatures
-        return "not given"
+        return "ReLU, or None with abs"
 
 
-_UNSET: Any = _Unset()
-_POSTS: dict[str, Callable[[], nn.Module]] = {"ReLU": nn.ReLU, "Identity": nn.Identity}
+_DEFAULT: Any = _Default()
 
 
 class TopK(SavedK):
@@ -39,15 +38,12 @@ class TopK(SavedK):
     Args:
         k: how many to keep, at least 1. The attribute may be changed at any time during training.
         post: function of the selected values, applied after the selection; None keeps them as they
-            are. The default is ReLU, or None with abs=True. A bool here is taken as
-            `use_sparse_activations`.
+            are. The default is ReLU, or None with abs=True.
         abs: select by magnitude; values keep their sign.
         groups: select in so many groups of neighbouring entries separately, k / groups in each;
             must divide k and n.
         counter: a `DeadNeuronCounter` that is updated by each forward pass in training mode, from
             counts that the top-k kernel makes on its way.
-        use_sparse_activations: return a sparse COO tensor (SAELens' form of the constructor).
-        postact_fn: another name of `post` (OpenAI's form of the constructor).
 
     Shape: x [..., n] floating point -> [..., n] of the same dtype.
 
@@ -57,8 +53,8 @@ class TopK(SavedK):
 
     Note:
         A selected value that ReLU sets to zero keeps its slot, gets no gradient and does not count
-        as firing. A state_dict holds k, as `current_k`, once it was changed, and nothing else; `k`
-        and `postact_fn` entries of an OpenAI state_dict are accepted.
+        as firing. A state_dict holds k, as `current_k`, once it was changed, and nothing else. The
+        constructors and state_dicts of other libraries are in `sparsekern.integrations`.
 
     Example:
         >>> import torch, sparsekern
@@ -69,23 +65,14 @@ class TopK(SavedK):
     def __init__(
         self,
         k: int,
-        post: Post | bool | None = _UNSET,
+        post: Post | None = _DEFAULT,
         *,
         abs: bool = False,
         groups: int = 1,
         counter: DeadNeuronCounter | None = None,
-        use_sparse_activations: bool = False,
-        postact_fn: Post | None = _UNSET,
     ) -> None:
         super().__init__()
-        if isinstance(post, bool):
-            use_sparse_activations = post
-            post = _UNSET
-        if postact_fn is not _UNSET:
-            if post is not _UNSET:
-                raise TypeError("TopK: give post or postact_fn, not both")
-            post = postact_fn
-        if post is _UNSET:
+        if post is _DEFAULT:
             post = None if abs else nn.ReLU()
         if post is not None and not callable(post):
             raise TypeError(f"TopK: post must be callable or None, got {post!r}")
@@ -94,7 +81,6 @@ class TopK(SavedK):
         self.post = post
         self.abs = abs
         self.counter = check_counter("TopK", counter)
-        self.use_sparse_activations = use_sparse_activations
 
     @property
     def k(self) -> int:
@@ -119,9 +105,7 @@ class TopK(SavedK):
         return self._fused_relu and not self.abs
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return y [..., n] for x [..., n], dense, or sparse COO with use_sparse_activations."""
-        if self.use_sparse_activations:
-            return _to_sparse_coo(self.codes(x), x.shape)
+        """Return y [..., n] for x [..., n]."""
         fused = self._fused_relu
         post = None if fused else self.post
         counter = self._active_counter(x)
@@ -182,52 +166,7 @@ class TopK(SavedK):
             counter.check_columns("TopK", x)
         return counter
 
-    @classmethod
-    def from_state_dict(cls, state_dict: Mapping[str, Any], strict: bool = True) -> TopK:
-        """Make a layer from OpenAI's state_dict: {"k": int, "postact_fn": name of a class, ...}."""
-        if "k" not in state_dict:
-            raise ValueError(f"TopK: state_dict must have an entry k, got {sorted(state_dict)}")
-        layer = cls(int(state_dict["k"]), _make_post(state_dict.get("postact_fn", "ReLU")))
-        unknown = set(state_dict) - {"k", "postact_fn"}
-        if strict and unknown:
-            raise ValueError(f"TopK: unexpected entries in state_dict: {sorted(unknown)}")
-        return layer
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        if (k := state_dict.pop(prefix + "k", None)) is not None:
-            self.k = int(k)
-        if (name := state_dict.pop(prefix + "postact_fn", None)) is not None:
-            self.post = _make_post(name)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
     def extra_repr(self) -> str:
         """Return the arguments for repr."""
         groups = f", groups={self.groups}" if self.groups > 1 else ""
         return f"k={self.k}{groups}, abs={self.abs}, post={self.post}"
-
-
-def _make_post(name: str) -> nn.Module:
-    """Make the function that OpenAI's state_dict names."""
-    if name not in _POSTS:
-        raise ValueError(f"TopK: postact_fn must be one of {', '.join(_POSTS)}, got {name!r}")
-    return _POSTS[name]()
-
-
-def _to_sparse_coo(codes: Codes, shape: torch.Size) -> torch.Tensor:
-    """Return ascending codes as a coalesced sparse COO tensor of the dense shape."""
-    k = codes.indices.shape[-1]
-    rows = torch.arange(codes.indices.numel() // k, device=codes.indices.device)
-    coordinates = [codes.indices.reshape(-1)]
-    rows = rows.repeat_interleave(k)
-    for size in reversed(shape[:-1]):
-        coordinates.append(rows % size)
-        rows = rows // size
-    return torch.sparse_coo_tensor(
-        torch.stack(coordinates[::-1]),
-        codes.values.reshape(-1),
-        size=shape,
-        is_coalesced=True,
-        check_invariants=False,
-    )

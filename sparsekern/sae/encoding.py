@@ -225,11 +225,6 @@ def check_activation(layer: nn.Module, latents: int) -> None:
         raise TypeError(f"{op}: activation must be one of {known}, got {type(layer).__name__}")
     if isinstance(layer, TopK) and not layer.is_plain:
         raise ValueError(f"{op}: activation must have ReLU and no abs, got {layer}")
-    if isinstance(layer, TopK) and layer.use_sparse_activations:
-        raise ValueError(
-            f"{op}: activation must have use_sparse_activations=False, since the model passes on "
-            "codes, got True"
-        )
     if isinstance(layer, (TopK, BatchTopK)):
         if layer.counter is not None:
             raise ValueError(f"{op}: activation must have no counter, since the model has one")
