@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sparsekern._tensor_files import DTYPES, SavedTensors
 from sparsekern.training import CheckpointError, checkpoints
-from sparsekern.training.tensor_files import DTYPES, SavedTensors
 
 MIB = 1 << 20
 

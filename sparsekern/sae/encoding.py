@@ -115,7 +115,8 @@ class Scores:
         offset = threshold
         if self.scale is not None:
             offset = threshold / self.scale.clamp_min(SMALLEST_SCALE)
-        return replace(self, bias=self.bias - offset)
+        # Thresholds may have another dtype.
+        return replace(self, bias=(self.bias - offset).to(self.bias.dtype))
 
 
 class _ComputedLinear(torch.autograd.Function):

@@ -28,8 +28,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,9 @@ from .decoding import Decoder
 from .encoding import Scores, Width, check_activation, encode, sizes_are_fixed
 from .statistics import at_least_float32, geometric_median, squared_error, total_variance
 from .wrappers import Wrapper
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Lower bound for squared norms in denominators.
 SMALLEST_NORM = 1e-30
@@ -190,6 +194,55 @@ class SparseAutoencoder(nn.Module):
         self.multi_k, self.multi_weight = multi_k, multi_weight
         self.dead_after = dead_after
         self.scale_scores = scale_scores
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str]) -> Self:
+        """Load a checkpoint of ours, SAELens or sparsify (see docs/migrating.md).
+
+        Weights are what the file holds, bit for bit, on the CPU; dead latents are counted anew, but
+        from a checkpoint of ours. The file is read a tensor at a time.
+
+        Args:
+            path: the checkpoint's folder.
+
+        Raises:
+            ValueError: it is of no known format, is damaged, or has a key or an option that this
+                class lacks; the message names file, key and value.
+            OSError: a file cannot be read.
+        """
+        from ..integrations.checkpoints import read
+
+        saved = read(path)
+        layer = saved.activation
+        with torch.device("meta"):  # the first weights would only be replaced
+            model = cls(saved.features, saved.latents, activation=layer, **saved.options)
+        distributed = model.counter.distributed
+        model.counter = DeadNeuronCounter(saved.latents, distributed=distributed)
+        state = {f"counter.{name}": tensor for name, tensor in model.counter.state_dict().items()}
+        state |= {f"activation.{name}": tensor for name, tensor in layer.state_dict().items()}
+        model.load_state_dict(state | saved.tensors, assign=True)
+        return model
+
+    def save_pretrained(self, path: str | os.PathLike[str], to: str = "sparsekern") -> None:
+        """Write a checkpoint that `from_pretrained` reads.
+
+        Args:
+            path: a folder, new or empty.
+            to: the format, ``sparsekern`` (which keeps everything), ``saelens`` or ``sparsify``
+                (which keep weights and activation).
+
+        Raises:
+            ValueError: an unknown format, one that cannot express this model, or a folder that is
+                not empty.
+            RuntimeError: BatchTopK without a threshold, in a format that needs it.
+            OSError: the folder cannot be written.
+        """
+        from ..integrations.checkpoints import Checkpoint, write
+        from ..integrations.checkpoints.own import OPTIONS
+
+        values = {name: getattr(self, name) for name in OPTIONS if name != "distributed"}
+        options = values | {"distributed": self.counter.distributed}
+        write(Checkpoint(self.activation, self.state_dict(), options), path, to)
 
     @property
     def k(self) -> int | float:

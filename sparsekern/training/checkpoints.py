@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from .._system import open_plain, replaced
+from .._tensor_files import SavedTensors, write_tensors
 from ..nn.saved_k import NAME as K
 from .runs import write_atomically
-from .tensor_files import SavedTensors, write_tensors
 
 FACTS = "checkpoint.json"
 TENSORS = "checkpoint-{step}.safetensors"

@@ -1,0 +1,379 @@
+"""Checkpoints of other libraries, read and written; each library's formula stands in its test."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import sparsekern
+from sparsekern.cli.command import main
+from sparsekern.integrations.checkpoints import WRITTEN, read, write
+from sparsekern.models import SparseAutoencoder
+
+D, N, K = 24, 96, 6
+
+
+def random_state(seed=0, dtype=torch.float32):
+    """Encoder, its bias, dictionary with rows of norms other than 1, and decoder bias."""
+    draw = torch.Generator().manual_seed(seed)
+    shapes = {"encoder": (N, D), "encoder_bias": (N,), "dictionary": (N, D), "decoder_bias": (D,)}
+    return {
+        name: (0.3 * torch.randn(shape, generator=draw)).to(dtype) for name, shape in shapes.items()
+    }
+
+
+def inputs(rows=40, seed=9):
+    return torch.randn(rows, D, generator=torch.Generator().manual_seed(seed))
+
+
+def scores_of(state, x):
+    return (x - state["decoder_bias"]) @ state["encoder"].t() + state["encoder_bias"]
+
+
+def dense_topk(scores, k):
+    values, indices = scores.topk(k, dim=-1)
+    return torch.zeros_like(scores).scatter(-1, indices, values.relu())
+
+
+def check_equal(model, state, codes, reconstruction, x):
+    """Weights are equal bit for bit, codes in which latents are active, numbers up to rounding."""
+    for name, tensor in state.items():
+        assert torch.equal(getattr(model, name), tensor), name
+    model.eval()
+    values, indices = model.encode(x)
+    dense = torch.zeros_like(codes).scatter_add(-1, indices, values)
+    assert torch.equal(dense != 0, codes != 0) and (codes != 0).any()
+    torch.testing.assert_close(dense, codes, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(x).reconstruction, reconstruction, rtol=1e-5, atol=1e-5)
+
+
+# -- sparsify ------------------------------------------------------------------------------------
+
+
+def write_sparsify(folder, state, **changes):
+    folder.mkdir(exist_ok=True)
+    tensors = {
+        "encoder.weight": state["encoder"], "encoder.bias": state["encoder_bias"],
+        "W_dec": state["dictionary"], "b_dec": state["decoder_bias"],
+    }  # fmt: skip
+    tensors |= changes.pop("tensors", {})
+    save_file({name: t for name, t in tensors.items() if t is not None}, folder / "sae.safetensors")
+    config = {
+        "activation": "topk", "expansion_factor": 4, "normalize_decoder": True, "num_latents": 0,
+        "k": K, "multi_topk": False, "skip_connection": False, "transcode": False, "d_in": D,
+    } | changes  # fmt: skip
+    config = {name: value for name, value in config.items() if value != "absent"}
+    (folder / "cfg.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("activation", ["topk", "groupmax"])
+def test_sparsify_is_read(tmp_path, activation):
+    state, x = random_state(), inputs()
+    model = SparseAutoencoder.from_pretrained(
+        write_sparsify(tmp_path / "a", state, activation=activation)
+    )
+    scores = scores_of(state, x).relu()
+    if activation == "topk":
+        codes = dense_topk(scores, K)
+    else:
+        values, places = scores.unflatten(-1, (K, -1)).max(-1)
+        offsets = torch.arange(K) * (N // K)
+        codes = torch.zeros_like(scores).scatter(-1, places + offsets, values)
+    check_equal(model, state, codes, codes @ state["dictionary"] + state["decoder_bias"], x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("to", WRITTEN)
+def test_sparsify_goes_out_and_comes_back(tmp_path, to, dtype):
+    source = write_sparsify(tmp_path / "a", random_state(dtype=dtype))
+    write(read(source), tmp_path / "b", to)
+    write(read(tmp_path / "b"), tmp_path / "c", "sparsify")
+    assert_same_files(source / "sae.safetensors", tmp_path / "c" / "sae.safetensors")
+    assert json.loads((tmp_path / "c" / "cfg.json").read_text())["k"] == K
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [
+        "cfg.json", "sae.safetensors",
+    ]  # fmt: skip
+
+
+def assert_same_files(one, other):
+    one, other = load_file(one), load_file(other)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]), name
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"skip_connection": True}, "cfg.json: skip_connection must be False, .* got True"),
+        ({"transcode": True}, "cfg.json: transcode must be False"),
+        ({"activation": "relu"}, "cfg.json: activation must be 'topk' or 'groupmax', got 'relu'"),
+        ({"k": "absent"}, "cfg.json: k is missing"),
+        ({"k": 0}, "cfg.json: k must be an integer of at least 1, got 0"),
+        ({"k": N + 1}, f"cfg.json: k must be at most the number of latents, {N}, got {N + 1}"),
+        ({"k": 7, "activation": "groupmax"}, "cfg.json: k must be a divisor"),
+        ({"colour": 3}, "cfg.json: colour is not known, got 3"),
+        ({"num_latents": 50}, r"must have shape \[50(, 24)?\], got \[96(, 24)?\]"),
+        ({"tensors": {"b_dec": None}}, "sae.safetensors: b_dec is missing"),
+        ({"tensors": {"W_skip": torch.zeros(D, D)}}, "sae.safetensors: W_skip is not known"),
+        ({"tensors": {"b_dec": torch.zeros(D).half()}}, "b_dec must have the dtype of"),
+        ({"tensors": {"b_dec": torch.full((D,), torch.nan)}}, "b_dec must be finite, got nan"),
+    ],
+)
+def test_what_sparsify_cannot_mean_here_is_refused(tmp_path, changes, named):
+    with pytest.raises(ValueError, match=named):
+        read(write_sparsify(tmp_path / "a", random_state(), **changes))
+
+
+# -- SAELens -------------------------------------------------------------------------------------
+
+
+def write_saelens(folder, state, architecture, **changes):
+    folder.mkdir(exist_ok=True)
+    tensors = {
+        "W_enc": state["encoder"].t().contiguous(), "b_enc": state["encoder_bias"],
+        "W_dec": state["dictionary"], "b_dec": state["decoder_bias"],
+    }  # fmt: skip
+    tensors |= changes.pop("tensors", {})
+    save_file(tensors, folder / "sae_weights.safetensors")
+    config = {
+        "d_in": D, "d_sae": N, "dtype": "float32", "device": "cuda", "apply_b_dec_to_input": True,
+        "normalize_activations": "none", "reshape_activations": "none",
+        "metadata": {"sae_lens_version": "6.54.12", "model_name": "m", "hook_name": "blocks.3"},
+        "architecture": architecture,
+    } | changes  # fmt: skip
+    (folder / "cfg.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+def test_saelens_topk_is_read(tmp_path, rescale):
+    state, x = random_state(), inputs()
+    folder = write_saelens(tmp_path / "a", state, "topk", k=K, rescale_acts_by_decoder_norm=rescale)
+    model = SparseAutoencoder.from_pretrained(folder)
+    norms = state["dictionary"].norm(dim=-1) if rescale else 1
+    codes = dense_topk(scores_of(state, x) * norms, K)
+    check_equal(
+        model, state, codes, (codes / norms) @ state["dictionary"] + state["decoder_bias"], x
+    )
+
+
+def test_saelens_jumprelu_is_read_with_its_thresholds_to_the_bit(tmp_path):
+    """A score equal to its threshold is not active; one bit above it is."""
+    state = random_state()
+    state["decoder_bias"] = torch.zeros(D)
+    theta = torch.rand(N, generator=torch.Generator().manual_seed(4)) * 2
+    theta[0], theta[1], theta[2] = 0.0, 1e-30, 1e30
+    folder = write_saelens(tmp_path / "a", state, "jumprelu", tensors={"threshold": theta})
+    model = SparseAutoencoder.from_pretrained(folder)
+    x = inputs()
+    scores = scores_of(state, x)
+    codes = scores.relu() * (scores > theta)
+    check_equal(model, state, codes, codes @ state["dictionary"] + state["decoder_bias"], x)
+    assert torch.equal(model.activation.threshold.float(), theta)
+    above = torch.nextafter(theta, torch.full_like(theta, torch.inf))
+    assert not model.activation(theta).any()
+    assert torch.equal(model.activation(above), above)
+
+
+def test_many_latents_take_the_sparse_path(tmp_path):
+    """With few active among many, the codes are selected without all scores."""
+    draw = torch.Generator().manual_seed(1)
+    n = 4096
+    state = {
+        "encoder": torch.randn(n, D, generator=draw) / D**0.5, "encoder_bias": torch.zeros(n),
+        "dictionary": torch.randn(n, D, generator=draw), "decoder_bias": torch.randn(D) * 0.1,
+    }  # fmt: skip
+    theta = 2.5 + torch.rand(n, generator=draw)
+    folder = write_saelens(tmp_path / "a", state, "jumprelu", d_sae=n, tensors={"threshold": theta})
+    model, x = SparseAutoencoder.from_pretrained(folder), inputs()
+    scores = scores_of(state, x)
+    codes = scores.relu() * (scores > theta)
+    check_equal(model, state, codes, codes @ state["dictionary"] + state["decoder_bias"], x)
+    assert model.encode(x).values.shape[-1] < n // 8
+
+
+def test_saelens_standard_is_read(tmp_path):
+    state, x = random_state(), inputs()
+    model = SparseAutoencoder.from_pretrained(write_saelens(tmp_path / "a", state, "standard"))
+    codes = scores_of(state, x).relu()
+    check_equal(model, state, codes, codes @ state["dictionary"] + state["decoder_bias"], x)
+
+
+@pytest.mark.parametrize("to", ["sparsekern", "saelens"])
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu", "standard"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saelens_goes_out_and_comes_back(tmp_path, architecture, to, dtype):
+    more = {}
+    if architecture == "topk":
+        more = {"k": K, "rescale_acts_by_decoder_norm": True}
+    if architecture == "jumprelu":
+        more = {"tensors": {"threshold": torch.rand(N).to(dtype)}}
+    source = write_saelens(tmp_path / "a", random_state(dtype=dtype), architecture, **more)
+    write(read(source), tmp_path / "b", to)
+    write(read(tmp_path / "b"), tmp_path / "c", "saelens")
+    assert_same_files(*(tmp_path / name / "sae_weights.safetensors" for name in "ac"))
+    before, after = (json.loads((tmp_path / name / "cfg.json").read_text()) for name in "ac")
+    where = {"dtype": str(dtype).removeprefix("torch."), "device": "cpu"}
+    assert after == before | where
+
+
+def test_batch_topk_becomes_jumprelu(tmp_path):
+    model, x = SparseAutoencoder(D, N, activation=sparsekern.BatchTopK(4)), inputs()
+    with pytest.raises(RuntimeError, match="BatchTopK: threshold must be set"):
+        model.eval().save_pretrained(tmp_path / "a", to="saelens")
+    assert not (tmp_path / "a").exists()
+    model.initialize(x)
+    model.save_pretrained(tmp_path / "a", to="saelens")
+    assert json.loads((tmp_path / "a" / "cfg.json").read_text())["architecture"] == "jumprelu"
+    loaded = SparseAutoencoder.from_pretrained(tmp_path / "a").eval()
+    x = inputs(seed=10)  # a score that set the threshold is equal to it but for rounding
+    torch.testing.assert_close(loaded(x).reconstruction, model(x).reconstruction)
+    assert torch.equal(loaded.activation.threshold.float(), model.activation.threshold.expand(N))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "named"),
+    [
+        ("topk", {"k": K, "normalize_activations": "layer_norm"},
+         "cfg.json: normalize_activations must be 'none', .* got 'layer_norm'"),
+        ("topk", {"k": K, "apply_b_dec_to_input": False}, "apply_b_dec_to_input must be True"),
+        ("topk", {"k": K, "reshape_activations": "hook_z"}, "reshape_activations must be 'none'"),
+        ("topk", {"k": K, "finetuning_scaling_factor": True},
+         "cfg.json: finetuning_scaling_factor is not known, got True"),
+        ("topk", {}, "cfg.json: k is missing"),
+        ("standard", {"k": K}, "cfg.json: k is not known"),
+        ("gated", {}, "cfg.json: architecture must be .* got 'gated'"),
+        ("transcoder", {"d_out": 3}, "cfg.json: architecture must be .* got 'transcoder'"),
+        ("jumprelu", {}, "sae_weights.safetensors: threshold is missing"),
+        ("jumprelu", {"tensors": {"threshold": torch.full((N,), -1.0)}},
+         "threshold must be at least 0, got -1.0"),
+        ("standard", {"tensors": {"scaling_factor": torch.ones(N)}}, "scaling_factor is not known"),
+        ("standard", {"d_in": N, "d_sae": D}, r"W_... must have shape \[.*\], got \[.*\]"),
+    ],
+)  # fmt: skip
+def test_what_saelens_cannot_mean_here_is_refused(tmp_path, architecture, changes, named):
+    with pytest.raises(ValueError, match=named):
+        read(write_saelens(tmp_path / "a", random_state(), architecture, **changes))
+
+
+# -- ours ----------------------------------------------------------------------------------------
+
+
+MODELS = {
+    "topk": lambda: SparseAutoencoder(D, N, k=K, auxk=8, multi_k=12, dead_after=77),
+    "groups": lambda: SparseAutoencoder(D, N, activation=sparsekern.TopK(K, groups=3)),
+    "tied": lambda: SparseAutoencoder(D, N, k=K, tied=True, scale_scores=True),
+    "batch": lambda: SparseAutoencoder(
+        D, N, activation=sparsekern.BatchTopK(3.5), prefixes=(8, 32)
+    ),
+    "jumprelu": lambda: SparseAutoencoder(
+        D, N, activation=sparsekern.JumpReLU(N, bandwidth=0.25), target_l0=5
+    ),
+    "relu": lambda: SparseAutoencoder(D, N, activation=torch.nn.ReLU(), sparsity_weight=0.1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_our_own_keeps_everything(tmp_path, name):
+    model, x = MODELS[name](), inputs()
+    model.initialize(x)
+    model.loss(x)  # counts rows, moves thresholds
+    if name == "topk":
+        model.k = 4
+    model.save_pretrained(tmp_path / "a")
+    loaded = SparseAutoencoder.from_pretrained(tmp_path / "a")
+    before, after = model.state_dict(), loaded.state_dict()
+    assert set(before) - {"activation.current_k"} <= set(after)
+    for key in before:
+        same = (
+            torch.equal(before[key], loaded.activation.current_k)
+            if (key == "activation.current_k")
+            else torch.equal(before[key], after[key])
+        )
+        assert same, key
+    assert repr(loaded) == repr(model) and loaded.training
+    for option in ("auxk", "multi_k", "dead_after", "prefixes", "target_l0", "sparsity_weight",
+                   "scale_scores", "tied"):  # fmt: skip
+        assert getattr(loaded, option) == getattr(model, option), option
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    one, other = model.loss(x)[1], loaded.loss(x)[1]
+    assert torch.equal(one.total, other.total)
+    other.total.backward()
+    assert torch.equal(model.eval()(x).reconstruction, loaded.eval()(x).reconstruction)
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "named"),
+    [
+        ("groups", "sparsify", "sparsify: activation must be TopK in 1 or k groups"),
+        ("groups", "saelens", "saelens: activation must be TopK without groups"),
+        ("tied", "sparsify", "sparsify: scale_scores must be False"),
+        ("relu", "sparsify", "sparsify: activation must be TopK"),
+        ("relu", "nowhere", "format must be one of sparsekern, sparsify, saelens, got 'nowhere'"),
+    ],
+)
+def test_what_a_format_cannot_express_is_refused(tmp_path, name, to, named):
+    with pytest.raises(ValueError, match=named):
+        MODELS[name]().save_pretrained(tmp_path / "a", to=to)
+    assert not (tmp_path / "a").exists()
+
+
+def test_tied_matrix_is_written_under_both_names(tmp_path):
+    model = MODELS["tied"]()
+    model.save_pretrained(tmp_path / "a", to="saelens")
+    loaded = SparseAutoencoder.from_pretrained(tmp_path / "a")
+    assert torch.equal(loaded.encoder, model.dictionary) and not loaded.tied
+
+
+@pytest.mark.parametrize("cut", [1, 100, 4000])
+def test_truncated_and_foreign_files_are_refused(tmp_path, cut):
+    MODELS["topk"]().save_pretrained(tmp_path / "a")
+    file = tmp_path / "a" / "sparsekern.safetensors"
+    file.write_bytes(file.read_bytes()[:-cut])
+    with pytest.raises(ValueError, match=r"sparsekern.safetensors: .*truncated"):
+        read(tmp_path / "a")
+    file.write_bytes(pickle.dumps(print))
+    with pytest.raises(ValueError, match=r"sparsekern.safetensors: .*no safetensors file"):
+        read(tmp_path / "a")
+    save_file({"x": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match="header's sparsekern must be JSON, got None"):
+        read(tmp_path / "a")
+
+
+def test_paths_that_are_no_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="path must exist"):
+        read(tmp_path / "none")
+    (tmp_path / "cfg.json").write_text("{}")
+    with pytest.raises(ValueError, match="must be a checkpoint of one of sparsekern, sparsify"):
+        read(tmp_path)
+    with pytest.raises(ValueError, match="must be a checkpoint of one of"):
+        read(tmp_path / "cfg.json")
+
+
+# -- the command ---------------------------------------------------------------------------------
+
+
+def test_command_converts(tmp_path, capsys):
+    source = write_sparsify(tmp_path / "a", random_state())
+    assert main(["convert", str(source), str(tmp_path / "b"), "--to", "saelens"]) == 0
+    assert f"{N} latents of {D} features with TopK, as saelens" in capsys.readouterr().out
+    assert SparseAutoencoder.from_pretrained(tmp_path / "b").k == K
+
+
+def test_command_leaves_a_destination_untouched(tmp_path, capsys):
+    source = write_sparsify(tmp_path / "a", random_state())
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "notes").write_text("mine")
+    assert main(["convert", str(source), str(tmp_path / "b"), "--to", "saelens"]) == 2
+    assert "path must be a folder, new or empty" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["notes"]
+    broken = write_sparsify(tmp_path / "broken", random_state(), skip_connection=True)
+    assert main(["convert", str(broken), str(tmp_path / "c"), "--to", "saelens"]) == 2
+    assert "cfg.json: skip_connection must be False" in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
