@@ -225,7 +225,7 @@ def test_saelens_goes_out_and_comes_back(tmp_path, architecture, to, dtype):
 
 def test_batch_topk_becomes_jumprelu(tmp_path):
     model, x = SparseAutoencoder(D, N, activation=sparsekern.BatchTopK(4)), inputs()
-    with pytest.raises(RuntimeError, match="BatchTopK: threshold must be set"):
+    with pytest.raises(ValueError, match="BatchTopK's threshold must be set"):
         model.eval().save_pretrained(tmp_path / "a", to="saelens")
     assert not (tmp_path / "a").exists()
     model.initialize(x)
@@ -315,7 +315,11 @@ def test_our_own_keeps_everything(tmp_path, name):
         ("groups", "saelens", "saelens: activation must be TopK without groups"),
         ("tied", "sparsify", "sparsify: scale_scores must be False"),
         ("relu", "sparsify", "sparsify: activation must be TopK"),
-        ("relu", "nowhere", "format must be one of sparsekern, sparsify, saelens, got 'nowhere'"),
+        (
+            "relu",
+            "nowhere",
+            "format must be one of sparsekern, .* got 'nowhere'",
+        ),
     ],
 )
 def test_what_a_format_cannot_express_is_refused(tmp_path, name, to, named):
@@ -354,6 +358,140 @@ def test_paths_that_are_no_checkpoint(tmp_path):
         read(tmp_path)
     with pytest.raises(ValueError, match="must be a checkpoint of one of"):
         read(tmp_path / "cfg.json")
+
+
+# -- dictionary_learning ------------------------------------------------------------------------
+
+
+def write_dictionary_learning(folder, state, kind, **changes):
+    folder.mkdir(exist_ok=True)
+    if kind == "MatryoshkaBatchTopKSAE":
+        tensors = {
+            "W_enc": state["encoder"].t().contiguous(), "b_enc": state["encoder_bias"],
+            "W_dec": state["dictionary"], "b_dec": state["decoder_bias"],
+            "group_sizes": torch.tensor([16, 32, N - 48]),
+        }  # fmt: skip
+    else:
+        tensors = {
+            "encoder.weight": state["encoder"], "encoder.bias": state["encoder_bias"],
+            "decoder.weight": state["dictionary"].t().contiguous(),
+            "bias" if kind == "AutoEncoder" else "b_dec": state["decoder_bias"],
+        }  # fmt: skip
+    trainer = {"dict_class": kind, "activation_dim": D, "dict_size": N, "lm_name": "m", "lr": 1e-3}
+    if kind != "AutoEncoder":
+        tensors |= {"k": torch.tensor(K, dtype=torch.int), "threshold": torch.tensor(0.7)}
+        trainer["k"] = K
+    tensors |= changes.pop("tensors", {})
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    torch.save(tensors, folder / "ae.pt")
+    config = {"trainer": trainer | changes, "buffer": {"ctx_len": 128}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+CLASSES = ["AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE", "AutoEncoder"]
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_dictionary_learning_is_read(tmp_path, kind):
+    state, x = random_state(), inputs()
+    model = SparseAutoencoder.from_pretrained(
+        write_dictionary_learning(tmp_path / "a", state, kind)
+    )
+    codes = scores_of(state, x).relu()
+    if kind == "AutoEncoderTopK":
+        codes = dense_topk(codes, K)
+    elif kind != "AutoEncoder":
+        codes = codes * (codes > 0.7)
+        assert model.k == K
+    check_equal(model, state, codes, codes @ state["dictionary"] + state["decoder_bias"], x)
+    assert model.prefixes == ((16, 48) if kind == "MatryoshkaBatchTopKSAE" else ())
+
+
+@pytest.mark.parametrize("to", ["sparsekern", "dictionary_learning"])
+@pytest.mark.parametrize("kind", CLASSES)
+@pytest.mark.parametrize("threshold", [0.7, -1.0])
+def test_dictionary_learning_goes_out_and_comes_back(tmp_path, kind, to, threshold):
+    more = {} if kind == "AutoEncoder" else {"tensors": {"threshold": torch.tensor(threshold)}}
+    source = write_dictionary_learning(tmp_path / "a", random_state(), kind, **more)
+    write(read(source), tmp_path / "b", to)
+    write(read(tmp_path / "b"), tmp_path / "c", "dictionary_learning")
+    one, other = (torch.load(tmp_path / name / "ae.pt", weights_only=True) for name in "ac")
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]), name
+    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in "ac")
+    if kind == "MatryoshkaBatchTopKSAE":
+        assert after["trainer"].pop("group_sizes") == [16, 32, N - 48]
+    assert after == before
+
+
+def test_unset_threshold_is_an_error_in_evaluation(tmp_path):
+    """The library would take -1 for a threshold, above which is everything."""
+    folder = write_dictionary_learning(
+        tmp_path / "a", random_state(), "BatchTopKSAE", tensors={"threshold": torch.tensor(-1.0)}
+    )
+    with pytest.raises(RuntimeError, match="threshold must be set before evaluation"):
+        SparseAutoencoder.from_pretrained(folder).eval()(inputs())
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "named"),
+    [
+        ("AutoEncoder", {"dict_class": "JumpReluAutoEncoder"},
+         "config.json: trainer.dict_class must be one of .* got 'JumpReluAutoEncoder'"),
+        ("AutoEncoder", {"dict_class": "GatedAutoEncoder"}, "got 'GatedAutoEncoder'"),
+        ("AutoEncoder", {"dict_size": N + 1}, r"must have shape \[97"),
+        ("AutoEncoder", {"tensors": {"bias": None}}, "ae.pt: bias is missing"),
+        ("AutoEncoder", {"tensors": {"k": torch.tensor(3)}}, "ae.pt: k is not known"),
+        ("AutoEncoderTopK", {"k": K + 1}, "config.json: k must be 6"),
+        ("AutoEncoderTopK", {"tensors": {"k": None}}, "ae.pt: k is missing"),
+        ("BatchTopKSAE", {"tensors": {"k": torch.tensor(0)}}, "ae.pt: k must be .* got 0"),
+        ("BatchTopKSAE", {"tensors": {"threshold": torch.tensor(-0.5)}},
+         "ae.pt: threshold must be at least 0, .* got -0.5"),
+        ("BatchTopKSAE", {"tensors": {"decoder.weight": torch.full((D, N), torch.inf)}},
+         "ae.pt: decoder.weight must be finite, got inf"),
+        ("MatryoshkaBatchTopKSAE", {"tensors": {"group_sizes": torch.tensor([4, 5])}},
+         "ae.pt: group_sizes must have the sum 96"),
+        ("BatchTopKSAE", {"tensors": {"epoch": 7}}, "ae.pt: epoch must be a tensor, got 7"),
+    ],
+)  # fmt: skip
+def test_what_dictionary_learning_cannot_mean_here_is_refused(tmp_path, kind, changes, named):
+    with pytest.raises(ValueError, match=named):
+        read(write_dictionary_learning(tmp_path / "a", random_state(), kind, **changes))
+
+
+class Planted:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return exec, ("raise SystemExit('code ran')",)
+
+
+def test_pickles_with_code_and_damaged_ones_are_refused(tmp_path):
+    folder = write_dictionary_learning(tmp_path / "a", random_state(), "BatchTopKSAE")
+    file = folder / "ae.pt"
+    content = file.read_bytes()
+    torch.save({"k": Planted()}, file)
+    for damaged in (file.read_bytes(), content[:-700], b"", pickle.dumps(Planted())):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"ae\.pt: the file must be an intact torch file"):
+            read(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("groups", "activation must be TopK without groups"),
+        ("tied", "scale_scores must be False"),
+        ("batch", "activation must be .*BatchTopK with an integer k, .*k = 3.5"),
+        ("jumprelu", "activation must be .* got JumpReLU"),
+    ],
+)
+def test_what_dictionary_learning_lacks_is_refused(tmp_path, name, named):
+    with pytest.raises(ValueError, match=f"dictionary_learning: {named}"):
+        MODELS[name]().save_pretrained(tmp_path / "a", to="dictionary_learning")
+    assert not (tmp_path / "a").exists()
 
 
 # -- the command ---------------------------------------------------------------------------------

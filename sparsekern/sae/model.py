@@ -197,7 +197,7 @@ class SparseAutoencoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str]) -> Self:
-        """Load a checkpoint of ours, SAELens or sparsify (see docs/migrating.md).
+        """Load a checkpoint of ours or another library (docs/migrating.md lists them).
 
         Weights are what the file holds, bit for bit, on the CPU; dead latents are counted anew, but
         from a checkpoint of ours. The file is read a tensor at a time.
@@ -228,13 +228,12 @@ class SparseAutoencoder(nn.Module):
 
         Args:
             path: a folder, new or empty.
-            to: the format, ``sparsekern`` (which keeps everything), ``saelens`` or ``sparsify``
-                (which keep weights and activation).
+            to: the format, ``sparsekern`` (which keeps everything), ``saelens``, ``sparsify`` or
+                ``dictionary_learning`` (which keep weights and activation).
 
         Raises:
             ValueError: an unknown format, one that cannot express this model, or a folder that is
                 not empty.
-            RuntimeError: BatchTopK without a threshold, in a format that needs it.
             OSError: the folder cannot be written.
         """
         from ..integrations.checkpoints import Checkpoint, write

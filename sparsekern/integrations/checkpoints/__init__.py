@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from . import own, sae_lens, sparsify
+from . import dictionary_learning, own, sae_lens, sparsify
 from .contents import Checkpoint
 
 __all__ = ["WRITTEN", "Checkpoint", "read", "write"]
@@ -22,11 +22,10 @@ class _Format(NamedTuple):
     read: Callable[[Path], Checkpoint]
 
 
-_FORMATS = {
-    module.NAME: _Format(module.recognises, module.read) for module in (own, sparsify, sae_lens)
-}
+_MODULES = (own, sparsify, sae_lens, dictionary_learning)
+_FORMATS = {module.NAME: _Format(module.recognises, module.read) for module in _MODULES}
 _WRITERS: dict[str, Callable[[Checkpoint, Path], None]] = {
-    module.NAME: module.write for module in (own, sparsify, sae_lens)
+    module.NAME: module.write for module in _MODULES
 }
 WRITTEN = tuple(_WRITERS)
 """Names of the formats that can be written."""

@@ -116,8 +116,8 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
     """Write the two files; BatchTopK becomes ``jumprelu`` with its threshold for all latents.
 
     Raises:
-        ValueError: TopK in groups, or scaled scores with an activation other than TopK.
-        RuntimeError: BatchTopK whose threshold was never set.
+        ValueError: TopK in groups, scaled scores with an activation other than TopK, or BatchTopK
+            whose threshold was never set.
     """
     layer, scaled = checkpoint.activation, bool(checkpoint.options.get("scale_scores"))
     encoder = checkpoint.encoder
@@ -161,5 +161,7 @@ def _thresholds(layer: nn.Module, latents: int, dtype: torch.dtype) -> Tensor:
     if isinstance(layer, JumpReLU):
         return layer.threshold.to(dtype)
     if isinstance(layer, BatchTopK):
-        return layer.known_threshold().to(dtype).expand(latents)
+        if bool(layer.threshold.isnan()):
+            raise ValueError(f"{NAME}: BatchTopK's threshold must be set (see calibrate), got nan")
+        return layer.threshold.to(dtype).expand(latents)
     raise ValueError(f"{NAME}: activation must be TopK, BatchTopK, JumpReLU or ReLU, got {layer}")

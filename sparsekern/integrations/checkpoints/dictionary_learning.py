@@ -1,0 +1,200 @@
+"""saprmarks' dictionary_learning 0.1: ``ae.pt``, a state_dict, and ``config.json``.
+
+    scores         = (x - b_dec) @ encoder.weight.T + encoder.bias
+    reconstruction = codes @ decoder.weight.T + b_dec
+
+==========================  ======================================  ================================
+``trainer.dict_class``      codes                                   names
+==========================  ======================================  ================================
+``AutoEncoderTopK``         the k largest of relu(scores)           as above, ``k``, ``threshold``
+``BatchTopKSAE``            relu(scores) where above ``threshold``  as above, ``k``, ``threshold``
+``MatryoshkaBatchTopKSAE``  relu(scores) where above ``threshold``  ``W_enc`` [D, N], ``b_enc``,
+                                                                    ``W_dec`` [N, D], ``b_dec``,
+                                                                    ``k``, ``threshold``,
+                                                                    ``group_sizes``
+``AutoEncoder``             relu(scores)                            ``bias`` in place of ``b_dec``
+==========================  ======================================  ================================
+
+``encoder.weight`` [N, D] is laid out as ours is; ``decoder.weight`` [D, N] and ``W_enc`` are
+transposes, which reading and writing copy once, so that no step does. A threshold of -1 was never
+set. That of ``AutoEncoderTopK`` serves an option of its ``encode`` and not its result; it is kept
+among the metadata, with ``config.json``. The library divides the rows of an ``AutoEncoder``'s
+dictionary by their norms when it loads one; we read what is in the file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...nn import BatchTopK, TopK
+from .contents import (
+    Checkpoint,
+    check_config,
+    check_options,
+    check_tensors,
+    count,
+    finite,
+    read_config,
+    refuse,
+    write_config,
+)
+from .torch_files import open_torch_file, write_torch_file
+
+NAME = "dictionary_learning"
+CONFIG = "config.json"
+TENSORS = "ae.pt"
+_LINEAR = {
+    "encoder": "encoder.weight", "encoder_bias": "encoder.bias",
+    "dictionary": "decoder.weight", "decoder_bias": "b_dec",
+}  # fmt: skip
+_MATRICES = {
+    "encoder": "W_enc", "encoder_bias": "b_enc", "dictionary": "W_dec", "decoder_bias": "b_dec",
+}  # fmt: skip
+_NAMES = {
+    "AutoEncoderTopK": _LINEAR,
+    "BatchTopKSAE": _LINEAR,
+    "MatryoshkaBatchTopKSAE": _MATRICES,
+    "AutoEncoder": _LINEAR | {"decoder_bias": "bias"},
+}
+_TRANSPOSED = ("decoder.weight", "W_enc")
+_UNSET = -1.0
+
+
+def recognises(path: Path) -> bool:
+    """Tell whether this is a folder with the file of tensors."""
+    return (path / TENSORS).exists()
+
+
+def read(path: Path) -> Checkpoint:
+    """Read the two files of a folder."""
+    config_path, tensors_path = path / CONFIG, path / TENSORS
+    config = read_config(config_path)
+    trainer = config.get("trainer")
+    if not isinstance(trainer, dict):
+        refuse(config_path, "trainer", trainer, "must be an object")
+    # The other entries say how it was trained.
+    check_config(config_path, trainer, ("dict_class", "activation_dim", "dict_size"), trainer)
+    kind = trainer["dict_class"]
+    if kind not in _NAMES:
+        rule = f"must be one of {', '.join(_NAMES)}"
+        refuse(config_path, "trainer.dict_class", kind, rule)
+    d, n = (count(config_path, trainer, key) for key in ("activation_dim", "dict_size"))
+    tensors = open_torch_file(tensors_path)
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            refuse(tensors_path, name, value, "must be a tensor")
+    names = _NAMES[kind]
+    ours = {"encoder": (n, d), "encoder_bias": (n,), "dictionary": (n, d), "decoder_bias": (d,)}
+    shapes = {
+        name: ours[key][::-1] if name in _TRANSPOSED else ours[key] for key, name in names.items()
+    }
+    others = () if kind == "AutoEncoder" else ("k", "threshold")
+    if kind == "MatryoshkaBatchTopKSAE":
+        others = (*others, "group_sizes")
+    check_tensors(tensors_path, tensors, shapes, others)
+    metadata: dict[str, Any] = {NAME: config}
+    layer, options = _activation(path, trainer, tensors, others, metadata)
+    state = {}
+    for key, name in names.items():
+        tensor = finite(tensors_path, tensors, name)
+        # Into memory, since the file is only mapped.
+        state[key] = (tensor.t() if name in _TRANSPOSED else tensor).clone(
+            memory_format=torch.contiguous_format
+        )
+    return Checkpoint(layer, state, options, metadata)
+
+
+def _activation(
+    path: Path,
+    trainer: dict[str, Any],
+    tensors: dict[str, Any],
+    others: tuple[str, ...],
+    metadata: dict[str, Any],
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Make the layer, and the options of the model; add a threshold that serves neither."""
+    file = path / TENSORS
+    for name in others:
+        if name not in tensors:
+            raise ValueError(f"{file}: {name} is missing")
+    if "k" not in others:
+        return nn.ReLU(), {}
+    n = trainer["dict_size"]
+    for name in ("k", "threshold"):
+        if tensors[name].numel() != 1:
+            refuse(file, name, list(tensors[name].shape), "must be a number, a tensor of shape []")
+    k, threshold = tensors["k"].item(), tensors["threshold"].item()
+    if type(k) is not int or not 1 <= k <= n:
+        refuse(file, "k", k, f"must be an integer in 1..{n}")
+    check_options(path / CONFIG, trainer, {"k": k})
+    if threshold != _UNSET and not 0 <= threshold < float("inf"):
+        refuse(file, "threshold", threshold, f"must be at least 0, or {_UNSET}, which means unset")
+    if trainer["dict_class"] == "AutoEncoderTopK":
+        metadata["threshold"] = threshold
+        return TopK(k), {}
+    layer = BatchTopK(k)
+    layer.threshold.fill_(torch.nan if threshold == _UNSET else threshold)
+    if "group_sizes" not in others:
+        return layer, {}
+    sizes = tensors["group_sizes"].tolist()
+    if not isinstance(sizes, list) or not all(type(size) is int and size > 0 for size in sizes):
+        refuse(file, "group_sizes", sizes, "must be integers above 0")
+    if sum(sizes) != n:
+        refuse(file, "group_sizes", sizes, f"must have the sum {n}")
+    ends = tensors["group_sizes"].cumsum(0).tolist()
+    return layer, {"prefixes": tuple(ends[:-1])}
+
+
+def write(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write the two files; BatchTopK with prefixes becomes ``MatryoshkaBatchTopKSAE``.
+
+    Raises:
+        ValueError: JumpReLU, TopK in groups, a k with a fraction, or scaled scores.
+    """
+    layer = checkpoint.activation
+    if checkpoint.options.get("scale_scores"):
+        raise ValueError(f"{NAME}: scale_scores must be False, the format has no such option")
+    prefixes = checkpoint.options.get("prefixes", ())
+    kind = _dict_class(layer, matryoshka=bool(prefixes))
+    tensors = {}
+    for key, name in _NAMES[kind].items():
+        tensor = checkpoint.encoder if key == "encoder" else checkpoint.tensors[key]
+        tensors[name] = tensor.t() if name in _TRANSPOSED else tensor
+    trainer = dict(checkpoint.metadata.get(NAME, {}).get("trainer", {}))
+    trainer |= {
+        "dict_class": kind,
+        "activation_dim": checkpoint.features,
+        "dict_size": checkpoint.latents,
+    }
+    if isinstance(layer, TopK | BatchTopK):
+        if isinstance(layer, TopK):
+            threshold = torch.tensor(float(checkpoint.metadata.get("threshold", _UNSET)))
+        else:
+            threshold = layer.threshold.detach().cpu()
+            threshold = torch.where(threshold.isnan(), _UNSET, threshold)
+        tensors |= {"k": torch.tensor(int(layer.k), dtype=torch.int32), "threshold": threshold}
+        trainer["k"] = int(layer.k)
+    if kind == "MatryoshkaBatchTopKSAE":
+        ends = torch.tensor([0, *prefixes, checkpoint.latents])
+        tensors["group_sizes"] = ends.diff()
+        trainer["group_sizes"] = ends.diff().tolist()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_torch_file(folder / TENSORS, tensors)
+    write_config(folder / CONFIG, checkpoint.metadata.get(NAME, {}) | {"trainer": trainer})
+
+
+def _dict_class(layer: nn.Module, *, matryoshka: bool) -> str:
+    """Choose the library's class for a layer."""
+    if isinstance(layer, nn.ReLU):
+        return "AutoEncoder"
+    if isinstance(layer, TopK) and layer.groups == 1:
+        return "AutoEncoderTopK"
+    if isinstance(layer, BatchTopK) and int(layer.k) == layer.k:
+        return "MatryoshkaBatchTopKSAE" if matryoshka else "BatchTopKSAE"
+    raise ValueError(
+        f"{NAME}: activation must be TopK without groups, BatchTopK with an integer k, or ReLU, "
+        f"got {layer}, k = {getattr(layer, 'k', None)}"
+    )
