@@ -88,7 +88,7 @@ def test_sparsify_is_read(tmp_path, activation):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("to", WRITTEN)
+@pytest.mark.parametrize("to", [name for name in WRITTEN if name != "openai"])
 def test_sparsify_goes_out_and_comes_back(tmp_path, to, dtype):
     source = write_sparsify(tmp_path / "a", random_state(dtype=dtype))
     write(read(source), tmp_path / "b", to)
@@ -491,6 +491,71 @@ def test_pickles_with_code_and_damaged_ones_are_refused(tmp_path):
 def test_what_dictionary_learning_lacks_is_refused(tmp_path, name, named):
     with pytest.raises(ValueError, match=f"dictionary_learning: {named}"):
         MODELS[name]().save_pretrained(tmp_path / "a", to="dictionary_learning")
+    assert not (tmp_path / "a").exists()
+
+
+# -- OpenAI --------------------------------------------------------------------------------------
+
+
+def write_openai(path, state, **changes):
+    content = {
+        "pre_bias": state["decoder_bias"], "latent_bias": state["encoder_bias"],
+        "stats_last_nonzero": torch.zeros(N, dtype=torch.long),
+        "latents_activation_frequency": torch.ones(N), "latents_mean_square": torch.zeros(N),
+        "encoder.weight": state["encoder"],
+        "decoder.weight": state["dictionary"].t().contiguous(),
+        "activation": "ReLU", "activation_state_dict": {},
+    } | changes  # fmt: skip
+    torch.save({name: value for name, value in content.items() if value is not None}, path)
+    return path
+
+
+def test_openai_is_read(tmp_path):
+    state, x = random_state(), inputs()
+    model = SparseAutoencoder.from_pretrained(write_openai(tmp_path / "5.pt", state))
+    codes = scores_of(state, x).relu()
+    check_equal(model, state, codes, codes @ state["dictionary"] + state["decoder_bias"], x)
+
+
+@pytest.mark.parametrize("to", WRITTEN)
+def test_openai_goes_out_and_comes_back(tmp_path, to):
+    source = write_openai(tmp_path / "5.pt", random_state())
+    if to == "sparsify":
+        with pytest.raises(ValueError, match="sparsify: activation must be TopK"):
+            write(read(source), tmp_path / "b", to)
+        return
+    write(read(source), tmp_path / "b", to)
+    write(read(tmp_path / "b"), tmp_path / "c", "openai")
+    one = torch.load(source, weights_only=True)
+    other = torch.load(tmp_path / "c" / "autoencoder.pt", weights_only=True)
+    assert one.keys() == other.keys() and other["activation"] == "ReLU"
+    for name, value in one.items():
+        same = torch.equal(value, other[name]) if torch.is_tensor(value) else value == other[name]
+        assert same, name
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"activation": "TopK", "activation_state_dict": {"k": 32, "postact_fn": "ReLU"}},
+         "5.pt: activation must be 'ReLU', .* got 'TopK'"),
+        ({"activation_state_dict": {"k": 3}}, "activation_state_dict must be empty"),
+        ({"pre_bias": None}, "5.pt: pre_bias is missing"),
+        ({"encoder.weight": None}, "5.pt: encoder.weight is missing"),
+        ({"encoder.weight": torch.zeros(N)}, "encoder.weight must have two dimensions"),
+        ({"encoder.weight": torch.zeros(D, N)}, "must have shape"),
+        ({"latent_bias": torch.full((N,), torch.nan)}, "latent_bias must be finite, got nan"),
+        ({"scale": torch.ones(1)}, "5.pt: scale is not known"),
+    ],
+)  # fmt: skip
+def test_what_openai_cannot_mean_here_is_refused(tmp_path, changes, named):
+    with pytest.raises(ValueError, match=named):
+        read(write_openai(tmp_path / "5.pt", random_state(), **changes))
+
+
+def test_openai_has_relu_alone(tmp_path):
+    with pytest.raises(ValueError, match="openai: activation must be ReLU"):
+        MODELS["topk"]().save_pretrained(tmp_path / "a", to="openai")
     assert not (tmp_path / "a").exists()
 
 

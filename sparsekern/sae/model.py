@@ -203,7 +203,7 @@ class SparseAutoencoder(nn.Module):
         from a checkpoint of ours. The file is read a tensor at a time.
 
         Args:
-            path: the checkpoint's folder.
+            path: the checkpoint's folder, or its one file.
 
         Raises:
             ValueError: it is of no known format, is damaged, or has a key or an option that this
@@ -228,8 +228,8 @@ class SparseAutoencoder(nn.Module):
 
         Args:
             path: a folder, new or empty.
-            to: the format, ``sparsekern`` (which keeps everything), ``saelens``, ``sparsify`` or
-                ``dictionary_learning`` (which keep weights and activation).
+            to: the format, ``sparsekern`` (which keeps everything), ``saelens``, ``sparsify``,
+                ``dictionary_learning`` or ``openai`` (which keep weights and activation).
 
         Raises:
             ValueError: an unknown format, one that cannot express this model, or a folder that is

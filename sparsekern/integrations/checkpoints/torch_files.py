@@ -12,6 +12,17 @@ from torch import Tensor
 
 from ..._system import open_plain, replaced
 
+# First bytes of a zip archive, which torch.save writes, and of the pickle before version 1.6.
+_STARTS = (b"PK\x03\x04", b"\x80\x02")
+
+
+def is_torch_file(path: Path) -> bool:
+    """Tell whether this is a plain file that begins as torch.save's do."""
+    if not path.is_file():
+        return False
+    with open_plain(path) as file:
+        return file.read(4).startswith(_STARTS)
+
 
 def open_torch_file(path: Path) -> dict[str, Any]:
     """Open a torch file that holds a dictionary.
@@ -37,8 +48,19 @@ def open_torch_file(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_torch_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a state_dict under a temporary name, and give the file its own."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def write_torch_file(
+    path: Path, tensors: Mapping[str, Tensor], others: Mapping[str, Any] | None = None
+) -> None:
+    """Write a state_dict under a temporary name, and give the file its own.
+
+    Args:
+        path: the file.
+        tensors: any device and layout in memory.
+        others: plain values beside them.
+    """
+    plain: dict[str, Any] = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()
+    }
+    plain |= others or {}
     with replaced(path) as file:
         torch.save(plain, file)
