@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -205,6 +206,20 @@ def test_saelens_standard_is_read(tmp_path):
     check_equal(model, state, codes, codes @ state["dictionary"] + state["decoder_bias"], x)
 
 
+def test_saelens_without_its_bias_in_the_input(tmp_path):
+    state, x = random_state(), inputs()
+    folder = write_saelens(tmp_path / "a", state, "topk", k=K, apply_b_dec_to_input=False)
+    model = SparseAutoencoder.from_pretrained(folder)
+    codes = dense_topk(x @ state["encoder"].t() + state["encoder_bias"], K)
+    check_equal(model, state, codes, codes @ state["dictionary"] + state["decoder_bias"], x)
+    for to in ("sparsify", "dictionary_learning"):
+        with pytest.raises(ValueError, match=f"{to}: subtract_bias must be True"):
+            model.save_pretrained(tmp_path / "b", to=to)
+    for to in ("saelens", "sparsekern"):
+        model.save_pretrained(tmp_path / to, to=to)
+        assert not SparseAutoencoder.from_pretrained(tmp_path / to).subtract_bias
+
+
 @pytest.mark.parametrize("to", ["sparsekern", "saelens"])
 @pytest.mark.parametrize("architecture", ["topk", "jumprelu", "standard"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -242,7 +257,7 @@ def test_batch_topk_becomes_jumprelu(tmp_path):
     [
         ("topk", {"k": K, "normalize_activations": "layer_norm"},
          "cfg.json: normalize_activations must be 'none', .* got 'layer_norm'"),
-        ("topk", {"k": K, "apply_b_dec_to_input": False}, "apply_b_dec_to_input must be True"),
+        ("topk", {"k": K, "apply_b_dec_to_input": 1}, "apply_b_dec_to_input must be true or false"),
         ("topk", {"k": K, "reshape_activations": "hook_z"}, "reshape_activations must be 'none'"),
         ("topk", {"k": K, "finetuning_scaling_factor": True},
          "cfg.json: finetuning_scaling_factor is not known, got True"),
@@ -557,6 +572,65 @@ def test_openai_has_relu_alone(tmp_path):
     with pytest.raises(ValueError, match="openai: activation must be ReLU"):
         MODELS["topk"]().save_pretrained(tmp_path / "a", to="openai")
     assert not (tmp_path / "a").exists()
+
+
+# -- Gemma Scope ---------------------------------------------------------------------------------
+
+
+def write_gemma_scope(path, state, **changes):
+    arrays = {
+        "W_enc": state["encoder"].t().numpy(), "b_enc": state["encoder_bias"].numpy(),
+        "W_dec": state["dictionary"].numpy(), "b_dec": state["decoder_bias"].numpy(),
+        "threshold": np.linspace(0.1, 1.5, N, dtype=np.float32),
+    } | changes  # fmt: skip
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    return path
+
+
+def test_gemma_scope_is_read(tmp_path):
+    """Its decoder's bias is not subtracted before the encoder."""
+    state, x = random_state(), inputs()
+    path = write_gemma_scope(tmp_path / "params.npz", state)
+    theta = torch.from_numpy(np.load(path)["threshold"])
+    scores = x @ state["encoder"].t() + state["encoder_bias"]
+    codes = scores.relu() * (scores > theta)
+    reconstruction = codes @ state["dictionary"] + state["decoder_bias"]
+    for place in (path, tmp_path):
+        model = SparseAutoencoder.from_pretrained(place)
+        check_equal(model, state, codes, reconstruction, x)
+        assert torch.equal(model.activation.threshold.float(), theta)
+    write(read(path), tmp_path / "b", "saelens")
+    model = SparseAutoencoder.from_pretrained(tmp_path / "b")
+    check_equal(model, state, codes, reconstruction, x)
+    assert torch.equal(model.activation.threshold.float(), theta)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"b_dec": None}, "params.npz: b_dec is missing"),
+        ({"W_enc": None}, "params.npz: W_enc is missing"),
+        ({"W_skip": np.zeros(3)}, "params.npz: W_skip is not known"),
+        ({"W_enc": np.zeros(3)}, "W_enc must have two dimensions"),
+        ({"b_enc": np.zeros(3)}, "b_enc must have shape"),
+        ({"b_dec": np.zeros(D, np.int64)}, "b_dec must be of 16, 32 or 64 bits"),
+        ({"b_dec": np.full(D, np.nan, np.float32)}, "b_dec must be finite"),
+        ({"threshold": np.full(N, -1, np.float32)}, "threshold must be at least 0, got -1"),
+        ({"b_dec": np.array([print] * D)}, "must be an intact npz file of numbers"),
+    ],
+)
+def test_what_gemma_scope_cannot_mean_here_is_refused(tmp_path, changes, named):
+    with pytest.raises(ValueError, match=named):
+        read(write_gemma_scope(tmp_path / "params.npz", random_state(), **changes))
+
+
+def test_damaged_npz_is_refused(tmp_path):
+    path = write_gemma_scope(tmp_path / "params.npz", random_state())
+    content = path.read_bytes()
+    for damaged in (content[:-300], b"", b"text", content[:2000] + b"x" * 9 + content[2009:]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"params\.npz: the file must be an intact npz"):
+            read(path)
 
 
 # -- the command ---------------------------------------------------------------------------------

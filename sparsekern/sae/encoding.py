@@ -45,7 +45,7 @@ class Scores:
     x: Tensor
     weight: Tensor
     bias: Tensor
-    pre_bias: Tensor
+    pre_bias: Tensor | None
     scale: Tensor | None
 
     @property
@@ -100,7 +100,7 @@ class Scores:
 
     def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Return x - pre_bias, weight and bias in a dtype."""
-        centred = (self.x - self.pre_bias).to(self.x.dtype)
+        centred = self.x if self.pre_bias is None else (self.x - self.pre_bias).to(self.x.dtype)
         return centred.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
 
     def only(self, mask: Tensor) -> Scores:

@@ -118,6 +118,8 @@ class SparseAutoencoder(nn.Module):
         tied: one matrix for encoder and dictionary, which is `dictionary` in the state_dict.
         scale_scores: rank and decode by scores times the norms of the dictionary's rows (SAELens'
             rescale_acts_by_decoder_norm): the dictionary may then have rows of any norm.
+        subtract_bias: subtract decoder_bias before the encoder (SAELens' apply_b_dec_to_input);
+            Gemma Scope's autoencoders do not.
 
     Attributes:
         encoder [N, D], encoder_bias [N], dictionary [N, D], decoder_bias [D]: the parameters. The
@@ -137,6 +139,8 @@ class SparseAutoencoder(nn.Module):
         torch.Size([8, 4])
     """
 
+    subtract_bias = True  # of models that a version without the argument pickled
+
     def __init__(
         self,
         features: int,
@@ -155,6 +159,7 @@ class SparseAutoencoder(nn.Module):
         distributed: bool = False,
         tied: bool = False,
         scale_scores: bool = False,
+        subtract_bias: bool = True,
     ) -> None:
         super().__init__()
         check_count("SparseAutoencoder", "features", features, 2**31 - 1, "what a tensor can hold")
@@ -194,6 +199,7 @@ class SparseAutoencoder(nn.Module):
         self.multi_k, self.multi_weight = multi_k, multi_weight
         self.dead_after = dead_after
         self.scale_scores = scale_scores
+        self.subtract_bias = subtract_bias
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str]) -> Self:
@@ -317,7 +323,8 @@ class SparseAutoencoder(nn.Module):
         check_layer(
             "SparseAutoencoder", x, self.encoder, self.encoder_bias, self.decoder_bias, None, None
         )
-        return Scores(x, self.encoder, self.encoder_bias, self.decoder_bias, self._norms())
+        bias = self.decoder_bias if self.subtract_bias else None
+        return Scores(x, self.encoder, self.encoder_bias, bias, self._norms())
 
     def _decoder(self) -> Decoder:
         norms = self._norms()

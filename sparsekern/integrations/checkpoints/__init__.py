@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from . import dictionary_learning, openai, own, sae_lens, sparsify
+from . import dictionary_learning, gemma_scope, openai, own, sae_lens, sparsify
 from .contents import Checkpoint
 
 __all__ = ["WRITTEN", "Checkpoint", "read", "write"]
@@ -22,10 +22,14 @@ class _Format(NamedTuple):
     read: Callable[[Path], Checkpoint]
 
 
-_MODULES = (own, sparsify, sae_lens, dictionary_learning, openai)
-_FORMATS = {module.NAME: _Format(module.recognises, module.read) for module in _MODULES}
+_WRITABLE = (own, sparsify, sae_lens, dictionary_learning, openai)
+_FORMATS = {
+    module.NAME: _Format(module.recognises, module.read)
+    # OpenAI's last: an npz file, too, begins as its torch file does.
+    for module in (own, sparsify, sae_lens, dictionary_learning, gemma_scope, openai)
+}
 _WRITERS: dict[str, Callable[[Checkpoint, Path], None]] = {
-    module.NAME: module.write for module in _MODULES
+    module.NAME: module.write for module in _WRITABLE
 }
 WRITTEN = tuple(_WRITERS)
 """Names of the formats that can be written."""

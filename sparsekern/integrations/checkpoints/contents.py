@@ -58,6 +58,13 @@ def refuse(path: Path, key: str, value: Any, rule: str) -> NoReturn:
     raise ValueError(f"{path}: {key} {rule}, got {text if len(text) < 200 else text[:200] + '...'}")
 
 
+def check_defaults(checkpoint: Checkpoint, name: str, defaults: Mapping[str, Any]) -> None:
+    """Check that options which a format lacks have their defaults."""
+    for key, value in defaults.items():
+        if checkpoint.options.get(key, value) != value:
+            raise ValueError(f"{name}: {key} must be {value}, the format has no such option")
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object."""
     with open_plain(path) as file:

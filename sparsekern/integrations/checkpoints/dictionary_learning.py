@@ -34,6 +34,7 @@ from ...nn import BatchTopK, TopK
 from .contents import (
     Checkpoint,
     check_config,
+    check_defaults,
     check_options,
     check_tensors,
     count,
@@ -152,11 +153,10 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
     """Write the two files; BatchTopK with prefixes becomes ``MatryoshkaBatchTopKSAE``.
 
     Raises:
-        ValueError: JumpReLU, TopK in groups, a k with a fraction, or scaled scores.
+        ValueError: JumpReLU, TopK in groups, a k with a fraction, or options that the format lacks.
     """
     layer = checkpoint.activation
-    if checkpoint.options.get("scale_scores"):
-        raise ValueError(f"{NAME}: scale_scores must be False, the format has no such option")
+    check_defaults(checkpoint, NAME, {"scale_scores": False, "subtract_bias": True})
     prefixes = checkpoint.options.get("prefixes", ())
     kind = _dict_class(layer, matryoshka=bool(prefixes))
     tensors = {}

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .contents import Checkpoint, check_tensors, finite, refuse
+from .contents import Checkpoint, check_defaults, check_tensors, finite, refuse
 from .torch_files import is_torch_file, open_torch_file, write_torch_file
 
 NAME = "openai"
@@ -74,7 +74,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
     """Write the file, with statistics of latents that no batch has reached yet.
 
     Raises:
-        ValueError: an activation other than ReLU, or scaled scores.
+        ValueError: an activation other than ReLU, or options that the format lacks.
     """
     layer, n = checkpoint.activation, checkpoint.latents
     if not isinstance(layer, nn.ReLU):
@@ -82,8 +82,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
             f"{NAME}: activation must be ReLU, since the library normalizes activations for TopK, "
             f"got {layer}"
         )
-    if checkpoint.options.get("scale_scores"):
-        raise ValueError(f"{NAME}: scale_scores must be False, the format has no such option")
+    check_defaults(checkpoint, NAME, {"scale_scores": False, "subtract_bias": True})
     content = {
         "pre_bias": checkpoint.tensors["decoder_bias"],
         "latent_bias": checkpoint.tensors["encoder_bias"],

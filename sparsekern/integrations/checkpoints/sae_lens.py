@@ -1,6 +1,7 @@
 """SAELens 6: ``cfg.json`` and ``sae_weights.safetensors``.
 
-    scores         = (x - b_dec) @ W_enc + b_enc
+    scores         = (x - b_dec) @ W_enc + b_enc, or x @ W_enc + b_enc where apply_b_dec_to_input
+                     is false
     topk           : the k largest of scores * |W_dec rows|, after ReLU; |W_dec rows| is 1 without
                      rescale_acts_by_decoder_norm, and codes are divided by it before decoding
     jumprelu       : relu(scores) where scores > threshold
@@ -47,9 +48,7 @@ _KEYS = (
     "normalize_activations", "reshape_activations", "metadata",
 )  # fmt: skip
 _TOPK_KEYS = ("k", "rescale_acts_by_decoder_norm")
-_SUPPORTED = {
-    "apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none",
-}  # fmt: skip
+_SUPPORTED = {"normalize_activations": "none", "reshape_activations": "none"}
 
 
 def recognises(path: Path) -> bool:
@@ -88,13 +87,18 @@ def read(path: Path) -> Checkpoint:
         }
     finally:
         tensors.close()
-    options: dict[str, Any] = {}
+    options = {"subtract_bias": _flag(config_path, config, "apply_b_dec_to_input", True)}
     if kind == "topk":
-        rescale = config.get("rescale_acts_by_decoder_norm", False)
-        if not isinstance(rescale, bool):
-            refuse(config_path, "rescale_acts_by_decoder_norm", rescale, "must be true or false")
-        options["scale_scores"] = rescale
+        key = "rescale_acts_by_decoder_norm"
+        options["scale_scores"] = _flag(config_path, config, key, False)
     return Checkpoint(layer, state, options, metadata)
+
+
+def _flag(path: Path, config: dict[str, Any], key: str, default: bool) -> bool:
+    value = config.get(key, default)
+    if not isinstance(value, bool):
+        refuse(path, key, value, "must be true or false")
+    return value
 
 
 def _activation(
@@ -132,6 +136,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
         "d_sae": checkpoint.latents,
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "device": "cpu",
+        "apply_b_dec_to_input": bool(checkpoint.options.get("subtract_bias", True)),
         **_SUPPORTED,
         "metadata": {"sae_lens_version": VERSION, **checkpoint.metadata},
     }

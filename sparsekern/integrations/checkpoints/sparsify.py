@@ -16,6 +16,7 @@ from ...nn import TopK
 from .contents import (
     Checkpoint,
     check_config,
+    check_defaults,
     check_options,
     check_tensors,
     count,
@@ -80,13 +81,13 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
     """Write the two files.
 
     Raises:
-        ValueError: an activation other than TopK, in 1 or k groups, or scaled scores.
+        ValueError: an activation other than TopK in 1 or k groups, or options that the format
+            lacks.
     """
     layer = checkpoint.activation
     if not isinstance(layer, TopK) or layer.groups not in (1, layer.k):
         raise ValueError(f"{NAME}: activation must be TopK in 1 or k groups, got {layer}")
-    if checkpoint.options.get("scale_scores"):
-        raise ValueError(f"{NAME}: scale_scores must be False, the format has no such option")
+    check_defaults(checkpoint, NAME, {"scale_scores": False, "subtract_bias": True})
     tensors = {
         name: checkpoint.encoder if ours == "encoder" else checkpoint.tensors[ours]
         for ours, name in _NAMES.items()
