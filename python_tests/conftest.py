@@ -25,6 +25,7 @@ import sparsekern
 from sparsekern import testing
 from sparsekern.dispatch import backends, modules, operations
 
+CHECKOUT = pathlib.Path(__file__).parents[1]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _cases: collections.Counter[str] = collections.Counter()
 
@@ -215,6 +216,21 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
             return made if torch.compiler.is_compiling() else fill(made)
 
         monkeypatch.setattr(owner, name, poison)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Refuse to test an installed copy of other code than that of this checkout."""
+    installed = pathlib.Path(sparsekern.__file__).parent
+    here = CHECKOUT / "sparsekern"
+    if installed == here or hasattr(session.config, "workerinput"):
+        return
+    for path in sorted(here.rglob("*.py")):
+        copy = installed / path.relative_to(here)
+        if not copy.exists() or copy.read_bytes() != path.read_bytes():
+            raise pytest.UsageError(
+                f"sparsekern is imported from {installed}, whose {path.relative_to(here)} is not "
+                "that of this checkout: install it again, or once with pip install -e '.[test]'"
+            )
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks

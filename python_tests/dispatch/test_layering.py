@@ -60,7 +60,8 @@ ALLOWED = {
 }
 # what only the kernel library's user needs: it can be left out
 ABOVE_THE_LIBRARY = {"cli", "data", "measures", "models", "sae", "studies", "training"}
-# modules that import by a name which only the call knows, and what these names can be
+# modules that import by a name which only the call knows, and what these names can be; a circle
+# through them is not seen
 COMPUTED = {
     "sparsekern": "the parts of the package, when they are first used",
     "sparsekern._renamed": "modules by their names of version 0.1",
@@ -124,6 +125,13 @@ def test_planted_imports_are_seen(tmp_path):
     (folder / "d.py").write_text("import importlib\nname = 'a'\nimportlib.import_module(name)\n")
     found = read_package(folder)
     assert found.circles() == [] and found.computed == ["planted.d:3"]
+    # a name that some other function imports, and an import under another name
+    (folder / "d.py").write_text("from .c import require\nrequire('planted.a:attribute')\n")
+    found = read_package(folder)
+    assert found.circles() == [[f"planted.{name}" for name in "abcd"]] and found.computed == []
+    for alias in ("from importlib import import_module as load", "load = importlib.import_module"):
+        (folder / "d.py").write_text(f"import importlib\n{alias}\nload('planted' + '.a')\n")
+        assert read_package(folder).computed == ["planted.d:2"]
 
 
 def test_one_file_knows_the_dispatcher_and_one_the_compiled_modules():

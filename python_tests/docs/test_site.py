@@ -27,6 +27,13 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert "<svg" in (tmp_path / "site" / "benchmarks.html").read_text()  # and no picture of it
 
 
+def test_every_operation_is_in_the_table():
+    page = (ROOT / "docs" / "getting-started.md").read_text()
+    operations = {*sparsekern.__all__} & {*sparsekern.ops.__all__}
+    functions = [name for name in operations if name.islower()]
+    assert len(functions) > 10 and [name for name in functions if f"`{name}" not in page] == []
+
+
 def test_tables_and_figures_are_those_of_the_committed_rows():
     checked = run("bench/pages.py", "--check")
     assert checked.returncode == 0, checked.stdout + checked.stderr

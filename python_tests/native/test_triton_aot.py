@@ -97,6 +97,8 @@ def maxima_case(span: int, dtype: torch.dtype, **changes: Any) -> Case:
         "col_stride": 1, **changes,
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if value is not None}
+    if not constants["UNIT_STRIDE"]:
+        constants["BLOCK"] = topk_groups.STRIDED_BLOCK
     pointers = {"x": bits_pointer(dtype), "best": bits_pointer(dtype)}
     return Case(topk_groups.maxima_kernel, pointers, constants, topk_groups.WARPS, registers=64)
 

@@ -1,4 +1,8 @@
-"""Which module of a package imports which: statements, wherever they stand, and imports by name."""
+"""Which module of a package imports which: statements, wherever they stand, and imports by name.
+
+Any string that is the full name of a module of the package counts as an import of it, since there
+are many functions that a name can be handed to.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import ast
 import pathlib
 from dataclasses import dataclass, field
 
-BY_NAME = {"import_module", "__import__"}
+BY_NAME = {"import_module", "__import__", "resolve_name", "run_module"}
 
 
 @dataclass
@@ -44,7 +48,14 @@ def read_package(folder: pathlib.Path) -> Package:
     for module, path in paths.items():
         inside = module if path.name == "__init__.py" else module.rpartition(".")[0]
         names: set[str] = set()
-        for node in ast.walk(ast.parse(path.read_text())):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        calls = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
+        for node in nodes:
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                named = node.value.partition(":")[0]  # as in resolve_name("module:attribute")
+                names |= {named} & paths.keys() - {folder.name}
+            elif _hands_on(node, calls):
+                package.computed.append(f"{module}:{node.lineno}")
             if isinstance(node, ast.Import):
                 names |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
@@ -71,8 +82,18 @@ def _base(inside: str, node: ast.ImportFrom) -> str:
 
 
 def _called(node: ast.Call) -> str:
-    function = node.func
-    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+    return _name(node.func)
+
+
+def _name(node: ast.AST) -> str:
+    return node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+
+
+def _hands_on(node: ast.AST, calls: set[int]) -> bool:
+    """Whether a function that imports by name gets another name, so that its calls are not seen."""
+    if isinstance(node, ast.ImportFrom):
+        return any(alias.name in BY_NAME and alias.asname for alias in node.names)
+    return _name(node) in BY_NAME and id(node) not in calls
 
 
 def _literal(node: ast.Call) -> str | None:

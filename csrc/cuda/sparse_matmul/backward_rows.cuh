@@ -12,9 +12,17 @@ constexpr int kLatentsPerBlock = kMostThreads / kWarp;
 // better than registers do: measured on an H200, twice as many were slower.
 template <class Values>
 constexpr int kRowEntries = 4 / static_cast<int>(sizeof(Values));
-// Blocks of a multiprocessor that the registers must leave room for.
-template <class Values, bool kDots>
-constexpr int kRowBlocks = kDots && sizeof(Values) == 2 ? 3 : 4;
+// Blocks of a multiprocessor that the registers must leave room for. Single numbers take more, and
+// for sm_100 the compiler needs more than the 80 that three blocks leave.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kBlocksWithDots = 2;
+#else
+constexpr int kBlocksWithDots = 3;
+#endif
+template <bool kVector, bool kDots>
+constexpr int kRowBlocks = !kVector ? 2
+                           : kDots  ? kBlocksWithDots
+                                    : 4;
 
 // The parts into which d features are cut, each for a warp of its own.
 inline int64_t parts_of(int64_t d) { return (d + kPartFeatures - 1) / kPartFeatures; }
@@ -30,7 +38,7 @@ inline int64_t parts_of(int64_t d) { return (d + kPartFeatures - 1) / kPartFeatu
 // 0.76 ms in bfloat16 and 0.84 ms in float32, where memory asks for 0.25 and 0.5: bound by
 // instructions and by the L2 cache, entries * d numbers.
 template <class Values, class Weight, bool kVector, bool kDots>
-__global__ void __launch_bounds__(kMostThreads, kRowBlocks<Values, kDots>)
+__global__ void __launch_bounds__(kMostThreads, kRowBlocks<kVector, kDots>)
     sparse_matmul_backward_rows_kernel(Gradients<Values, Weight> p, float* dots, int64_t count) {
   using Own = Slice<Values, Weight, kVector, kRowFeatures, kWarp>;
   constexpr int kAtOnce = kRowEntries<Values>;
@@ -40,19 +48,22 @@ __global__ void __launch_bounds__(kMostThreads, kRowBlocks<Values, kDots>)
   if (latent >= p.n) return;
   Own slice;
   slice.feature = static_cast<int64_t>(blockIdx.y) * kPartFeatures;
-  slice.left = p.d - slice.feature;
+  slice.left = p.d - slice.feature < kPartFeatures ? p.d - slice.feature : kPartFeatures;
+  const int left = static_cast<int>(slice.left);
   const int64_t begin = p.offsets[latent];
-  int64_t end = p.offsets[latent + 1];
-  if (end - begin > p.hot_entries) end = begin;
+  const int64_t listed = p.offsets[latent + 1] - begin;
+  const int total = listed > p.hot_entries ? 0 : static_cast<int>(listed);
   if constexpr (kDots) {
-    slice.template load<false>(p.weight + latent * p.stride_n + slice.feature,
-                               begin < end ? slice.left : 0, slice.weight);
+    slice.template load<false>(p.weight + latent * p.stride_n + slice.feature, total > 0 ? left : 0,
+                               slice.weight);
   }
   slice.clear_sums();
+  const Values* grad = p.grad + slice.feature;
   const bool sums = p.grad_weight != nullptr;
-  for (int64_t first = begin; first < end; first += kWarp) {
-    const int entries = end - first < kWarp ? static_cast<int>(end - first) : kWarp;
-    const int position = lane < entries ? p.positions[first + lane] : 0;
+  const int32_t* positions = p.positions + begin;
+  for (int first = 0; first < total; first += kWarp) {
+    const int entries = total - first < kWarp ? total - first : kWarp;
+    const int position = lane < entries ? positions[first + lane] : 0;
     const int own_row = static_cast<int>(p.row_of(position));
     // no values where only dots are wanted
     const float own_value =
@@ -64,16 +75,17 @@ __global__ void __launch_bounds__(kMostThreads, kRowBlocks<Values, kDots>)
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) {
         const int64_t row = __shfl_sync(kFullMask, own_row, base + u);
-        Own::template load<false>(p.grad + row * p.d + slice.feature,
-                                  base + u < entries ? slice.left : 0, x[u]);
+        Own::template load<false>(grad + row * p.d, base + u < entries ? left : 0, x[u]);
       }
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) {
         if (base + u >= entries) break;
-        if (sums) slice.add_to_sums(__shfl_sync(kFullMask, own_value, base + u), x[u]);
+        const float value = __shfl_sync(kFullMask, own_value, base + u);
         if constexpr (kDots) {
-          const float dot = warp_sum(slice.dot(x[u]));
+          const float dot = warp_sum(sums ? slice.add(value, x[u]) : slice.dot(x[u]));
           if (lane == base + u) own_dot = dot;
+        } else {
+          slice.add_to_sums(value, x[u]);
         }
       }
     }
@@ -81,7 +93,7 @@ __global__ void __launch_bounds__(kMostThreads, kRowBlocks<Values, kDots>)
       if (gridDim.y == 1) {
         from_float(own_dot, p.grad_values + position);
       } else {
-        dots[blockIdx.y * count + first + lane] = own_dot;
+        dots[blockIdx.y * count + (positions - p.positions) + first + lane] = own_dot;
       }
     }
   }

@@ -47,8 +47,8 @@ struct Slice {
                    : (pack * kCount + c) * threads + thread;
   }
   // kShared: the row lies in shared memory.
-  template <bool kShared, class T>
-  __device__ static void load(const T* row, int64_t left, Pack<T, kCount> (&x)[kPacks]) {
+  template <bool kShared, class T, class Left>
+  __device__ static void load(const T* row, Left left, Pack<T, kCount> (&x)[kPacks]) {
 #pragma unroll
     for (int pack = 0; pack < kPacks; ++pack) {
       x[pack].clear();
@@ -100,6 +100,20 @@ struct Slice {
       }
     }
   }
+  // sum += value * g; returns the thread's part of weight . g.
+  __device__ float add(float value, const Pack<Values, kCount> (&x)[kPacks]) {
+    float dot = 0.0f;
+#pragma unroll
+    for (int pack = 0; pack < kPacks; ++pack) {
+#pragma unroll
+      for (int c = 0; c < kCount; ++c) {
+        const float g = to_float(x[pack].item[c]);
+        sum[pack][c] = fmaf(value, g, sum[pack][c]);
+        dot = fmaf(to_float(weight[pack].item[c]), g, dot);
+      }
+    }
+    return dot;
+  }
   // The thread's part of weight . g.
   __device__ float dot(const Pack<Values, kCount> (&x)[kPacks]) const {
     float dot = 0.0f;
@@ -146,8 +160,7 @@ __device__ void add_batch(const Gradients<Values, Weight>& p, int entries, bool 
     float dot[kAtOnce];
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
-      slice->add_to_sums(first + u < entries ? shared->value[first + u] : 0.0f, x[u]);
-      dot[u] = slice->dot(x[u]);
+      dot[u] = slice->add(first + u < entries ? shared->value[first + u] : 0.0f, x[u]);
     }
     if (!dots) continue;
 #pragma unroll

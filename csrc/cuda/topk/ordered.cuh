@@ -11,9 +11,9 @@ constexpr int kSweep = 8;
 // Calls take(position, i, key) for the first k elements of the total order, position ascending
 // with i; key_at(i) is the key of element i. For a whole block: each warp owns a stretch of the
 // row, counts what it will take, learns where that goes, and takes it. Reads the keys twice.
-template <class RankAt, class Take>
+template <class KeyAt, class Take>
 __device__ void take_in_order(BlockReduce& reduce, int64_t n, const Bound& bound, int ties,
-                              const RankAt& key_at, const Take& take) {
+                              const KeyAt& key_at, const Take& take) {
   const int lane = threadIdx.x % kWarp;
   const int64_t step = kWarp * kSweep;
   const int64_t stretch = (n + kBlockWarps * step - 1) / (kBlockWarps * step) * step;

@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   load_keys(batch, batch.row(b), packed, keys);
   __syncthreads();
   BlockReduce reduce;
-  unsigned high = kNoKey - 1;
+  unsigned high = kNoKey >> key_shift<T>;  // no number's key is later
   if (n >= kGroups && batch.k <= kGroups / 2) high = group_bound(reduce, keys, n, batch.k);
   const auto count_to = [&](unsigned v) {
     int count = 0;

@@ -27,7 +27,8 @@ def check_arguments(
         )
     if indices.shape[:-1] != x.shape[:-1]:
         raise ValueError(
-            f"{op}: indices must be {[*x.shape[:-1], 'k']} for x {list(x.shape)}, "
+            f"{op}: indices must be [{''.join(f'{size}, ' for size in x.shape[:-1])}k] for x "
+            f"{list(x.shape)}, "
             f"got shape {list(indices.shape)}"
         )
     check_same_device(op, x=x, weight=weight, indices=indices)

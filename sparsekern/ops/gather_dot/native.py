@@ -23,7 +23,7 @@ def gather_dot(
     """
     checked = offsets is not None and indices.is_cpu  # a GPU's module would have to wait to tell
     if offsets is None or positions is None:
-        offsets, positions = transpose_codes(indices, weight.shape[0])
+        offsets, positions = transpose_codes(indices, weight.shape[0], "gather_dot")
     products = x.new_empty(indices.shape)
     fits = launch(
         "sparse_matmul_backward",

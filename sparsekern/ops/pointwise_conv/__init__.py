@@ -81,6 +81,8 @@ def pointwise_conv(
     if values.dim() != 1:
         raise ValueError(f"{op}: values must have shape [M], got {list(values.shape)}")
     shape = tuple(shape)
+    if min(shape, default=0) < 0:
+        raise ValueError(f"{op}: shape must have no size below 0, got {list(shape)}")
     dim = check_channel_dim(op, "shape", len(shape), channel_dim)
     weight = checked_weight(op, values, weight, bias, shape[dim])
     outer, inner = math.prod(shape[:dim]), math.prod(shape[dim + 1 :])

@@ -51,7 +51,7 @@ def sparse_matmul_backward(
     """
     checked = offsets is not None and indices.is_cpu  # on a GPU the host would have to wait
     if offsets is None or positions is None:
-        offsets, positions = transpose_codes(indices, weight.shape[0])
+        offsets, positions = transpose_codes(indices, weight.shape[0], "sparse_matmul")
     grad_values = torch.empty_like(values) if need_values else values.new_empty(0)
     grad_weight = empty_like_dictionary(weight, new_output) if need_weight else weight.new_empty(0)
     fits = launch(

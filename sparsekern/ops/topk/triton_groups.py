@@ -19,8 +19,9 @@ import triton.language as tl
 from ..block_sizes import cdiv
 from ..triton_keys import bits_of, bits_of_key, key_of
 
-# Elements of one program: 32 a thread, in loads of 16 bytes.
+# Elements of one program: 32 a thread, in loads of 16 bytes; 16 where each has an address.
 BLOCK = 4096
+STRIDED_BLOCK = 2048
 WARPS = 4
 
 
@@ -65,13 +66,14 @@ def maxima_kernel(
 def group_maxima(x: torch.Tensor, span: int, abs: bool) -> torch.Tensor:
     """Return the best of each `span` consecutive elements of x [rows, n]: [rows, n / span].
 
-    n / span is rounded up; span is a power of two up to BLOCK.
+    n / span is rounded up; span is a power of two up to STRIDED_BLOCK.
     """
     rows, n = x.shape
     bits = bits_of(x.dtype)
     groups = cdiv(n, span)
+    block = BLOCK if x.stride(1) == 1 else STRIDED_BLOCK
     best = torch.empty(rows, groups, dtype=x.dtype, device=x.device)
-    maxima_kernel[(rows * cdiv(n, BLOCK),)](
+    maxima_kernel[(rows * cdiv(n, block),)](
         x.view(bits.integer),
         best.view(bits.integer),
         n,
@@ -82,7 +84,7 @@ def group_maxima(x: torch.Tensor, span: int, abs: bool) -> torch.Tensor:
         ABS=abs,
         UNIT_STRIDE=x.stride(1) == 1,
         SPAN=span,
-        BLOCK=BLOCK,
+        BLOCK=block,
         num_warps=WARPS,
     )
     return best

@@ -8,13 +8,17 @@ from ...dispatch.launch import index_list, launch
 from ..checks import bad_index
 
 
-def transpose_codes(indices: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return offsets int64 [n + 1] and positions int32 [codes] of contiguous indices."""
+def transpose_codes(
+    indices: torch.Tensor, n: int, op: str = "transpose_codes"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return offsets int64 [n + 1] and positions int32 [codes] of contiguous indices.
+
+    op: the operation that errors name.
+    """
     count = indices.numel()
     if count >= 2**31:
         raise ValueError(
-            "sparse_matmul: one call takes fewer than 2^31 codes in its backward pass, "
-            f"got {count}; split the batch"
+            f"{op}: one call takes fewer than 2^31 codes to transpose, got {count}; split the batch"
         )
     offsets = indices.new_empty(n + 1, dtype=torch.int64)
     positions = indices.new_empty(count, dtype=torch.int32)
@@ -27,5 +31,5 @@ def transpose_codes(indices: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.
         positions=positions.data_ptr(),
     )
     if wrong >= 0:
-        raise bad_index("sparse_matmul", indices, wrong, n)
+        raise bad_index(op, indices, wrong, n)
     return offsets, positions
