@@ -360,6 +360,7 @@ def test_every_instruction_set_gives_the_same_codes(instruction_sets):
 # -- bad input -------------------------------------------------------------------------------------
 
 X = torch.randn(2, 8)
+NESTED = torch.nested.nested_tensor([torch.zeros(3, 5), torch.zeros(2, 5)], layout=torch.jagged)
 
 
 @pytest.mark.parametrize("function", [sparsekern.topk, sparsekern.topk_mask])
@@ -379,6 +380,7 @@ X = torch.randn(2, 8)
         ([1.0, 2.0], 1, TypeError, r"x must be a tensor, got list"),
         (torch.empty(3, 0), 1, ValueError, r"no k is possible, since the size of the last"),
         (X.to_sparse(), 1, TypeError, r"x must be a dense tensor, got one of torch.sparse_coo"),
+        (NESTED, 1, TypeError, r"x must be a dense tensor, got one of nested tensors"),
     ],
 )
 def test_bad_input(function, x, k, error, message):

@@ -25,8 +25,9 @@ def check_floating(op: str, name: str, tensor: torch.Tensor) -> None:
     """Check for a tensor of float32, bfloat16, float16 or float64 that is not 0-d."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{op}: {name} must be a dense tensor, got one of {tensor.layout}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        layout = "nested tensors" if tensor.is_nested else tensor.layout
+        raise TypeError(f"{op}: {name} must be a dense tensor, got one of {layout}")
     if tensor.dtype not in FLOATING:
         raise TypeError(
             f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}"
