@@ -16,7 +16,7 @@ from ..._tensor_files import SavedTensors, write_tensors
 from ...nn import JumpReLU
 
 # Elements that are looked at together for NaN and infinities.
-_CHECKED = 1 << 24
+_CHECKED = 1 << 20
 
 
 @dataclass
