@@ -52,8 +52,8 @@ Slices slices_for(int64_t rows, int64_t n);
 int64_t candidates_workspace(int64_t rows, int64_t slices, int64_t k);
 void topk_candidates(const TopkCall& call, const Slices& slices);
 
-// Any n and k. Counts digits, reading the row five times (16-bit numbers: four). With `sorted` and k > kSharedSort the
-// workspace holds sort_workspace(rows, k) bytes.
+// Any n and k. Counts digits, reading the row five times (16-bit numbers: four). With `sorted` and
+// k > kSharedSort the workspace holds sort_workspace(rows, k) bytes.
 void topk_digits(const TopkCall& call);
 int64_t sort_workspace(int64_t rows, int64_t k);
 
