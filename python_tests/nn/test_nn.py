@@ -138,6 +138,7 @@ def test_a_schedule_of_k_does_not_compile_for_every_k():
         testing.assert_same(f"k = {k}", compiled(x), sparsekern.topk_mask(x, k, relu=True))
 
 
+@pytest.mark.slow
 def test_inductor():
     """The default compiler, forward and backward, on the automatic backend."""
     torch.compiler.reset()

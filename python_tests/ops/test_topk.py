@@ -272,7 +272,7 @@ def grouped(request, monkeypatch):
         (4099, 1, [64]),
         (5000, 250, [4]),
         (16384, 64, [16]),
-        (65536, 512, [8, 4]),
+        pytest.param(65536, 512, [8, 4], marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
