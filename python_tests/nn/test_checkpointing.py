@@ -12,6 +12,8 @@ from torch.utils import checkpoint as torchs
 from sparsekern import BatchTopK, DeadNeuronCounter, JumpReLU, SpatialSparsity, TopK
 from sparsekern.models import PatchMotifs, PenalizedBottleneck, SparseAutoencoder, SparseBottleneck
 
+pytestmark = pytest.mark.slow
+
 
 def _reentrant(segment, *inputs):
     return torchs.checkpoint(segment, *inputs, use_reentrant=True)

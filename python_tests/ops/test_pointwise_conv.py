@@ -150,6 +150,7 @@ def test_output_and_gradients(target, counted, dtype, weight_dtype):
         counted()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides_of_the_weight(target, counted, layout):
     for name in ("image", "channels last", "rows, many outputs"):

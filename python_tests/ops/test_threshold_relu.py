@@ -233,6 +233,7 @@ def test_numerical_gradients(target):
 # -- torch's own machinery -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_operator_registration(target):
     ops = torch.ops.sparsekern
     x = torch.randn(3, 4, 5, 2, device=target.device)

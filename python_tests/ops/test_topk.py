@@ -270,8 +270,8 @@ def grouped(request, monkeypatch):
     [
         (4096, 32, [8]),
         (4099, 1, [64]),
-        (5000, 250, [4]),
-        (16384, 64, [16]),
+        pytest.param(5000, 250, [4], marks=pytest.mark.slow),
+        pytest.param(16384, 64, [16], marks=pytest.mark.slow),
         pytest.param(65536, 512, [8, 4], marks=pytest.mark.slow),
     ],
 )

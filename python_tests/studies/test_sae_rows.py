@@ -18,6 +18,8 @@ from sparsekern.studies import sae
 from sparsekern.studies.configs import SettingError
 from sparsekern.studies.sae import rows as sae_rows
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
     "latents": 64, "k": 4, "batch_size": 256, "learning_rate": 3e-3, "eval_tokens": 2000,
     "progress": False, "seed": 1,

@@ -20,6 +20,8 @@ from sparsekern.sae.statistics import total_variance
 from sparsekern.studies import sae
 from sparsekern.training import checkpoints
 
+pytestmark = pytest.mark.slow
+
 KILLS = 20
 LONG = {"epochs": 40}  # so that the run outlives its kills on a quick machine, too
 
