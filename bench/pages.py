@@ -98,6 +98,19 @@ def headlines(lines: Sequence[Line]) -> str:
     return "\n".join([*text, "", f"Over all sizes and dtypes measured; {where}."])
 
 
+def gpu_headline(lines: Sequence[Line]) -> str:
+    """The README's sentence on the CUDA kernels."""
+    native = [line for line in lines if line.target.backend == "native"]
+    topk = measured(native, "topk", "forward", "torch.topk")
+    step = measured(native, "training step", "forward+backward+optimizer", "eai-sparsify")
+    fast = [spread([line.row["ratio"] for line in found if line.row]) for found in (topk, step)]
+    (gpu,) = {line.row["gpu"] for line in (*topk, *step) if line.row}
+    return (
+        f"On one {gpu}: `topk` {fast[0]} as fast as torch.topk ({topk[0].target.workload.case}), a "
+        f"training step {fast[1]} as fast as eai-sparsify's ({step[0].target.workload.case})."
+    )
+
+
 def section(title: str, lines: Sequence[Line]) -> str:
     """A table of the documentation's page, with a heading."""
     header = (
@@ -197,7 +210,11 @@ def pages(root: Path = ROOT, results: Path = RESULTS) -> dict[Path, str]:
     docs = root / "docs"
     readme, benchmarks, studies = root / "README.md", docs / "benchmarks.md", docs / "studies.md"
     return {
-        readme: between_marks(readme.read_text(), "headlines", headlines(cpu)),
+        readme: between_marks(
+            between_marks(readme.read_text(), "headlines", headlines(cpu)),
+            "gpu",
+            gpu_headline(gpu),
+        ),
         benchmarks: between_marks(benchmarks.read_text(), "speed", speed(cpu, gpu)),
         studies: between_marks(studies.read_text(), "dead units", dead_table(vae_sae)),
         docs / "figures" / "training-step.svg": training_step(cpu),

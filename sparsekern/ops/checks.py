@@ -173,13 +173,18 @@ def bad_index(
     )
 
 
-def in_range(indices: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+def in_range(indices: torch.Tensor, n: int) -> torch.Tensor:
+    """Return where indices lie in 0..n-1."""
+    return (indices >= 0) & (indices < n)
+
+
+def places_in_range(indices: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return where indices lie in 0..n-1, and the indices as int64, 0 where they do not.
 
     For torch's own kernels on devices other than the CPU, where an index out of range is an
     assertion that ends the use of the device.
     """
-    inside = (indices >= 0) & (indices < n)
+    inside = in_range(indices, n)
     return inside, torch.where(inside, indices, 0).long()
 
 

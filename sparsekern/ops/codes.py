@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from .checks import in_range
 from .exported import exported
 
 
@@ -41,4 +42,4 @@ def shift_by_entry(indices: torch.Tensor, n: int) -> torch.Tensor:
     """
     shifts = torch.arange(len(indices), device=indices.device) * n
     shifted = indices + shifts.view(-1, *[1] * (indices.dim() - 1))
-    return torch.where((indices >= 0) & (indices < n), shifted, -1)
+    return torch.where(in_range(indices, n), shifted, -1)

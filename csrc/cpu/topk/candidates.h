@@ -88,9 +88,8 @@ class Candidates {
     for (int64_t w = 0; w < hits_.words; ++w) {
       if (!list_.has_room_for(kWord)) tighten();
       uint64_t bits = hits_.bits[w];
-      const int64_t start = hits_.starts[w];
       do {
-        const int64_t at = start + __builtin_ctzll(bits);
+        const int64_t at = hits_.starts[w] + __builtin_ctzll(bits);
         list_.append(key_of(compared<kAbsolute>(to_sum(x[at]))), base + at);
       } while ((bits &= bits - 1) != 0);
     }

@@ -91,4 +91,37 @@ class TeamReduce<BlockTeam> {
 
 using BlockReduce = TeamReduce<BlockTeam>;
 
+// ---- keys that the threads of a team hold, kHeld each; kNoKey where there is none ----
+
+// How many are <= v.
+template <class Team, int kHeld>
+__device__ int count_to(TeamReduce<Team>& reduce, const unsigned (&keys)[kHeld], unsigned v) {
+  int count = 0;
+#pragma unroll
+  for (int j = 0; j < kHeld; ++j) count += keys[j] <= v;
+  return reduce.sum(count);
+}
+
+// The earliest and the latest.
+template <class Team, int kHeld>
+__device__ uint2 range_of(TeamReduce<Team>& reduce, const unsigned (&keys)[kHeld]) {
+  unsigned earliest = kNoKey, latest = 0;
+#pragma unroll
+  for (int j = 0; j < kHeld; ++j) {
+    earliest = keys[j] < earliest ? keys[j] : earliest;
+    latest = keys[j] != kNoKey && keys[j] > latest ? keys[j] : latest;
+  }
+  const unsigned first = reduce.least(earliest);
+  return {first, reduce.greatest(latest)};
+}
+
+// The wanted-th of them, at least as many, or one that up to `slack` more reach.
+template <class Team, int kHeld>
+__device__ Bound bound_of(TeamReduce<Team>& reduce, const unsigned (&keys)[kHeld], int wanted,
+                          int slack) {
+  const uint2 range = range_of(reduce, keys);
+  return bisect(range.x, range.y, wanted, slack,
+                [&](unsigned v) { return count_to(reduce, keys, v); });
+}
+
 }  // namespace sparsekern::cuda

@@ -167,20 +167,8 @@ __device__ Bound bound_of_maxima(const unsigned (&keys)[kGroupsHeld], const Grou
                                  int k) {
   // Fewer groups prove nothing, and there are no more elements than 16 bytes a group.
   if (groups.count * Team::kSize < k) return {kNoKey, groups.count * Team::kSize};
-  unsigned best = kNoKey, worst = 0;
-#pragma unroll
-  for (int g = 0; g < kGroupsHeld; ++g) {
-    best = keys[g] < best ? keys[g] : best;
-    worst = keys[g] != kNoKey && keys[g] > worst ? keys[g] : worst;
-  }
   TeamReduce<Team> reduce;
-  const unsigned low = reduce.least(best), high = reduce.greatest(worst);
-  return bisect(low, high, k, k / 8, [&](unsigned v) {
-    int count = 0;
-#pragma unroll
-    for (int g = 0; g < kGroupsHeld; ++g) count += keys[g] <= v;
-    return reduce.sum(count);
-  });
+  return bound_of(reduce, keys, k, k / 8);
 }
 
 }  // namespace sparsekern::cuda

@@ -39,25 +39,14 @@ __device__ void load_keys(const Batch<T>& batch, const T* row, bool packed, unsi
 // bests, or a little later. Group g holds the elements g, g + kGroups, ...
 __device__ inline unsigned group_bound(BlockReduce& reduce, const unsigned* keys, int n, int k) {
   unsigned best[kGroupsPerThread];
-  unsigned earliest = kNoKey, latest = 0;
 #pragma unroll
   for (int g = 0; g < kGroupsPerThread; ++g) {
     best[g] = kNoKey;
     for (int i = g * kBlockThreads + threadIdx.x; i < n; i += kGroups) {
       best[g] = keys[i] < best[g] ? keys[i] : best[g];
     }
-    earliest = best[g] < earliest ? best[g] : earliest;
-    latest = best[g] > latest ? best[g] : latest;
   }
-  const unsigned low = reduce.least(earliest);
-  const unsigned high = reduce.greatest(latest);
-  const auto count_to = [&](unsigned v) {
-    int count = 0;
-#pragma unroll
-    for (int g = 0; g < kGroupsPerThread; ++g) count += best[g] <= v;
-    return reduce.sum(count);
-  };
-  return bisect(low, high, k, k / 8, count_to).key;
+  return bound_of(reduce, best, k, k / 8).key;
 }
 
 // A block owns a row. It reads the row once into up to 128 KiB of shared memory, of which each step

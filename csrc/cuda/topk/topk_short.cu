@@ -8,26 +8,14 @@ namespace {
 constexpr int kRowsPerBlock = 4;
 constexpr int kShortThreads = kRowsPerBlock * kWarp;
 
-__device__ inline int warp_sum(int x) {
-  return static_cast<int>(__reduce_add_sync(kFullMask, static_cast<unsigned>(x)));
-}
-
-// How many of a warp's keys are <= v.
-template <int kPerLane>
-__device__ int count_to(const unsigned (&keys)[kPerLane], unsigned v) {
-  int count = 0;
-#pragma unroll
-  for (int e = 0; e < kPerLane; ++e) count += keys[e] <= v;
-  return warp_sum(count);
-}
+using WarpReduce = TeamReduce<WarpTeam>;
 
 // A proved bound of the k-th key: the k-th of the bests of kPerLane / 8 groups of keys in each
 // lane, or a little later. No group is empty, since the row has more than 8 kPerLane elements.
 template <int kPerLane>
-__device__ unsigned group_bound(const unsigned (&keys)[kPerLane], unsigned low, int k) {
+__device__ unsigned group_bound(WarpReduce& reduce, const unsigned (&keys)[kPerLane], int k) {
   constexpr int kGroups = kPerLane / 8;
   unsigned best[kGroups];
-  unsigned latest = 0;
 #pragma unroll
   for (int g = 0; g < kGroups; ++g) {
     best[g] = keys[g];
@@ -35,28 +23,19 @@ __device__ unsigned group_bound(const unsigned (&keys)[kPerLane], unsigned low, 
     for (int e = g + kGroups; e < kPerLane; e += kGroups) {
       best[g] = keys[e] < best[g] ? keys[e] : best[g];
     }
-    latest = best[g] > latest ? best[g] : latest;
   }
-  latest = __reduce_max_sync(kFullMask, latest);
-  return bisect(low, latest, k, k / 8, [&](unsigned v) { return count_to(best, v); }).key;
+  return bound_of(reduce, best, k, k / 8).key;
 }
 
 // The bound of a row: exact, or one with k keys up to it.
 template <int kPerLane>
-__device__ Bound bound_of(const unsigned (&keys)[kPerLane], int k) {
-  unsigned best = kNoKey, worst = 0;
-#pragma unroll
-  for (int e = 0; e < kPerLane; ++e) {
-    best = keys[e] < best ? keys[e] : best;
-    worst = keys[e] != kNoKey && keys[e] > worst ? keys[e] : worst;
-  }
-  const unsigned low = __reduce_min_sync(kFullMask, best);
-  unsigned high = __reduce_max_sync(kFullMask, worst);
+__device__ Bound row_bound(WarpReduce& reduce, const unsigned (&keys)[kPerLane], int k) {
+  uint2 range = range_of(reduce, keys);
   if constexpr (kPerLane >= 8) {
     // Half as many codes as groups at most, otherwise the bound hardly helps.
-    if (k <= kWarp * (kPerLane / 8) / 2) high = group_bound(keys, low, k);
+    if (k <= kWarp * (kPerLane / 8) / 2) range.y = group_bound(reduce, keys, k);
   }
-  return bisect(low, high, k, 0, [&](unsigned v) { return count_to(keys, v); });
+  return bisect(range.x, range.y, k, 0, [&](unsigned v) { return count_to(reduce, keys, v); });
 }
 
 // A warp owns a row of at most 32 kPerLane elements, element 32 e + lane in register e of a lane:
@@ -80,8 +59,9 @@ __global__ void __launch_bounds__(kShortThreads, 5) topk_short_kernel(Batch<T> b
     const int i = e * kWarp + lane;
     keys[e] = i < batch.n ? batch.key(row, i) : kNoKey;
   }
-  const Bound bound = bound_of(keys, batch.k);
-  int ties = ties_at(bound, batch.k, [&](unsigned v) { return count_to(keys, v); });
+  WarpReduce reduce;
+  const Bound bound = row_bound(reduce, keys, batch.k);
+  int ties = ties_at(bound, batch.k, [&](unsigned v) { return count_to(reduce, keys, v); });
   const unsigned lanes_before = (1u << lane) - 1;
   int taken = 0;
 #pragma unroll

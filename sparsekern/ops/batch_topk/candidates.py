@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..block_sizes import cdiv
 from ..checks import check_row
 from ..order import key_of
 
@@ -26,7 +27,7 @@ def largest(
     """Return the `total` largest of x [B, n]: values [total], flat positions [total], ascending."""
     rows, n = x.shape
     largest_m = min(n, total)  # no row can give more
-    share = -(-total // rows)
+    share = cdiv(total, rows)
     # With independent scores hardly any row has more than twice its share. Twice the candidates
     # cost the kernel a tenth of its time; a row that has more costs another round.
     m = min(largest_m, max(2 * share, share + 16))

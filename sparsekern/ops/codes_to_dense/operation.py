@@ -9,7 +9,7 @@ import torch
 
 from ...dispatch.operations import define
 from ..batching import leading_dimensions
-from ..checks import check_codes, check_range, check_size, in_range
+from ..checks import check_codes, check_range, check_size, places_in_range
 from . import native
 from .reference import codes_to_dense_reference
 
@@ -53,7 +53,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> Any:
     (indices,) = ctx.saved_tensors
     if indices.is_cpu:  # torch raises an error for an index that has changed since
         return grad.gather(-1, indices.long()), None, None
-    inside, places = in_range(indices, grad.shape[-1])
+    inside, places = places_in_range(indices, grad.shape[-1])
     return torch.where(inside, grad.gather(-1, places), 0), None, None
 
 

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..block_sizes import cdiv
+
 # Scores held at a time. Wider slices make faster products (bench/ measures them as "linear_topk").
 # On a CPU the C library maps blocks of 32 MiB or more anew each time, and the system clears them; a
 # GPU is filled by products of 8192 rows and latents.
@@ -119,8 +121,8 @@ def _slice_width(total: int, widest: int) -> int:
 
     Widths are multiples of a cache line where that is possible.
     """
-    slices = -(-total // widest)
-    return min(total, widest, -(-total // (slices * CACHE_LINE_ELEMENTS)) * CACHE_LINE_ELEMENTS)
+    lines = cdiv(total, cdiv(total, widest) * CACHE_LINE_ELEMENTS)
+    return min(total, widest, lines * CACHE_LINE_ELEMENTS)
 
 
 def _select_groups(

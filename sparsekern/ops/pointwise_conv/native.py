@@ -11,6 +11,7 @@ import torch
 
 from ...dispatch.launch import codes, launch, matrix, module_for, new_output, pointer
 from ..channels import channels_of
+from ..checks import in_range
 
 
 def pointwise_conv(
@@ -87,7 +88,7 @@ def _order_by_key(keys: torch.Tensor, limit: int, indices: torch.Tensor, size: i
 
     Codes whose index lies outside 0..size-1 come last.
     """
-    keys = torch.where((indices >= 0) & (indices < size), keys, limit)
+    keys = torch.where(in_range(indices, size), keys, limit)
     if limit < 2**31:  # half as many passes of a radix sort
         keys = keys.int()
     return keys.argsort(stable=True)

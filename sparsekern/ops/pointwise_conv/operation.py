@@ -8,7 +8,7 @@ import torch
 
 from ...dispatch.operations import define, differentiating
 from ..batching import one_by_one
-from ..checks import check_range, in_range
+from ..checks import check_range, places_in_range
 from . import native
 from .checks import check_gradients, check_product
 from .reference import pointwise_conv_backward_reference, pointwise_conv_reference
@@ -56,7 +56,7 @@ def _differentiable_backward(
     """Run the reference's backward pass, which consists of differentiable operations."""
     if indices.is_cpu:
         return pointwise_conv_backward_reference(grad, values, indices, weight)
-    inside, indices = in_range(indices, grad.shape[0] * weight.shape[1] * grad.shape[2])
+    inside, indices = places_in_range(indices, grad.shape[0] * weight.shape[1] * grad.shape[2])
     values = torch.where(inside, values, 0)
     grad_values, grad_weight, grad_bias = pointwise_conv_backward_reference(
         grad, values, indices, weight

@@ -71,7 +71,8 @@ def group_maxima(x: torch.Tensor, span: int, abs: bool) -> torch.Tensor:
     rows, n = x.shape
     bits = bits_of(x.dtype)
     groups = cdiv(n, span)
-    block = BLOCK if x.stride(1) == 1 else STRIDED_BLOCK
+    packed = x.stride(1) == 1
+    block = BLOCK if packed else STRIDED_BLOCK
     best = torch.empty(rows, groups, dtype=x.dtype, device=x.device)
     maxima_kernel[(rows * cdiv(n, block),)](
         x.view(bits.integer),
@@ -82,7 +83,7 @@ def group_maxima(x: torch.Tensor, span: int, abs: bool) -> torch.Tensor:
         MAGNITUDE=bits.magnitude,
         INFINITY=bits.infinity,
         ABS=abs,
-        UNIT_STRIDE=x.stride(1) == 1,
+        UNIT_STRIDE=packed,
         SPAN=span,
         BLOCK=block,
         num_warps=WARPS,
