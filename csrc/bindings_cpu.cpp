@@ -50,6 +50,7 @@ PYBIND11_MODULE(_native, m) {
     const py::gil_scoped_release released;                  \
     return kernels().name(call, threads);                   \
   });
+#define SPARSEKERN_CUDA_KERNEL(...)
 #include "interface/kernels.def"
   sparsekern::export_dtypes(m);
   m.def("instruction_sets", &instruction_sets);

@@ -15,6 +15,7 @@
 #include "bindings_arguments.h"
 #include "cuda/common/architectures.h"
 #include "cuda/kernels.h"
+#include "cuda/topk/regimes.h"
 
 #ifdef SPARSEKERN_EMULATION
 #define SPARSEKERN_CUDA_MODULE _cuda_emulation
@@ -86,5 +87,6 @@ PYBIND11_MODULE(SPARSEKERN_CUDA_MODULE, m) {
   sparsekern::export_dtypes(m);
   // Its two convolutions want the codes grouped, by site and by channel; those of _native do not.
   m.attr("GROUPED_CODES") = true;
+  m.attr("MOST_CODES_UPDATED") = cuda::kCandidateK;
   m.def("build_info", &build_info);
 }

@@ -24,17 +24,20 @@ namespace {
 constexpr Kernels kBaseline = {
     "baseline",
 #define SPARSEKERN_KERNEL(name, ...) &baseline::name,
+#define SPARSEKERN_CUDA_KERNEL(...)
 #include "interface/kernels.def"
 };
 #if defined(SPARSEKERN_X86)
 constexpr Kernels kAvx2 = {
     "avx2",
 #define SPARSEKERN_KERNEL(name, ...) &avx2::name,
+#define SPARSEKERN_CUDA_KERNEL(...)
 #include "interface/kernels.def"
 };
 constexpr Kernels kAvx512 = {
     "avx512",
 #define SPARSEKERN_KERNEL(name, ...) &avx512::name,
+#define SPARSEKERN_CUDA_KERNEL(...)
 #include "interface/kernels.def"
 };
 #endif

@@ -10,6 +10,7 @@ struct Kernels {
   const char* instruction_set;
 #define SPARSEKERN_KERNEL(name, Arguments, Result, ...) \
   Result (*name)(const Arguments& call, int threads);
+#define SPARSEKERN_CUDA_KERNEL(...)
 #include "interface/kernels.def"
 };
 

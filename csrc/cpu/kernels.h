@@ -6,6 +6,7 @@ namespace sparsekern::cpu::SPARSEKERN_ISA {
 
 #define SPARSEKERN_KERNEL(name, Arguments, Result, ...) \
   Result name(const Arguments& call, int threads);
+#define SPARSEKERN_CUDA_KERNEL(...)
 #include "interface/kernels.def"
 
 }  // namespace sparsekern::cpu::SPARSEKERN_ISA

@@ -91,15 +91,15 @@ def select_case(n: int, dtype: torch.dtype, **changes: Any) -> Case:
     return Case(topk.select_kernel, pointers, constants, warps, registers)
 
 
-def maxima_case(span: int, dtype: torch.dtype, **changes: Any) -> Case:
+def maxima_case(span: int, dtype: str, **changes: Any) -> Case:
     constants = {
-        **float_constants(dtype), "UNIT_STRIDE": True, "SPAN": span, "BLOCK": topk_groups.BLOCK,
+        "ABS": False, "UNIT_STRIDE": True, "SPAN": span, "BLOCK": topk_groups.BLOCK,
         "col_stride": 1, **changes,
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if value is not None}
     if not constants["UNIT_STRIDE"]:
         constants["BLOCK"] = topk_groups.STRIDED_BLOCK
-    pointers = {"x": bits_pointer(dtype), "best": bits_pointer(dtype)}
+    pointers = {"x": f"*{dtype}", "best": f"*{dtype}"}
     return Case(topk_groups.maxima_kernel, pointers, constants, topk_groups.WARPS, registers=64)
 
 
@@ -209,11 +209,9 @@ CASES = {
     "select 8192 float32, candidates": select_case(8192, torch.float32, SPAN=1),
     "select 2048 bfloat16, groups": select_case(2048, torch.bfloat16, SPAN=32),
     "select 4096 float32, groups": select_case(4096, torch.float32, SPAN=64),
-    "maxima 32 float32": maxima_case(32, torch.float32),
-    "maxima 4 float16": maxima_case(4, torch.float16),
-    "maxima 128 bfloat16, strided": maxima_case(
-        128, torch.bfloat16, UNIT_STRIDE=False, col_stride=None
-    ),
+    "maxima 32 float32": maxima_case(32, "fp32"),
+    "maxima 4 float16": maxima_case(4, "fp16"),
+    "maxima 128 bfloat16, strided": maxima_case(128, "bf16", UNIT_STRIDE=False, col_stride=None),
     "passes float32": passes_case(torch.float32),
     "finish 64 bfloat16, sorted": finish_case(64, torch.bfloat16, True),
     "finish 20 float32, sorted": finish_case(20, torch.float32, True),

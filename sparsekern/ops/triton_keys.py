@@ -46,12 +46,6 @@ def key_of(bits, MAGNITUDE: tl.constexpr, INFINITY: tl.constexpr, ABS: tl.conste
 
 
 @triton.jit
-def bits_of_key(key, MAGNITUDE: tl.constexpr):
-    """Return the bits of a number with this key: `key_of` undone, but for -0 and NaN's payload."""
-    return tl.where(key < 0, -key | (-1 - MAGNITUDE), key)
-
-
-@triton.jit
 def rectified(bits, MAGNITUDE: tl.constexpr, INFINITY: tl.constexpr):
     """Return max(v, 0) on bits: negative numbers and -0 become +0, NaN stays as it is."""
     return tl.where((bits < 0) & ((bits & MAGNITUDE) <= INFINITY), 0, bits)

@@ -29,17 +29,19 @@ struct Batch {
 
   // Code number `position` of row b is element `index`. The masked row is zero already.
   __device__ void write(int64_t b, int64_t position, unsigned index) const {
-    T stored = row(b)[index * col_stride];
-    float value = to_float(stored);
-    if (relu && value <= 0.0f) {
-      value = 0.0f;
-      from_float(value, &stored);
-    }
-    values[b * k + position] = stored;
-    indices[b * k + position] = index;
+    const T stored = write_code(b, position, row(b)[index * col_stride], index);
+    const float value = to_float(stored);
     if (masked != nullptr) masked[b * n + index] = stored;
     // Integer additions in any order give one result.
     if (counts != nullptr && value != 0.0f) atomicAdd(&counts[index], 1ull);
+  }
+
+  // Code number `position` of row b is x with this index; returns the value that was written.
+  __device__ T write_code(int64_t b, int64_t position, T x, int64_t index) const {
+    if (relu && to_float(x) <= 0.0f) from_float(0.0f, &x);
+    values[b * k + position] = x;
+    indices[b * k + position] = index;
+    return x;
   }
 };
 
@@ -59,6 +61,10 @@ Batch<T> make_batch(const TopkCall& call) {
           static_cast<T*>(call.masked),
           reinterpret_cast<unsigned long long*>(call.counts)};
 }
+
+// Elements that a load of a packed row has.
+template <class T>
+constexpr int kPacked = kVectorBytes / sizeof(T);
 
 // Whether every row of x can be read 16 bytes at a time.
 template <class T>

@@ -110,52 +110,88 @@ struct Groups {
   }
 };
 
-// Writes the key of each group's first element to keys[number of the group]. An element costs a
-// mask and a maximum, half of each if it has 16 bits: bound by one read of the stretch, of which a
-// thread has 64 bytes (16 elements that are not packed) in flight.
+// The first of many elements, two side by side if they have 16 bits: an element costs a mask and a
+// maximum, half of each if it has 16 bits.
+template <class T, int kWidth>
+class First {
+ public:
+  using Vector = typename Stretch<T, kWidth>::Vector;
+
+  __device__ First(const Stretch<T, kWidth>& stretch, unsigned mask)
+      : mask_(mask), word_mask_(kNumbers == 1 ? mask : mask >> 16 | (mask & 0xffff0000u)) {
+    T filler[kNumbers];
+    for (int c = 0; c < kNumbers; ++c) filler[c] = stretch.last();
+    __builtin_memcpy(&none_, filler, sizeof none_);
+    best_ = none_;
+  }
+
+  __device__ void clear() { best_ = none_; }
+
+  __device__ void add(const Vector& vector) {
+    unsigned words[kWords];
+    words[0] = none_;  // whose upper half stays where one 16-bit element is a vector
+    __builtin_memcpy(words, vector.item, sizeof vector);
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) best_ = larger<T>(best_, words[w] & word_mask_);
+  }
+
+  __device__ unsigned key() const {
+    T numbers[kNumbers];
+    __builtin_memcpy(numbers, &best_, sizeof best_);
+    const unsigned key = key_of(numbers[0], mask_);
+    if constexpr (kNumbers == 2) {
+      const unsigned other = key_of(numbers[1], mask_);
+      return other < key ? other : key;
+    }
+    return key;
+  }
+
+ private:
+  static constexpr int kNumbers = sizeof(unsigned) / sizeof(T);
+  static constexpr int kWords = kWidth / kNumbers > 0 ? kWidth / kNumbers : 1;
+
+  unsigned mask_, word_mask_, none_, best_;
+};
+
+// Vectors that a thread loads at once: 64 bytes (16 elements that are not packed) in flight.
+template <int kWidth>
+constexpr int kVectorsAtOnce = kWidth > 1 ? 4 : 16;
+
+// Loads the team's next vectors, each thread every kSize-th from first + Team::self() on.
+template <class Team, class T, int kWidth>
+__device__ void load_vectors(
+    const Stretch<T, kWidth>& stretch, unsigned first,
+    typename Stretch<T, kWidth>::Vector (&vectors)[kVectorsAtOnce<kWidth>]) {
+  constexpr int kAtOnce = kVectorsAtOnce<kWidth>;
+  const unsigned own = first + Team::self();
+  if (first + kAtOnce * Team::kSize <= stretch.count() / kWidth) {
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) vectors[u] = stretch.load_whole(own + u * Team::kSize);
+  } else {
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) vectors[u] = stretch.load(own + u * Team::kSize);
+  }
+}
+
+// Writes the key of each group's first element to keys[number of the group]: bound by one read of
+// the stretch.
 template <class Team, class T, int kWidth>
 __device__ void write_maxima(const Stretch<T, kWidth>& stretch, const Groups<Team>& groups,
                              unsigned mask, unsigned* keys) {
-  using Vector = typename Stretch<T, kWidth>::Vector;
-  constexpr int kBatch = kWidth > 1 ? 4 : 16;
-  constexpr int kNumbers = sizeof(unsigned) / sizeof(T);
-  constexpr int kWords = kWidth / kNumbers > 0 ? kWidth / kNumbers : 1;
-  const unsigned word_mask = kNumbers == 1 ? mask : mask >> 16 | (mask & 0xffff0000u);
-  T filler[kNumbers];
-  for (int c = 0; c < kNumbers; ++c) filler[c] = stretch.last();
-  unsigned none;
-  __builtin_memcpy(&none, filler, sizeof none);
+  constexpr int kAtOnce = kVectorsAtOnce<kWidth>;
   const unsigned each = static_cast<unsigned>(groups.count) << groups.shift;
   const unsigned size = 1u << groups.shift;
-  unsigned best = none;
-  for (unsigned first = 0; first < each; first += kBatch) {
-    Vector vectors[kBatch];
-    const unsigned own = first * Team::kSize + Team::self();
-    if ((first + kBatch) * Team::kSize <= stretch.count() / kWidth) {
+  First<T, kWidth> best(stretch, mask);
+  for (unsigned first = 0; first < each; first += kAtOnce) {
+    typename Stretch<T, kWidth>::Vector vectors[kAtOnce];
+    load_vectors<Team, T, kWidth>(stretch, first * Team::kSize, vectors);
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) vectors[u] = stretch.load_whole(own + u * Team::kSize);
-    } else {
-#pragma unroll
-      for (int u = 0; u < kBatch; ++u) vectors[u] = stretch.load(own + u * Team::kSize);
-    }
-#pragma unroll
-    for (int u = 0; u < kBatch; ++u) {
-      unsigned words[kWords];
-      words[0] = none;  // whose upper half stays where one 16-bit element is a vector
-      __builtin_memcpy(words, vectors[u].item, sizeof vectors[u]);
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) best = larger<T>(best, words[w] & word_mask);
+    for (int u = 0; u < kAtOnce; ++u) {
+      best.add(vectors[u]);
       const unsigned end = first + u + 1;
       if ((end & (size - 1)) != 0 || end > each) continue;
-      T numbers[kNumbers];
-      __builtin_memcpy(numbers, &best, sizeof best);
-      unsigned key = key_of(numbers[0], mask);
-      if constexpr (kNumbers == 2) {
-        const unsigned other = key_of(numbers[1], mask);
-        key = other < key ? other : key;
-      }
-      keys[((end >> groups.shift) - 1) * Team::kSize + Team::self()] = key;
-      best = none;
+      keys[((end >> groups.shift) - 1) * Team::kSize + Team::self()] = best.key();
+      best.clear();
     }
   }
 }

@@ -176,9 +176,6 @@ __global__ void __launch_bounds__(kBlockThreads, kResidentBlocks)
 }
 
 template <class T>
-constexpr int kPacked = kVectorBytes / sizeof(T);
-
-template <class T>
 void select_by_warps(const TopkCall& call) {
   const auto kernel =
       rows_packed<T>(call) ? topk_warp_kernel<T, kPacked<T>> : topk_warp_kernel<T, 1>;

@@ -22,8 +22,9 @@ constexpr int64_t kBytes[] = {4, 2, 2};
 const char* const kTypes[] = {"float32", "bfloat16", "float16"};
 constexpr unsigned char kPoison = 0xa5;
 
-enum class Way { topk, small, shared, warps, candidates, sliced, digits };
-const char* const kWays[] = {"topk", "short", "shared", "warps", "candidates", "sliced", "digits"};
+enum class Way { topk, small, shared, warps, candidates, sliced, digits, by_warps, by_blocks };
+const char* const kWays[] = {"topk",   "short",  "shared",       "warps",        "candidates",
+                             "sliced", "digits", "warps update", "blocks update"};
 
 enum class Fill {
   normal,
@@ -226,6 +227,35 @@ Output computed(const Case& c, Input& input) {
       break;
     case Way::digits:
       cuda::topk_digits(call);
+      break;
+    case Way::by_warps:
+    case Way::by_blocks:  // see updated
+      break;
+  }
+  return out;
+}
+
+// The first k columns or more are codes, found by the way under test; the others update them.
+Output updated(const Case& c, Input& input) {
+  const int64_t cut = std::max(c.k, c.n / 3);
+  Case before = c;
+  before.way = Way::topk;
+  before.relu = false;
+  Input first = input;
+  before.n = cut;
+  const Output codes = computed(before, first);
+  Output out(c);
+  const sparsekern::TopkUpdateArguments arguments{
+      {input.at(c, 0, cut), c.dtype, c.rows, c.n - cut, input.row_stride, input.col_stride},
+      cut,
+      {codes.values.data(), c.dtype, codes.indices.data(), sparsekern::kInt64, c.rows, c.k},
+      c.relu,
+      out.values.data(),
+      out.indices.data()};
+  if (c.way == Way::by_warps) {
+    cuda::topk_update_of_warps(arguments, nullptr);
+  } else {
+    cuda::topk_update_of_blocks(arguments, nullptr);
   }
   return out;
 }
@@ -243,7 +273,8 @@ int check(const Case& c, int* cases) {
   ++*cases;
   Input input(c);
   const Output wanted = expected(c, input);
-  const Output got = computed(c, input);
+  const bool update = c.way == Way::by_warps || c.way == Way::by_blocks;
+  const Output got = update ? updated(c, input) : computed(c, input);
   std::string wrong;
   if (got.indices != wanted.indices) wrong += " indices";
   if (got.values != wanted.values) wrong += " values";
@@ -304,6 +335,10 @@ const Shape kShapes[] = {
     {Way::topk, 1, 40961, 33},       {Way::topk, 1, 33000, 600},
     {Way::topk, 7, 512, 32},         {Way::topk, 1, 17000, 4100},
     {Way::topk, 264, 16384, 4},      {Way::topk, 2112, 2049, 3},
+    {Way::by_warps, 3, 300, 128},    {Way::by_warps, 9, 13001, 64},
+    {Way::by_warps, 2, 8192, 1},     {Way::by_warps, 2, 100, 99},
+    {Way::by_blocks, 2, 13001, 64},  {Way::by_blocks, 1, 20480, 512},
+    {Way::by_blocks, 2, 700, 300},   {Way::by_blocks, 1, 4097, 1},
 };
 
 int check_topk(int* cases) {
@@ -325,6 +360,9 @@ int check_topk(int* cases) {
       c.layout = static_cast<Layout>(turn % static_cast<int>(Layout::count));
       c.masked = turn % 4 < 2;
       c.counts = turn % 7 < 4;
+      if (shape.way == Way::by_warps || shape.way == Way::by_blocks) {
+        c.sorted = c.abs = c.masked = c.counts = false;
+      }
       failures += check(c, cases);
     }
   }

@@ -43,8 +43,13 @@ def _triton_topk(*args: Any) -> Any:
     return triton.topk(*args)
 
 
-def _slice_by_slice(select: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the operation of a backend from its top-k of matrices."""
+def _slice_by_slice(
+    select: Callable[..., Any], updater: Callable[[torch.Tensor, int], Any] = lambda x, k: None
+) -> Callable[..., Any]:
+    """Make the operation of a backend from its top-k of matrices.
+
+    updater: returns, for rows and k, what updates the codes of rows, or None.
+    """
 
     def run(
         x: torch.Tensor,
@@ -68,7 +73,7 @@ def _slice_by_slice(select: Callable[..., Any]) -> Callable[..., Any]:
         values = rows.new_empty(len(rows), k)
         indices = rows.new_empty(len(rows), k, dtype=torch.int64)
         layer = Layer(weight, bias, scale, latents, rows.dtype)
-        selection = Selection(k, groups, relu, sorted, select)
+        selection = Selection(k, groups, relu, sorted, select, updater(rows, k // groups))
         step = rows_at_once(rows.device, k)
         for first in range(0, len(rows), step):
             part = slice(first, first + step)
@@ -176,7 +181,7 @@ linear_topk = define(
     " -> (Tensor values, Tensor indices, Tensor offsets, Tensor positions)",
     reference=linear_topk_reference,
     implementations={
-        "native": _slice_by_slice(native.topk),
+        "native": _slice_by_slice(native.topk, native.topk_updater),
         "triton": _slice_by_slice(_triton_topk),
     },
     fake=_fake,

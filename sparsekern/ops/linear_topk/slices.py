@@ -1,9 +1,11 @@
 """The k largest outputs of a linear layer, a slice of latents at a time.
 
 The scores of a slice are one matrix product, into a buffer that every slice uses. The k largest of
-a slice are candidates, and the k largest candidates of all slices are the row's k largest. Both
-selections are exact and order equal scores by latent, and slices come in ascending order of
-latents, so the result is that of a selection from all scores at once.
+a slice are candidates, and the k largest candidates of all slices are the row's k largest. Or the
+codes of the slices so far are brought up to date with the next one: hardly any of its scores
+reaches them, and a kernel that knows them reads the slice once. Selections are exact and order
+equal scores by latent, and slices come in ascending order of latents, so the result is that of a
+selection from all scores at once.
 """
 
 from __future__ import annotations
@@ -61,6 +63,7 @@ class Selection(NamedTuple):
     """The scores to keep of each row: k / groups of each group of consecutive latents.
 
     select: the backend's topk(x, k, sorted, relu, abs, count).
+    update: its topk_update(x, first, values, indices, relu), or None.
     """
 
     k: int
@@ -68,6 +71,7 @@ class Selection(NamedTuple):
     relu: bool
     sorted: bool
     select: Any
+    update: Any
 
 
 def rows_at_once(device: torch.device, k: int) -> int:
@@ -167,25 +171,33 @@ def _select_range(
     """Write the codes of the latents begin..end-1, found slice by slice."""
     count, k = values.shape
     width = min(len(buffer) // count, end - begin)
-    slice_values: list[torch.Tensor] = []
-    slice_indices: list[torch.Tensor] = []
     single = width == end - begin
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
     for first in range(begin, end, width):
         last = min(first + width, end)
         scores = buffer[: count * (last - first)].view(count, last - first)
         layer.scores(rows, first, last, scores)
+        if found and selection.update:
+            relu = selection.relu and not selection.sorted and last == end
+            found = [selection.update(scores, first, *found[0], relu)]
+            continue
         top_values, columns, _ = selection.select(
             scores, min(k, last - first), single and selection.sorted, single and selection.relu,
             False, False,
         )  # fmt: skip
-        slice_values.append(top_values)
-        slice_indices.append(columns.add_(first))
-    if single:
-        values.copy_(slice_values[0])
-        indices.copy_(slice_indices[0])
-        return
-    top_values, columns, _ = selection.select(
-        torch.cat(slice_values, 1), k, selection.sorted, selection.relu, False, False
-    )
-    values.copy_(top_values)
-    indices.copy_(torch.cat(slice_indices, 1).gather(1, columns))
+        found.append((top_values, columns.add_(first)))
+    if len(found) > 1 or (selection.sorted and not single):
+        found = [_first_of(found, k, selection)]
+    values.copy_(found[0][0])
+    indices.copy_(found[0][1])
+
+
+def _first_of(
+    found: list[tuple[torch.Tensor, torch.Tensor]], k: int, selection: Selection
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the codes of the k largest among the codes of slices, which ascend by index."""
+    values, columns, _ = selection.select(
+        torch.cat([values for values, _ in found], 1),
+        k, selection.sorted, selection.relu, False, False,
+    )  # fmt: skip
+    return values, torch.cat([indices for _, indices in found], 1).gather(1, columns)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from ...dispatch.launch import launch, matrix, new_output, pointer
+from ...dispatch.launch import codes, launch, matrix, module_for, new_output, pointer
 
 
 def topk(
@@ -26,6 +28,35 @@ def topk_mask(
     """
     masked = new_output(x, *x.shape)
     return masked, *_select(x, k, False, relu, abs, masked, count)
+
+
+def topk_updater(
+    x: torch.Tensor, k: int
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
+    """Return `topk_update` where the module of x's device has it for so many codes, else None."""
+    return topk_update if k <= getattr(module_for(x), "MOST_CODES_UPDATED", 0) else None
+
+
+def topk_update(
+    x: torch.Tensor, first: int, values: torch.Tensor, indices: torch.Tensor, relu: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the k largest of each row's codes and of further elements, by ascending index.
+
+    x: [rows, n], the further elements, whose indices first..first + n - 1 are larger than those of
+    the codes, [rows, k] contiguous, by ascending index.
+    """
+    new_values, new_indices = torch.empty_like(values), torch.empty_like(indices)
+    launch(
+        "topk_update",
+        x,
+        x=matrix(x),
+        first=first,
+        codes=codes(values, indices),
+        relu=relu,
+        values=new_values.data_ptr(),
+        indices=new_indices.data_ptr(),
+    )
+    return new_values, new_indices
 
 
 def _select(

@@ -17,7 +17,6 @@ import triton
 import triton.language as tl
 
 from ..block_sizes import cdiv
-from ..triton_keys import bits_of, bits_of_key, key_of
 
 # Elements of one program: 32 a thread, in loads of 16 bytes; 16 where each has an address.
 BLOCK = 4096
@@ -26,15 +25,35 @@ WARPS = 4
 
 
 @triton.jit
+def larger(a, b):
+    """Return the larger of two numbers, NaN if either is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def number_of(element):
+    """Return a float32 or float16 number, or the bits of a bfloat16 one, as float32."""
+    if element.dtype == tl.int16:
+        return (element.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    return element.to(tl.float32)
+
+
+@triton.jit
+def stored(number, dtype: tl.constexpr):
+    """Return what `number_of` made float32 as it was."""
+    if dtype == tl.int16:
+        return (number.to(tl.int32, bitcast=True) >> 16).to(tl.int16)
+    return number.to(dtype)
+
+
+@triton.jit
 def maxima_kernel(
-    x,  # [rows, n] bits, any strides
-    best,  # [rows, groups] bits
+    x,  # [rows, n], any strides; bfloat16 as its bits, which keeps the interpreter's subnormals
+    best,  # [rows, groups] like x
     n,
     groups,
     row_stride,
     col_stride,
-    MAGNITUDE: tl.constexpr,
-    INFINITY: tl.constexpr,
     ABS: tl.constexpr,
     UNIT_STRIDE: tl.constexpr,
     SPAN: tl.constexpr,
@@ -42,7 +61,7 @@ def maxima_kernel(
 ):
     """Write to best[r, g] the first in order of x[r, g * SPAN : (g + 1) * SPAN].
 
-    With ABS that is its magnitude; any NaN stands for all.
+    With ABS that is its magnitude; any NaN stands for all, and either zero for both.
     """
     blocks = tl.cdiv(n, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -53,14 +72,17 @@ def maxima_kernel(
         elements = x + (row * row_stride + begin) + columns
     else:
         elements = x + (row * row_stride + begin * col_stride) + columns.to(tl.int64) * col_stride
-    bits = tl.load(elements, mask=inside, other=0).to(tl.int32)
-    key = tl.where(inside, key_of(bits, MAGNITUDE, INFINITY, ABS), -INFINITY - 1)
+    # What lies past the end comes after every element.
+    none: tl.constexpr = 0.0 if ABS else -float("inf")
+    numbers = tl.where(inside, number_of(tl.load(elements, mask=inside, other=0)), none)
+    if ABS:
+        numbers = tl.abs(numbers)
 
-    top = tl.max(tl.reshape(key, [BLOCK // SPAN, SPAN]), axis=1)
+    top = tl.reduce(tl.reshape(numbers, [BLOCK // SPAN, SPAN]), axis=1, combine_fn=larger)
     group = tl.arange(0, BLOCK // SPAN)
     first = begin // SPAN
     places = best + (row * groups + first) + group
-    tl.store(places, bits_of_key(top, MAGNITUDE), mask=group < groups - first)
+    tl.store(places, stored(top, best.dtype.element_ty), mask=group < groups - first)
 
 
 def group_maxima(x: torch.Tensor, span: int, abs: bool) -> torch.Tensor:
@@ -69,19 +91,17 @@ def group_maxima(x: torch.Tensor, span: int, abs: bool) -> torch.Tensor:
     n / span is rounded up; span is a power of two up to STRIDED_BLOCK.
     """
     rows, n = x.shape
-    bits = bits_of(x.dtype)
     groups = cdiv(n, span)
     packed = x.stride(1) == 1
     block = BLOCK if packed else STRIDED_BLOCK
     best = torch.empty(rows, groups, dtype=x.dtype, device=x.device)
+    as_bits = (lambda t: t.view(torch.int16)) if x.dtype == torch.bfloat16 else lambda t: t
     maxima_kernel[(rows * cdiv(n, block),)](
-        x.view(bits.integer),
-        best.view(bits.integer),
+        as_bits(x),
+        as_bits(best),
         n,
         groups,
         *x.stride(),
-        MAGNITUDE=bits.magnitude,
-        INFINITY=bits.infinity,
         ABS=abs,
         UNIT_STRIDE=packed,
         SPAN=span,
