@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,6 +69,83 @@ def write_tensors(
             file.write(plain.view(-1).view(torch.uint8).numpy().data)
 
 
+class Entry(NamedTuple):
+    """Where a tensor lies in a file.
+
+    kind: its dtype as the format names it. start, stop: its first byte of the file, and the one
+    after its last.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def read_header(stream: BinaryIO) -> tuple[dict[str, str], dict[str, Entry]]:
+    """Read metadata and entries of a safetensors file, and check that the tensors fill it.
+
+    Args:
+        stream: the whole file, which can be sought.
+
+    Raises:
+        ValueError: it is truncated, damaged or of another format; also where a kind is in `DTYPES`
+            and its tensor has another number of bytes.
+    """
+    size = stream.seek(0, 2)
+    stream.seek(0)
+    length = int.from_bytes(stream.read(_LENGTH), "little")
+    if not 2 <= length <= min(size - _LENGTH, _LARGEST_HEADER):
+        raise ValueError(
+            f"its header claims {length} bytes, the file has {size}: it is truncated or no "
+            "safetensors file"
+        )
+    text = stream.read(length)
+    while len(text) < length:  # an unbuffered stream may return less
+        if not (more := stream.read(length - len(text))):
+            raise ValueError("it was truncated while it was read")
+        text += more
+    header = json.loads(text, object_pairs_hook=_unique_keys)
+    if not isinstance(header, dict) or not isinstance(header.get(_METADATA, {}), dict):
+        raise ValueError("its header is no JSON object")
+    metadata = header.pop(_METADATA, {})
+    first = _LENGTH + length
+    entries = {name: _checked_entry(name, entry, first) for name, entry in header.items()}
+    end = first
+    for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.stop)):
+        if entry.start != end:
+            raise ValueError(f"bytes {end} to {entry.start} belong to no tensor, or to two")
+        end = entry.stop
+    if end != size:
+        raise ValueError(
+            f"its tensors end at byte {end}, the file at {size}: it is truncated, or longer than "
+            "its header says"
+        )
+    return metadata, entries
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        raise ValueError("its header names something twice")
+    return unique
+
+
+def _checked_entry(name: str, entry: Any, first: int) -> Entry:
+    """Check an entry of the header; tensors begin at byte ``first``."""
+    try:
+        kind, (*shape,), (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        intact = isinstance(kind, str) and start <= stop
+        intact = intact and all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, stop))
+    except (KeyError, TypeError, ValueError):
+        intact = False
+    if not intact:
+        raise ValueError(f"its entry of {name!r} is {entry}")
+    if kind in DTYPES and stop - start != math.prod(shape) * DTYPES[kind].itemsize:
+        raise ValueError(f"{name!r} is {kind} {shape} in {stop - start} bytes")
+    return Entry(kind, tuple(shape), first + start, first + stop)
+
+
 class SavedTensors(Mapping[str, Tensor]):
     """The tensors of a safetensors file, by name; each is read when it is asked for, to the CPU.
 
@@ -87,58 +164,32 @@ class SavedTensors(Mapping[str, Tensor]):
         self.path = path
         self._file = open_plain(path)
         try:
-            self._read_header()
+            self.metadata, self._entries = read_header(self._file)
+            for name, entry in self._entries.items():
+                if entry.kind not in DTYPES:
+                    raise ValueError(f"{name!r} has a dtype that is not known: {entry.kind}")
+        except (RecursionError, ValueError) as error:
+            self._file.close()
+            raise ValueError(
+                f"{path}: the file must be an intact safetensors file: {error}"
+            ) from error
         except BaseException:
             self._file.close()
             raise
 
-    def _read_header(self) -> None:
-        """Read where each tensor lies, and check that they fill the file."""
-        size = self._file.seek(0, 2)
-        self._file.seek(0)
-        length = int.from_bytes(self._file.read(_LENGTH), "little")
-        self._start = _LENGTH + length
-        if size < _LENGTH or length > _LARGEST_HEADER or self._start > size:
-            raise ValueError(f"{self.path.name} is truncated or no safetensors file")
-        header = json.loads(self._file.read(length))
-        if not isinstance(header, dict) or not isinstance(header.get(_METADATA, {}), dict):
-            raise ValueError(f"{self.path.name} has a header that is no object")
-        self.metadata: dict[str, str] = header.pop(_METADATA, {})
-        self._entries = {name: self._checked_entry(name, entry) for name, entry in header.items()}
-        end = 0
-        for _, _, start, stop in sorted(self._entries.values(), key=lambda place: place[2:]):
-            if start != end:
-                raise ValueError(f"{self.path.name} has tensors with gaps between them")
-            end = stop
-        if self._start + end != size:
-            raise ValueError(f"{self.path.name} is truncated or longer than its header says")
-
-    def _checked_entry(self, name: str, entry: Any) -> tuple[torch.dtype, list[int], int, int]:
-        """Check an entry of the header: dtype, shape, first byte and the byte after the last."""
-        try:
-            dtype, shape, (start, stop) = (
-                DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"],
-            )  # fmt: skip
-            intact = all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, stop))
-        except (KeyError, TypeError, ValueError):
-            intact = False
-        if not intact or stop - start != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{self.path.name} has a damaged header: {name}")
-        return dtype, shape, start, stop
-
     def shape(self, name: str) -> list[int]:
         """Look up the shape of a tensor, without reading it."""
-        return self._entries[name][1]
+        return list(self._entries[name].shape)
 
     def dtype(self, name: str) -> torch.dtype:
         """Look up the dtype of a tensor, without reading it."""
-        return self._entries[name][0]
+        return DTYPES[self._entries[name].kind]
 
     def __getitem__(self, name: str) -> Tensor:
-        dtype, shape, start, stop = self._entries[name]
-        tensor = torch.empty(shape, dtype=dtype)
+        kind, shape, start, stop = self._entries[name]
+        tensor = torch.empty(shape, dtype=DTYPES[kind])
         if tensor.numel():
-            self._file.seek(self._start + start)
+            self._file.seek(start)
             target = tensor.view(-1).view(torch.uint8).numpy().data
             if self._file.readinto(target) != stop - start:
                 raise ValueError(f"{self.path.name} was truncated while it was read")

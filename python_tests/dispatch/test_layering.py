@@ -28,7 +28,7 @@ ALLOWED = {
     "models": {"models", "nn", "ops", "sae"},
     "measures": {"_system", "data", "measures", "ops"},
     "testing": set(),
-    "data": {"_system", "data"},
+    "data": {"_system", "_tensor_files", "data"},
     "training": {"_system", "_tensor_files", "data", "measures", "nn", "training"},
     "studies": {
         "__init__",

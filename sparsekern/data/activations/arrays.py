@@ -5,23 +5,20 @@ They are read, not mapped: a mapped file that gets shorter kills the process.
 
 from __future__ import annotations
 
-import json
 import os
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..._tensor_files import read_header as read_tensor_header
 from ..errors import DataError
 from ..hdf5 import DAMAGE, one_line
 from ..npy import read_bytes, read_header
 from .activation_file import DIRECTIONS, FROM_NUMPY, LISTED, ActivationFile
 
-# safetensors' own limit.
-LARGEST_HEADER = 100_000_000
 _FROM_SAFETENSORS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
@@ -105,48 +102,16 @@ class SafetensorsFile(_ArrayFile):
     kind = "safetensors"
 
     def _open(self, name: str) -> None:
-        self._entries = self._header()
+        _, self._entries = read_tensor_header(self._stream)
         if name not in self._entries:
             listed = ", ".join(map(one_line, sorted(self._entries)[:LISTED])) or "no tensor"
             raise DataError(
                 f"activation file has another layout: {self.path} has no tensor {name!r}; it holds "
                 f"{listed}{', ...' if len(self._entries) > LISTED else ''}"
             )
-        kind, shape, self._start = self._entries[name]
+        kind, shape, self._start, _ = self._entries[name]
         known = None if kind == "F64" else _FROM_SAFETENSORS.get(kind)
         self._set_layout(name, shape, known, kind)
-
-    def _header(self) -> dict[str, tuple[str, tuple[int, ...], int]]:
-        """Read kind, shape and first byte of each tensor; together they fill the file.
-
-        The layout: its length in 8 bytes, little-endian, then JSON with ``dtype``, ``shape`` and
-        ``data_offsets`` for each (https://github.com/huggingface/safetensors#format).
-        """
-        size = self.stamp[0]
-        length = int.from_bytes(self._stream.read(8), "little")
-        if not 2 <= length <= min(size - 8, LARGEST_HEADER):
-            raise EOFError(f"its header claims {length} bytes, the file has {size}")
-        raw = np.empty(length, np.uint8)
-        read_bytes(self._stream.fileno(), 8, raw)
-        header = json.loads(raw.tobytes().decode(), object_pairs_hook=_unique_keys)
-        if not isinstance(header, dict):
-            raise ValueError("its header is no JSON object")
-        header.pop("__metadata__", None)
-        end, entries = 0, {}
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            kind, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            numbers = [*shape, first, last]
-            if not isinstance(kind, str) or not all(type(n) is int and n >= 0 for n in numbers):
-                raise ValueError(f"its entry of {name!r} is {entry}")
-            known = _FROM_SAFETENSORS.get(kind)
-            if first != end or last < first:
-                raise ValueError(f"bytes {end} to {first} belong to no tensor, or to two")
-            if known is not None and last - first != prod(shape) * known.itemsize:
-                raise ValueError(f"{name!r} is {kind} {shape} in {last - first} bytes")
-            end, entries[name] = last, (kind, tuple(shape), 8 + length + first)
-        if 8 + length + end != size:
-            raise EOFError(f"its tensors end at byte {8 + length + end}, the file at {size}")
-        return entries
 
     def directions(self) -> Tensor | None:
         """Read the true directions, float32 ``[n, D]``; None if the file holds none.
@@ -156,7 +121,7 @@ class SafetensorsFile(_ArrayFile):
         with self._refusing_damage(DIRECTIONS):
             if DIRECTIONS not in self._entries:
                 return None
-            kind, shape, start = self._entries[DIRECTIONS]
+            kind, shape, start, _ = self._entries[DIRECTIONS]
             self._check_directions(shape)
             if kind not in _FROM_SAFETENSORS:
                 raise DataError(
@@ -167,10 +132,3 @@ class SafetensorsFile(_ArrayFile):
             read_bytes(self._stream.fileno(), start, values.view(torch.uint8).numpy())
             self._check_unchanged()
             return values.float()
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    unique = dict(pairs)
-    if len(unique) != len(pairs):
-        raise ValueError("its header names something twice")
-    return unique

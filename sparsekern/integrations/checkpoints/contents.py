@@ -111,14 +111,6 @@ def count(path: Path, config: Mapping[str, Any], key: str) -> int:
     return int(value)
 
 
-def open_tensors(path: Path) -> SavedTensors:
-    """Open a safetensors file; each tensor is read when it is asked for."""
-    try:
-        return SavedTensors(path)
-    except (RecursionError, ValueError) as error:
-        raise ValueError(f"{path}: the file must be an intact safetensors file: {error}") from error
-
-
 def check_tensors(
     path: Path,
     tensors: Mapping[str, Tensor],

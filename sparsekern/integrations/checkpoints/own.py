@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..._tensor_files import SavedTensors
 from ...nn import BatchTopK, JumpReLU, TopK
 from .contents import (
     Checkpoint,
     check_config,
     check_tensors,
     finite,
-    open_tensors,
     refuse,
     write_file,
 )  # fmt: skip
@@ -45,7 +45,7 @@ def recognises(path: Path) -> bool:
 def read(path: Path) -> Checkpoint:
     """Read the file, or that of the folder."""
     path = path / FILE if path.is_dir() else path
-    tensors = open_tensors(path)
+    tensors = SavedTensors(path)
     try:
         config = _config(path, tensors.metadata.get(NAME))
         n, d = config["latents"], config["features"]

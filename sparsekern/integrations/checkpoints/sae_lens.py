@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._tensor_files import SavedTensors
 from ...nn import BatchTopK, JumpReLU, TopK
 from .contents import (
     Checkpoint,
@@ -30,7 +31,6 @@ from .contents import (
     count,
     finite,
     jumprelu_with,
-    open_tensors,
     read_config,
     refuse,
     write_config,
@@ -75,7 +75,7 @@ def read(path: Path) -> Checkpoint:
     shapes = {"W_enc": (d, n), "b_enc": (n,), "W_dec": (n, d), "b_dec": (d,)}
     if kind == "jumprelu":
         shapes["threshold"] = (n,)
-    tensors = open_tensors(tensors_path)
+    tensors = SavedTensors(tensors_path)
     try:
         check_tensors(tensors_path, tensors, shapes)
         layer = _activation(config_path, config, tensors_path, tensors)

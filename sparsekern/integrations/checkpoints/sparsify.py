@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..._tensor_files import SavedTensors
 from ...nn import TopK
 from .contents import (
     Checkpoint,
@@ -21,7 +22,6 @@ from .contents import (
     check_tensors,
     count,
     finite,
-    open_tensors,
     read_config,
     refuse,
     write_config,
@@ -67,7 +67,7 @@ def read(path: Path) -> Checkpoint:
     if k > n or (kind == "groupmax" and n % k):
         rule = "at most" if k > n else "a divisor of"
         refuse(config_path, "k", k, f"must be {rule} the number of latents, {n}")
-    tensors = open_tensors(tensors_path)
+    tensors = SavedTensors(tensors_path)
     try:
         shapes = {"encoder.weight": (n, d), "encoder.bias": (n,), "W_dec": (n, d), "b_dec": (d,)}
         check_tensors(tensors_path, tensors, shapes)
