@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -146,7 +147,23 @@ def _checked_entry(name: str, entry: Any, first: int) -> Entry:
     return Entry(kind, tuple(shape), first + start, first + stop)
 
 
-class SavedTensors(Mapping[str, Tensor]):
+class TensorsOfFile(Mapping[str, Tensor]):
+    """The tensors of a file, by name; each is read when it is asked for, to the CPU."""
+
+    @abstractmethod
+    def shape(self, name: str) -> list[int]:
+        """Look up the shape of a tensor, without reading it."""
+
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype:
+        """Look up the dtype of a tensor, without reading it."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the file."""
+
+
+class SavedTensors(TensorsOfFile):
     """The tensors of a safetensors file, by name; each is read when it is asked for, to the CPU.
 
     The file stays open until :meth:`close`, so that the tensors are those of the file that was

@@ -31,8 +31,9 @@ def inputs(rows=40, seed=9):
     return torch.randn(rows, D, generator=torch.Generator().manual_seed(seed))
 
 
-def scores_of(state, x):
-    return (x - state["decoder_bias"]) @ state["encoder"].t() + state["encoder_bias"]
+def scores_of(state, x, biased=True):
+    x = x - state["decoder_bias"] if biased else x
+    return x @ state["encoder"].t() + state["encoder_bias"]
 
 
 def dense_topk(scores, k):
@@ -89,7 +90,7 @@ def test_sparsify_is_read(tmp_path, activation):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("to", [name for name in WRITTEN if name != "openai"])
+@pytest.mark.parametrize("to", ["sparsekern", "sparsify", "saelens", "dictionary_learning"])
 def test_sparsify_goes_out_and_comes_back(tmp_path, to, dtype):
     source = write_sparsify(tmp_path / "a", random_state(dtype=dtype))
     write(read(source), tmp_path / "b", to)
@@ -378,22 +379,30 @@ def test_paths_that_are_no_checkpoint(tmp_path):
 # -- dictionary_learning ------------------------------------------------------------------------
 
 
+BIAS = {"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias"}
+WITHOUT_K = ("AutoEncoder", "AutoEncoderNew", "JumpReluAutoEncoder")
+UNBIASED = ("AutoEncoderNew", "JumpReluAutoEncoder")
+
+
 def write_dictionary_learning(folder, state, kind, **changes):
     folder.mkdir(exist_ok=True)
-    if kind == "MatryoshkaBatchTopKSAE":
+    if kind in ("MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder"):
         tensors = {
             "W_enc": state["encoder"].t().contiguous(), "b_enc": state["encoder_bias"],
             "W_dec": state["dictionary"], "b_dec": state["decoder_bias"],
-            "group_sizes": torch.tensor([16, 32, N - 48]),
         }  # fmt: skip
+        if kind == "JumpReluAutoEncoder":
+            tensors["threshold"] = torch.linspace(0, 1, N)
+        else:
+            tensors["group_sizes"] = torch.tensor([16, 32, N - 48])
     else:
         tensors = {
             "encoder.weight": state["encoder"], "encoder.bias": state["encoder_bias"],
             "decoder.weight": state["dictionary"].t().contiguous(),
-            "bias" if kind == "AutoEncoder" else "b_dec": state["decoder_bias"],
+            BIAS.get(kind, "b_dec"): state["decoder_bias"],
         }  # fmt: skip
     trainer = {"dict_class": kind, "activation_dim": D, "dict_size": N, "lm_name": "m", "lr": 1e-3}
-    if kind != "AutoEncoder":
+    if kind not in WITHOUT_K:
         tensors |= {"k": torch.tensor(K, dtype=torch.int), "threshold": torch.tensor(0.7)}
         trainer["k"] = K
     tensors |= changes.pop("tensors", {})
@@ -404,7 +413,7 @@ def write_dictionary_learning(folder, state, kind, **changes):
     return folder
 
 
-CLASSES = ["AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE", "AutoEncoder"]
+CLASSES = ["AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE", *WITHOUT_K]
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -413,10 +422,12 @@ def test_dictionary_learning_is_read(tmp_path, kind):
     model = SparseAutoencoder.from_pretrained(
         write_dictionary_learning(tmp_path / "a", state, kind)
     )
-    codes = scores_of(state, x).relu()
+    codes = scores_of(state, x, biased=kind not in UNBIASED).relu()
     if kind == "AutoEncoderTopK":
         codes = dense_topk(codes, K)
-    elif kind != "AutoEncoder":
+    elif kind == "JumpReluAutoEncoder":
+        codes = codes * (codes > torch.linspace(0, 1, N))
+    elif kind not in WITHOUT_K:
         codes = codes * (codes > 0.7)
         assert model.k == K
     check_equal(model, state, codes, codes @ state["dictionary"] + state["decoder_bias"], x)
@@ -427,7 +438,7 @@ def test_dictionary_learning_is_read(tmp_path, kind):
 @pytest.mark.parametrize("kind", CLASSES)
 @pytest.mark.parametrize("threshold", [0.7, -1.0])
 def test_dictionary_learning_goes_out_and_comes_back(tmp_path, kind, to, threshold):
-    more = {} if kind == "AutoEncoder" else {"tensors": {"threshold": torch.tensor(threshold)}}
+    more = {} if kind in WITHOUT_K else {"tensors": {"threshold": torch.tensor(threshold)}}
     source = write_dictionary_learning(tmp_path / "a", random_state(), kind, **more)
     write(read(source), tmp_path / "b", to)
     write(read(tmp_path / "b"), tmp_path / "c", "dictionary_learning")
@@ -453,9 +464,13 @@ def test_unset_threshold_is_an_error_in_evaluation(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "changes", "named"),
     [
-        ("AutoEncoder", {"dict_class": "JumpReluAutoEncoder"},
-         "config.json: trainer.dict_class must be one of .* got 'JumpReluAutoEncoder'"),
-        ("AutoEncoder", {"dict_class": "GatedAutoEncoder"}, "got 'GatedAutoEncoder'"),
+        ("AutoEncoder", {"dict_class": "IdentityDict"},
+         "config.json: trainer.dict_class must be one of .* got 'IdentityDict'"),
+        ("AutoEncoder", {"dict_class": "GatedAutoEncoder"}, "a gate .* got 'GatedAutoEncoder'"),
+        ("JumpReluAutoEncoder", {"tensors": {"threshold": torch.full((N,), -0.5)}},
+         "ae.pt: threshold must be at least 0, got -0.5"),
+        ("JumpReluAutoEncoder", {"tensors": {"threshold": torch.tensor(0.5)}},
+         r"ae.pt: threshold must have shape \[96\], got \[\]"),
         ("AutoEncoder", {"dict_size": N + 1}, r"must have shape \[97"),
         ("AutoEncoder", {"tensors": {"bias": None}}, "ae.pt: bias is missing"),
         ("AutoEncoder", {"tensors": {"k": torch.tensor(3)}}, "ae.pt: k is not known"),
@@ -500,7 +515,7 @@ def test_pickles_with_code_and_damaged_ones_are_refused(tmp_path):
         ("groups", "activation must be TopK without groups"),
         ("tied", "scale_scores must be False"),
         ("batch", "activation must be .*BatchTopK with an integer k, .*k = 3.5"),
-        ("jumprelu", "activation must be .* got JumpReLU"),
+        ("jumprelu", "subtract_bias must be False"),
     ],
 )
 def test_what_dictionary_learning_lacks_is_refused(tmp_path, name, named):
@@ -535,9 +550,15 @@ def test_openai_is_read(tmp_path):
 @pytest.mark.parametrize("to", WRITTEN)
 def test_openai_goes_out_and_comes_back(tmp_path, to):
     source = write_openai(tmp_path / "5.pt", random_state())
-    if to == "sparsify":
-        with pytest.raises(ValueError, match="sparsify: activation must be TopK"):
+    refused = {
+        "sparsify": "activation must be TopK",
+        "openmoss": "subtract_bias must be False, .*fold_bias",
+        "overcomplete": "subtract_bias must be False, .*fold_bias",
+    }
+    if to in refused:
+        with pytest.raises(ValueError, match=f"{to}: {refused[to]}"):
             write(read(source), tmp_path / "b", to)
+        assert not (tmp_path / "b").exists()
         return
     write(read(source), tmp_path / "b", to)
     write(read(tmp_path / "b"), tmp_path / "c", "openai")

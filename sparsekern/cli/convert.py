@@ -21,14 +21,20 @@ def add_convert(commands: Any) -> None:
     parser.add_argument("source", metavar="SRC", help="folder (or file) of the checkpoint")
     parser.add_argument("target", metavar="DST", help="folder to write, new or empty")
     parser.add_argument("--to", choices=WRITTEN, required=True, help="format to write")
+    parser.add_argument(
+        "--k",
+        type=int,
+        help="active latents, for formats that do not say it (qwen_scope, overcomplete)",
+    )
     parser.set_defaults(function=_convert, command="convert")
 
 
 def _convert(options: argparse.Namespace) -> int:
     """Read one format and write the other."""
+    from .. import TopK
     from ..integrations.checkpoints import read, write
 
-    checkpoint = read(options.source)
+    checkpoint = read(options.source, None if options.k is None else TopK(options.k))
     write(checkpoint, options.target, options.to)
     layer = type(checkpoint.activation).__name__
     sys.stdout.write(

@@ -202,7 +202,13 @@ class SparseAutoencoder(nn.Module):
         self.subtract_bias = subtract_bias
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str]) -> Self:
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        k: int | None = None,
+        *,
+        activation: nn.Module | None = None,
+    ) -> Self:
         """Load a checkpoint of ours or another library (docs/migrating.md lists them).
 
         Weights are what the file holds, bit for bit, on the CPU; dead latents are counted anew, but
@@ -210,6 +216,9 @@ class SparseAutoencoder(nn.Module):
 
         Args:
             path: the checkpoint's folder, or its one file.
+            k: active latents per row, for formats that do not say it (Qwen-Scope and overcomplete);
+                None for all others.
+            activation: the layer, instead of k.
 
         Raises:
             ValueError: it is of no known format, is damaged, or has a key or an option that this
@@ -218,7 +227,11 @@ class SparseAutoencoder(nn.Module):
         """
         from ..integrations.checkpoints import read
 
-        saved = read(path)
+        if k is not None and activation is not None:
+            raise ValueError(
+                f"from_pretrained: k must be None with an activation, got k = {k} and {activation}"
+            )
+        saved = read(path, activation if k is None else TopK(k))
         layer = saved.activation
         with torch.device("meta"):  # the first weights would only be replaced
             model = cls(saved.features, saved.latents, activation=layer, **saved.options)
@@ -235,7 +248,8 @@ class SparseAutoencoder(nn.Module):
         Args:
             path: a folder, new or empty.
             to: the format, ``sparsekern`` (which keeps everything), ``saelens``, ``sparsify``,
-                ``dictionary_learning`` or ``openai`` (which keep weights and activation).
+                ``dictionary_learning``, ``openmoss``, ``overcomplete`` or ``openai`` (which keep
+                weights and activation).
 
         Raises:
             ValueError: an unknown format, one that cannot express this model, or a folder that is
@@ -534,6 +548,35 @@ class SparseAutoencoder(nn.Module):
             self.activation.rescale(1 / scale)
         elif isinstance(self.activation, JumpReLU):
             self.activation.log_threshold.sub_(math.log(scale))
+
+    @torch.no_grad()
+    def fold_bias(self) -> None:
+        """Make subtract_bias False: encoder_bias takes what subtracting decoder_bias did.
+
+        Codes and reconstructions stay, up to rounding. Formats of some libraries have no such
+        subtraction.
+        """
+        if self.subtract_bias:
+            self.encoder_bias.sub_(self.encoder @ self.decoder_bias)
+            self.subtract_bias = False
+
+    @torch.no_grad()
+    def fold_norms(self) -> None:
+        """Make scale_scores False: the encoder takes the norms of the dictionary's rows.
+
+        These then have norm 1, or 0 where they had. Codes and reconstructions stay, up to rounding.
+
+        Raises:
+            ValueError: the model is tied.
+        """
+        if self.tied:
+            raise ValueError("fold_norms: tied must be False, the encoder becomes another matrix")
+        norms = self._norms()
+        if norms is not None:
+            self.encoder.mul_(norms[:, None])
+            self.encoder_bias.mul_(norms)
+            self.dictionary.div_(torch.where(norms > 0, norms, 1)[:, None])
+            self.scale_scores = False
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, l0: float | None = None) -> None:

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from ..._system import open_plain, replaced
-from ..._tensor_files import SavedTensors, write_tensors
+from ..._system import open_plain
+from ..._tensor_files import TensorsOfFile, write_tensors
 from ...nn import JumpReLU
 
+WriteFile = Callable[[BinaryIO], Any]
+"""Writes the content of a file that is open for it."""
+# Of SparseAutoencoder.
+_DEFAULTS = {"scale_scores": False, "subtract_bias": True}
+_FOLDS = {"scale_scores": "fold_norms", "subtract_bias": "fold_bias"}
 # Elements that are looked at together for NaN and infinities.
 _CHECKED = 1 << 20
+
+
+class Unstated(nn.Module):
+    """Stand for the activation where files do not say which it is."""
 
 
 @dataclass
@@ -58,11 +67,12 @@ def refuse(path: Path, key: str, value: Any, rule: str) -> NoReturn:
     raise ValueError(f"{path}: {key} {rule}, got {text if len(text) < 200 else text[:200] + '...'}")
 
 
-def check_defaults(checkpoint: Checkpoint, name: str, defaults: Mapping[str, Any]) -> None:
-    """Check that options which a format lacks have their defaults."""
-    for key, value in defaults.items():
-        if checkpoint.options.get(key, value) != value:
-            raise ValueError(f"{name}: {key} must be {value}, the format has no such option")
+def check_flags(checkpoint: Checkpoint, name: str, needed: Mapping[str, bool]) -> None:
+    """Check that options which a format lacks are what its library does."""
+    for key, value in needed.items():
+        if checkpoint.options.get(key, _DEFAULTS[key]) != value:
+            how = "" if value else f" (see SparseAutoencoder.{_FOLDS[key]})"
+            raise ValueError(f"{name}: {key} must be {value}, the format has no such option{how}")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -78,10 +88,10 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def write_config(path: Path, config: Mapping[str, Any]) -> None:
-    """Write a JSON file."""
-    with replaced(path) as file:
-        file.write((json.dumps(config, indent=2) + "\n").encode())
+def json_file(config: Mapping[str, Any]) -> WriteFile:
+    """Make what writes a JSON file."""
+    text = (json.dumps(config, indent=2) + "\n").encode()
+    return lambda file: file.write(text)
 
 
 def check_config(
@@ -103,6 +113,14 @@ def check_options(path: Path, config: Mapping[str, Any], expected: Mapping[str, 
             refuse(path, key, config[key], f"must be {value!r}, nothing else is supported")
 
 
+def flag(path: Path, config: Mapping[str, Any], key: str, default: bool | None = None) -> bool:
+    """Look up true or false."""
+    value = config.get(key, default)
+    if not isinstance(value, bool):
+        refuse(path, key, value, "must be true or false")
+    return value
+
+
 def count(path: Path, config: Mapping[str, Any], key: str) -> int:
     """Look up an integer of at least 1."""
     value = config[key]
@@ -116,10 +134,18 @@ def check_tensors(
     tensors: Mapping[str, Tensor],
     shapes: Mapping[str, tuple[int, ...]],
     optional: Collection[str] = (),
+    any_dtype: Collection[str] = (),
 ) -> None:
     """Check names and shapes of a file's tensors, and that those with shapes have one dtype.
 
-    Tensors of a safetensors file are not read for it.
+    Tensors of a `TensorsOfFile` are not read for it.
+
+    Args:
+        path: the file.
+        tensors: what it holds.
+        shapes: of those that must be there.
+        optional: names of others that may be there.
+        any_dtype: of those with shapes, names of some whose dtype may differ.
     """
     for name in shapes:
         if name not in tensors:
@@ -138,14 +164,14 @@ def check_tensors(
         dtypes[name] = dtype
     first = next(iter(shapes))
     for name, dtype in dtypes.items():
-        if dtype != dtypes[first]:
+        if dtype != dtypes[first] and name not in any_dtype:
             refuse(path, name, dtype, f"must have the dtype of {first}, {dtypes[first]}")
 
 
 def _shape_and_dtype(
     tensors: Mapping[str, Tensor], name: str
 ) -> tuple[tuple[int, ...], torch.dtype]:
-    if isinstance(tensors, SavedTensors):
+    if isinstance(tensors, TensorsOfFile):
         return tuple(tensors.shape(name)), tensors.dtype(name)
     return tuple(tensors[name].shape), tensors[name].dtype
 
@@ -161,10 +187,57 @@ def finite(path: Path, tensors: Mapping[str, Tensor], name: str) -> Tensor:
     return tensor
 
 
-def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file under a temporary name, and give it its own."""
-    with replaced(path) as file:
-        write_tensors(file, tensors, metadata)
+def weight_shapes(
+    names: Mapping[str, str], n: int, d: int, transposed: Collection[str] = ()
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that weights must have in a file.
+
+    Args:
+        names: of the file, by ours.
+        n: latents.
+        d: features.
+        transposed: those of the file whose layout is the transpose of ours.
+    """
+    ours = {"encoder": (n, d), "encoder_bias": (n,), "dictionary": (n, d), "decoder_bias": (d,)}
+    return {
+        name: ours[key][::-1] if name in transposed else ours[key] for key, name in names.items()
+    }
+
+
+def matrix_shape(path: Path, tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:
+    """Look up the shape of a matrix, without reading it."""
+    if name not in tensors:
+        raise ValueError(f"{path}: {name} is missing")
+    shape, _ = _shape_and_dtype(tensors, name)
+    if len(shape) != 2:
+        refuse(path, name, list(shape), "must have two dimensions")
+    return shape[0], shape[1]
+
+
+def read_weights(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    transposed: Collection[str] = (),
+) -> dict[str, Tensor]:
+    """Read finite weights by our names, contiguous and each in memory of its own.
+
+    Args: as `weight_shapes`. The transposed ones are read first: the copy of one and the others
+    never take more memory than all weights.
+    """
+    state = {}
+    for key, name in sorted(names.items(), key=lambda item: item[1] not in transposed):
+        tensor = finite(path, tensors, name)
+        if name in transposed or not isinstance(tensors, TensorsOfFile):
+            tensor = tensor.t() if name in transposed else tensor
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        state[key] = tensor
+    return {key: state[key] for key in names}
+
+
+def safetensors_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> WriteFile:
+    """Make what writes a safetensors file."""
+    return lambda file: write_tensors(file, tensors, metadata)
 
 
 def jumprelu_with(thresholds: Tensor, path: Path, key: str) -> JumpReLU:
@@ -182,6 +255,17 @@ def jumprelu_with(thresholds: Tensor, path: Path, key: str) -> JumpReLU:
     while bool((low := logarithms.exp() < exact).any()):
         next_up = torch.nextafter(logarithms, torch.full_like(logarithms, torch.inf))
         logarithms = torch.where(low, next_up, logarithms)
+    layer = JumpReLU(len(thresholds), device="meta")
+    layer.log_threshold = nn.Parameter(logarithms)
+    return layer
+
+
+def jumprelu_with_logarithms(logarithms: Tensor, path: Path, key: str) -> JumpReLU:
+    """Make the layer that keeps x > exp(logarithm), from logarithms [N], which it keeps."""
+    thresholds = logarithms.exp()
+    if not bool(thresholds.isfinite().all()):
+        bad = logarithms[~thresholds.isfinite()][0].item()
+        refuse(path, key, bad, "must be logarithms of finite thresholds")
     layer = JumpReLU(len(thresholds), device="meta")
     layer.log_threshold = nn.Parameter(logarithms)
     return layer

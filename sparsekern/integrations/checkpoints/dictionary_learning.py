@@ -3,6 +3,8 @@
     scores         = (x - b_dec) @ encoder.weight.T + encoder.bias
     reconstruction = codes @ decoder.weight.T + b_dec
 
+``b_dec`` is not subtracted by `AutoEncoderNew` and `JumpReluAutoEncoder`.
+
 ==========================  ======================================  ================================
 ``trainer.dict_class``      codes                                   names
 ==========================  ======================================  ================================
@@ -13,6 +15,9 @@
                                                                     ``k``, ``threshold``,
                                                                     ``group_sizes``
 ``AutoEncoder``             relu(scores)                            ``bias`` in place of ``b_dec``
+``AutoEncoderNew``          relu(scores)                            ``decoder.bias`` in its place
+``JumpReluAutoEncoder``     relu(scores) where above ``threshold``  ``W_enc``, ``b_enc``, ``W_dec``,
+                                                                    ``b_dec``, ``threshold`` [N]
 ==========================  ======================================  ================================
 
 ``encoder.weight`` [N, D] is laid out as ours is; ``decoder.weight`` [D, N] and ``W_enc`` are
@@ -28,22 +33,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ...nn import BatchTopK, TopK
+from ...nn import BatchTopK, JumpReLU, TopK
 from .contents import (
     Checkpoint,
+    WriteFile,
     check_config,
-    check_defaults,
+    check_flags,
     check_options,
     check_tensors,
     count,
     finite,
+    json_file,
+    jumprelu_with,
     read_config,
+    read_weights,
     refuse,
-    write_config,
+    weight_shapes,
 )
-from .torch_files import open_torch_file, write_torch_file
+from .torch_files import open_torch_file, tensors_of, torch_file
 
 NAME = "dictionary_learning"
 CONFIG = "config.json"
@@ -60,7 +69,11 @@ _NAMES = {
     "BatchTopKSAE": _LINEAR,
     "MatryoshkaBatchTopKSAE": _MATRICES,
     "AutoEncoder": _LINEAR | {"decoder_bias": "bias"},
+    "AutoEncoderNew": _LINEAR | {"decoder_bias": "decoder.bias"},
+    "JumpReluAutoEncoder": _MATRICES,
 }
+# They do not subtract the decoder's bias.
+_UNBIASED = ("AutoEncoderNew", "JumpReluAutoEncoder")
 _TRANSPOSED = ("decoder.weight", "W_enc")
 _UNSET = -1.0
 
@@ -80,33 +93,27 @@ def read(path: Path) -> Checkpoint:
     # The other entries say how it was trained.
     check_config(config_path, trainer, ("dict_class", "activation_dim", "dict_size"), trainer)
     kind = trainer["dict_class"]
+    if kind == "GatedAutoEncoder":
+        rule = "must be another class, a gate beside the encoder is not supported"
+        refuse(config_path, "trainer.dict_class", kind, rule)
     if kind not in _NAMES:
         rule = f"must be one of {', '.join(_NAMES)}"
         refuse(config_path, "trainer.dict_class", kind, rule)
     d, n = (count(config_path, trainer, key) for key in ("activation_dim", "dict_size"))
-    tensors = open_torch_file(tensors_path)
-    for name, value in tensors.items():
-        if not isinstance(value, Tensor):
-            refuse(tensors_path, name, value, "must be a tensor")
-    names = _NAMES[kind]
-    ours = {"encoder": (n, d), "encoder_bias": (n,), "dictionary": (n, d), "decoder_bias": (d,)}
-    shapes = {
-        name: ours[key][::-1] if name in _TRANSPOSED else ours[key] for key, name in names.items()
-    }
-    others = () if kind == "AutoEncoder" else ("k", "threshold")
+    tensors = tensors_of(tensors_path, open_torch_file(tensors_path))
+    shapes = weight_shapes(_NAMES[kind], n, d, _TRANSPOSED)
+    others: tuple[str, ...] = ()
+    if kind == "JumpReluAutoEncoder":
+        shapes["threshold"] = (n,)
+    elif kind not in ("AutoEncoder", "AutoEncoderNew"):
+        others = ("k", "threshold")
     if kind == "MatryoshkaBatchTopKSAE":
         others = (*others, "group_sizes")
     check_tensors(tensors_path, tensors, shapes, others)
     metadata: dict[str, Any] = {NAME: config}
     layer, options = _activation(path, trainer, tensors, others, metadata)
-    state = {}
-    for key, name in names.items():
-        tensor = finite(tensors_path, tensors, name)
-        # Into memory, since the file is only mapped.
-        state[key] = (tensor.t() if name in _TRANSPOSED else tensor).clone(
-            memory_format=torch.contiguous_format
-        )
-    return Checkpoint(layer, state, options, metadata)
+    state = read_weights(tensors_path, tensors, _NAMES[kind], _TRANSPOSED)
+    return Checkpoint(layer, state, {"subtract_bias": kind not in _UNBIASED, **options}, metadata)
 
 
 def _activation(
@@ -121,6 +128,8 @@ def _activation(
     for name in others:
         if name not in tensors:
             raise ValueError(f"{file}: {name} is missing")
+    if trainer["dict_class"] == "JumpReluAutoEncoder":
+        return jumprelu_with(finite(file, tensors, "threshold"), file, "threshold"), {}
     if "k" not in others:
         return nn.ReLU(), {}
     n = trainer["dict_size"]
@@ -149,16 +158,17 @@ def _activation(
     return layer, {"prefixes": tuple(ends[:-1])}
 
 
-def write(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write the two files; BatchTopK with prefixes becomes ``MatryoshkaBatchTopKSAE``.
+def files(checkpoint: Checkpoint) -> dict[str, WriteFile]:
+    """Make the two files; BatchTopK with prefixes becomes ``MatryoshkaBatchTopKSAE``.
 
     Raises:
-        ValueError: JumpReLU, TopK in groups, a k with a fraction, or options that the format lacks.
+        ValueError: TopK in groups, a k with a fraction, or options that the format lacks.
     """
     layer = checkpoint.activation
-    check_defaults(checkpoint, NAME, {"scale_scores": False, "subtract_bias": True})
     prefixes = checkpoint.options.get("prefixes", ())
-    kind = _dict_class(layer, matryoshka=bool(prefixes))
+    kind = _dict_class(checkpoint, matryoshka=bool(prefixes))
+    needed = {"scale_scores": False, "subtract_bias": kind not in _UNBIASED}
+    check_flags(checkpoint, NAME, needed)
     tensors = {}
     for key, name in _NAMES[kind].items():
         tensor = checkpoint.encoder if key == "encoder" else checkpoint.tensors[key]
@@ -177,24 +187,29 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
             threshold = torch.where(threshold.isnan(), _UNSET, threshold)
         tensors |= {"k": torch.tensor(int(layer.k), dtype=torch.int32), "threshold": threshold}
         trainer["k"] = int(layer.k)
+    if isinstance(layer, JumpReLU):
+        tensors["threshold"] = layer.threshold.detach().to(checkpoint.encoder.dtype)
     if kind == "MatryoshkaBatchTopKSAE":
         ends = torch.tensor([0, *prefixes, checkpoint.latents])
         tensors["group_sizes"] = ends.diff()
         trainer["group_sizes"] = ends.diff().tolist()
-    folder.mkdir(parents=True, exist_ok=True)
-    write_torch_file(folder / TENSORS, tensors)
-    write_config(folder / CONFIG, checkpoint.metadata.get(NAME, {}) | {"trainer": trainer})
+    config = checkpoint.metadata.get(NAME, {}) | {"trainer": trainer}
+    return {TENSORS: torch_file(tensors), CONFIG: json_file(config)}
 
 
-def _dict_class(layer: nn.Module, *, matryoshka: bool) -> str:
-    """Choose the library's class for a layer."""
+def _dict_class(checkpoint: Checkpoint, *, matryoshka: bool) -> str:
+    """Choose the library's class."""
+    layer = checkpoint.activation
     if isinstance(layer, nn.ReLU):
-        return "AutoEncoder"
+        biased = checkpoint.options.get("subtract_bias", True)
+        return "AutoEncoder" if biased else "AutoEncoderNew"
+    if isinstance(layer, JumpReLU):
+        return "JumpReluAutoEncoder"
     if isinstance(layer, TopK) and layer.groups == 1:
         return "AutoEncoderTopK"
     if isinstance(layer, BatchTopK) and int(layer.k) == layer.k:
         return "MatryoshkaBatchTopKSAE" if matryoshka else "BatchTopKSAE"
     raise ValueError(
-        f"{NAME}: activation must be TopK without groups, BatchTopK with an integer k, or ReLU, "
-        f"got {layer}, k = {getattr(layer, 'k', None)}"
+        f"{NAME}: activation must be TopK without groups, BatchTopK with an integer k, JumpReLU or "
+        f"ReLU, got {layer}, k = {getattr(layer, 'k', None)}"
     )

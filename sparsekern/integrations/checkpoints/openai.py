@@ -17,10 +17,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .contents import Checkpoint, check_defaults, check_tensors, finite, refuse
-from .torch_files import is_torch_file, open_torch_file, write_torch_file
+from .contents import (
+    Checkpoint,
+    WriteFile,
+    check_flags,
+    check_tensors,
+    matrix_shape,
+    read_weights,
+    refuse,
+    weight_shapes,
+)
+from .torch_files import is_torch_file, open_torch_file, tensors_of, torch_file
 
 NAME = "openai"
 TENSORS = "autoencoder.pt"
@@ -28,6 +37,7 @@ _NAMES = {
     "encoder": "encoder.weight", "encoder_bias": "latent_bias",
     "dictionary": "decoder.weight", "decoder_bias": "pre_bias",
 }  # fmt: skip
+_TRANSPOSED = ("decoder.weight",)
 _STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
 
 
@@ -47,31 +57,14 @@ def read(path: Path) -> Checkpoint:
     settings = content.pop("activation_state_dict", {})
     if settings != {}:
         refuse(path, "activation_state_dict", settings, "must be empty for ReLU")
-    for name, value in content.items():
-        if not isinstance(value, Tensor):
-            refuse(path, name, value, "must be a tensor")
-    weight = content.get("encoder.weight")
-    if weight is None:
-        raise ValueError(f"{path}: encoder.weight is missing")
-    if weight.dim() != 2:
-        refuse(path, "encoder.weight", list(weight.shape), "must have two dimensions")
-    n, d = weight.shape
-    shapes = {
-        "encoder.weight": (n, d), "latent_bias": (n,), "decoder.weight": (d, n), "pre_bias": (d,),
-    }  # fmt: skip
-    check_tensors(path, content, shapes, _STATISTICS)
-    state = {}
-    for key, name in _NAMES.items():
-        tensor = finite(path, content, name)
-        # Into memory, since the file is only mapped.
-        state[key] = (tensor.t() if key == "dictionary" else tensor).clone(
-            memory_format=torch.contiguous_format
-        )
-    return Checkpoint(nn.ReLU(), state)
+    tensors = tensors_of(path, content)
+    n, d = matrix_shape(path, tensors, "encoder.weight")
+    check_tensors(path, tensors, weight_shapes(_NAMES, n, d, _TRANSPOSED), _STATISTICS)
+    return Checkpoint(nn.ReLU(), read_weights(path, tensors, _NAMES, _TRANSPOSED))
 
 
-def write(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write the file, with statistics of latents that no batch has reached yet.
+def files(checkpoint: Checkpoint) -> dict[str, WriteFile]:
+    """Make the file, with statistics of latents that no batch has reached yet.
 
     Raises:
         ValueError: an activation other than ReLU, or options that the format lacks.
@@ -82,7 +75,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
             f"{NAME}: activation must be ReLU, since the library normalizes activations for TopK, "
             f"got {layer}"
         )
-    check_defaults(checkpoint, NAME, {"scale_scores": False, "subtract_bias": True})
+    check_flags(checkpoint, NAME, {"scale_scores": False, "subtract_bias": True})
     content = {
         "pre_bias": checkpoint.tensors["decoder_bias"],
         "latent_bias": checkpoint.tensors["encoder_bias"],
@@ -92,5 +85,4 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
         "encoder.weight": checkpoint.encoder,
         "decoder.weight": checkpoint.tensors["dictionary"].t(),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_torch_file(folder / TENSORS, content, {"activation": "ReLU", "activation_state_dict": {}})
+    return {TENSORS: torch_file(content, {"activation": "ReLU", "activation_state_dict": {}})}

@@ -16,11 +16,12 @@ from ..._tensor_files import SavedTensors
 from ...nn import BatchTopK, JumpReLU, TopK
 from .contents import (
     Checkpoint,
+    WriteFile,
     check_config,
     check_tensors,
     finite,
     refuse,
-    write_file,
+    safetensors_file,
 )  # fmt: skip
 
 NAME = "sparsekern"
@@ -72,8 +73,8 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(layer, state, config["options"], config["metadata"])
 
 
-def write(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write the file into the folder."""
+def files(checkpoint: Checkpoint) -> dict[str, WriteFile]:
+    """Make the file."""
     layer = checkpoint.activation
     arguments: dict[str, Any] = {"type": type(layer).__name__}
     if isinstance(layer, TopK):
@@ -92,8 +93,8 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
     }
     state = {f"activation.{name}": tensor for name, tensor in layer.state_dict().items()}
     state[_COUNTS] = torch.zeros(checkpoint.latents, dtype=torch.int64)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / FILE, state | checkpoint.tensors, {NAME: json.dumps(config)})
+    content = safetensors_file(state | checkpoint.tensors, {NAME: json.dumps(config)})
+    return {FILE: content}
 
 
 def _config(path: Path, text: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""SAELens 6: ``cfg.json`` and ``sae_weights.safetensors``.
+"""SAELens 6, and 3 to 5: ``cfg.json`` and ``sae_weights.safetensors``.
 
     scores         = (x - b_dec) @ W_enc + b_enc, or x @ W_enc + b_enc where apply_b_dec_to_input
                      is false
@@ -9,8 +9,12 @@
     reconstruction = codes @ W_dec + b_dec
 
 ``W_enc`` [D, N] is the transpose of our encoder: reading and writing copy that matrix once, so that
-no step does. ``W_dec`` [N, D], ``b_enc`` [N], ``b_dec`` [D] and ``threshold`` [N] are as ours. Its
-BatchTopK autoencoders are saved as ``jumprelu`` with one threshold, and so are ours.
+no step does. ``W_dec`` [N, D], ``b_enc`` [N], ``b_dec`` [D] and ``threshold`` [N] are as ours.
+
+Checkpoints of training have further keys, which say how it trains, and two architectures of their
+own, ``batchtopk`` and ``matryoshka_batchtopk``, with ``topk_threshold`` [] instead of thresholds.
+The library saves what it has trained as ``jumprelu`` with one threshold, and so we write BatchTopK.
+Configs from before version 6 mix the run with the model and are read, not written.
 """
 
 from __future__ import annotations
@@ -25,16 +29,20 @@ from ..._tensor_files import SavedTensors
 from ...nn import BatchTopK, JumpReLU, TopK
 from .contents import (
     Checkpoint,
+    WriteFile,
     check_config,
     check_options,
     check_tensors,
     count,
     finite,
+    flag,
+    json_file,
     jumprelu_with,
     read_config,
+    read_weights,
     refuse,
-    write_config,
-    write_file,
+    safetensors_file,
+    weight_shapes,
 )  # fmt: skip
 
 NAME = "saelens"
@@ -48,7 +56,38 @@ _KEYS = (
     "normalize_activations", "reshape_activations", "metadata",
 )  # fmt: skip
 _TOPK_KEYS = ("k", "rescale_acts_by_decoder_norm")
+_TOPK_TRAINING = ("use_sparse_activations", "aux_loss_coefficient")
+_BATCH_KEYS = (*_TOPK_KEYS, *_TOPK_TRAINING, "topk_threshold_lr")
+# Of each architecture, those of training included.
+_MORE_KEYS = {
+    "standard": ("l1_coefficient", "lp_norm", "l1_warm_up_steps"),
+    "topk": (*_TOPK_KEYS, *_TOPK_TRAINING),
+    "batchtopk": _BATCH_KEYS,
+    "matryoshka_batchtopk": (*_BATCH_KEYS, "matryoshka_widths", "use_matryoshka_aux_loss"),
+    "jumprelu": (
+        "jumprelu_init_threshold", "jumprelu_bandwidth", "jumprelu_sparsity_loss_mode",
+        "l0_coefficient", "l0_warm_up_steps", "pre_act_loss_coefficient", "jumprelu_tanh_scale",
+        "jumprelu_ste_to_input", "target_l0",
+    ),
+}  # fmt: skip
+_NEEDED = {"topk": ("k",), "batchtopk": ("k",), "matryoshka_batchtopk": ("k", "matryoshka_widths")}
 _SUPPORTED = {"normalize_activations": "none", "reshape_activations": "none"}
+_NAMES = {
+    "encoder": "W_enc", "encoder_bias": "b_enc", "dictionary": "W_dec", "decoder_bias": "b_dec",
+}  # fmt: skip
+_TRANSPOSED = ("W_enc",)
+_BATCH_THRESHOLD = "topk_threshold"
+# Configs before version 6: other names of keys, and those that go to the metadata.
+_RENAMED = {
+    "hook_point": "hook_name", "hook_point_head_index": "hook_head_index",
+    "activation_fn_str": "activation_fn",
+}  # fmt: skip
+_METADATA = (
+    "model_name", "hook_name", "hook_head_index", "context_size", "prepend_bos", "dataset_path",
+    "seqpos_slice", "model_class_name", "model_from_pretrained_kwargs", "neuronpedia_id",
+    "sae_lens_training_version",
+)  # fmt: skip
+_SCALING = "scaling_factor"
 
 
 def recognises(path: Path) -> bool:
@@ -60,64 +99,114 @@ def read(path: Path) -> Checkpoint:
     """Read the two files of a folder."""
     config_path, tensors_path = path / CONFIG, path / TENSORS
     config = read_config(config_path)
-    if "architecture" not in config:
-        raise ValueError(f"{config_path}: architecture is missing (SAELens before version 6)")
-    kind = config["architecture"]
-    if kind not in ("topk", "jumprelu", "standard"):
-        refuse(config_path, "architecture", kind, "must be 'topk', 'jumprelu' or 'standard'")
-    topk_keys = _TOPK_KEYS if kind == "topk" else ()
-    check_config(config_path, config, ("d_in", "d_sae", *topk_keys[:1]), (*_KEYS, *topk_keys))
+    optional: tuple[str, ...] = ()
+    if _is_old(config_path, config):
+        config = _upgraded(config_path, config)
+        optional = (_SCALING,)
+    kind = config.get("architecture")
+    if kind not in _MORE_KEYS:
+        refuse(config_path, "architecture", kind, f"must be one of {', '.join(_MORE_KEYS)}")
+    needed = ("d_in", "d_sae", *_NEEDED.get(kind, ()))
+    check_config(config_path, config, needed, (*_KEYS, "decoder_init_norm", *_MORE_KEYS[kind]))
     check_options(config_path, config, _SUPPORTED)
     metadata = config.get("metadata", {})
     if not isinstance(metadata, dict):
         refuse(config_path, "metadata", metadata, "must be an object")
     d, n = count(config_path, config, "d_in"), count(config_path, config, "d_sae")
-    shapes = {"W_enc": (d, n), "b_enc": (n,), "W_dec": (n, d), "b_dec": (d,)}
+    shapes = weight_shapes(_NAMES, n, d, _TRANSPOSED)
     if kind == "jumprelu":
         shapes["threshold"] = (n,)
+    elif kind.endswith("batchtopk"):
+        shapes[_BATCH_THRESHOLD] = ()
     tensors = SavedTensors(tensors_path)
     try:
-        check_tensors(tensors_path, tensors, shapes)
-        layer = _activation(config_path, config, tensors_path, tensors)
-        state = {
-            "encoder": finite(tensors_path, tensors, "W_enc").t().contiguous(),
-            "encoder_bias": finite(tensors_path, tensors, "b_enc"),
-            "dictionary": finite(tensors_path, tensors, "W_dec"),
-            "decoder_bias": finite(tensors_path, tensors, "b_dec"),
-        }
+        check_tensors(tensors_path, tensors, shapes, optional, ("threshold", _BATCH_THRESHOLD))
+        if _SCALING in tensors and bool((tensors[_SCALING] != 1).any()):
+            refuse(tensors_path, _SCALING, "another number", "must be 1, nothing else is supported")
+        layer, options = _activation(config_path, config, n, tensors_path, tensors)
+        state = read_weights(tensors_path, tensors, _NAMES, _TRANSPOSED)
     finally:
         tensors.close()
-    options = {"subtract_bias": _flag(config_path, config, "apply_b_dec_to_input", True)}
-    if kind == "topk":
+    options["subtract_bias"] = flag(config_path, config, "apply_b_dec_to_input", True)
+    if "k" in config:
         key = "rescale_acts_by_decoder_norm"
-        options["scale_scores"] = _flag(config_path, config, key, False)
+        options["scale_scores"] = flag(config_path, config, key, False)
     return Checkpoint(layer, state, options, metadata)
 
 
-def _flag(path: Path, config: dict[str, Any], key: str, default: bool) -> bool:
-    value = config.get(key, default)
-    if not isinstance(value, bool):
-        refuse(path, key, value, "must be true or false")
-    return value
+def _is_old(path: Path, config: dict[str, Any]) -> bool:
+    """Tell whether a config is of a version before 6, as the library does."""
+    metadata = config.get("metadata")
+    inner = metadata.get("sae_lens_version") if isinstance(metadata, dict) else None
+    version = config.get("sae_lens_version") or inner
+    if version is None:
+        return True
+    major = str(version).partition(".")[0]
+    if not major.isdecimal():
+        refuse(path, "sae_lens_version", version, "must be a version")
+    return int(major) < 6
+
+
+def _upgraded(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Take from an old config what a new one has; the rest says how it was trained."""
+    old = {_RENAMED.get(key, key): value for key, value in config.items()}
+    check_options(path, old, {"finetuning_scaling_factor": False})
+    new = {key: old[key] for key in _KEYS if key in old}
+    new["architecture"] = old.get("architecture", "standard")
+    function = old.get("activation_fn", "relu")
+    if function == "topk":
+        arguments = old.get("activation_fn_kwargs", {})
+        if not isinstance(arguments, dict):
+            refuse(path, "activation_fn_kwargs", arguments, "must be an object")
+        new |= {"architecture": "topk", **arguments}
+    elif function != "relu":
+        refuse(path, "activation_fn", function, "must be 'relu' or 'topk'")
+    if not old.get("normalize_activations"):
+        new["normalize_activations"] = "none"
+    if "k" in old:
+        new["k"] = old["k"]
+    metadata = old.get("metadata", {})
+    if isinstance(metadata, dict):
+        new["metadata"] = {key: old[key] for key in _METADATA if key in old} | metadata
+        new["metadata"].pop("sae_lens_version", None)
+    return new
 
 
 def _activation(
-    config_path: Path, config: dict[str, Any], tensors_path: Path, tensors: Any
-) -> nn.Module:
+    config_path: Path,
+    config: dict[str, Any],
+    n: int,
+    tensors_path: Path,
+    tensors: SavedTensors,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Make the layer, and the options of the model that come with it."""
     kind = config["architecture"]
     if kind == "jumprelu":
         thresholds = finite(tensors_path, tensors, "threshold")
-        return jumprelu_with(thresholds, tensors_path, "threshold")
+        return jumprelu_with(thresholds, tensors_path, "threshold"), {}
     if kind == "standard":
-        return nn.ReLU()
-    k = count(config_path, config, "k")
-    if k > config["d_sae"]:
-        refuse(config_path, "k", k, f"must be at most d_sae, {config['d_sae']}")
-    return TopK(k)
+        return nn.ReLU(), {}
+    if kind == "topk":
+        k = count(config_path, config, "k")
+        if k > n:
+            refuse(config_path, "k", k, f"must be at most d_sae, {n}")
+        return TopK(k), {}
+    k = config["k"]
+    if type(k) not in (int, float) or not 0 < k <= n:
+        refuse(config_path, "k", k, f"must be a number above 0 and at most d_sae, {n}")
+    threshold = finite(tensors_path, tensors, _BATCH_THRESHOLD)
+    if threshold < 0:
+        refuse(tensors_path, _BATCH_THRESHOLD, threshold.item(), "must be at least 0")
+    layer = BatchTopK(k)
+    layer.threshold.copy_(threshold)
+    widths = config.get("matryoshka_widths", [])
+    if not isinstance(widths, list) or not all(type(w) is int and 0 < w <= n for w in widths):
+        refuse(config_path, "matryoshka_widths", widths, f"must be integers in 1..{n}")
+    return layer, {"prefixes": tuple(width for width in widths if width < n)}
 
 
-def write(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write the two files; BatchTopK becomes ``jumprelu`` with its threshold for all latents.
+def files(checkpoint: Checkpoint) -> dict[str, WriteFile]:
+    """Make the two files; BatchTopK becomes ``jumprelu`` with its threshold for all latents.
 
     Raises:
         ValueError: TopK in groups, scaled scores with an activation other than TopK, or BatchTopK
@@ -149,15 +238,13 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
     else:
         if scaled:
             raise ValueError(
-                f"{NAME}: scale_scores must be False, which the format has for TopK alone, "
-                f"got {layer}"
+                f"{NAME}: scale_scores must be False (see SparseAutoencoder.fold_norms), which the "
+                f"format has for TopK alone, got {layer}"
             )
         config["architecture"] = "standard" if isinstance(layer, nn.ReLU) else "jumprelu"
     if config["architecture"] == "jumprelu":
         tensors["threshold"] = _thresholds(layer, checkpoint.latents, encoder.dtype)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / TENSORS, tensors, {"format": "pt"})
-    write_config(folder / CONFIG, config)
+    return {TENSORS: safetensors_file(tensors, {"format": "pt"}), CONFIG: json_file(config)}
 
 
 @torch.no_grad()

@@ -16,16 +16,17 @@ from ..._tensor_files import SavedTensors
 from ...nn import TopK
 from .contents import (
     Checkpoint,
+    WriteFile,
     check_config,
-    check_defaults,
+    check_flags,
     check_options,
     check_tensors,
     count,
     finite,
+    json_file,
     read_config,
     refuse,
-    write_config,
-    write_file,
+    safetensors_file,
 )  # fmt: skip
 
 NAME = "sparsify"
@@ -77,8 +78,8 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(TopK(k, groups=k if kind == "groupmax" else 1), state)
 
 
-def write(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write the two files.
+def files(checkpoint: Checkpoint) -> dict[str, WriteFile]:
+    """Make the two files.
 
     Raises:
         ValueError: an activation other than TopK in 1 or k groups, or options that the format
@@ -87,24 +88,20 @@ def write(checkpoint: Checkpoint, folder: Path) -> None:
     layer = checkpoint.activation
     if not isinstance(layer, TopK) or layer.groups not in (1, layer.k):
         raise ValueError(f"{NAME}: activation must be TopK in 1 or k groups, got {layer}")
-    check_defaults(checkpoint, NAME, {"scale_scores": False, "subtract_bias": True})
+    check_flags(checkpoint, NAME, {"scale_scores": False, "subtract_bias": True})
     tensors = {
         name: checkpoint.encoder if ours == "encoder" else checkpoint.tensors[ours]
         for ours, name in _NAMES.items()
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / TENSORS, tensors, {"format": "pt"})
-    write_config(
-        folder / CONFIG,
-        {
-            "activation": "topk" if layer.groups == 1 else "groupmax",
-            "expansion_factor": max(1, checkpoint.latents // checkpoint.features),
-            "normalize_decoder": True,
-            "num_latents": checkpoint.latents,
-            "k": layer.k,
-            "multi_topk": False,
-            "skip_connection": False,
-            "transcode": False,
-            "d_in": checkpoint.features,
-        },
-    )
+    config = {
+        "activation": "topk" if layer.groups == 1 else "groupmax",
+        "expansion_factor": max(1, checkpoint.latents // checkpoint.features),
+        "normalize_decoder": True,
+        "num_latents": checkpoint.latents,
+        "k": layer.k,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+        "d_in": checkpoint.features,
+    }
+    return {TENSORS: safetensors_file(tensors, {"format": "pt"}), CONFIG: json_file(config)}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from ..._system import open_plain, replaced
+from ..._system import open_plain
+from .contents import WriteFile, refuse
 
 # First bytes of a zip archive, which torch.save writes, and of the pickle before version 1.6.
 _STARTS = (b"PK\x03\x04", b"\x80\x02")
@@ -48,19 +49,26 @@ def open_torch_file(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_torch_file(
-    path: Path, tensors: Mapping[str, Tensor], others: Mapping[str, Any] | None = None
-) -> None:
-    """Write a state_dict under a temporary name, and give the file its own.
+def tensors_of(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Check that a file holds tensors alone."""
+    for name, value in content.items():
+        if not isinstance(value, Tensor):
+            refuse(path, name, value, "must be a tensor")
+    return dict(content)
+
+
+def torch_file(tensors: Mapping[str, Tensor], others: Mapping[str, Any] | None = None) -> WriteFile:
+    """Make what writes a state_dict.
 
     Args:
-        path: the file.
         tensors: any device and layout in memory.
         others: plain values beside them.
     """
-    plain: dict[str, Any] = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()
-    }
-    plain |= others or {}
-    with replaced(path) as file:
-        torch.save(plain, file)
+
+    def write(file: BinaryIO) -> None:
+        plain: dict[str, Any] = {
+            name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()
+        }
+        torch.save(plain | dict(others or {}), file)
+
+    return write
