@@ -8,50 +8,24 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from autoencoders import (
+    D,
+    K,
+    N,
+    assert_same_files,
+    check_equal,
+    dense_topk,
+    inputs,
+    random_state,
+    scores_of,
+)
+from safetensors.torch import save_file
 
 import sparsekern
 from sparsekern.cli.command import main
+from sparsekern.integrations import checkpoints
 from sparsekern.integrations.checkpoints import WRITTEN, read, write
 from sparsekern.models import SparseAutoencoder
-
-D, N, K = 24, 96, 6
-
-
-def random_state(seed=0, dtype=torch.float32):
-    """Encoder, its bias, dictionary with rows of norms other than 1, and decoder bias."""
-    draw = torch.Generator().manual_seed(seed)
-    shapes = {"encoder": (N, D), "encoder_bias": (N,), "dictionary": (N, D), "decoder_bias": (D,)}
-    return {
-        name: (0.3 * torch.randn(shape, generator=draw)).to(dtype) for name, shape in shapes.items()
-    }
-
-
-def inputs(rows=40, seed=9):
-    return torch.randn(rows, D, generator=torch.Generator().manual_seed(seed))
-
-
-def scores_of(state, x, biased=True):
-    x = x - state["decoder_bias"] if biased else x
-    return x @ state["encoder"].t() + state["encoder_bias"]
-
-
-def dense_topk(scores, k):
-    values, indices = scores.topk(k, dim=-1)
-    return torch.zeros_like(scores).scatter(-1, indices, values.relu())
-
-
-def check_equal(model, state, codes, reconstruction, x):
-    """Weights are equal bit for bit, codes in which latents are active, numbers up to rounding."""
-    for name, tensor in state.items():
-        assert torch.equal(getattr(model, name), tensor), name
-    model.eval()
-    values, indices = model.encode(x)
-    dense = torch.zeros_like(codes).scatter_add(-1, indices, values)
-    assert torch.equal(dense != 0, codes != 0) and (codes != 0).any()
-    torch.testing.assert_close(dense, codes, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(model(x).reconstruction, reconstruction, rtol=1e-5, atol=1e-5)
-
 
 # -- sparsify ------------------------------------------------------------------------------------
 
@@ -100,13 +74,6 @@ def test_sparsify_goes_out_and_comes_back(tmp_path, to, dtype):
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [
         "cfg.json", "sae.safetensors",
     ]  # fmt: skip
-
-
-def assert_same_files(one, other):
-    one, other = load_file(one), load_file(other)
-    assert one.keys() == other.keys()
-    for name in one:
-        assert one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]), name
 
 
 @pytest.mark.parametrize(
@@ -251,6 +218,122 @@ def test_batch_topk_becomes_jumprelu(tmp_path):
     x = inputs(seed=10)  # a score that set the threshold is equal to it but for rounding
     torch.testing.assert_close(loaded(x).reconstruction, model(x).reconstruction)
     assert torch.equal(loaded.activation.threshold.float(), model.activation.threshold.expand(N))
+
+
+def write_saelens_batch(folder, state, architecture="batchtopk", **changes):
+    tensors = {"topk_threshold": torch.tensor(0.75, dtype=torch.double)}
+    tensors |= changes.pop("tensors", {})
+    settings = {
+        "k": 3.5, "use_sparse_activations": False, "aux_loss_coefficient": 1.0,
+        "rescale_acts_by_decoder_norm": True, "topk_threshold_lr": 0.01, "decoder_init_norm": 0.1,
+    } | changes  # fmt: skip
+    return write_saelens(folder, state, architecture, tensors=tensors, **settings)
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka_batchtopk"])
+def test_saelens_in_training_is_read(tmp_path, architecture):
+    state, x = random_state(), inputs()
+    more = {"matryoshka_widths": [16, N]} if architecture.startswith("m") else {}
+    folder = write_saelens_batch(tmp_path / "a", state, architecture, **more)
+    model = SparseAutoencoder.from_pretrained(folder)
+    norms = state["dictionary"].norm(dim=-1)
+    scores = scores_of(state, x).relu() * norms
+    codes = scores * (scores > 0.75)
+    check_equal(
+        model, state, codes, (codes / norms) @ state["dictionary"] + state["decoder_bias"], x
+    )
+    assert model.k == 3.5 and model.prefixes == ((16,) if more else ())
+    with pytest.raises(ValueError, match=r"scale_scores must be False .*fold_norms"):
+        model.save_pretrained(tmp_path / "b", to="saelens")
+    before = model(x).reconstruction
+    model.fold_norms()
+    model.save_pretrained(tmp_path / "b", to="saelens")
+    after = SparseAutoencoder.from_pretrained(tmp_path / "b").eval()(x).reconstruction
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+
+
+def test_saelens_jumprelu_in_training_has_float32_thresholds(tmp_path):
+    theta = torch.rand(N) + 0.1
+    folder = write_saelens(
+        tmp_path / "a", random_state(dtype=torch.bfloat16), "jumprelu",
+        tensors={"threshold": theta}, jumprelu_bandwidth=0.05, l0_coefficient=2.0, target_l0=None,
+    )  # fmt: skip
+    model = SparseAutoencoder.from_pretrained(folder)
+    assert torch.equal(model.activation.threshold.float(), theta)
+
+
+OLD = {
+    "hook_point": "blocks.5.hook_resid_pre", "model_name": "gpt2-small", "hook_point_layer": 5,
+    "activation_fn_str": "relu", "l1_coefficient": 8e-5, "finetuning_scaling_factor": False,
+    "normalize_activations": False, "reshape_activations": "none", "prepend_bos": True,
+}  # fmt: skip
+
+
+def write_old_saelens(folder, state, **changes):
+    folder = write_saelens(folder, state, "standard", tensors=changes.pop("tensors", {}))
+    config = {"d_in": D, "d_sae": N, "dtype": "torch.float32", "device": "cpu"} | OLD | changes
+    (folder / "cfg.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("activation", ["relu", "topk"])
+def test_saelens_before_6_is_read(tmp_path, activation):
+    state, x = random_state(), inputs()
+    more = {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K}}
+    folder = write_old_saelens(
+        tmp_path / "a", state, tensors={"scaling_factor": torch.ones(N)},
+        **(more if activation == "topk" else {"sae_lens_version": "5.3.0"}),
+    )  # fmt: skip
+    codes = scores_of(state, x).relu()
+    codes = dense_topk(codes, K) if activation == "topk" else codes
+    model = SparseAutoencoder.from_pretrained(folder)
+    check_equal(model, state, codes, codes @ state["dictionary"] + state["decoder_bias"], x)
+    write(read(folder), tmp_path / "b", "saelens")
+    config = json.loads((tmp_path / "b" / "cfg.json").read_text())
+    assert config["metadata"] == {
+        "sae_lens_version": "6.0.0", "model_name": "gpt2-small", "prepend_bos": True,
+        "hook_name": "blocks.5.hook_resid_pre",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor must be False"),
+        ({"normalize_activations": True}, "normalize_activations must be 'none', .* got True"),
+        ({"reshape_activations": "hook_z"}, "reshape_activations must be 'none'"),
+        ({"activation_fn_str": "tanh-relu"}, "activation_fn must be 'relu' or 'topk'"),
+        ({"activation_fn_str": "topk"}, "cfg.json: k is missing"),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": 3}, "kwargs must be an object"),
+        ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": K, "postact_fn": "relu"}},
+         "postact_fn is not known"),
+        ({"sae_lens_version": "new"}, "sae_lens_version must be a version"),
+        ({"architecture": "gated"}, "architecture must be one of .* got 'gated'"),
+        ({"tensors": {"scaling_factor": torch.full((N,), 2.0)}}, "scaling_factor must be 1"),
+    ],
+)  # fmt: skip
+def test_what_old_saelens_cannot_mean_here_is_refused(tmp_path, changes, named):
+    with pytest.raises(ValueError, match=named):
+        read(write_old_saelens(tmp_path / "a", random_state(), **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"k": 0}, "cfg.json: k must be a number above 0"),
+        ({"k": True}, "cfg.json: k must be a number above 0"),
+        ({"tensors": {"topk_threshold": torch.tensor(-1.0)}}, "topk_threshold must be at least 0"),
+        ({"tensors": {"topk_threshold": torch.ones(N)}}, r"topk_threshold must have shape \[\]"),
+        ({"tensors": {"topk_threshold": torch.tensor(torch.nan)}}, "topk_threshold must be finite"),
+        ({"architecture": "matryoshka_batchtopk"}, "matryoshka_widths is missing"),
+        ({"architecture": "matryoshka_batchtopk", "matryoshka_widths": [0, N]},
+         "matryoshka_widths must be integers in 1..96"),
+        ({"matryoshka_widths": [16]}, "matryoshka_widths is not known"),
+    ],
+)  # fmt: skip
+def test_what_saelens_in_training_cannot_mean_here_is_refused(tmp_path, changes, named):
+    with pytest.raises(ValueError, match=named):
+        read(write_saelens_batch(tmp_path / "a", random_state(), **changes))
 
 
 @pytest.mark.parametrize(
@@ -662,6 +745,25 @@ def test_command_converts(tmp_path, capsys):
     assert main(["convert", str(source), str(tmp_path / "b"), "--to", "saelens"]) == 0
     assert f"{N} latents of {D} features with TopK, as saelens" in capsys.readouterr().out
     assert SparseAutoencoder.from_pretrained(tmp_path / "b").k == K
+
+
+@pytest.mark.parametrize("folder", ["new", "made/before/it", "empty"])
+def test_a_destination_is_as_before_after_an_error_of_writing(tmp_path, monkeypatch, folder):
+    source = write_sparsify(tmp_path / "a", random_state())
+    (tmp_path / "empty").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+
+    def no_space(_):
+        def fail(file):
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+
+        return fail
+
+    monkeypatch.setattr(checkpoints.sparsify, "json_file", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        write(read(source), tmp_path / folder, "sparsify")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_command_leaves_a_destination_untouched(tmp_path, capsys):

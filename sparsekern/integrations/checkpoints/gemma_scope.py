@@ -36,6 +36,7 @@ from .contents import (
     matrix_shape,
     read_config,
     read_weights,
+    refuse,
     weight_shapes,
 )
 
@@ -48,8 +49,7 @@ _NAMES = {
     FIRST: _BIASES | {"encoder": "W_enc", "dictionary": "W_dec"},
     SECOND: _BIASES | {"encoder": "w_enc", "dictionary": "w_dec"},
 }
-# Transcoders and crosscoders read one place and write another.
-_SUPPORTED = {"architecture": "jump_relu", "affine_connection": False, "hf_hook_point_out": None}
+_SUPPORTED = {"architecture": "jump_relu", "affine_connection": False}
 
 
 def recognises(path: Path) -> bool:
@@ -65,10 +65,11 @@ def read(path: Path) -> Checkpoint:
     config: dict[str, Any] = {}
     if path.name == SECOND and (path.parent / CONFIG).exists():
         config = read_config(path.parent / CONFIG)
-        supported = _SUPPORTED | {"hf_hook_point_out": config.get("hf_hook_point_in")}
-        if config.get("hf_hook_point_out") is None:
-            del supported["hf_hook_point_out"]
-        check_options(path.parent / CONFIG, config, supported)
+        check_options(path.parent / CONFIG, config, _SUPPORTED)
+        output = config.get("hf_hook_point_out")
+        if output not in (None, config.get("hf_hook_point_in")):
+            rule = "must be hf_hook_point_in, a transcoder is not supported"
+            refuse(path.parent / CONFIG, "hf_hook_point_out", output, rule)
     tensors = _Arrays(path) if path.name == FIRST else SavedTensors(path)
     try:
         transposed = (names["encoder"],)
