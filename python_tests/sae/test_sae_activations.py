@@ -8,7 +8,7 @@ from torch import nn
 
 import sparsekern
 from sparsekern.models import SparseAutoencoder
-from sparsekern.sae import encoding
+from sparsekern.nn import scores as scores_module
 
 F = torch.nn.functional
 LATENTS = 40
@@ -33,7 +33,7 @@ OPTIONS = {
 @pytest.fixture(params=["sparse", "dense"])
 def path(request, monkeypatch):
     """Codes however wide, found by a selection that has to grow; or dense scores from the start."""
-    monkeypatch.setattr(encoding, "NARROWEST", 1 if request.param == "sparse" else 1000)
+    monkeypatch.setattr(scores_module, "NARROWEST", 1 if request.param == "sparse" else 1000)
     return request.param
 
 
@@ -181,7 +181,7 @@ def test_nan_is_passed_on(path, name):
 
 
 def test_the_width_follows_what_the_fullest_row_needs(monkeypatch):
-    monkeypatch.setattr(encoding, "NARROWEST", 2)
+    monkeypatch.setattr(scores_module, "NARROWEST", 2)
     model = model_of(nn.ReLU())
     with torch.no_grad():
         model.encoder_bias.fill_(-20.0)
@@ -202,7 +202,7 @@ def test_the_width_follows_what_the_fullest_row_needs(monkeypatch):
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_what_came_before_does_not_matter(name, monkeypatch):
     """The way to the codes follows from the input alone: a resumed run has the same bits."""
-    monkeypatch.setattr(encoding, "NARROWEST", 2)
+    monkeypatch.setattr(scores_module, "NARROWEST", 2)
     model = model_of(ACTIVATIONS[name]())
     for shift in (-3.0, -1.0, 0.5):
         with torch.no_grad():

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import SpatialSparsity
+from ..nn.scores import sizes_are_fixed
 from ..ops.checks import check_same_dtype
 from ..ops.exported import exported
-from ..sae.encoding import sizes_are_fixed
 from ..sae.normalisation import BatchNorm1d, BatchNorm2d
 
 PAD = -1  # after the end of a label

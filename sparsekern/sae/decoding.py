@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..nn.scores import sizes_are_fixed
 from ..ops.checks import autocasting, check_weight_dtype
 from ..ops.codes import Transposition
 from ..ops.linear_at import vector_at
 from ..ops.sparse_matmul import sparse_matmul
-from .encoding import Encoding, sizes_are_fixed
+from .encoding import Encoding
 
 
 @dataclass(frozen=True)

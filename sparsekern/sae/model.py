@@ -37,13 +37,14 @@ from torch import Tensor, nn
 
 from ..nn import BatchTopK, DeadNeuronCounter, JumpReLU, TopK
 from ..nn.recomputation import RecentStates, recomputing
+from ..nn.scores import Scores, Width, sizes_are_fixed
 from ..ops.batch_topk import check_share
 from ..ops.checks import check_above_zero, check_count
 from ..ops.codes import Codes
 from ..ops.exported import exported
 from ..ops.linear_topk.checks import check_layer
 from .decoding import Decoder
-from .encoding import Scores, Width, check_activation, encode, sizes_are_fixed
+from .encoding import check_activation, encode
 from .statistics import at_least_float32, geometric_median, squared_error, total_variance
 from .wrappers import Wrapper
 
