@@ -87,13 +87,17 @@ _SUBMODULES = (
     "testing",
     "training",
 )
+# They need no other library, but few programs need them.
+_FUNCTIONS = ("accelerate", "restore")
 
 
 def __getattr__(name: str) -> _Any:
     if name in _SUBMODULES:
         return _importlib.import_module(f"{__name__}.{name}")
+    if name in _FUNCTIONS:
+        return getattr(_importlib.import_module(f"{__name__}.integrations.acceleration"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_SUBMODULES})
+    return sorted({*globals(), *_SUBMODULES, *_FUNCTIONS})

@@ -41,11 +41,11 @@ class TopK(DenseTopK):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return y [..., n] for x [..., n], dense, or sparse COO with use_sparse_activations."""
         if self.use_sparse_activations:
-            return _to_sparse_coo(self.codes(x), x.shape)
+            return to_sparse_coo(self.codes(x), x.shape)
         return super().forward(x)
 
 
-def _to_sparse_coo(codes: Codes, shape: torch.Size) -> torch.Tensor:
+def to_sparse_coo(codes: Codes, shape: torch.Size) -> torch.Tensor:
     """Return ascending codes as a coalesced sparse COO tensor of the dense shape."""
     k = codes.indices.shape[-1]
     rows = torch.arange(codes.indices.numel() // k, device=codes.indices.device)

@@ -50,15 +50,15 @@ class Scores:
         return len(self.weight)
 
     def topk(
-        self, k: int, *, groups: int = 1, latents: Tensor | None = None
+        self, k: int, *, groups: int = 1, latents: Tensor | None = None, relu: bool = True
     ) -> tuple[Tensor, Tensor, Transposition]:
-        """Return the k largest of each row after ReLU: values, indices, their transposition.
+        """Return the k largest of each row: values after ReLU, indices, their transposition.
 
         Indices ascend.
         """
         codes, transposition = linear_topk_transposed(
             self.x, self.weight, self.bias, k, pre_bias=self.pre_bias, scale=self.scale,
-            groups=groups, latents=latents,
+            groups=groups, latents=latents, relu=relu,
         )  # fmt: skip
         return *codes, transposition
 
@@ -98,6 +98,19 @@ class Scores:
         """Return x - pre_bias, weight and bias in a dtype."""
         centred = self.x if self.pre_bias is None else (self.x - self.pre_bias).to(self.x.dtype)
         return centred.to(dtype), self.weight.to(dtype), self.bias.to(dtype)
+
+    def tensors(self) -> list[Tensor]:
+        """Return what the scores are computed from."""
+        candidates = (self.x, self.weight, self.bias, self.pre_bias, self.scale)
+        return [tensor for tensor in candidates if tensor is not None]
+
+    def detached(self) -> Scores:
+        """Return the same scores without gradients."""
+        pre_bias = None if self.pre_bias is None else self.pre_bias.detach()
+        scale = None if self.scale is None else self.scale.detach()
+        return Scores(
+            self.x.detach(), self.weight.detach(), self.bias.detach(), pre_bias, scale
+        )  # fmt: skip
 
     def only(self, mask: Tensor) -> Scores:
         """Return scores that are -inf for latents outside a mask (bool [N])."""

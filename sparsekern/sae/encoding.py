@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import BatchTopK, JumpReLU, TopK
+from ..nn.hooks import has_hooks
 from ..nn.scores import Scores, Width, select_above, select_largest_of_batch, sizes_are_fixed
 from ..ops.codes import Transposition
 from ..ops.jumprelu import at_most, jumprelu, step
@@ -47,18 +48,9 @@ def encode(layer: nn.Module, scores: Scores, width: Width) -> Encoding:
     A layer with hooks is called with all scores, and its output is the code: hooks get, and may
     replace, its dense input and output.
     """
-    if _has_hooks(layer):
+    if has_hooks(layer):
         return _call(layer, scores.all())
     return _ENCODERS[type(layer)](layer, scores, width)
-
-
-def _has_hooks(layer: nn.Module) -> bool:
-    return bool(
-        layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-    )
 
 
 def _call(layer: nn.Module, scores: Tensor) -> Encoding:

@@ -1,0 +1,138 @@
+"""SAELens: its TopK and BatchTopK autoencoders, with their matryoshka form, and TopK layers.
+
+The activations that the training pass hands to the losses and to the trainer are late tensors
+(late.py), so SAELens' own decoder, AuxK and counts run on codes. A hook on the pre- or
+post-activations gets a dense tensor, since SAELens' own code then runs.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ...nn.scores import Scores
+from ...ops.batch_topk import batch_topk
+from ...ops.codes import Codes
+from ...ops.topk import mask_with_codes
+from ..sae_lens import to_sparse_coo
+from .encoders import (
+    as_returned,
+    batch_topk_activations,
+    codes_of,
+    late_inside,
+    late_scores,
+    runs_on_codes,
+    topk_activations,
+)
+from .late import LateCodes, content_of, late_tensor
+from .replacement import Methods, Replacement, class_of
+
+_TOPK, _BATCH_TOPK = "sae_lens.saes.topk_sae", "sae_lens.saes.batchtopk_sae"
+
+
+class _Autoencoder(Methods):
+    """What training and inference have in common."""
+
+    __slots__ = ()
+
+    def _late(self, x: Tensor) -> tuple[LateCodes, Scores] | None:
+        """Return activations and scores; None where SAELens' own code has to run."""
+        activation = self.activation_fn
+        kind = class_of(activation) if isinstance(activation, nn.Module) else None
+        hooked = (self.hook_sae_acts_pre, self.hook_sae_acts_post, activation)
+        if kind not in (_LAYER.upstream(), _BATCH_LAYER.upstream()) or not runs_on_codes(
+            x, *hooked
+        ):
+            return None
+        norms = self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
+        scores = Scores(self.process_sae_in(x), self.W_enc.t(), self.b_enc, None, norms)
+        if kind is _LAYER.upstream():
+            return topk_activations(scores, activation.k), scores
+        codes = batch_topk_activations(self, scores, activation.k)
+        return None if codes is None else (codes, scores)
+
+    def encode_sparse(self, x: Tensor) -> Codes:
+        """Return the codes of x: values [..., k] and indices int64 [..., k]."""
+        with late_inside():
+            return codes_of(self.encode(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruct x, by SAELens' own forward pass."""
+        with late_inside():
+            return super().forward(x)
+
+
+class TopKSAE(_Autoencoder):
+    """sae_lens.TopKSAE."""
+
+    __slots__ = ()
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the activations of x, dense."""
+        found = self._late(x)
+        if found is None:
+            return super().encode(x)
+        return as_returned(late_tensor(found[0]))
+
+
+class TopKTrainingSAE(_Autoencoder):
+    """sae_lens.TopKTrainingSAE and what is derived from it."""
+
+    __slots__ = ()
+
+    def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the activations of x and their scores, both late."""
+        found = self._late(x)
+        if found is None:
+            return super().encode_with_hidden_pre(x)
+        codes, scores = found
+        return late_tensor(codes), late_scores(scores)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the activations of x, dense, or sparse COO with use_sparse_activations."""
+        activations = super().encode(x)
+        returned = as_returned(activations)
+        content = content_of(activations)
+        sparse = getattr(self.activation_fn, "use_sparse_activations", False)
+        if sparse and isinstance(content, LateCodes) and returned is not activations:
+            return to_sparse_coo(Codes(content.values, content.indices), activations.shape)
+        return returned
+
+
+class TopKLayer(Methods):
+    """sae_lens.saes.topk_sae.TopK."""
+
+    __slots__ = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x with all but the k largest of each row set to zero, after ReLU."""
+        if self.use_sparse_activations or not runs_on_codes(x):
+            return super().forward(x)
+        masked: Tensor = mask_with_codes(x, self.k, relu=True)[0]
+        return masked
+
+
+class BatchTopKLayer(Methods):
+    """sae_lens.saes.batchtopk_sae.BatchTopK."""
+
+    __slots__ = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x with all but the k B largest of its B rows set to zero, after ReLU."""
+        if not runs_on_codes(x) or int(self.k * x.shape[:-1].numel()) < 1:
+            return super().forward(x)
+        return batch_topk(x, self.k, relu=True)
+
+
+_LAYER = Replacement(_TOPK, "TopK", TopKLayer, ("forward",), "selection")
+_BATCH_LAYER = Replacement(_BATCH_TOPK, "BatchTopK", BatchTopKLayer, ("forward",), "selection")
+REPLACEMENTS = (
+    Replacement(
+        _TOPK, "TopKTrainingSAE", TopKTrainingSAE, ("encode_with_hidden_pre", "encode", "forward"),
+        "encoder, selection, decoder, losses and AuxK of a training step",
+    ),
+    Replacement(
+        _TOPK, "TopKSAE", TopKSAE, ("encode", "forward"), "encoder, selection and decoder",
+    ),
+    _LAYER,
+    _BATCH_LAYER,
+)  # fmt: skip
