@@ -58,10 +58,9 @@ def accelerate(model: Module, *, inplace: bool = True, match_upstream: bool = Fa
         ValueError: a library in a version that was not tested, or a compiled model.
 
     Example:
-        >>> import sparsekern, torch
-        >>> import warnings
+        >>> import sparsekern, torch, warnings
         >>> with warnings.catch_warnings():
-        ...     warnings.simplefilter("ignore")  # this one has nothing to replace
+        ...     warnings.simplefilter("ignore")  # this model has nothing to replace
         ...     model = sparsekern.accelerate(torch.nn.Linear(2, 3))
     """
     _check(model)
@@ -87,6 +86,11 @@ def restore(model: Module) -> Module:
 
     Raises:
         TypeError: model is not a module.
+
+    Example:
+        >>> import sparsekern, torch
+        >>> sparsekern.restore(torch.nn.Linear(2, 3))
+        Linear(in_features=2, out_features=3, bias=True)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"restore: model must be a torch.nn.Module, got {type(model).__name__}")
