@@ -2,7 +2,7 @@
 
 The format (https://github.com/huggingface/safetensors): 8 bytes with the length of a header, the
 header in JSON, and the tensors without gaps. The package of that name serialises all tensors into
-one block of memory, twice; these functions need memory for one tensor.
+one block of memory, twice; these functions need memory for one tensor at most.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ _LENGTH = 8
 # Of the package; a header beyond it is damage.
 _LARGEST_HEADER = 100_000_000
 _METADATA = "__metadata__"
+# Elements of a tensor that are put in order together.
+_PART = 1 << 20
 
 
 def write_tensors(
@@ -64,10 +66,13 @@ def write_tensors(
     file.write(len(text).to_bytes(_LENGTH, "little"))
     file.write(text)
     for name in order:
-        if tensors[name].numel():
-            # No copy of what lies on the CPU in one piece already.
-            plain = tensors[name].detach().to("cpu").contiguous()
-            file.write(plain.view(-1).view(torch.uint8).numpy().data)
+        tensor = tensors[name].detach().to("cpu")
+        if tensor.numel():
+            # No copy of what lies on the CPU in one piece, and of others a part at a time.
+            rows = len(tensor) if tensor.dim() else 1
+            rows = rows if tensor.is_contiguous() else max(1, rows * _PART // tensor.numel())
+            for part in tensor.split(rows) if tensor.dim() else (tensor,):
+                file.write(part.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 class Entry(NamedTuple):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from autoencoders import (
@@ -19,11 +20,12 @@ from autoencoders import (
     random_state,
     scores_of,
 )
+from peak_memory import memory
 from safetensors.torch import load_file, save_file
 
 from sparsekern import BatchTopK, JumpReLU, TopK
 from sparsekern.cli.command import main
-from sparsekern.integrations.checkpoints import read, write
+from sparsekern.integrations.checkpoints import WRITTEN, Checkpoint, read, write
 from sparsekern.models import SparseAutoencoder
 
 # -- OpenMOSS ------------------------------------------------------------------------------------
@@ -419,3 +421,42 @@ def test_what_overcomplete_lacks_is_refused(tmp_path):
         with pytest.raises(ValueError, match=f"overcomplete: {named}"):
             save(**options)
     assert not (tmp_path / "a").exists()
+
+
+# -- memory --------------------------------------------------------------------------------------
+
+MIB = 1 << 20
+
+
+def write_npz(folder, state):
+    folder.mkdir()
+    arrays = {
+        "W_enc": state["encoder"].t(), "b_enc": state["encoder_bias"], "W_dec": state["dictionary"],
+        "b_dec": state["decoder_bias"], "threshold": torch.ones(4096),
+    }  # fmt: skip
+    np.savez(folder / "params.npz", **{name: array.numpy() for name, array in arrays.items()})
+
+
+@pytest.mark.parametrize("to", [*WRITTEN, "gemma_scope"])
+def test_weights_are_in_memory_once(tmp_path, to):
+    """Two matrices of 8 MiB; writing copies one for a torch file, and parts for others. The count
+    has the mapping of a torch file in it."""
+    state = {
+        "encoder": torch.randn(4096, 512), "encoder_bias": torch.zeros(4096),
+        "dictionary": torch.nn.functional.normalize(torch.randn(4096, 512), dim=1),
+        "decoder_bias": torch.zeros(512),
+    }  # fmt: skip
+    layer = torch.nn.ReLU() if to == "openai" else TopK(K)
+    given = TopK(K) if to == "overcomplete" else None
+    mapped = to in ("openai", "dictionary_learning", "overcomplete")
+    if to == "gemma_scope":
+        write_npz(tmp_path / "a", state)
+    else:
+        biased = to not in ("openmoss", "overcomplete")
+        checkpoint = Checkpoint(layer, state, {"subtract_bias": biased})
+        write(checkpoint, tmp_path / "warm", to)  # what is imported lazily
+        written = memory(lambda: write(checkpoint, tmp_path / "a", to))
+        assert written < (10 if mapped else 5) * MIB, written / MIB
+    SparseAutoencoder.from_pretrained(tmp_path / "a", activation=given)
+    taken = memory(lambda: SparseAutoencoder.from_pretrained(tmp_path / "a", activation=given))
+    assert 16 * MIB < taken < (35 if mapped else 19) * MIB, taken / MIB

@@ -2,10 +2,10 @@
 
 import json
 import os
-import tracemalloc
 
 import pytest
 import torch
+from peak_memory import memory
 from safetensors.torch import load_file, save_file
 
 from sparsekern._tensor_files import DTYPES, SavedTensors
@@ -45,23 +45,6 @@ def test_what_the_package_writes_is_read(tmp_path):
     saved = SavedTensors(tmp_path / "a.safetensors")
     assert_same(saved, plain)
     assert saved.metadata == {"made by": "a test"}
-
-
-def memory(function):
-    """Bytes that a call takes at most, those of Python and those of torch together."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        tracemalloc.start()
-        try:
-            function()
-            python = tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
-    now = most = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return python + most
 
 
 def test_checkpoints_need_the_memory_of_one_tensor(tmp_path):

@@ -21,7 +21,7 @@ WriteFile = Callable[[BinaryIO], Any]
 _DEFAULTS = {"scale_scores": False, "subtract_bias": True}
 _FOLDS = {"scale_scores": "fold_norms", "subtract_bias": "fold_bias"}
 # Elements that are looked at together for NaN and infinities.
-_CHECKED = 1 << 20
+_CHECKED = 1 << 18
 
 
 class Unstated(nn.Module):
