@@ -87,6 +87,6 @@ PYBIND11_MODULE(SPARSEKERN_CUDA_MODULE, m) {
   sparsekern::export_dtypes(m);
   // Its two convolutions want the codes grouped, by site and by channel; those of _native do not.
   m.attr("GROUPED_CODES") = true;
-  m.attr("MOST_CODES_UPDATED") = cuda::kCandidateK;
+  m.attr("MOST_UPDATED_CODES") = cuda::kCandidateK;
   m.def("build_info", &build_info);
 }

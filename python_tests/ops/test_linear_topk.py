@@ -134,6 +134,21 @@ def test_gradients_equal_dense_autograd(target, counted, sliced, k):
         counted()
 
 
+@pytest.mark.parametrize("rows", [1, 20], ids=["fewer codes than latents", "more"])
+def test_gradient_of_pre_bias_alone(target, rows):
+    """Without a gradient of x, whose rows would only be summed."""
+    x, weight, pre_bias = torch.randn(rows, 6), torch.randn(30, 6), torch.randn(6)
+    grads = torch.randn(rows, 4)
+    ours = pre_bias.to(target.device).requires_grad_()
+    codes = sparsekern.linear_topk(
+        x.to(target.device), weight.to(target.device), None, 4, pre_bias=ours
+    )
+    codes.values.backward(grads.to(target.device))
+    theirs = pre_bias.double().requires_grad_()
+    dense(x.double(), weight.double(), None, 4, pre_bias=theirs)[0].backward(grads.double())
+    torch.testing.assert_close(ours.grad.cpu().double(), theirs.grad, rtol=1e-5, atol=1e-5)
+
+
 def test_second_derivatives(target):
     target.require_float64()
     torch.manual_seed(0)

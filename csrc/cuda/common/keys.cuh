@@ -48,6 +48,12 @@ __device__ inline float float_of(unsigned key) {
   return __int_as_float(static_cast<int>(value));
 }
 
+// The number of a key: key_of undone, but for -0 and for what a NaN's bits say.
+template <class T>
+__device__ inline float number_of(unsigned key) {
+  return key == 0 ? __int_as_float(0x7fc00000) : float_of<T>(key);
+}
+
 // A key and the element's index as one integer: ascending pairs are the total order.
 using Pair = unsigned long long;
 constexpr Pair kNoPair = ~Pair(0);

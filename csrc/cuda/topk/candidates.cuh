@@ -115,11 +115,10 @@ class Candidates {
  public:
   using Room = CandidateRoom<Team>;
 
-  // pairs: room for Room::pairs(k), of which the team has written `written`, at most
-  // Room::limit(k). Pairs are offered before `bound`.
-  __device__ Candidates(Pair* pairs, int* filled, int k, Pair bound, int written = 0)
+  // pairs: room for Room::pairs(k). Pairs are offered before `bound`.
+  __device__ Candidates(Pair* pairs, int* filled, int k, Pair bound)
       : pairs_(pairs), filled_(filled), k_(k), bound_(bound) {
-    if (Team::self() == 0) *filled_ = written;
+    if (Team::self() == 0) *filled_ = 0;
     Team::sync();
   }
 

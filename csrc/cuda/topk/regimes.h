@@ -57,7 +57,8 @@ void topk_candidates(const TopkCall& call, const Slices& slices);
 void topk_digits(const TopkCall& call);
 int64_t sort_workspace(int64_t rows, int64_t k);
 
-// k <= kCandidateK. The codes of rows brought up to date, a warp (k <= kWarpK) or a block per row.
+// k <= kCandidateK. The first k of rows that come in parts, a warp (k <= kWarpK) or a block per
+// row.
 void topk_update_of_warps(const TopkUpdateArguments& call, cudaStream_t stream);
 void topk_update_of_blocks(const TopkUpdateArguments& call, cudaStream_t stream);
 

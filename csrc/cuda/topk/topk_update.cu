@@ -1,5 +1,6 @@
-// The first k of a row's codes and of further elements: the codes are a bound from the start, so
-// one read of the elements finds the few that matter.
+// Top-k of rows that come in parts. The k-th of the parts before is a bound from the start: one
+// read of the next part finds the few elements that matter, and they are only kept until there are
+// too many of them.
 #include "cuda/topk/candidates.cuh"
 #include "cuda/topk/maxima.cuh"
 
@@ -8,42 +9,66 @@ namespace sparsekern::cuda {
 namespace {
 
 constexpr int kUpdateBlocks = 3;  // of a multiprocessor, with 80 registers a thread
+constexpr int64_t kMostColumns = int64_t(1) << 30;
 
-// The codes that a row has so far, by ascending index, and the index of x's first column.
+// An element's pair: its number is twice the index, and one more for -0, which its key forgets.
 template <class T>
-struct Running {
-  const T* values;
-  const int64_t* indices;
-  int64_t first;
+__device__ Pair pair_of(T x, unsigned key, int64_t index) {
+  const bool negative_zero = __float_as_int(to_float(x)) == static_cast<int>(0x80000000u);
+  return make_pair_of(key, static_cast<unsigned>(index) << 1 | (negative_zero ? 1u : 0u));
+}
+
+template <class T>
+__device__ T element_of(Pair pair) {
+  T x;
+  from_float((low_of(pair) & 1) != 0 ? -0.0f : number_of<T>(high_of(pair)), &x);
+  return x;
+}
+
+// A row from one call to the next: pairs, in any order, among which are its first k so far, and a
+// key that the k-th of them does not come after.
+struct State {
+  Pair* row;
+
+  __device__ int count() const { return static_cast<int>(low_of(row[0])); }
+  __device__ unsigned bound() const { return high_of(row[0]); }
+  __device__ Pair* pairs() const { return row + 1; }
+  __device__ void set(unsigned bound, int count) const { row[0] = make_pair_of(bound, count); }
 };
 
-// A team owns a row. A candidate's number is that of its code, or k + its column: ascending numbers
-// are ascending indices. Bound by one read of x: in random data a row's slice number s has k / s
-// elements that come before the k-th of those before it.
-template <class Team, class T, int kWidth>
-__global__ void __launch_bounds__(kBlockThreads, kUpdateBlocks)
-    topk_update_kernel(Batch<T> batch, Running<T> running) {
-  SPARSEKERN_DYNAMIC_SHARED(Pair, memory);
-  __shared__ int counters[kBlockThreads / Team::kSize];
-  const int team = static_cast<int>(threadIdx.x) / Team::kSize;
-  const int64_t b = static_cast<int64_t>(blockIdx.x) * (kBlockThreads / Team::kSize) + team;
-  if (b >= batch.rows) return;
-  const int k = batch.k;
-  Pair* pairs = memory + team * CandidateRoom<Team>::pairs(k);
+// What a call gets beside x.
+template <class T>
+struct Parts {
+  const T* values;  // codes of the parts before, or null
+  const int64_t* indices;
+  Pair* states;
+  int64_t first;  // the index of x's first column
+  bool last;      // whether the codes are wanted
+};
+
+// Makes the codes of row b its state.
+template <class Team, class T>
+__device__ void begin_state(const Batch<T>& batch, const Parts<T>& parts, int64_t b,
+                            const State& state) {
   unsigned latest = 0;
-  for (int j = Team::self(); j < k; j += Team::kSize) {
-    const unsigned key = key_of(running.values[b * k + j], batch.mask);
-    pairs[j] = make_pair_of(key, j);
+  for (int j = Team::self(); j < batch.k; j += Team::kSize) {
+    const T x = parts.values[b * batch.k + j];
+    const unsigned key = key_of(x, batch.mask);
+    state.pairs()[j] = pair_of(x, key, parts.indices[b * batch.k + j]);
     latest = key > latest ? key : latest;
   }
   TeamReduce<Team> reduce;
-  // Further elements come after codes of the same key.
-  Candidates<Team> candidates(pairs, &counters[team], k, make_pair_of(reduce.greatest(latest), 0),
-                              k);
+  latest = reduce.greatest(latest);
+  if (Team::self() == 0) state.set(latest, batch.k);
+  Team::sync();
+}
 
-  const Stretch<T, kWidth> stretch(batch, b, 0, static_cast<unsigned>(batch.n));
-  First<T, kWidth> best(stretch, batch.mask);
+// Offers the elements of x that come before the bound.
+template <class Team, class T, int kWidth>
+__device__ void offer(const Batch<T>& batch, const Stretch<T, kWidth>& stretch, int64_t first_index,
+                      Candidates<Team>& candidates) {
   constexpr int kAtOnce = kVectorsAtOnce<kWidth>;
+  First<T, kWidth> best(stretch, batch.mask);
   for (unsigned first = 0; first < stretch.vectors(); first += kAtOnce * Team::kSize) {
     typename Stretch<T, kWidth>::Vector vectors[kAtOnce];
     load_vectors<Team, T, kWidth>(stretch, first, vectors);
@@ -55,37 +80,69 @@ __global__ void __launch_bounds__(kBlockThreads, kUpdateBlocks)
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
       if (matters) {
-        const unsigned v = first + u * Team::kSize + Team::self();
+        const int64_t v = first + u * Team::kSize + Team::self();
 #pragma unroll
         for (int c = 0; c < kWidth; ++c) {
-          // What lies past the end is the last of the order, and so before no bound.
+          // What lies past the end is the last of the order, and so before no bound. Of the same
+          // key come first those of the parts before.
           const unsigned key = key_of(vectors[u].item[c], batch.mask);
-          const Pair pair = make_pair_of(key, static_cast<unsigned>(k) + v * kWidth + c);
-          if (pair < candidates.bound()) candidates.append(pair);
+          if (key < high_of(candidates.bound())) {
+            candidates.append(pair_of(vectors[u].item[c], key, first_index + v * kWidth + c));
+          }
         }
       }
       candidates.settle();
     }
   }
-  candidates.finish(k);
+}
 
+// A team owns a row. Bound by one read of x: of random rows part number p has k / p elements that
+// come before the k-th of the parts before, and the state is tightened when they have become k.
+template <class Team, class T, int kWidth>
+__global__ void __launch_bounds__(kBlockThreads, kUpdateBlocks)
+    topk_update_kernel(Batch<T> batch, Parts<T> parts) {
+  using Room = CandidateRoom<Team>;
+  static_assert(2 * Room::kMostK <= Room::kMostOffered * Team::kSize, "a state fits at once");
+  SPARSEKERN_DYNAMIC_SHARED(Pair, memory);
+  __shared__ int counters[kBlockThreads / Team::kSize];
+  const int team = static_cast<int>(threadIdx.x) / Team::kSize;
+  const int64_t b = static_cast<int64_t>(blockIdx.x) * (kBlockThreads / Team::kSize) + team;
+  if (b >= batch.rows) return;
+  const int k = batch.k;
+  Pair* pairs = memory + team * Room::pairs(k);
+  const State state{parts.states + b * (1 + 2 * k)};
+  if (parts.values != nullptr) begin_state<Team>(batch, parts, b, state);
+  const int before = state.count();
+  Candidates<Team> candidates(pairs, &counters[team], k, make_pair_of(state.bound(), 0));
+  const Stretch<T, kWidth> stretch(batch, b, 0, static_cast<unsigned>(batch.n));
+  offer(batch, stretch, parts.first, candidates);
+  const int fresh = counters[team];
+  Team::sync();
+  if (!parts.last && before + fresh <= 2 * k) {
+    for (int i = Team::self(); i < fresh; i += Team::kSize) state.pairs()[before + i] = pairs[i];
+    if (Team::self() == 0) state.set(high_of(candidates.bound()), before + fresh);
+    return;
+  }
+  for (int j = Team::self(); j < before; j += Team::kSize) candidates.append(state.pairs()[j]);
+  candidates.settle();
+  candidates.finish(k);
+  if (!parts.last) {
+    for (int i = Team::self(); i < k; i += Team::kSize) state.pairs()[i] = pairs[i];
+    if (Team::self() == 0) state.set(high_of(candidates.bound()), k);
+    return;
+  }
   for (int i = Team::self(); i < k; i += Team::kSize) {
     const unsigned own = low_of(pairs[i]);
     int rank = 0;
 #pragma unroll 4
     for (int j = 0; j < k; ++j) rank += low_of(pairs[j]) < own;
-    if (own < static_cast<unsigned>(k)) {
-      batch.write_code(b, rank, running.values[b * k + own], running.indices[b * k + own]);
-    } else {
-      const int64_t column = own - static_cast<unsigned>(k);
-      batch.write_code(b, rank, batch.row(b)[column * batch.col_stride], running.first + column);
-    }
+    batch.write_code(b, rank, element_of<T>(pairs[i]), own >> 1);
   }
 }
 
 template <class Team>
 void update_by_teams(const TopkUpdateArguments& arguments, cudaStream_t stream) {
-  const int64_t k = arguments.codes.k;
+  const int64_t k = arguments.k;
   const TopkCall call{{arguments.x, k, false, arguments.relu, false, arguments.values,
                        arguments.indices, nullptr, nullptr},
                       nullptr,
@@ -96,11 +153,18 @@ void update_by_teams(const TopkUpdateArguments& arguments, cudaStream_t stream) 
     using T = decltype(tag);
     const auto kernel = rows_packed<T>(call) ? topk_update_kernel<Team, T, kPacked<T>>
                                              : topk_update_kernel<Team, T, 1>;
-    const Running<T> running{static_cast<const T*>(arguments.codes.values),
-                             static_cast<const int64_t*>(arguments.codes.indices), arguments.first};
+    const Parts<T> parts{static_cast<const T*>(arguments.codes.values),
+                         static_cast<const int64_t*>(arguments.codes.indices),
+                         reinterpret_cast<Pair*>(arguments.state), arguments.first,
+                         arguments.values != nullptr};
     launch(kernel, grid_of((call.x.rows + kTeams - 1) / kTeams), kBlockThreads, shared, stream,
-           make_batch<T>(call), running);
+           make_batch<T>(call), parts);
   });
+}
+
+void require(bool holds, const char* rule, int64_t value) {
+  if (holds) return;
+  throw std::runtime_error(std::string("topk_update: ") + rule + ", got " + std::to_string(value));
 }
 
 }  // namespace
@@ -114,12 +178,10 @@ void topk_update_of_blocks(const TopkUpdateArguments& call, cudaStream_t stream)
 }
 
 void topk_update(const TopkUpdateArguments& call, cudaStream_t stream) {
-  if (call.codes.k > kCandidateK) {
-    throw std::runtime_error("topk_update: k must be at most " + std::to_string(kCandidateK) +
-                             ", got " + std::to_string(call.codes.k));
-  }
-  if (call.codes.k == 0) return;
-  const bool by_warps = call.codes.k <= kWarpK && call.x.rows >= kWarpRows;
+  require(call.k >= 1 && call.k <= kCandidateK, "k must lie in 1..512", call.k);
+  require(call.first + call.x.columns <= kMostColumns, "indices must be below 2^30",
+          call.first + call.x.columns);
+  const bool by_warps = call.k <= kWarpK && call.x.rows >= kWarpRows;
   (by_warps ? topk_update_of_warps : topk_update_of_blocks)(call, stream);
 }
 

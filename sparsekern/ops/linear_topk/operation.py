@@ -44,12 +44,9 @@ def _triton_topk(*args: Any) -> Any:
 
 
 def _slice_by_slice(
-    select: Callable[..., Any], updater: Callable[[torch.Tensor, int], Any] = lambda x, k: None
+    select: Callable[..., Any], running: type[native.RunningTopk] | None = None
 ) -> Callable[..., Any]:
-    """Make the operation of a backend from its top-k of matrices.
-
-    updater: returns, for rows and k, what updates the codes of rows, or None.
-    """
+    """Make the operation of a backend from its top-k of matrices, and of matrices in parts."""
 
     def run(
         x: torch.Tensor,
@@ -73,7 +70,7 @@ def _slice_by_slice(
         values = rows.new_empty(len(rows), k)
         indices = rows.new_empty(len(rows), k, dtype=torch.int64)
         layer = Layer(weight, bias, scale, latents, rows.dtype)
-        selection = Selection(k, groups, relu, sorted, select, updater(rows, k // groups))
+        selection = Selection(k, groups, relu, sorted, select, running)
         step = rows_at_once(rows.device, k)
         for first in range(0, len(rows), step):
             part = slice(first, first + step)
@@ -122,7 +119,7 @@ def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
     x, weight, bias, pre_bias, scale, values, passed, indices, *transposition = ctx.saved_tensors
     need_x, need_weight, need_bias, _, need_pre_bias, need_scale, *_ = ctx.needs_input_grad
     d_x = d_weight = d_bias = d_pre_bias = d_scale = None
-    if not ctx.transposed and (need_weight or need_bias or need_scale):
+    if not ctx.transposed and (need_weight or need_bias or need_scale or need_pre_bias):
         transposition = list(transpose_codes(indices, weight.shape[0]))
     elif not ctx.transposed:
         transposition = [None, None]
@@ -139,6 +136,11 @@ def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
         ones = terms.new_ones(*terms.shape[:-1], 1)
         return sum_per_latent(terms, ones, like.unsqueeze(1)).squeeze(1)
 
+    def sum_over_rows() -> torch.Tensor:
+        """Return d_x summed over the rows, reading each row of weight once."""
+        sums = sum_scalars_per_latent(g, weight[:, 0]) if d_bias is None else d_bias
+        return torch.mv(weight.t(), sums).to(pre_bias.dtype)
+
     g = grad if passed is None else torch.where(passed, grad, 0)
     if need_scale:
         factors = scale[indices]
@@ -151,10 +153,12 @@ def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
         d_weight = sum_per_latent(g, centred(x, pre_bias), weight)
     if need_bias:
         d_bias = sum_scalars_per_latent(g, bias)
-    if need_x or need_pre_bias:
+    if need_x or (need_pre_bias and g.numel() < weight.shape[0]):
         d_x = sparse_matmul(g, indices, weight, None, *transposition)
-        if need_pre_bias:
-            d_pre_bias = -matrix_of(d_x).sum(0, dtype=pre_bias.dtype)
+    if need_pre_bias:
+        d_pre_bias = -(
+            sum_over_rows() if d_x is None else matrix_of(d_x).sum(0, dtype=pre_bias.dtype)
+        )
     return d_x if need_x else None, d_weight, d_bias, None, d_pre_bias, d_scale, *[None] * 5
 
 
@@ -181,7 +185,7 @@ linear_topk = define(
     " -> (Tensor values, Tensor indices, Tensor offsets, Tensor positions)",
     reference=linear_topk_reference,
     implementations={
-        "native": _slice_by_slice(native.topk, native.topk_updater),
+        "native": _slice_by_slice(native.topk, native.RunningTopk),
         "triton": _slice_by_slice(_triton_topk),
     },
     fake=_fake,

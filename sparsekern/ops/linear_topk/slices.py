@@ -1,11 +1,11 @@
 """The k largest outputs of a linear layer, a slice of latents at a time.
 
 The scores of a slice are one matrix product, into a buffer that every slice uses. The k largest of
-a slice are candidates, and the k largest candidates of all slices are the row's k largest. Or the
-codes of the slices so far are brought up to date with the next one: hardly any of its scores
-reaches them, and a kernel that knows them reads the slice once. Selections are exact and order
-equal scores by latent, and slices come in ascending order of latents, so the result is that of a
-selection from all scores at once.
+a slice are candidates, and the k largest candidates of all slices are the row's k largest. Or a
+kernel brings the k largest so far up to date with the next slice: it knows their least, which
+hardly any score reaches, and so reads the slice once and does little else. Selections are exact and
+order equal scores by latent, and slices come in ascending order of latents, so the result is that
+of a selection from all scores at once.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Selection(NamedTuple):
     """The scores to keep of each row: k / groups of each group of consecutive latents.
 
     select: the backend's topk(x, k, sorted, relu, abs, count).
-    update: its topk_update(x, first, values, indices, relu), or None.
+    running: its class for rows that come in parts, if it has one.
     """
 
     k: int
@@ -71,7 +71,7 @@ class Selection(NamedTuple):
     relu: bool
     sorted: bool
     select: Any
-    update: Any
+    running: Any
 
 
 def rows_at_once(device: torch.device, k: int) -> int:
@@ -173,19 +173,25 @@ def _select_range(
     width = min(len(buffer) // count, end - begin)
     single = width == end - begin
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    running = None
+    in_parts = selection.running is not None and selection.running.serves(rows, k, end)
     for first in range(begin, end, width):
         last = min(first + width, end)
         scores = buffer[: count * (last - first)].view(count, last - first)
         layer.scores(rows, first, last, scores)
-        if found and selection.update:
-            relu = selection.relu and not selection.sorted and last == end
-            found = [selection.update(scores, first, *found[0], relu)]
+        if running is not None and last < end:
+            running.update(scores, first)
+            continue
+        if running is not None:
+            found = [running.finish(scores, first, selection.relu and not selection.sorted)]
             continue
         top_values, columns, _ = selection.select(
             scores, min(k, last - first), single and selection.sorted, single and selection.relu,
             False, False,
         )  # fmt: skip
         found.append((top_values, columns.add_(first)))
+        if in_parts and not single:
+            running = selection.running(*found[0])
     if len(found) > 1 or (selection.sorted and not single):
         found = [_first_of(found, k, selection)]
     values.copy_(found[0][0])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from ...dispatch.launch import codes, launch, matrix, module_for, new_output, pointer
@@ -30,33 +28,58 @@ def topk_mask(
     return masked, *_select(x, k, False, relu, abs, masked, count)
 
 
-def topk_updater(
-    x: torch.Tensor, k: int
-) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
-    """Return `topk_update` where the module of x's device has it for so many codes, else None."""
-    return topk_update if k <= getattr(module_for(x), "MOST_CODES_UPDATED", 0) else None
+class RunningTopk:
+    """The k largest of rows that come in parts, each part with larger indices than those before.
 
-
-def topk_update(
-    x: torch.Tensor, first: int, values: torch.Tensor, indices: torch.Tensor, relu: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the k largest of each row's codes and of further elements, by ascending index.
-
-    x: [rows, n], the further elements, whose indices first..first + n - 1 are larger than those of
-    the codes, [rows, k] contiguous, by ascending index.
+    Begins with the codes [rows, k] of the first part, by ascending index.
     """
-    new_values, new_indices = torch.empty_like(values), torch.empty_like(indices)
-    launch(
-        "topk_update",
-        x,
-        x=matrix(x),
-        first=first,
-        codes=codes(values, indices),
-        relu=relu,
-        values=new_values.data_ptr(),
-        indices=new_indices.data_ptr(),
-    )
-    return new_values, new_indices
+
+    # Of the indices: the kernel takes a bit of them.
+    MOST_COLUMNS = 1 << 30
+
+    @classmethod
+    def serves(cls, x: torch.Tensor, k: int, n: int) -> bool:
+        """Return whether the module of x's device has the kernel for rows of n and this k."""
+        most = getattr(module_for(x), "MOST_UPDATED_CODES", 0)
+        return bool(k <= most and n <= cls.MOST_COLUMNS)
+
+    def __init__(self, values: torch.Tensor, indices: torch.Tensor) -> None:
+        self._codes: tuple[torch.Tensor | None, torch.Tensor] = (values, indices)
+        rows, k = values.shape
+        self._state = indices.new_empty(rows, 1 + 2 * k)
+
+    def update(self, x: torch.Tensor, first: int) -> None:
+        """Take the next part, x [rows, n] of any strides; `first` is the index of its first."""
+        self._launch(x, first, False, None, None)
+
+    def finish(self, x: torch.Tensor, first: int, relu: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take the last part and return values and indices [rows, k], by ascending index."""
+        indices = torch.empty_like(self._codes[1])
+        values = x.new_empty(indices.shape)
+        self._launch(x, first, relu, values, indices)
+        return values, indices
+
+    def _launch(
+        self,
+        x: torch.Tensor,
+        first: int,
+        relu: bool,
+        values: torch.Tensor | None,
+        indices: torch.Tensor | None,
+    ) -> None:
+        launch(
+            "topk_update",
+            x,
+            x=matrix(x),
+            first=first,
+            k=self._codes[1].shape[1],
+            codes=codes(*self._codes),
+            state=self._state.data_ptr(),
+            relu=relu,
+            values=pointer(values),
+            indices=pointer(indices),
+        )
+        self._codes = (None, self._codes[1])  # from now on the state holds them
 
 
 def _select(
