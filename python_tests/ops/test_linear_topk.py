@@ -139,7 +139,7 @@ def test_gradient_of_pre_bias_alone(target, rows):
     """Without a gradient of x, whose rows would only be summed."""
     x, weight, pre_bias = torch.randn(rows, 6), torch.randn(30, 6), torch.randn(6)
     grads = torch.randn(rows, 4)
-    ours = pre_bias.to(target.device).requires_grad_()
+    ours = pre_bias.clone().to(target.device).requires_grad_()
     codes = sparsekern.linear_topk(
         x.to(target.device), weight.to(target.device), None, 4, pre_bias=ours
     )
