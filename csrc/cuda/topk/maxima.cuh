@@ -146,6 +146,15 @@ class First {
     return key;
   }
 
+  // Whether it comes before the key of which `number` is float_of; without a mask.
+  __device__ bool exceeds(float number) const {
+    T numbers[kNumbers];
+    __builtin_memcpy(numbers, &best_, sizeof best_);
+    bool exceeds = !(to_float(numbers[0]) <= number);
+    if constexpr (kNumbers == 2) exceeds |= !(to_float(numbers[1]) <= number);
+    return exceeds;
+  }
+
  private:
   static constexpr int kNumbers = sizeof(unsigned) / sizeof(T);
   static constexpr int kWords = kWidth / kNumbers > 0 ? kWidth / kNumbers : 1;

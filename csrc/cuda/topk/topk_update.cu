@@ -69,30 +69,36 @@ __device__ void offer(const Batch<T>& batch, const Stretch<T, kWidth>& stretch, 
                       Candidates<Team>& candidates) {
   constexpr int kAtOnce = kVectorsAtOnce<kWidth>;
   First<T, kWidth> best(stretch, batch.mask);
+  float least = float_of<T>(high_of(candidates.bound()));
   for (unsigned first = 0; first < stretch.vectors(); first += kAtOnce * Team::kSize) {
     typename Stretch<T, kWidth>::Vector vectors[kAtOnce];
     load_vectors<Team, T, kWidth>(stretch, first, vectors);
-#pragma unroll
-    for (int u = 0; u < kAtOnce; ++u) best.add(vectors[u]);
-    const bool matters = best.key() < high_of(candidates.bound());
-    best.clear();
-    if (!Team::any(matters)) continue;
+    bool matters[kAtOnce], any = false;
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
-      if (matters) {
-        const int64_t v = first + u * Team::kSize + Team::self();
+      best.clear();
+      best.add(vectors[u]);
+      matters[u] = best.exceeds(least);
+      any |= matters[u];
+    }
+    if (!Team::any(any)) continue;
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      if (matters[u]) {
+        const int64_t at = first_index + (first + u * Team::kSize + Team::self()) * kWidth;
 #pragma unroll
         for (int c = 0; c < kWidth; ++c) {
+          const T x = vectors[u].item[c];
+          if (to_float(x) <= least) continue;
           // What lies past the end is the last of the order, and so before no bound. Of the same
           // key come first those of the parts before.
-          const unsigned key = key_of(vectors[u].item[c], batch.mask);
-          if (key < high_of(candidates.bound())) {
-            candidates.append(pair_of(vectors[u].item[c], key, first_index + v * kWidth + c));
-          }
+          const unsigned key = key_of(x, batch.mask);
+          if (key < high_of(candidates.bound())) candidates.append(pair_of(x, key, at + c));
         }
       }
       candidates.settle();
     }
+    least = float_of<T>(high_of(candidates.bound()));
   }
 }
 
