@@ -300,7 +300,7 @@ def test_saelens_before_6_is_read(tmp_path, activation):
     ("changes", "named"),
     [
         ({"finetuning_scaling_factor": True}, "finetuning_scaling_factor must be False"),
-        ({"normalize_activations": True}, "normalize_activations must be 'none', .* got True"),
+        ({"normalize_activations": True}, "normalize_activations must be 'none' .* got True"),
         ({"reshape_activations": "hook_z"}, "reshape_activations must be 'none'"),
         ({"activation_fn_str": "tanh-relu"}, "activation_fn must be 'relu' or 'topk'"),
         ({"activation_fn_str": "topk"}, "cfg.json: k is missing"),
@@ -339,8 +339,8 @@ def test_what_saelens_in_training_cannot_mean_here_is_refused(tmp_path, changes,
 @pytest.mark.parametrize(
     ("architecture", "changes", "named"),
     [
-        ("topk", {"k": K, "normalize_activations": "layer_norm"},
-         "cfg.json: normalize_activations must be 'none', .* got 'layer_norm'"),
+        ("topk", {"k": K, "normalize_activations": "constant_norm_rescale"},
+         "cfg.json: normalize_activations must be 'none' .* got 'constant_norm_rescale'"),
         ("topk", {"k": K, "apply_b_dec_to_input": 1}, "apply_b_dec_to_input must be true or false"),
         ("topk", {"k": K, "reshape_activations": "hook_z"}, "reshape_activations must be 'none'"),
         ("topk", {"k": K, "finetuning_scaling_factor": True},
@@ -375,6 +375,7 @@ MODELS = {
         D, N, activation=sparsekern.JumpReLU(N, bandwidth=0.25), target_l0=5
     ),
     "relu": lambda: SparseAutoencoder(D, N, activation=torch.nn.ReLU(), sparsity_weight=0.1),
+    "normalized": lambda: SparseAutoencoder(D, N, k=K, normalize_rows=True),
 }  # fmt: skip
 
 
@@ -398,7 +399,7 @@ def test_our_own_keeps_everything(tmp_path, name):
         assert same, key
     assert repr(loaded) == repr(model) and loaded.training
     for option in ("auxk", "multi_k", "dead_after", "prefixes", "target_l0", "sparsity_weight",
-                   "scale_scores", "tied"):  # fmt: skip
+                   "scale_scores", "tied", "normalize_rows"):  # fmt: skip
         assert getattr(loaded, option) == getattr(model, option), option
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     one, other = model.loss(x)[1], loaded.loss(x)[1]
@@ -610,6 +611,9 @@ def test_what_dictionary_learning_lacks_is_refused(tmp_path, name, named):
 # -- OpenAI --------------------------------------------------------------------------------------
 
 
+TOPK = {"activation": "TopK", "activation_state_dict": {"k": K, "postact_fn": "ReLU"}}
+
+
 def write_openai(path, state, **changes):
     content = {
         "pre_bias": state["decoder_bias"], "latent_bias": state["encoder_bias"],
@@ -656,8 +660,13 @@ def test_openai_goes_out_and_comes_back(tmp_path, to):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"activation": "TopK", "activation_state_dict": {"k": 32, "postact_fn": "ReLU"}},
-         "5.pt: activation must be 'ReLU', .* got 'TopK'"),
+        ({"activation": "Identity"}, "5.pt: activation must be 'ReLU' or 'TopK', got 'Identity'"),
+        (TOPK | {"activation_state_dict": {}}, "must hold k and postact_fn for TopK"),
+        (TOPK | {"activation_state_dict": {"k": 0, "postact_fn": "ReLU"}},
+         "activation_state_dict.k must be an integer in 1..96, got 0"),
+        (TOPK | {"activation_state_dict": {"k": 3, "postact_fn": "Identity"}},
+         "postact_fn must be 'ReLU', got 'Identity'"),
+        (TOPK | {"activation.k": 5}, "5.pt: activation.k must be 6, got 5"),
         ({"activation_state_dict": {"k": 3}}, "activation_state_dict must be empty"),
         ({"pre_bias": None}, "5.pt: pre_bias is missing"),
         ({"encoder.weight": None}, "5.pt: encoder.weight is missing"),
@@ -672,9 +681,46 @@ def test_what_openai_cannot_mean_here_is_refused(tmp_path, changes, named):
         read(write_openai(tmp_path / "5.pt", random_state(), **changes))
 
 
-def test_openai_has_relu_alone(tmp_path):
-    with pytest.raises(ValueError, match="openai: activation must be ReLU"):
-        MODELS["topk"]().save_pretrained(tmp_path / "a", to="openai")
+def test_openai_normalizes_rows_for_topk(tmp_path):
+    """The decoder's bias is of normalized rows; the file says k once or twice."""
+    state, x = random_state(), 3 * inputs() + 1
+    path = write_openai(tmp_path / "5.pt", state, **TOPK, **{"activation.k": K})
+    model = SparseAutoencoder.from_pretrained(path)
+    rows = x - x.mean(-1, keepdim=True)
+    scale = rows.std(-1, keepdim=True)
+    codes = dense_topk(scores_of(state, rows / (scale + 1e-5)), K)
+    reconstruction = codes @ state["dictionary"] + state["decoder_bias"]
+    reconstruction = reconstruction * scale + x.mean(-1, keepdim=True)
+    check_equal(model, state, codes, reconstruction, x)
+    for to in ("sparsekern", "saelens", "openai"):
+        write(read(path), tmp_path / to, to)
+        again = SparseAutoencoder.from_pretrained(tmp_path / to)
+        check_equal(again, state, codes, reconstruction, x)
+    one = torch.load(path, weights_only=True)
+    other = torch.load(tmp_path / "openai" / "autoencoder.pt", weights_only=True)
+    assert one.keys() - {"activation.k"} == other.keys()
+    for name, value in other.items():
+        same = torch.equal(value, one[name]) if torch.is_tensor(value) else value == one[name]
+        assert same, name
+    for to in ("sparsify", "dictionary_learning"):
+        with pytest.raises(ValueError, match=f"{to}: normalize_rows must be False"):
+            write(read(path), tmp_path / "b", to)
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("topk", "normalize_rows must be True with TopK"),
+        ("groups", "activation must be ReLU, or TopK without groups"),
+        ("jumprelu", "activation must be ReLU, or TopK without groups"),
+    ],
+)
+def test_what_openai_lacks_is_refused(tmp_path, name, named):
+    with pytest.raises(ValueError, match=f"openai: {named}"):
+        MODELS[name]().save_pretrained(tmp_path / "a", to="openai")
+    model = SparseAutoencoder(D, N, activation=torch.nn.ReLU(), normalize_rows=True)
+    with pytest.raises(ValueError, match="openai: normalize_rows must be False with ReLU"):
+        model.save_pretrained(tmp_path / "a", to="openai")
     assert not (tmp_path / "a").exists()
 
 

@@ -77,6 +77,8 @@ INFERENCE = [
     {"architecture": "topk", "k": K, "rescale_acts_by_decoder_norm": False},
     {"architecture": "topk", "k": K, "rescale_acts_by_decoder_norm": True},
     {"architecture": "topk", "k": K, "apply_b_dec_to_input": False},
+    {"architecture": "topk", "k": K, "normalize_activations": "layer_norm"},
+    {"architecture": "jumprelu", "normalize_activations": "layer_norm"},
     {"architecture": "jumprelu"},
     {"architecture": "standard"},
 ]
@@ -424,3 +426,25 @@ def test_overcomplete(tmp_path, overcomplete, kind):
         assert torch.equal(tensor, loaded.state_dict()[name]), name
     for one, other in zip(results(sae), results(loaded.eval()), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+# -- OpenAI --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["ReLU", "TopK"])
+def test_openai(tmp_path, kind):
+    library = peer("sparse_autoencoder.model", "github.com/openai/sparse_autoencoder")
+    layer = library.TopK(K) if kind == "TopK" else torch.nn.ReLU()
+    model = draw(library.Autoencoder(N, D, activation=layer, normalize=kind == "TopK"))
+    torch.save(model.state_dict(), tmp_path / "5.pt")
+
+    def results(model):
+        with torch.no_grad():
+            return model(inputs())[1:]
+
+    check_same(SparseAutoencoder.from_pretrained(tmp_path / "5.pt").eval(), *results(model))
+    write(read(tmp_path / "5.pt"), tmp_path / "a", "openai")
+    state = torch.load(tmp_path / "a" / "autoencoder.pt", weights_only=True)
+    loaded = library.Autoencoder.from_state_dict(state)
+    for one, other in zip(results(model), results(loaded), strict=True):
+        assert torch.equal(one, other)

@@ -39,13 +39,20 @@ from ..nn import BatchTopK, DeadNeuronCounter, JumpReLU, TopK
 from ..nn.recomputation import RecentStates, recomputing
 from ..nn.scores import Scores, Width, sizes_are_fixed
 from ..ops.batch_topk import check_share
-from ..ops.checks import check_above_zero, check_count
+from ..ops.checks import check_above_zero, check_count, check_floating
 from ..ops.codes import Codes
 from ..ops.exported import exported
 from ..ops.linear_topk.checks import check_layer
 from .decoding import Decoder
 from .encoding import check_activation, encode
-from .statistics import at_least_float32, geometric_median, squared_error, total_variance
+from .statistics import (
+    Rows,
+    at_least_float32,
+    geometric_median,
+    normalized_rows,
+    squared_error,
+    total_variance,
+)
 from .wrappers import Wrapper
 
 if TYPE_CHECKING:
@@ -119,6 +126,9 @@ class SparseAutoencoder(nn.Module):
         tied: one matrix for encoder and dictionary, which is `dictionary` in the state_dict.
         scale_scores: rank and decode by scores times the norms of the dictionary's rows (SAELens'
             rescale_acts_by_decoder_norm): the dictionary may then have rows of any norm.
+        normalize_rows: encode rows with their mean subtracted and divided by their standard
+            deviation, and give reconstructions both back (OpenAI's TopK autoencoders, SAELens'
+            normalize_activations="layer_norm"). D is then at least 2.
         subtract_bias: subtract decoder_bias before the encoder (SAELens' apply_b_dec_to_input);
             Gemma Scope's autoencoders do not.
 
@@ -140,7 +150,9 @@ class SparseAutoencoder(nn.Module):
         torch.Size([8, 4])
     """
 
-    subtract_bias = True  # of models that a version without the argument pickled
+    # Of models that a version without these arguments pickled.
+    subtract_bias = True
+    normalize_rows = False
 
     def __init__(
         self,
@@ -161,6 +173,7 @@ class SparseAutoencoder(nn.Module):
         tied: bool = False,
         scale_scores: bool = False,
         subtract_bias: bool = True,
+        normalize_rows: bool = False,
     ) -> None:
         super().__init__()
         check_count("SparseAutoencoder", "features", features, 2**31 - 1, "what a tensor can hold")
@@ -201,6 +214,11 @@ class SparseAutoencoder(nn.Module):
         self.dead_after = dead_after
         self.scale_scores = scale_scores
         self.subtract_bias = subtract_bias
+        if normalize_rows and features < 2:
+            raise ValueError(
+                "SparseAutoencoder: features must be at least 2 with normalize_rows, got 1"
+            )
+        self.normalize_rows = normalize_rows
 
     @classmethod
     def from_pretrained(
@@ -334,7 +352,15 @@ class SparseAutoencoder(nn.Module):
     def _norms(self) -> Tensor | None:
         return self.dictionary.norm(dim=1) if self.scale_scores else None
 
+    def _rows(self, x: Tensor) -> Rows:
+        """Return x [..., D] as it is encoded."""
+        if not self.normalize_rows:
+            return Rows(x)
+        check_floating("SparseAutoencoder", "x", x)
+        return normalized_rows(x)
+
     def _scores(self, x: Tensor) -> Scores:
+        """Return the scores of x [..., D] as it is encoded."""
         check_layer(
             "SparseAutoencoder", x, self.encoder, self.encoder_bias, self.decoder_bias, None, None
         )
@@ -360,12 +386,15 @@ class SparseAutoencoder(nn.Module):
             first, and rows with fewer active latents end in zeros.
         """
         if k is not None:
-            return Codes(*self._scores(x).topk(k)[:2])
-        encoding = encode(self.activation, self._scores(x), self._width)
+            return Codes(*self._scores(self._rows(x).values).topk(k)[:2])
+        encoding = encode(self.activation, self._scores(self._rows(x).values), self._width)
         return Codes(encoding.values, encoding.indices)
 
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:
-        """Return the reconstruction [..., D] of codes [..., k]."""
+        """Return the reconstruction [..., D] of codes [..., k].
+
+        With normalize_rows it is one of normalized rows, since codes do not tell the others.
+        """
         return self._decoder().sparse(values, indices)
 
     def forward(
@@ -392,9 +421,11 @@ class SparseAutoencoder(nn.Module):
 
     def _reconstruct(self, x: Tensor) -> tuple[SAEOutput, Tensor, list[Tensor]]:
         """Return the output, the activation's penalty, and the prefixes' reconstructions."""
-        encoding = encode(self.activation, self._scores(x), self._width)
+        rows = self._rows(x)
+        encoding = encode(self.activation, self._scores(rows.values), self._width)
         values, indices = encoding.values, encoding.indices
-        *prefixes, reconstruction = self._decoder()(encoding, self.prefixes)
+        decoded = self._decoder()(encoding, self.prefixes)
+        *prefixes, reconstruction = [rows.restore(part) for part in decoded]
         if self.training and encoding.dense:
             self.counter.update(values.detach())
         elif self.training:
@@ -455,20 +486,20 @@ class SparseAutoencoder(nn.Module):
 
     def _auxk_error(self, x: Tensor, reconstruction: Tensor, error: Tensor) -> Tensor:
         """Return min(1, dead / auxk) * sum |e - e'|^2, see above."""
-        dead = self._dead_latents(error)
+        dead, rows = self._dead_latents(error), self._rows(x)
         residual = (x - reconstruction).detach()
         if sizes_are_fixed(x):
             count = dead.sum()
-            codes = self._scores(x).only(dead).topk(self.auxk)
-            estimate = self._decoder().sparse(*codes, biased=False)
+            codes = self._scores(rows.values).only(dead).topk(self.auxk)
+            estimate = rows.rescale(self._decoder().sparse(*codes, biased=False))
             loss = squared_error(residual, estimate)
             loss = (count.to(loss.dtype) / self.auxk).clamp_max(1.0) * loss
             return torch.where(count > 0, loss, 0)
         latents = dead.nonzero().squeeze(1)  # the host waits for their number
         if len(latents) == 0:
             return at_least_float32(x.new_zeros(()))
-        codes = self._scores(x).topk(min(self.auxk, len(latents)), latents=latents)
-        estimate = self._decoder().sparse(*codes, biased=False)
+        codes = self._scores(rows.values).topk(min(self.auxk, len(latents)), latents=latents)
+        estimate = rows.rescale(self._decoder().sparse(*codes, biased=False))
         return min(1.0, len(latents) / self.auxk) * squared_error(residual, estimate)
 
     def _dead_latents(self, error: Tensor) -> Tensor:
@@ -485,8 +516,9 @@ class SparseAutoencoder(nn.Module):
         return dead
 
     def _multi_error(self, x: Tensor) -> Tensor:
-        codes = self._scores(x).topk(self.multi_k)
-        return squared_error(x, self._decoder().sparse(*codes))
+        rows = self._rows(x)
+        codes = self._scores(rows.values).topk(self.multi_k)
+        return squared_error(x, rows.restore(self._decoder().sparse(*codes)))
 
     # -- the dictionary's norms --------------------------------------------------------------------
 
@@ -507,7 +539,7 @@ class SparseAutoencoder(nn.Module):
     @torch.no_grad()
     def initialize_bias(self, x: Tensor) -> None:
         """Set decoder_bias to the geometric median of activations x [rows, D]."""
-        self.decoder_bias.copy_(geometric_median(x))
+        self.decoder_bias.copy_(geometric_median(self._rows(x).values))
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
@@ -523,8 +555,10 @@ class SparseAutoencoder(nn.Module):
         if not self.tied:
             product = square = at_least_float32(x.new_zeros(()))
             for part in x.split(FORWARD_ROWS):
-                estimate = at_least_float32(self(part).reconstruction - self.decoder_bias)
-                product = product + (estimate * (part - self.decoder_bias)).sum()
+                rows = self._rows(part)
+                estimate = rows.normalize(self(part).reconstruction) - self.decoder_bias
+                estimate = at_least_float32(estimate)
+                product = product + (estimate * (rows.values - self.decoder_bias)).sum()
                 square = square + estimate.square().sum()
             best = product / square
             if best > 0:  # else no latent is active, or x is not finite
@@ -537,12 +571,15 @@ class SparseAutoencoder(nn.Module):
         """Adapt a model of activations that were multiplied by scale to the original ones.
 
         Biases and thresholds are divided by scale; encoder and dictionary stay. So reconstructions
-        and codes are divided by scale, up to rounding, and the same latents are active.
+        and codes are divided by scale, up to rounding, and the same latents are active. With
+        normalize_rows nothing changes: such a model does not depend on the scale.
 
         Raises:
             TypeError, ValueError: scale is not a number above 0.
         """
         check_above_zero("fold_normalization", "scale", scale)
+        if self.normalize_rows:
+            return
         self.encoder_bias.div_(scale)
         self.decoder_bias.div_(scale)
         if isinstance(self.activation, BatchTopK):
@@ -592,7 +629,9 @@ class SparseAutoencoder(nn.Module):
         """
         layer, rows = self.activation, x.numel() // x.shape[-1]
         step = max(1, CALIBRATED_SCORES // len(self.dictionary))
-        parts = (self._scores(part).all() for part in x.reshape(rows, -1).split(step))
+        parts = (
+            self._scores(self._rows(part).values).all() for part in x.reshape(rows, -1).split(step)
+        )
         if isinstance(layer, BatchTopK):
             layer.calibrate_parts(parts, rows, l0)
         elif isinstance(layer, JumpReLU) and (target := l0 or self.target_l0) is not None:

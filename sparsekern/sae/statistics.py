@@ -1,12 +1,16 @@
-"""Sums over rows for the losses of an autoencoder, and the geometric median."""
+"""Sums over rows for the losses of an autoencoder, the geometric median, normalized rows."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 MEDIAN_STEPS = 100
 MEDIAN_TOLERANCE = 1e-6
+# Added to the deviation of a row before it divides; OpenAI's and SAELens' number.
+SMALLEST_DEVIATION = 1e-5
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -68,3 +72,40 @@ def geometric_median(
         if done:
             break
     return point.to(x.dtype)
+
+
+class Rows(NamedTuple):
+    """Rows as they are encoded, and what brings reconstructions of them back.
+
+    Attributes:
+        values: [..., D].
+        mean: [..., 1], of the rows given; None where values are these rows.
+        deviation: [..., 1], standard deviation (divisor D - 1) of the rows given, or None.
+    """
+
+    values: Tensor
+    mean: Tensor | None = None
+    deviation: Tensor | None = None
+
+    def normalize(self, y: Tensor) -> Tensor:
+        """Do with y [..., D] what was done with the rows."""
+        if self.mean is None or self.deviation is None:
+            return y
+        return (y - self.mean) / (self.deviation + SMALLEST_DEVIATION)
+
+    def rescale(self, y: Tensor) -> Tensor:
+        """Give y [..., D], a difference of reconstructions, the scale of the rows given."""
+        return y if self.deviation is None else y * self.deviation
+
+    def restore(self, y: Tensor) -> Tensor:
+        """Give y [..., D], a reconstruction, scale and mean of the rows given."""
+        y = self.rescale(y)
+        return y if self.mean is None else y + self.mean
+
+
+def normalized_rows(x: Tensor) -> Rows:
+    """Subtract from rows x [..., D] their means, and divide them by their standard deviations."""
+    mean = x.mean(dim=-1, keepdim=True)
+    centred = x - mean
+    deviation = centred.std(dim=-1, keepdim=True)
+    return Rows(centred / (deviation + SMALLEST_DEVIATION), mean, deviation)

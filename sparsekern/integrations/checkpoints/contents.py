@@ -18,7 +18,7 @@ from ...nn import JumpReLU
 WriteFile = Callable[[BinaryIO], Any]
 """Writes the content of a file that is open for it."""
 # Of SparseAutoencoder.
-_DEFAULTS = {"scale_scores": False, "subtract_bias": True}
+_DEFAULTS = {"scale_scores": False, "subtract_bias": True, "normalize_rows": False}
 _FOLDS = {"scale_scores": "fold_norms", "subtract_bias": "fold_bias"}
 # Elements that are looked at together for NaN and infinities.
 _CHECKED = 1 << 18
@@ -71,7 +71,7 @@ def check_flags(checkpoint: Checkpoint, name: str, needed: Mapping[str, bool]) -
     """Check that options which a format lacks are what its library does."""
     for key, value in needed.items():
         if checkpoint.options.get(key, _DEFAULTS[key]) != value:
-            how = "" if value else f" (see SparseAutoencoder.{_FOLDS[key]})"
+            how = f" (see SparseAutoencoder.{_FOLDS[key]})" if key in _FOLDS and not value else ""
             raise ValueError(f"{name}: {key} must be {value}, the format has no such option{how}")
 
 

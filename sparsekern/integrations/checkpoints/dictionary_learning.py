@@ -167,7 +167,11 @@ def files(checkpoint: Checkpoint) -> dict[str, WriteFile]:
     layer = checkpoint.activation
     prefixes = checkpoint.options.get("prefixes", ())
     kind = _dict_class(checkpoint, matryoshka=bool(prefixes))
-    needed = {"scale_scores": False, "subtract_bias": kind not in _UNBIASED}
+    needed = {
+        "scale_scores": False,
+        "normalize_rows": False,
+        "subtract_bias": kind not in _UNBIASED,
+    }
     check_flags(checkpoint, NAME, needed)
     tensors = {}
     for key, name in _NAMES[kind].items():

@@ -8,17 +8,20 @@ dictionary, which reading and writing copy once, so that no step does. Statistic
 (``stats_last_nonzero``, ``latents_activation_frequency``, ``latents_mean_square``) do not change
 the result and are left out.
 
-``activation`` is ``ReLU``: the library normalizes the activations of each row for ``TopK`` (their
-mean and standard deviation), which our model does not.
+``activation`` is ``ReLU``, or ``TopK``, which ranks before ReLU and has its k in
+``activation_state_dict``. With ``TopK`` the library normalizes rows x, and gives reconstructions
+their scale and mean back.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from ...nn import TopK
 from .contents import (
     Checkpoint,
     WriteFile,
@@ -51,29 +54,55 @@ def read(path: Path) -> Checkpoint:
     path = path / TENSORS if path.is_dir() else path
     content = open_torch_file(path)
     kind = content.pop("activation", "ReLU")
-    if kind != "ReLU":
-        rule = "must be 'ReLU', since the library normalizes activations for 'TopK'"
-        refuse(path, "activation", kind, rule)
     settings = content.pop("activation_state_dict", {})
-    if settings != {}:
+    if kind not in ("ReLU", "TopK"):
+        refuse(path, "activation", kind, "must be 'ReLU' or 'TopK'")
+    if kind == "ReLU" and settings != {}:
         refuse(path, "activation_state_dict", settings, "must be empty for ReLU")
+    for key in ("k", "postact_fn"):  # of the layer within the model, again
+        if kind == "TopK" and isinstance(settings, dict) and key in settings:
+            value = content.pop(f"activation.{key}", settings[key])
+            if value != settings[key]:
+                refuse(path, f"activation.{key}", value, f"must be {settings[key]!r}")
     tensors = tensors_of(path, content)
     n, d = matrix_shape(path, tensors, "encoder.weight")
     check_tensors(path, tensors, weight_shapes(_NAMES, n, d, _TRANSPOSED), _STATISTICS)
-    return Checkpoint(nn.ReLU(), read_weights(path, tensors, _NAMES, _TRANSPOSED))
+    layer = nn.ReLU() if kind == "ReLU" else _topk(path, settings, n)
+    state = read_weights(path, tensors, _NAMES, _TRANSPOSED)
+    return Checkpoint(layer, state, {"normalize_rows": kind == "TopK"})
+
+
+def _topk(path: Path, settings: Any, n: int) -> TopK:
+    """Make the layer from its state_dict in the file."""
+    where = "activation_state_dict"
+    if not isinstance(settings, dict) or settings.keys() != {"k", "postact_fn"}:
+        refuse(path, where, settings, "must hold k and postact_fn for TopK")
+    if settings["postact_fn"] != "ReLU":
+        refuse(path, f"{where}.postact_fn", settings["postact_fn"], "must be 'ReLU'")
+    k = settings["k"]
+    if type(k) is not int or not 1 <= k <= n:
+        refuse(path, f"{where}.k", k, f"must be an integer in 1..{n}")
+    return TopK(k)
 
 
 def files(checkpoint: Checkpoint) -> dict[str, WriteFile]:
     """Make the file, with statistics of latents that no batch has reached yet.
 
     Raises:
-        ValueError: an activation other than ReLU, or options that the format lacks.
+        ValueError: an activation other than ReLU and TopK, TopK in groups or without normalized
+            rows, ReLU with them, or options that the format lacks.
     """
     layer, n = checkpoint.activation, checkpoint.latents
-    if not isinstance(layer, nn.ReLU):
+    settings: dict[str, Any] = {}
+    if isinstance(layer, TopK) and layer.groups == 1:
+        settings = {"k": layer.k, "postact_fn": "ReLU"}
+    elif not isinstance(layer, nn.ReLU):
+        raise ValueError(f"{NAME}: activation must be ReLU, or TopK without groups, got {layer}")
+    normalized = checkpoint.options.get("normalize_rows", False)
+    if normalized != isinstance(layer, TopK):
         raise ValueError(
-            f"{NAME}: activation must be ReLU, since the library normalizes activations for TopK, "
-            f"got {layer}"
+            f"{NAME}: normalize_rows must be {not normalized} with {type(layer).__name__}, as in "
+            "the library"
         )
     check_flags(checkpoint, NAME, {"scale_scores": False, "subtract_bias": True})
     content = {
@@ -85,4 +114,5 @@ def files(checkpoint: Checkpoint) -> dict[str, WriteFile]:
         "encoder.weight": checkpoint.encoder,
         "decoder.weight": checkpoint.tensors["dictionary"].t(),
     }
-    return {TENSORS: torch_file(content, {"activation": "ReLU", "activation_state_dict": {}})}
+    others = {"activation": type(layer).__name__, "activation_state_dict": settings}
+    return {TENSORS: torch_file(content, others)}

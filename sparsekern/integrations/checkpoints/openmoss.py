@@ -177,7 +177,7 @@ def files(checkpoint: Checkpoint) -> dict[str, WriteFile]:
     Raises:
         ValueError: TopK in groups, a k with a fraction, or options that the format lacks.
     """
-    check_flags(checkpoint, NAME, {"subtract_bias": False})
+    check_flags(checkpoint, NAME, {"subtract_bias": False, "normalize_rows": False})
     saved = dict(checkpoint.metadata.get(NAME, {}))
     hook = saved.get("hook_point_in", checkpoint.metadata.get("hook_name", ""))
     act_fn, changes, logarithms = _act_fn(checkpoint)

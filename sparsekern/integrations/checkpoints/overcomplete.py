@@ -91,7 +91,9 @@ def files(checkpoint: Checkpoint) -> dict[str, WriteFile]:
         raise ValueError(
             f"{NAME}: activation must be TopK without groups, JumpReLU or ReLU, got {layer}"
         )
-    check_flags(checkpoint, NAME, {"scale_scores": False, "subtract_bias": False})
+    check_flags(
+        checkpoint, NAME, {"scale_scores": False, "normalize_rows": False, "subtract_bias": False}
+    )
     if bool(checkpoint.tensors["decoder_bias"].any()):
         raise ValueError(f"{NAME}: decoder_bias must be 0, the format has none")
     error = float((dictionary.norm(dim=1) - 1).abs().max())

@@ -30,7 +30,7 @@ FORMAT = 1
 OPTIONS = (
     "sparsity_weight", "target_l0", "prefixes", "auxk", "auxk_weight", "multi_k", "multi_weight",
     "dead_after", "distributed", "tied", "scale_scores",
-    "subtract_bias",
+    "subtract_bias", "normalize_rows",
 )  # fmt: skip
 _KEYS = ("format", "features", "latents", "activation", "options", "metadata")
 _COUNTS = "counter.rows_since_fired"

@@ -8,6 +8,9 @@
     standard       : relu(scores)
     reconstruction = codes @ W_dec + b_dec
 
+With ``normalize_activations`` of ``layer_norm``, rows x are normalized, and reconstructions get
+their scale and mean back.
+
 ``W_enc`` [D, N] is the transpose of our encoder: reading and writing copy that matrix once, so that
 no step does. ``W_dec`` [N, D], ``b_enc`` [N], ``b_dec`` [D] and ``threshold`` [N] are as ours.
 
@@ -71,7 +74,8 @@ _MORE_KEYS = {
     ),
 }  # fmt: skip
 _NEEDED = {"topk": ("k",), "batchtopk": ("k",), "matryoshka_batchtopk": ("k", "matryoshka_widths")}
-_SUPPORTED = {"normalize_activations": "none", "reshape_activations": "none"}
+_SUPPORTED = {"reshape_activations": "none"}
+_NORMALIZATIONS = ("none", "layer_norm")
 _NAMES = {
     "encoder": "W_enc", "encoder_bias": "b_enc", "dictionary": "W_dec", "decoder_bias": "b_dec",
 }  # fmt: skip
@@ -109,6 +113,10 @@ def read(path: Path) -> Checkpoint:
     needed = ("d_in", "d_sae", *_NEEDED.get(kind, ()))
     check_config(config_path, config, needed, (*_KEYS, "decoder_init_norm", *_MORE_KEYS[kind]))
     check_options(config_path, config, _SUPPORTED)
+    normalization = config.get("normalize_activations", "none")
+    if normalization not in _NORMALIZATIONS:
+        rule = "must be 'none' or 'layer_norm', nothing else is supported"
+        refuse(config_path, "normalize_activations", normalization, rule)
     metadata = config.get("metadata", {})
     if not isinstance(metadata, dict):
         refuse(config_path, "metadata", metadata, "must be an object")
@@ -127,6 +135,7 @@ def read(path: Path) -> Checkpoint:
         state = read_weights(tensors_path, tensors, _NAMES, _TRANSPOSED)
     finally:
         tensors.close()
+    options["normalize_rows"] = normalization == "layer_norm"
     options["subtract_bias"] = flag(config_path, config, "apply_b_dec_to_input", True)
     if "k" in config:
         key = "rescale_acts_by_decoder_norm"
@@ -226,6 +235,7 @@ def files(checkpoint: Checkpoint) -> dict[str, WriteFile]:
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "device": "cpu",
         "apply_b_dec_to_input": bool(checkpoint.options.get("subtract_bias", True)),
+        "normalize_activations": _NORMALIZATIONS[bool(checkpoint.options.get("normalize_rows"))],
         **_SUPPORTED,
         "metadata": {"sae_lens_version": VERSION, **checkpoint.metadata},
     }

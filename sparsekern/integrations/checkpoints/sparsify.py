@@ -88,7 +88,9 @@ def files(checkpoint: Checkpoint) -> dict[str, WriteFile]:
     layer = checkpoint.activation
     if not isinstance(layer, TopK) or layer.groups not in (1, layer.k):
         raise ValueError(f"{NAME}: activation must be TopK in 1 or k groups, got {layer}")
-    check_flags(checkpoint, NAME, {"scale_scores": False, "subtract_bias": True})
+    check_flags(
+        checkpoint, NAME, {"scale_scores": False, "normalize_rows": False, "subtract_bias": True}
+    )
     tensors = {
         name: checkpoint.encoder if ours == "encoder" else checkpoint.tensors[ours]
         for ours, name in _NAMES.items()
