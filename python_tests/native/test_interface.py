@@ -76,6 +76,7 @@ def test_an_unknown_dtype_is_an_error_that_names_the_kernel(module, compiled, nu
             indices=out.data_ptr(),
             masked=0,
             counts=0,
+            smallest=False,
         )
     channels = (x.data_ptr(), number, 3, 2, 4)
     with pytest.raises(

@@ -77,11 +77,15 @@ def bits_pointer(dtype: torch.dtype) -> str:
     return "*i32" if dtype == torch.float32 else "*i16"
 
 
+def topk_constants(dtype: torch.dtype) -> dict[str, Any]:
+    return {**float_constants(dtype), "SMALLEST": False}
+
+
 def select_case(n: int, dtype: torch.dtype, **changes: Any) -> Case:
     """A whole row with unit stride; a constant changed to None is left to the call."""
     rows, columns, warps = topk.row_block(n)
     constants = {
-        **float_constants(dtype), "SPAN": 0, "UNIT_STRIDE": True, "ROWS": rows, "BLOCK": columns,
+        **topk_constants(dtype), "SPAN": 0, "UNIT_STRIDE": True, "ROWS": rows, "BLOCK": columns,
         "slices": 1, "col_stride": 1, **changes,
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if value is not None}
@@ -93,7 +97,8 @@ def select_case(n: int, dtype: torch.dtype, **changes: Any) -> Case:
 
 def maxima_case(span: int, dtype: str, **changes: Any) -> Case:
     constants = {
-        "ABS": False, "UNIT_STRIDE": True, "SPAN": span, "BLOCK": topk_groups.BLOCK,
+        "ABS": False, "SMALLEST": False, "UNIT_STRIDE": True, "SPAN": span,
+        "BLOCK": topk_groups.BLOCK,
         "col_stride": 1, **changes,
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if value is not None}
@@ -105,7 +110,7 @@ def maxima_case(span: int, dtype: str, **changes: Any) -> Case:
 
 def passes_case(dtype: torch.dtype) -> Case:
     constants = {
-        **float_constants(dtype), "WAYS": topk_passes.WAYS, "BLOCK": topk_passes.BLOCK,
+        **topk_constants(dtype), "WAYS": topk_passes.WAYS, "BLOCK": topk_passes.BLOCK,
         "col_stride": 1,
     }  # fmt: skip
     pointers = {"x": bits_pointer(dtype), "taken": "*i32"}
@@ -115,7 +120,7 @@ def passes_case(dtype: torch.dtype) -> Case:
 def finish_case(k: int, dtype: torch.dtype, ordered: bool) -> Case:
     rows, side, warps = topk_finish.finish_block(k, ordered)
     constants = {
-        **float_constants(dtype), "SORTED": ordered, "RELU": True, "MASKED": not ordered,
+        **topk_constants(dtype), "SORTED": ordered, "RELU": True, "MASKED": not ordered,
         "COUNT": True, "ROWS": rows, "SIDE": side, "col_stride": 1,
     }  # fmt: skip
     pointer = bits_pointer(dtype)
@@ -202,6 +207,7 @@ CASES = {
     "select 512 float16": select_case(512, torch.float16),
     "select 2048 float32": select_case(2048, torch.float32),
     "select 8192 float32": select_case(8192, torch.float32),
+    "select 8192 float32, smallest": select_case(8192, torch.float32, SMALLEST=True),
     "select 8192 bfloat16, sliced": select_case(8192, torch.bfloat16, slices=None),
     "select 4096 float32, strided": select_case(
         4096, torch.float32, UNIT_STRIDE=False, col_stride=None
@@ -211,6 +217,7 @@ CASES = {
     "select 4096 float32, groups": select_case(4096, torch.float32, SPAN=64),
     "maxima 32 float32": maxima_case(32, "fp32"),
     "maxima 4 float16": maxima_case(4, "fp16"),
+    "maxima 4 float16, smallest": maxima_case(4, "fp16", SMALLEST=True),
     "maxima 128 bfloat16, strided": maxima_case(128, "bf16", UNIT_STRIDE=False, col_stride=None),
     "passes float32": passes_case(torch.float32),
     "finish 64 bfloat16, sorted": finish_case(64, torch.bfloat16, True),

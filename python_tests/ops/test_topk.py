@@ -363,27 +363,37 @@ X = torch.randn(2, 8)
 NESTED = torch.nested.nested_tensor([torch.zeros(3, 5), torch.zeros(2, 5)], layout=torch.jagged)
 
 
-@pytest.mark.parametrize("function", [sparsekern.topk, sparsekern.topk_mask])
+BAD_INPUT = [
+    (X, -1, ValueError, r"k must lie in {0}..8 .*got -1"),
+    (X, 9, ValueError, r"k must lie in {0}..8 .*got 9"),
+    (X, 2.0, TypeError, r"k must be an integer, got 2.0 of type float"),
+    (X, True, TypeError, r"k must be an integer, got True of type bool"),
+    (X, torch.tensor(2), TypeError, r"k must be an integer"),
+    (X, None, TypeError, r"k must be an integer, got None"),
+    (X.to(torch.complex64), 1, TypeError, r"x must be float32.*got torch.complex64"),
+    ([1.0, 2.0], 1, TypeError, r"x must be a tensor, got list"),
+    (X.to_sparse(), 1, TypeError, r"x must be a dense tensor, got one of torch.sparse_coo"),
+    (NESTED, 1, TypeError, r"x must be a dense tensor, got one of nested tensors"),
+]
+# What torch.topk takes, and topk with it.
+BAD_INPUT_OF_A_MASK = [
+    (X, 0, ValueError, r"k must lie in 1..8 .*got 0"),
+    (torch.tensor(1.0), 1, ValueError, r"x must have at least one dimension"),
+    (X.long(), 1, TypeError, r"x must be float32.*got torch.int64"),
+    (torch.empty(3, 0), 1, ValueError, r"no k is possible, since the size of the last"),
+]
+
+
 @pytest.mark.parametrize(
-    ("x", "k", "error", "message"),
+    ("function", "x", "k", "error", "message"),
     [
-        (X, 0, ValueError, r"k must lie in 1..8 .*got 0"),
-        (X, -1, ValueError, r"k must lie in 1..8 .*got -1"),
-        (X, 9, ValueError, r"k must lie in 1..8 .*got 9"),
-        (X, 2.0, TypeError, r"k must be an integer, got 2.0 of type float"),
-        (X, True, TypeError, r"k must be an integer, got True of type bool"),
-        (X, torch.tensor(2), TypeError, r"k must be an integer"),
-        (X, None, TypeError, r"k must be an integer, got None"),
-        (torch.tensor(1.0), 1, ValueError, r"x must have at least one dimension"),
-        (X.long(), 1, TypeError, r"x must be float32.*got torch.int64"),
-        (X.to(torch.complex64), 1, TypeError, r"x must be float32.*got torch.complex64"),
-        ([1.0, 2.0], 1, TypeError, r"x must be a tensor, got list"),
-        (torch.empty(3, 0), 1, ValueError, r"no k is possible, since the size of the last"),
-        (X.to_sparse(), 1, TypeError, r"x must be a dense tensor, got one of torch.sparse_coo"),
-        (NESTED, 1, TypeError, r"x must be a dense tensor, got one of nested tensors"),
+        *((sparsekern.topk, *case) for case in BAD_INPUT),
+        *((sparsekern.topk_mask, *case) for case in BAD_INPUT + BAD_INPUT_OF_A_MASK),
+        *((sparsekern.topk_counts, *case) for case in BAD_INPUT + BAD_INPUT_OF_A_MASK),
     ],
 )
 def test_bad_input(function, x, k, error, message):
+    message = message.format(0 if function is sparsekern.topk else 1)
     with pytest.raises(error, match=f"^{function.__name__}: {message}"):
         function(x, k)
 

@@ -21,13 +21,18 @@ def debug_checks() -> bool:
     return os.environ.get("SPARSEKERN_DEBUG", "0") not in ("", "0")
 
 
-def check_floating(op: str, name: str, tensor: torch.Tensor) -> None:
-    """Check for a tensor of float32, bfloat16, float16 or float64 that is not 0-d."""
+def check_dense(op: str, name: str, tensor: torch.Tensor) -> None:
+    """Check for a dense tensor."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided or tensor.is_nested:
         layout = "nested tensors" if tensor.is_nested else tensor.layout
         raise TypeError(f"{op}: {name} must be a dense tensor, got one of {layout}")
+
+
+def check_floating(op: str, name: str, tensor: torch.Tensor) -> None:
+    """Check for a tensor of float32, bfloat16, float16 or float64 that is not 0-d."""
+    check_dense(op, name, tensor)
     if tensor.dtype not in FLOATING:
         raise TypeError(
             f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}"
@@ -36,17 +41,32 @@ def check_floating(op: str, name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{op}: {name} must have at least one dimension, got a 0-d tensor")
 
 
-def check_count(op: str, name: str, value: int, upper: int, what: str) -> int:
-    """Return an integer in 1..upper as an int (or symbolic integer); raise for others.
+def check_dim(op: str, dim: int, dimensions: int) -> int:
+    """Return the number, from 0, of a dimension that may be counted from the end; raise for others.
+
+    A tensor of no dimensions is taken as one of a single one, as in torch.
+    """
+    if type(dim) is not int:
+        dim = _to_index(op, "dim", dim)
+    bound = max(dimensions, 1)
+    if not -bound <= dim < bound:
+        raise IndexError(
+            f"{op}: dim must lie in {-bound}..{bound - 1} (x is {dimensions}-d), got {dim}"
+        )
+    return dim % bound
+
+
+def check_count(op: str, name: str, value: int, upper: int, what: str, lower: int = 1) -> int:
+    """Return an integer in lower..upper as an int (or symbolic integer); raise for others.
 
     what: the upper bound in words, for the message.
     """
     if type(value) is not int:  # torch.compile takes the index of a symbolic integer as a constant
         value = _to_index(op, name, value)
-    if upper < 1:
+    if upper < lower:
         raise ValueError(f"{op}: no {name} is possible, since {what} is {upper}, got {value}")
-    if not 1 <= value <= upper:
-        raise ValueError(f"{op}: {name} must lie in 1..{upper} ({what}), got {value}")
+    if not lower <= value <= upper:
+        raise ValueError(f"{op}: {name} must lie in {lower}..{upper} ({what}), got {value}")
     return value
 
 

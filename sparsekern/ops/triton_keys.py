@@ -35,14 +35,26 @@ def bits_of(dtype: torch.dtype) -> Bits:
 
 
 @triton.jit
-def key_of(bits, MAGNITUDE: tl.constexpr, INFINITY: tl.constexpr, ABS: tl.constexpr):
-    """Return int32 keys, key(a) > key(b) iff a comes before b; -inf -INFINITY, NaN INFINITY + 1."""
+def key_of(
+    bits,
+    MAGNITUDE: tl.constexpr,
+    INFINITY: tl.constexpr,
+    ABS: tl.constexpr,
+    SMALLEST: tl.constexpr = False,
+):
+    """Return int32 keys, key(a) > key(b) iff a comes before b; -inf -INFINITY, NaN INFINITY + 1.
+
+    With SMALLEST the order is reversed, in the same range.
+    """
     magnitude = bits & MAGNITUDE
     key = magnitude
     if not ABS:
         sign = bits >> 31  # 0 or -1
         key = (magnitude ^ sign) - sign
-    return tl.where(magnitude > INFINITY, INFINITY + 1, key)
+    key = tl.where(magnitude > INFINITY, INFINITY + 1, key)
+    if SMALLEST:
+        key = 1 - key
+    return key
 
 
 @triton.jit

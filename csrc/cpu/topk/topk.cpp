@@ -12,6 +12,7 @@
 #include "cpu/topk/regimes.h"
 #include "cpu/topk/row.h"
 #include "cpu/topk/short_row.h"
+#include "cpu/topk/smallest.h"
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
 
@@ -147,6 +148,7 @@ void select_all(const RowAt& row_at, int64_t rows, const Row<Stored>& shape, int
 
 void topk(const TopkArguments& call, int threads) {
   const KeepDenormals mode;
+  if (call.smallest) return topk_smallest(call, threads);
   const int64_t rows = call.x.rows, n = call.x.columns, k = call.k;
   visit_dtype("topk", call.x.dtype, [&](auto stored) {
     using Stored = decltype(stored);

@@ -65,6 +65,11 @@ void topk_update_of_blocks(const TopkUpdateArguments& call, cudaStream_t stream)
 // Sorts the pairs (key, index) in the place of call.indices and writes the codes.
 void write_sorted(const TopkCall& call);
 
+// The k smallest: one of the above on a copy of x, which the workspace of smallest_workspace(call)
+// bytes holds beside that of the largest.
+void topk_smallest(const TopkCall& call);
+int64_t smallest_workspace(const TopkArguments& call);
+
 enum class Regime { kShort, kShared, kWarpCandidates, kCandidates, kDigits };
 Regime regime_for(int64_t rows, int64_t n, int64_t k);
 

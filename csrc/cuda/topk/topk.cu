@@ -23,6 +23,7 @@ Slices slices_for(int64_t rows, int64_t n) {
 }
 
 int64_t topk_workspace(const TopkArguments& call) {
+  if (call.smallest) return smallest_workspace(call);
   const int64_t rows = call.x.rows, n = call.x.columns;
   switch (regime_for(rows, n, call.k)) {
     case Regime::kCandidates:
@@ -38,6 +39,7 @@ void topk(const TopkArguments& arguments, void* workspace, cudaStream_t stream) 
   const int64_t rows = arguments.x.rows, n = arguments.x.columns;
   if (rows == 0) return;
   const TopkCall call{arguments, workspace, stream};
+  if (call.smallest) return topk_smallest(call);
   switch (regime_for(rows, n, call.k)) {
     case Regime::kShort:
       return topk_short(call);

@@ -42,7 +42,7 @@ struct Shape {
 };
 
 struct Order {
-  bool sorted, relu, abs;
+  bool sorted, relu, abs, smallest;
 };
 
 class Check {
@@ -72,10 +72,11 @@ class Check {
     std::vector<int64_t> indices(rows * k), counts(n), expected_counts(n);
     const Matrix x{x_.data(), dtype_, rows, n, strided_ ? 1 : n, strided_ ? rows : 1};
     kernels_.topk({x, k, order_.sorted, order_.relu, order_.abs, values.data(), indices.data(),
-                   masked.data(), counts.data()},
+                   order_.smallest ? nullptr : masked.data(), counts.data(), order_.smallest},
                   threads);
     const Codes codes{values.data(), dtype_, indices.data(), kInt64, rows, k};
     kernels_.codes_to_dense({codes, n, dense.data()}, threads);
+    if (order_.smallest) masked = dense;
     bool right = dense == masked;
     for (int64_t b = 0; b < rows; ++b) {
       std::vector<unsigned char> row(n * bytes);
@@ -125,8 +126,9 @@ class Check {
       const double x = decode(dtype_, bits_at(b, i));
       return std::make_pair(std::isnan(x), std::isnan(x) ? 0 : order_.abs ? std::abs(x) : x);
     };
-    std::stable_sort(order.begin(), order.end(),
-                     [&](int64_t i, int64_t j) { return rank(i) > rank(j); });
+    std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) {
+      return order_.smallest ? rank(i) < rank(j) : rank(i) > rank(j);
+    });
     order.resize(shape_.k);
     if (!order_.sorted) std::sort(order.begin(), order.end());
     return order;
@@ -153,8 +155,8 @@ int check_topk(const Kernels& kernels, Cases* cases) {
   for (const Shape& shape : shapes) {
     for (int dtype = 0; dtype < 4; ++dtype) {
       for (const int patterns : {0, 1, 2, 40}) {
-        const int flags = static_cast<int>(random() % 8);
-        const Order order{(flags & 1) != 0, (flags & 2) != 0, (flags & 4) != 0};
+        const int flags = static_cast<int>(random() % 16);
+        const Order order{(flags & 1) != 0, (flags & 2) != 0, (flags & 4) != 0, (flags & 8) != 0};
         const bool strided = random() % 3 == 0;
         const bool with_nan = random() % 2 == 0;  // nearly every long row of random bits has one
         Check check(kernels, static_cast<Dtype>(dtype), shape, order, strided, patterns, with_nan,

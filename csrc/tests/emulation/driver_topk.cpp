@@ -8,6 +8,7 @@
 #include <numeric>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/common/packs.cuh"
@@ -53,7 +54,7 @@ struct Case {
   bool sorted = false, relu = false, abs = false;
   Fill fill = Fill::normal;
   Layout layout = Layout::contiguous;
-  bool masked = false, counts = false;
+  bool masked = false, counts = false, smallest = false;
 };
 
 float read(const unsigned char* p, int dtype) {
@@ -161,6 +162,7 @@ Output expected(const Case& c, Input& input) {
     std::vector<int64_t> order(c.n);
     std::iota(order.begin(), order.end(), 0);
     std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) {
+      if (c.smallest) std::swap(i, j);
       return std::isnan(x[i]) ? !std::isnan(x[j]) : x[i] > x[j];
     });
     order.resize(c.k);
@@ -199,7 +201,8 @@ Output computed(const Case& c, Input& input) {
       out.values.data(),
       out.indices.data(),
       masked,
-      counts};
+      counts,
+      c.smallest};
   int64_t needed = cuda::topk_workspace(arguments);
   if (c.way == Way::candidates || c.way == Way::sliced) {
     needed = cuda::candidates_workspace(c.rows, slices.count, c.k);
@@ -301,11 +304,11 @@ int check(const Case& c, int* cases) {
   if (got.counts != wanted.counts) wrong += " counts";
   if (c.masked && !dense_agrees(c, wanted)) wrong += " dense";
   if (wrong.empty()) return 0;
-  std::printf("topk: %s %s rows %lld n %lld k %lld sorted %d relu %d abs %d %s %s: wrong%s\n",
-              kWays[static_cast<int>(c.way)], kTypes[c.dtype], static_cast<long long>(c.rows),
-              static_cast<long long>(c.n), static_cast<long long>(c.k), c.sorted, c.relu, c.abs,
-              kFills[static_cast<int>(c.fill)], kLayouts[static_cast<int>(c.layout)],
-              wrong.c_str());
+  std::printf(
+      "topk: %s %s rows %lld n %lld k %lld sorted %d relu %d abs %d smallest %d %s %s: wrong%s\n",
+      kWays[static_cast<int>(c.way)], kTypes[c.dtype], static_cast<long long>(c.rows),
+      static_cast<long long>(c.n), static_cast<long long>(c.k), c.sorted, c.relu, c.abs, c.smallest,
+      kFills[static_cast<int>(c.fill)], kLayouts[static_cast<int>(c.layout)], wrong.c_str());
   return 1;
 }
 
@@ -377,7 +380,8 @@ int check_topk(int* cases) {
       c.relu = (flags & 2) != 0;
       c.abs = (flags & 4) != 0;
       c.layout = static_cast<Layout>(turn % static_cast<int>(Layout::count));
-      c.masked = turn % 4 < 2;
+      c.smallest = c.way == Way::topk && turn % 2 == 0;
+      c.masked = turn % 4 < 2 && !c.smallest;
       c.counts = turn % 7 < 4;
       if (shape.way == Way::by_warps || shape.way == Way::by_blocks) {
         c.sorted = c.abs = c.masked = c.counts = false;

@@ -8,13 +8,19 @@ from ...dispatch.launch import codes, launch, matrix, module_for, new_output, po
 
 
 def topk(
-    x: torch.Tensor, k: int, sorted: bool, relu: bool, abs: bool, count: bool
+    x: torch.Tensor,
+    k: int,
+    sorted: bool,
+    relu: bool,
+    abs: bool,
+    count: bool,
+    smallest: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return values [..., k], indices int64 [..., k] and counts int64 [n], or [0] without count.
 
     x is [rows, n] of any strides, or [..., n] contiguous.
     """
-    return _select(x, k, sorted, relu, abs, None, count)
+    return _select(x, k, sorted, relu, abs, None, count, smallest)
 
 
 def topk_mask(
@@ -90,6 +96,7 @@ def _select(
     abs: bool,
     masked: torch.Tensor | None,
     count: bool,
+    smallest: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     *batch, n = x.shape
     values = x.new_empty(*batch, k)
@@ -107,5 +114,6 @@ def _select(
         indices=indices.data_ptr(),
         masked=pointer(masked),
         counts=counts.data_ptr() if count else 0,
+        smallest=smallest,
     )
     return values, indices, counts

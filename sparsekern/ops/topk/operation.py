@@ -32,7 +32,7 @@ def _adapt(
     """
 
     def run(x: torch.Tensor, k: int, *options: Any) -> Any:
-        if x.numel() == 0:
+        if x.numel() == 0 or k == 0:
             return reference(x, k, *options)
         check_count(name, "k", k, x.shape[-1], "the size of the last dimension")
         check_row(name, x, x.shape[-1])
@@ -47,7 +47,15 @@ def _adapt(
 # -- shapes without data ---------------------------------------------------------------------------
 
 
-def _topk_fake(x: torch.Tensor, k: int, sorted: bool, relu: bool, abs: bool, count: bool) -> Any:
+def _topk_fake(
+    x: torch.Tensor,
+    k: int,
+    sorted: bool,
+    relu: bool,
+    abs: bool,
+    count: bool,
+    smallest: bool = False,
+) -> Any:
     values = x.new_empty(*x.shape[:-1], k)
     counts = x.new_empty(x.shape[-1] if count else 0, dtype=torch.int64)
     return values, torch.empty_like(values, dtype=torch.int64), counts
@@ -61,7 +69,7 @@ def _topk_mask_fake(x: torch.Tensor, k: int, relu: bool, abs: bool, count: bool)
 
 
 def _setup_topk(ctx: Any, inputs: Any, output: Any) -> None:
-    x, _, _, relu, _, _ = inputs
+    x, _, _, relu, *_ = inputs
     values, indices, _ = output
     ctx.n = x.shape[-1]
     ctx.save_for_backward(indices, passed_by_relu(values) if relu else None)
@@ -69,7 +77,7 @@ def _setup_topk(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _topk_backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
     indices, passed = ctx.saved_tensors
-    return _grad_to_dense(grad, indices, passed, ctx.n), None, None, None, None, None
+    return _grad_to_dense(grad, indices, passed, ctx.n), None, None, None, None, None, None
 
 
 def _setup_topk_mask(ctx: Any, inputs: Any, output: Any) -> None:
@@ -103,9 +111,28 @@ def _grad_to_dense(
     return codes_to_dense(grad, indices, n)
 
 
+def _topk_vmap(
+    operation: Callable[..., Any],
+    info: Any,
+    in_dims: Any,
+    x: torch.Tensor,
+    k: int,
+    sorted: bool,
+    relu: bool,
+    abs: bool,
+    count: bool,
+    smallest: bool = False,
+) -> Any:
+    def select(*args: Any) -> Any:
+        return operation(*args, smallest)
+
+    return counted_rows(select, info, in_dims, x, k, sorted, relu, abs, count)
+
+
 topk = define(
     "topk",
-    "(Tensor x, SymInt k, bool sorted, bool relu, bool abs, bool count)"
+    # smallest came later: programs exported before have none
+    "(Tensor x, SymInt k, bool sorted, bool relu, bool abs, bool count, bool smallest=False)"
     " -> (Tensor values, Tensor indices, Tensor counts)",
     reference=topk_reference,
     implementations={
@@ -117,7 +144,7 @@ topk = define(
     fake=_topk_fake,
     setup_context=_setup_topk,
     backward=_topk_backward,
-    vmap=counted_rows,
+    vmap=_topk_vmap,
     owned=True,
 )
 topk_mask = define(

@@ -10,10 +10,17 @@ from ..order import key_of
 
 
 def topk_reference(
-    x: torch.Tensor, k: int, sorted: bool, relu: bool, abs: bool, count: bool
+    x: torch.Tensor,
+    k: int,
+    sorted: bool,
+    relu: bool,
+    abs: bool,
+    count: bool,
+    smallest: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     key = key_of(x.abs() if abs else x)
-    indices = key.sort(dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
+    order = key.sort(dim=-1, descending=not smallest, stable=True).indices
+    indices = order[..., :k].contiguous()
     if not sorted:
         indices = indices.sort(dim=-1).values
     values = x.gather(-1, indices)

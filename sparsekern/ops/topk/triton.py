@@ -107,6 +107,7 @@ def select_kernel(
     MAGNITUDE: tl.constexpr,
     INFINITY: tl.constexpr,
     ABS: tl.constexpr,
+    SMALLEST: tl.constexpr,
     SPAN: tl.constexpr,
     UNIT_STRIDE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -143,7 +144,7 @@ def select_kernel(
         elements = elements + (columns.to(tl.int64) * col_stride)[None, :]
 
     bits = tl.load(elements, mask=inside, other=0).to(tl.int32)
-    key = tl.where(inside, key_of(bits, MAGNITUDE, INFINITY, ABS), -INFINITY - 1)
+    key = tl.where(inside, key_of(bits, MAGNITUDE, INFINITY, ABS, SMALLEST), -INFINITY - 1)
 
     bound = kth_key(key, k_here, INFINITY, ROWS)[:, None]
     wanted = (k_here - tl.sum((key > bound).to(tl.int32), axis=1))[:, None]
@@ -186,15 +187,21 @@ def group_span(rows: int, n: int, k: int) -> int:
 
 
 def topk(
-    x: torch.Tensor, k: int, sorted: bool, relu: bool, abs: bool, count: bool
+    x: torch.Tensor,
+    k: int,
+    sorted: bool,
+    relu: bool,
+    abs: bool,
+    count: bool,
+    smallest: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return values [rows, k], indices int64 [rows, k], counts int64 [n], or [0] without count.
 
     x is [rows, n] of any strides.
     """
     with device_of(x):
-        columns = _select_columns(x, k, abs)
-        return finish_codes(x, columns, sorted, relu, abs, count, None)
+        columns = _select_columns(x, k, abs, smallest)
+        return finish_codes(x, columns, sorted, relu, abs, count, smallest, None)
 
 
 def topk_mask(
@@ -203,25 +210,25 @@ def topk_mask(
     """Return masked [rows, n], and its codes and counts as `topk` does, by ascending index."""
     masked = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     with device_of(x):
-        columns = _select_columns(x, k, abs)
-        return masked, *finish_codes(x, columns, False, relu, abs, count, masked)
+        columns = _select_columns(x, k, abs, False)
+        return masked, *finish_codes(x, columns, False, relu, abs, count, False, masked)
 
 
-def _select_columns(x: torch.Tensor, k: int, abs: bool) -> torch.Tensor:
+def _select_columns(x: torch.Tensor, k: int, abs: bool, smallest: bool) -> torch.Tensor:
     """Return columns int32 [rows, k] of the k largest of each row of x, ascending."""
     rows, n = x.shape
     if span := group_span(rows, n, k):
-        groups = _select_columns(group_maxima(x, span, abs), k, abs)
-        return _launch_select(x, groups, span, k * span, k, k * span, abs)
+        groups = _select_columns(group_maxima(x, span, abs, smallest), k, abs, smallest)
+        return _launch_select(x, groups, span, k * span, k, k * span, abs, smallest)
     if n > REGISTER_ROW and 2 * k > REGISTER_ROW:
-        return columns_by_passes(x, k, abs)
+        return columns_by_passes(x, k, abs, smallest)
     candidates = None
     while (length := slice_length(rows, n, k)) < n:
         slices = cdiv(n, length)
-        candidates = _launch_select(x, candidates, 1, n, k, length, abs)
+        candidates = _launch_select(x, candidates, 1, n, k, length, abs, smallest)
         n = (slices - 1) * k + min(k, n - (slices - 1) * length)
         candidates = candidates[:, :n]  # only a last slice shorter than k leaves a rest
-    return _launch_select(x, candidates, 1, n, k, n, abs)
+    return _launch_select(x, candidates, 1, n, k, n, abs, smallest)
 
 
 def _launch_select(
@@ -232,6 +239,7 @@ def _launch_select(
     k: int,
     length: int,
     abs: bool,
+    smallest: bool,
 ) -> torch.Tensor:
     """Return columns [rows, slices * k] of the k largest of each slice: one level.
 
@@ -257,6 +265,7 @@ def _launch_select(
         MAGNITUDE=bits.magnitude,
         INFINITY=bits.infinity,
         ABS=abs,
+        SMALLEST=smallest,
         SPAN=0 if candidates is None else span,
         UNIT_STRIDE=x.stride(1) == 1,
         ROWS=block_rows,

@@ -41,6 +41,7 @@ def finish_kernel(
     MAGNITUDE: tl.constexpr,
     INFINITY: tl.constexpr,
     ABS: tl.constexpr,
+    SMALLEST: tl.constexpr,
     SORTED: tl.constexpr,
     RELU: tl.constexpr,
     MASKED: tl.constexpr,
@@ -62,7 +63,7 @@ def finish_kernel(
 
     rank = tl.broadcast_to(own[None, :], [ROWS, SIDE])
     if SORTED:
-        key = key_of(bits, MAGNITUDE, INFINITY, ABS)[:, :, None]
+        key = key_of(bits, MAGNITUDE, INFINITY, ABS, SMALLEST)[:, :, None]
         rank = tl.zeros([ROWS, SIDE], tl.int32)
         begin = tl.full([], 0, tl.int32)
         while begin < k:
@@ -70,7 +71,7 @@ def finish_kernel(
             there = (row < rows)[:, None] & (other < k)[None, :]
             column = tl.load(columns + first + other[None, :], mask=there, other=0).to(tl.int64)
             other_bits = tl.load(starts + column * col_stride, mask=there, other=0).to(tl.int32)
-            other_key = key_of(other_bits, MAGNITUDE, INFINITY, ABS)
+            other_key = key_of(other_bits, MAGNITUDE, INFINITY, ABS, SMALLEST)
             other_key = tl.where(there, other_key, -INFINITY - 1)[:, None, :]
             earlier = (other[None, :] < own[:, None])[None, :, :]
             precedes = (other_key > key) | ((other_key == key) & earlier)
@@ -104,6 +105,7 @@ def finish_codes(
     relu: bool,
     abs: bool,
     count: bool,
+    smallest: bool,
     masked: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return values, indices int64 and counts int64 [n] or [0] of columns int32 [rows, k] of x.
@@ -131,6 +133,7 @@ def finish_codes(
         MAGNITUDE=bits.magnitude,
         INFINITY=bits.infinity,
         ABS=abs,
+        SMALLEST=smallest,
         SORTED=sorted,
         RELU=relu,
         MASKED=masked is not None,

@@ -31,6 +31,12 @@ def larger(a, b):
 
 
 @triton.jit
+def smaller(a, b):
+    """Return the smaller of two numbers, NaN only if both are."""
+    return tl.where((a < b) | (b != b), a, b)
+
+
+@triton.jit
 def number_of(element):
     """Return a float32 or float16 number, or the bits of a bfloat16 one, as float32."""
     if element.dtype == tl.int16:
@@ -55,13 +61,14 @@ def maxima_kernel(
     row_stride,
     col_stride,
     ABS: tl.constexpr,
+    SMALLEST: tl.constexpr,
     UNIT_STRIDE: tl.constexpr,
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Write to best[r, g] the first in order of x[r, g * SPAN : (g + 1) * SPAN].
 
-    With ABS that is its magnitude; any NaN stands for all, and either zero for both.
+    With SMALLEST that is the last but for NaN. With ABS it is its magnitude; any NaN stands for all, and either zero for both.
     """
     blocks = tl.cdiv(n, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -73,19 +80,23 @@ def maxima_kernel(
     else:
         elements = x + (row * row_stride + begin * col_stride) + columns.to(tl.int64) * col_stride
     # What lies past the end comes after every element.
-    none: tl.constexpr = 0.0 if ABS else -float("inf")
+    none: tl.constexpr = float("nan") if SMALLEST else 0.0 if ABS else -float("inf")
     numbers = tl.where(inside, number_of(tl.load(elements, mask=inside, other=0)), none)
     if ABS:
         numbers = tl.abs(numbers)
 
-    top = tl.reduce(tl.reshape(numbers, [BLOCK // SPAN, SPAN]), axis=1, combine_fn=larger)
+    groups_of_numbers = tl.reshape(numbers, [BLOCK // SPAN, SPAN])
+    if SMALLEST:
+        top = tl.reduce(groups_of_numbers, axis=1, combine_fn=smaller)
+    else:
+        top = tl.reduce(groups_of_numbers, axis=1, combine_fn=larger)
     group = tl.arange(0, BLOCK // SPAN)
     first = begin // SPAN
     places = best + (row * groups + first) + group
     tl.store(places, stored(top, best.dtype.element_ty), mask=group < groups - first)
 
 
-def group_maxima(x: torch.Tensor, span: int, abs: bool) -> torch.Tensor:
+def group_maxima(x: torch.Tensor, span: int, abs: bool, smallest: bool) -> torch.Tensor:
     """Return the best of each `span` consecutive elements of x [rows, n]: [rows, n / span].
 
     n / span is rounded up; span is a power of two up to STRIDED_BLOCK.
@@ -103,6 +114,7 @@ def group_maxima(x: torch.Tensor, span: int, abs: bool) -> torch.Tensor:
         groups,
         *x.stride(),
         ABS=abs,
+        SMALLEST=smallest,
         UNIT_STRIDE=packed,
         SPAN=span,
         BLOCK=block,

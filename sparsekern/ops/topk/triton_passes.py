@@ -41,6 +41,7 @@ def passes_kernel(
     MAGNITUDE: tl.constexpr,
     INFINITY: tl.constexpr,
     ABS: tl.constexpr,
+    SMALLEST: tl.constexpr,
     WAYS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -62,7 +63,7 @@ def passes_kernel(
         begin = tl.full([], 0, tl.int64)  # int64: the last step may pass 2^31
         while begin < n:
             bits, inside = load_bits(row, begin, n, col_stride, BLOCK)
-            key = key_of(bits, MAGNITUDE, INFINITY, ABS)
+            key = key_of(bits, MAGNITUDE, INFINITY, ABS, SMALLEST)
             key = tl.where(inside, key, -INFINITY - 1)
             counts += (key[None, :] >= trial[:, None]).to(tl.int32)
             begin += BLOCK
@@ -77,7 +78,7 @@ def passes_kernel(
     begin = tl.full([], 0, tl.int64)
     while begin < n:
         bits, inside = load_bits(row, begin, n, col_stride, BLOCK)
-        key = key_of(bits, MAGNITUDE, INFINITY, ABS)
+        key = key_of(bits, MAGNITUDE, INFINITY, ABS, SMALLEST)
         is_above = (inside & (key > low)).to(tl.int32)
         is_tied = (inside & (key == low)).to(tl.int32)
         ranks = tl.cumsum(is_above + (is_tied << 16), axis=0)
@@ -91,7 +92,7 @@ def passes_kernel(
         begin += BLOCK
 
 
-def columns_by_passes(x: torch.Tensor, k: int, abs: bool) -> torch.Tensor:
+def columns_by_passes(x: torch.Tensor, k: int, abs: bool, smallest: bool) -> torch.Tensor:
     """Return columns int32 [rows, k] of the k largest of each row of x [rows, n], ascending."""
     rows, n = x.shape
     bits = bits_of(x.dtype)
@@ -105,6 +106,7 @@ def columns_by_passes(x: torch.Tensor, k: int, abs: bool) -> torch.Tensor:
         MAGNITUDE=bits.magnitude,
         INFINITY=bits.infinity,
         ABS=abs,
+        SMALLEST=smallest,
         WAYS=WAYS,
         BLOCK=BLOCK,
         num_warps=4,
