@@ -75,26 +75,7 @@ def recording_kernel(
         result = backward(ctx, *grads)
         return (*result, None) if isinstance(result, tuple) else (result, None)
 
-    def refuse_jvp(*_: Any) -> Any:
-        raise NotImplementedError(
-            f"{name}: there is no forward-mode derivative (torch.func.jvp, jacfwd, hessian, "
-            "forward_ad); use reverse mode: torch.autograd.grad, torch.func.jacrev"
-        )
-
-    def compiled_autograd_key(ctx: Any) -> Any:  # tells functions apart
-        return (ctx._autograd_function_id,)
-
-    methods = {
-        "forward": forward,
-        "backward": recorded_backward,
-        "jvp": refuse_jvp,
-        "_compiled_autograd_key": compiled_autograd_key,
-    }
-    function: Any = type(
-        f"sparsekern_{name}",
-        (_SingleLevelFunction,),
-        {name: staticmethod(method) for name, method in methods.items()},
-    )
+    function = _function(name, forward, recorded_backward)
 
     def kernel(keys: Any, *args: Any) -> Any:
         recording = torch.is_grad_enabled() and _any_requires_grad(*args)
@@ -106,6 +87,58 @@ def recording_kernel(
         return function.apply(*args, keys)
 
     return kernel
+
+
+def recording_call(
+    name: str,
+    implementation: Callable[..., Any],
+    backward: Callable[..., Any],
+    setup_context: Callable[..., None] | None,
+) -> Callable[..., Any]:
+    """Make a function that runs an implementation and records its gradient.
+
+    It is for calls in which the dispatcher has nothing else to do.
+
+    Args:
+        name: of the operation.
+        implementation: a function of all its arguments, whose outputs are no views.
+        backward: as of an autograd.Function.
+        setup_context: as of an autograd.Function, or None.
+    """
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        outputs = implementation(*args)
+        if setup_context is not None:
+            setup_context(ctx, args, outputs)
+        return outputs
+
+    call: Callable[..., Any] = _function(name, forward, backward).apply
+    return call
+
+
+def _function(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Any:
+    """Make an autograd.Function of one level of transforms."""
+
+    def refuse_jvp(*_: Any) -> Any:
+        raise NotImplementedError(
+            f"{name}: there is no forward-mode derivative (torch.func.jvp, jacfwd, hessian, "
+            "forward_ad); use reverse mode: torch.autograd.grad, torch.func.jacrev"
+        )
+
+    def compiled_autograd_key(ctx: Any) -> Any:  # tells functions apart
+        return (ctx._autograd_function_id,)
+
+    methods = {
+        "forward": forward,
+        "backward": backward,
+        "jvp": refuse_jvp,
+        "_compiled_autograd_key": compiled_autograd_key,
+    }
+    return type(
+        f"sparsekern_{name}",
+        (_SingleLevelFunction,),
+        {name: staticmethod(method) for name, method in methods.items()},
+    )
 
 
 def versioning_kernel(overload: Any, mutated: list[int]) -> Callable[..., Any]:

@@ -7,7 +7,9 @@ csrc/interface/kernels.def lists, so one `native.py` per operation serves both.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -44,21 +46,31 @@ def launch(name: str, tensor: torch.Tensor, /, **arguments: Any) -> Any:
     operands made below. The device's context is added to them: torch's number of threads on a CPU,
     the current stream on a GPU.
     """
-    module = module_for(tensor)
+    kernel, workspace_of = _kernel(module_for(tensor), name)
     if not tensor.is_cuda:
-        return _call(module, name, tensor, arguments, torch.get_num_threads())
+        if workspace_of is None:
+            return kernel(arguments, torch.get_num_threads())
+        return _with_workspace(kernel, workspace_of, tensor, arguments, torch.get_num_threads())
     with device_of(tensor):
-        return _call(module, name, tensor, arguments, current_stream(tensor.get_device()))
+        stream = current_stream(tensor.get_device())
+        if workspace_of is None:
+            return kernel(arguments, stream)
+        return _with_workspace(kernel, workspace_of, tensor, arguments, stream)
 
 
-def _call(
-    module: ModuleType, name: str, tensor: torch.Tensor, arguments: dict[str, Any], context: int
+@functools.cache
+def _kernel(module: ModuleType, name: str) -> tuple[Callable[..., Any], Callable[..., int] | None]:
+    """Return a kernel and, if it needs scratch memory, the function that tells how much."""
+    return getattr(module, name), vars(module).get(name + "_workspace")
+
+
+def _with_workspace(
+    kernel: Callable[..., Any],
+    workspace_of: Callable[..., int],
+    tensor: torch.Tensor,
+    arguments: dict[str, Any],
+    context: int,
 ) -> Any:
-    """Call a kernel with its scratch memory, if it needs any."""
-    kernel = getattr(module, name)
-    workspace_of = vars(module).get(name + "_workspace")
-    if workspace_of is None:
-        return kernel(arguments, context)
     size = workspace_of(arguments)
     scratch = tensor.new_empty(size, dtype=torch.uint8) if size else None
     return kernel(arguments, context, pointer(scratch))

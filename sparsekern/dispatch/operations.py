@@ -19,12 +19,13 @@ from torch.autograd import forward_ad
 from .autograd import (
     CAN_RECORD,
     increment_versions,
+    recording_call,
     recording_kernel,
     versioning_kernel,
     without_views,
 )
 from .backends import PREFERRED, BackendUnavailableError, forced_backend, new_choices
-from .fast_path import device_type_of, dispatcher_has_nothing_to_do
+from .fast_path import NOTHING, RECORDING, device_type_of, left_to_torch
 from .modules import native_module, stand_ins, why_no_triton
 
 NAMESPACE = "sparsekern"
@@ -155,7 +156,10 @@ def define(
     _definitions.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_definitions)
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
-    call = _entrance(operation, overload)
+    record = None
+    if backward is not None and CAN_RECORD and not mutated:
+        record = recording_call(name, operation, backward, setup_context)
+    call = _entrance(operation, overload, record)
     if vmap is not None:
         rule = functools.partial(vmap, call)
         torch.library.register_vmap(qualified, rule, lib=_definitions)
@@ -207,16 +211,21 @@ def unknown_size() -> Any:
     return torch.library.get_ctx().new_dynamic_size()
 
 
-def _entrance(operation: Operation, overload: Callable[..., Any]) -> Callable[..., Any]:
+def _entrance(
+    operation: Operation, overload: Callable[..., Any], record: Callable[..., Any] | None
+) -> Callable[..., Any]:
     """Make the function that public functions call.
 
-    It calls the implementation itself where torch's dispatcher has nothing to do, else the
-    overload.
+    It calls the implementation itself where torch's dispatcher has nothing to do, `record`, if
+    there is one, where a gradient is all that it would record, else the overload.
     """
 
     @functools.wraps(overload)
     def call(*args: Any) -> Any:
-        if not dispatcher_has_nothing_to_do(args):
+        left = left_to_torch(args)
+        if left == RECORDING and record is not None:
+            return record(*args)
+        if left != NOTHING:
             return overload(*args)
         outputs = operation(*args)
         if operation.mutated:
