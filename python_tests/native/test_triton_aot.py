@@ -98,8 +98,7 @@ def select_case(n: int, dtype: torch.dtype, **changes: Any) -> Case:
 def maxima_case(span: int, dtype: str, **changes: Any) -> Case:
     constants = {
         "ABS": False, "SMALLEST": False, "UNIT_STRIDE": True, "SPAN": span,
-        "BLOCK": topk_groups.BLOCK,
-        "col_stride": 1, **changes,
+        "BLOCK": topk_groups.BLOCK, "col_stride": 1, **changes,
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if value is not None}
     if not constants["UNIT_STRIDE"]:

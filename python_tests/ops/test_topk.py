@@ -294,6 +294,22 @@ def test_groups_keep_the_k_largest(grouped, n, k, spans, dtype):
         testing.assert_same(f"{fill}: indices", codes.indices, expected[1])
 
 
+def test_groups_keep_the_k_smallest(grouped):
+    """Among them rows whose last group is cut off and holds NaN alone."""
+    n, k = 4101, 200
+    assert grouped[1](2, n, k) == 4
+    for number, fill in enumerate(("normal", "last group", "half -inf", "all nan")):
+        x = hot_rows(fill, 2, n) if fill in HOT else testing.fill_rows("half -inf", 2, n)
+        if fill == "all nan":
+            x[:, k // 2 :] = torch.nan
+        x = x.to(FLOATS[number % 3]).to(grouped[0].device)
+        sort, relu, magnitude = FLAGS[number]
+        codes = sparsekern.topk(x, k, -1, False, sort, relu=bool(relu), abs=bool(magnitude))
+        expected = topk_reference(x.cpu(), k, sort, bool(relu), bool(magnitude), False, True)
+        testing.assert_same(f"{fill}: values", codes.values, expected[0])
+        testing.assert_same(f"{fill}: indices", codes.indices, expected[1])
+
+
 HOT = ("one group", "every 64th", "last group", "tie to the left", "-inf but few")
 
 

@@ -128,7 +128,7 @@ def _function(name: str, forward: Callable[..., Any], backward: Callable[..., An
     def compiled_autograd_key(ctx: Any) -> Any:  # tells functions apart
         return (ctx._autograd_function_id,)
 
-    methods = {
+    methods: dict[str, Callable[..., Any]] = {
         "forward": forward,
         "backward": backward,
         "jvp": refuse_jvp,

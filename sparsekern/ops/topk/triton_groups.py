@@ -68,7 +68,8 @@ def maxima_kernel(
 ):
     """Write to best[r, g] the first in order of x[r, g * SPAN : (g + 1) * SPAN].
 
-    With SMALLEST that is the last but for NaN. With ABS it is its magnitude; any NaN stands for all, and either zero for both.
+    With SMALLEST the order is reversed, NaN last. With ABS that is its magnitude. Any NaN stands
+    for all, and either zero for both.
     """
     blocks = tl.cdiv(n, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
