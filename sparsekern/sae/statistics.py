@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 MEDIAN_STEPS = 100
 MEDIAN_TOLERANCE = 1e-6
@@ -40,7 +40,7 @@ def total_variance(x: Tensor) -> Tensor:
 
 def squared_error(x: Tensor, estimate: Tensor) -> Tensor:
     """Return sum |x - estimate|^2 over all elements, a scalar of at least float32."""
-    return (at_least_float32(x) - at_least_float32(estimate)).square().sum()
+    return nn.functional.mse_loss(at_least_float32(estimate), at_least_float32(x), reduction="sum")
 
 
 @torch.no_grad()

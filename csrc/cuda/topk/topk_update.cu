@@ -53,7 +53,7 @@ __device__ void begin_state(const Batch<T>& batch, const Parts<T>& parts, int64_
   unsigned latest = 0;
   for (int j = Team::self(); j < batch.k; j += Team::kSize) {
     const T x = parts.values[b * batch.k + j];
-    const unsigned key = key_of(x, batch.mask);
+    const unsigned key = key_of(x, kSigned);
     state.pairs()[j] = pair_of(x, key, parts.indices[b * batch.k + j]);
     latest = key > latest ? key : latest;
   }
@@ -68,7 +68,7 @@ template <class Team, class T, int kWidth>
 __device__ void offer(const Batch<T>& batch, const Stretch<T, kWidth>& stretch, int64_t first_index,
                       Candidates<Team>& candidates) {
   constexpr int kAtOnce = kVectorsAtOnce<kWidth>;
-  First<T, kWidth> best(stretch, batch.mask);
+  First<T, kWidth> best(stretch, kSigned);
   float least = float_of<T>(high_of(candidates.bound()));
   for (unsigned first = 0; first < stretch.vectors(); first += kAtOnce * Team::kSize) {
     typename Stretch<T, kWidth>::Vector vectors[kAtOnce];
@@ -92,7 +92,7 @@ __device__ void offer(const Batch<T>& batch, const Stretch<T, kWidth>& stretch, 
           if (to_float(x) <= least) continue;
           // What lies past the end is the last of the order, and so before no bound. Of the same
           // key come first those of the parts before.
-          const unsigned key = key_of(x, batch.mask);
+          const unsigned key = key_of(x, kSigned);
           if (key < high_of(candidates.bound())) candidates.append(pair_of(x, key, at + c));
         }
       }

@@ -66,7 +66,9 @@ def _slice_by_slice(
                 x, weight, bias, k, pre_bias, scale, latents, groups, relu, sorted, transpose
             )
         check_latents(latents, weight.shape[0])
-        rows = centred(x.reshape(-1, x.shape[-1]), pre_bias).contiguous()
+        rows = matrix_of(x).contiguous()
+        if pre_bias is not None:  # `centred`, rounded on the way out
+            rows = torch.sub(rows, pre_bias, out=torch.empty_like(rows))
         values = rows.new_empty(len(rows), k)
         indices = rows.new_empty(len(rows), k, dtype=torch.int64)
         layer = Layer(weight, bias, scale, latents, rows.dtype)
