@@ -536,6 +536,19 @@ def test_dictionary_learning_goes_out_and_comes_back(tmp_path, kind, to, thresho
     assert after == before
 
 
+def test_thresholds_below_0_are_0_after_the_relu(tmp_path):
+    """The library's trainer leaves such thresholds."""
+    state, x, theta = random_state(), inputs(), torch.linspace(-1, 1, N)
+    folder = write_dictionary_learning(
+        tmp_path / "a", state, "JumpReluAutoEncoder", tensors={"threshold": theta}
+    )
+    scores = scores_of(state, x, biased=False)
+    codes = (scores * (scores > theta)).relu()
+    model = SparseAutoencoder.from_pretrained(folder)
+    check_equal(model, state, codes, codes @ state["dictionary"] + state["decoder_bias"], x)
+    assert torch.equal(model.activation.threshold.float(), theta.clamp_min(0))
+
+
 def test_unset_threshold_is_an_error_in_evaluation(tmp_path):
     """The library would take -1 for a threshold, above which is everything."""
     folder = write_dictionary_learning(
@@ -551,8 +564,8 @@ def test_unset_threshold_is_an_error_in_evaluation(tmp_path):
         ("AutoEncoder", {"dict_class": "IdentityDict"},
          "config.json: trainer.dict_class must be one of .* got 'IdentityDict'"),
         ("AutoEncoder", {"dict_class": "GatedAutoEncoder"}, "a gate .* got 'GatedAutoEncoder'"),
-        ("JumpReluAutoEncoder", {"tensors": {"threshold": torch.full((N,), -0.5)}},
-         "ae.pt: threshold must be at least 0, got -0.5"),
+        ("JumpReluAutoEncoder", {"tensors": {"threshold": torch.full((N,), torch.nan)}},
+         "ae.pt: threshold must be finite, got nan"),
         ("JumpReluAutoEncoder", {"tensors": {"threshold": torch.tensor(0.5)}},
          r"ae.pt: threshold must have shape \[96\], got \[\]"),
         ("AutoEncoder", {"dict_size": N + 1}, r"must have shape \[97"),
@@ -632,6 +645,15 @@ def test_openai_is_read(tmp_path):
     model = SparseAutoencoder.from_pretrained(write_openai(tmp_path / "5.pt", state))
     codes = scores_of(state, x).relu()
     check_equal(model, state, codes, codes @ state["dictionary"] + state["decoder_bias"], x)
+
+
+def test_files_from_before_zip_archives_are_read(tmp_path):
+    path = write_openai(tmp_path / "5.pt", random_state())
+    content = torch.load(path, weights_only=True)
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    assert path.read_bytes()[:2] != b"PK"
+    for name, tensor in random_state().items():
+        assert torch.equal(read(path).tensors[name], tensor), name
 
 
 @pytest.mark.parametrize("to", WRITTEN)

@@ -1,8 +1,8 @@
 """Checkpoints that other libraries write themselves are read, and what is written they load: the
 same weights, the same activations.
 
-``pip install 'sparsekern[peers]'`` and the packages named in the reasons of skips; without them
-test_checkpoint_formats.py keeps the layouts.
+Without the libraries, test_checkpoint_formats.py and test_checkpoints_of_hubs.py keep the layouts.
+OpenAI's is not on PyPI: its checkout must be on the path.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import types
 
 import pytest
 import torch
+from accelerated import peer
 from safetensors.torch import load_file, save_file
 
 from sparsekern.integrations.checkpoints import read, write
@@ -21,13 +22,6 @@ from sparsekern.models import SparseAutoencoder
 from sparsekern.nn import BatchTopK, TopK
 
 D, N, K = 24, 96, 6
-
-
-def peer(module, package):
-    """The module of another library; skips where it is not installed."""
-    if importlib.util.find_spec(module.partition(".")[0]) is None:
-        pytest.skip(f"{package} is not installed: its checkpoints are tested from fixtures alone")
-    return importlib.import_module(module)
 
 
 def draw(module):
@@ -86,7 +80,7 @@ INFERENCE = [
 
 @pytest.mark.parametrize("more", INFERENCE)
 def test_sae_lens(tmp_path, more):
-    lens = peer("sae_lens", "sae-lens")
+    lens = peer("sae_lens")
     sae = draw(lens.SAE.from_dict(sae_lens_config(**more)))
     if more["architecture"] == "jumprelu":
         sae.threshold.data.abs_()
@@ -124,7 +118,7 @@ TRAINING = [
 def test_sae_lens_in_training(tmp_path, more):
     """Their batch is ours in training; the file for inference that they make of it is ours in
     evaluation."""
-    lens = peer("sae_lens", "sae-lens")
+    lens = peer("sae_lens")
     sae = draw(lens.TrainingSAE.from_dict(sae_lens_config(**more)))
     if more["architecture"] == "jumprelu":
         sae.threshold.data.abs_()
@@ -149,7 +143,7 @@ def test_sae_lens_in_training(tmp_path, more):
 
 
 def test_sae_lens_reads_an_old_config_as_we_do(tmp_path):
-    lens = peer("sae_lens", "sae-lens")
+    lens = peer("sae_lens")
     state = draw(lens.SAE.from_dict(sae_lens_config(architecture="standard"))).state_dict()
     (tmp_path / "a").mkdir()
     save_file(dict(state), tmp_path / "a" / "sae_weights.safetensors")
@@ -172,13 +166,41 @@ def test_sae_lens_reads_an_old_config_as_we_do(tmp_path):
         assert torch.equal(loaded(inputs()), sae(inputs()))
 
 
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        yield torch.randn(64, D, generator=generator)
+
+
+@pytest.mark.parametrize("more", TRAINING)
+def test_sae_lens_trainer(tmp_path, more):
+    """Its checkpoint has other files, too."""
+    lens = peer("sae_lens")
+    trainers = importlib.import_module("sae_lens.training.sae_trainer")
+    configs = importlib.import_module("sae_lens.config")
+    sae = lens.TrainingSAE.from_dict(sae_lens_config(**more))
+    settings = configs.SAETrainerConfig(
+        total_training_samples=64 * 20, train_batch_size_samples=64, device="cpu", autocast=False,
+        lr=1e-3, lr_end=1e-4, lr_scheduler_name="constant", lr_warm_up_steps=0, lr_decay_steps=0,
+        n_restart_cycles=1, adam_beta1=0.9, adam_beta2=0.999, dead_feature_window=10,
+        feature_sampling_window=10, n_checkpoints=0, checkpoint_path=str(tmp_path),
+        save_final_checkpoint=True, logger=configs.LoggingConfig(log_to_wandb=False),
+    )  # fmt: skip
+    trainers.SAETrainer(cfg=settings, sae=sae, data_provider=batches()).fit()
+    (folder,) = tmp_path.glob("final_*")
+    assert (folder / "trainer_state.pt").exists()
+    model = SparseAutoencoder.from_pretrained(folder).train("batch" in more["architecture"])
+    with torch.no_grad():
+        check_same(model, sae.encode(inputs()), sae(inputs()))
+
+
 # -- files of the hub, as SAELens' loaders read them ---------------------------------------------
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """SAELens' loaders, which find the hub's files in a folder."""
-    peer("sae_lens", "sae-lens")
+    peer("sae_lens")
     loaders = importlib.import_module("sae_lens.loading.pretrained_sae_loaders")
 
     def download(repo_id, filename, subfolder=None, **_):
@@ -280,7 +302,7 @@ def test_llama_scope(tmp_path, hub):
 
 @pytest.mark.parametrize("activation", ["topk", "groupmax"])
 def test_sparsify(tmp_path, activation):
-    sparsify = peer("sparsify", "eai-sparsify")
+    sparsify = peer("sparsify")
     settings = sparsify.SparseCoderConfig(activation, N // D, num_latents=N, k=K)
     coder = draw(sparsify.SparseCoder(D, settings, device="cpu"))
     coder.save_to_disk(tmp_path / "a")
@@ -313,7 +335,7 @@ CLASSES = [
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_dictionary_learning(tmp_path, kind):
-    library = peer("dictionary_learning.utils", "dictionary-learning (and nnsight below 0.4)")
+    library = peer("dictionary_learning.utils")
     arguments = {"k": K} if kind.endswith(("TopK", "TopKSAE")) else {}
     if kind == "MatryoshkaBatchTopKSAE":
         arguments["group_sizes"] = [16, 32, N - 48]
@@ -344,13 +366,54 @@ def test_dictionary_learning(tmp_path, kind):
         assert torch.equal(one, other)
 
 
+TRAINERS = {
+    "standard.StandardTrainer": {"sparsity_warmup_steps": 2},
+    "standard.StandardTrainerAprilUpdate": {"sparsity_warmup_steps": 2},
+    "p_anneal.PAnnealTrainer": {"sparsity_warmup_steps": 2},
+    "top_k.TopKTrainer": {"k": K},
+    "batch_top_k.BatchTopKTrainer": {"k": K, "threshold_start_step": 5},
+    "matryoshka_batch_top_k.MatryoshkaBatchTopKTrainer": {
+        "k": K, "threshold_start_step": 5, "group_fractions": [0.25, 0.75],
+    },
+    "jumprelu.JumpReluTrainer": {"sparsity_warmup_steps": 2},
+    "gdm.GatedSAETrainer": {"sparsity_warmup_steps": 2},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_dictionary_learning_trainer(tmp_path, trainer):
+    library = peer("dictionary_learning.utils")
+    training = importlib.import_module("dictionary_learning.training")
+    module, _, name = trainer.partition(".")
+    settings = {
+        "trainer": getattr(importlib.import_module(f"dictionary_learning.trainers.{module}"), name),
+        "activation_dim": D, "dict_size": N, "layer": 3, "lm_name": "m", "device": "cpu",
+        "steps": 20, "warmup_steps": 2, "lr": 1e-3, **TRAINERS[trainer],
+    }  # fmt: skip
+    training.trainSAE(batches(), [settings], steps=20, save_dir=str(tmp_path), log_steps=None)
+    folder = tmp_path / "trainer_0"
+    if name == "GatedSAETrainer":
+        with pytest.raises(ValueError, match="a gate beside the encoder is not supported"):
+            read(folder)
+        return
+    model = SparseAutoencoder.from_pretrained(folder).eval()
+    ae, _ = library.load_dictionary(str(folder), device="cpu")
+    threshold = {"use_threshold": True} if "Batch" in name else {}
+    with torch.no_grad():
+        codes = ae.encode(inputs(), **threshold)
+        reconstruction = ae.decode(codes)
+        if name == "StandardTrainerAprilUpdate":  # it divides the rows by their norms on loading
+            codes = codes / read(folder).tensors["dictionary"].norm(dim=1)
+        check_same(model, codes, reconstruction)
+
+
 # -- OpenMOSS ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("act_fn", ["relu", "jumprelu", "topk", "batchtopk"])
 def test_openmoss(tmp_path, act_fn, norm):
-    library = peer("llamascopium.models.sae", "llamascopium 2 (--pre)")
+    library = peer("llamascopium.models.sae")
     settings = library.SAEConfig(
         sae_type="sae", d_model=D, expansion_factor=N / D, act_fn=act_fn, top_k=K,
         hook_point_in="blocks.3", hook_point_out="blocks.3", sparsity_include_decoder_norm=norm,
@@ -378,7 +441,7 @@ def test_openmoss(tmp_path, act_fn, norm):
 
 
 def test_openmoss_loads_what_was_trained_here(tmp_path):
-    library = peer("llamascopium.models.sae", "llamascopium 2 (--pre)")
+    library = peer("llamascopium.models.sae")
     model = draw(SparseAutoencoder(D, N - 1, activation=BatchTopK(3.5), scale_scores=True))
     model.initialize(inputs())
     model.eval().fold_bias()
@@ -433,7 +496,7 @@ def test_overcomplete(tmp_path, overcomplete, kind):
 
 @pytest.mark.parametrize("kind", ["ReLU", "TopK"])
 def test_openai(tmp_path, kind):
-    library = peer("sparse_autoencoder.model", "github.com/openai/sparse_autoencoder")
+    library = peer("sparse_autoencoder.model")
     layer = library.TopK(K) if kind == "TopK" else torch.nn.ReLU()
     model = draw(library.Autoencoder(N, D, activation=layer, normalize=kind == "TopK"))
     torch.save(model.state_dict(), tmp_path / "5.pt")

@@ -24,7 +24,8 @@
 transposes, which reading and writing copy once, so that no step does. A threshold of -1 was never
 set. That of ``AutoEncoderTopK`` serves an option of its ``encode`` and not its result; it is kept
 among the metadata, with ``config.json``. The library divides the rows of an ``AutoEncoder``'s
-dictionary by their norms when it loads one; we read what is in the file.
+dictionary by their norms when it loads one; we read what is in the file. Its trainer of
+``JumpReluAutoEncoder`` also leaves thresholds below 0: with the ReLU they are 0, and are read so.
 """
 
 from __future__ import annotations
@@ -129,7 +130,8 @@ def _activation(
         if name not in tensors:
             raise ValueError(f"{file}: {name} is missing")
     if trainer["dict_class"] == "JumpReluAutoEncoder":
-        return jumprelu_with(finite(file, tensors, "threshold"), file, "threshold"), {}
+        thresholds = finite(file, tensors, "threshold").clamp_min(0)
+        return jumprelu_with(thresholds, file, "threshold"), {}
     if "k" not in others:
         return nn.ReLU(), {}
     n = trainer["dict_size"]

@@ -14,29 +14,33 @@ from ..._system import open_plain
 from .contents import WriteFile, refuse
 
 # First bytes of a zip archive, which torch.save writes, and of the pickle before version 1.6.
-_STARTS = (b"PK\x03\x04", b"\x80\x02")
+_ZIP = b"PK\x03\x04"
+_STARTS = (_ZIP, b"\x80\x02")
 
 
 def is_torch_file(path: Path) -> bool:
     """Tell whether this is a plain file that begins as torch.save's do."""
-    if not path.is_file():
-        return False
+    return path.is_file() and _start(path).startswith(_STARTS)
+
+
+def _start(path: Path) -> bytes:
     with open_plain(path) as file:
-        return file.read(4).startswith(_STARTS)
+        return file.read(4)
 
 
 def open_torch_file(path: Path) -> dict[str, Any]:
     """Open a torch file that holds a dictionary.
 
-    Its tensors are mapped from the file, which is read where they are: keep copies of them.
+    Its tensors are mapped from the file, which is read where they are: keep copies of them. Files
+    from before version 1.6 are read whole.
 
     Raises:
         OSError: there is no such file.
         ValueError: it is damaged, or holds code or anything else but tensors and plain values.
     """
-    open_plain(path).close()
+    mapped = _start(path).startswith(_ZIP)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (EOFError, LookupError, OSError, RuntimeError, ValueError, pickle.PickleError) as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(
