@@ -19,7 +19,8 @@ from autoencoders import (
     random_state,
     scores_of,
 )
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import sparsekern
 from sparsekern.cli.command import main
@@ -348,6 +349,7 @@ def test_what_saelens_in_training_cannot_mean_here_is_refused(tmp_path, changes,
         ("topk", {}, "cfg.json: k is missing"),
         ("standard", {"k": K}, "cfg.json: k is not known"),
         ("gated", {}, "cfg.json: architecture must be .* got 'gated'"),
+        ({"topk": 1}, {}, "cfg.json: architecture must be .* got {'topk': 1}"),
         ("transcoder", {"d_out": 3}, "cfg.json: architecture must be .* got 'transcoder'"),
         ("jumprelu", {}, "sae_weights.safetensors: threshold is missing"),
         ("jumprelu", {"tensors": {"threshold": torch.full((N,), -1.0)}},
@@ -448,6 +450,29 @@ def test_truncated_and_foreign_files_are_refused(tmp_path, cut):
     save_file({"x": torch.zeros(1)}, file)
     with pytest.raises(ValueError, match="header's sparsekern must be JSON, got None"):
         read(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "named"),
+    [
+        ("tied", 1, "tied must be true or false, got 1"),
+        ("normalize_rows", "yes", "normalize_rows must be true or false"),
+        ("auxk_weight", None, "auxk_weight must be a number, got None"),
+        ("auxk", 1.5, "the model must be one that can be made: .*auxk must be an integer, got 1.5"),
+        ("prefixes", [40, 30], "the model must be .*prefixes must ascend"),
+        ("prefixes", None, "the model must be one that can be made"),
+        ("colour", 3, "colour is not known"),
+    ],
+)
+def test_what_our_own_header_cannot_mean_is_refused(tmp_path, option, value, named):
+    MODELS["topk"]().save_pretrained(tmp_path)
+    file = tmp_path / "sparsekern.safetensors"
+    with safe_open(file, "pt") as saved:
+        config = json.loads(saved.metadata()["sparsekern"])
+    config["options"][option] = value
+    save_file(load_file(file), file, {"sparsekern": json.dumps(config)})
+    with pytest.raises(ValueError, match=named):
+        SparseAutoencoder.from_pretrained(tmp_path)
 
 
 def test_paths_that_are_no_checkpoint(tmp_path):
@@ -562,7 +587,8 @@ def test_unset_threshold_is_an_error_in_evaluation(tmp_path):
     ("kind", "changes", "named"),
     [
         ("AutoEncoder", {"dict_class": "IdentityDict"},
-         "config.json: trainer.dict_class must be one of .* got 'IdentityDict'"),
+         "config.json: dict_class must be one of .* got 'IdentityDict'"),
+        ("AutoEncoder", {"dict_class": ["AutoEncoder"]}, "config.json: dict_class must be one of"),
         ("AutoEncoder", {"dict_class": "GatedAutoEncoder"}, "a gate .* got 'GatedAutoEncoder'"),
         ("JumpReluAutoEncoder", {"tensors": {"threshold": torch.full((N,), torch.nan)}},
          "ae.pt: threshold must be finite, got nan"),

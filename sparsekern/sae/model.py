@@ -252,8 +252,11 @@ class SparseAutoencoder(nn.Module):
             )
         saved = read(path, activation if k is None else TopK(k))
         layer = saved.activation
-        with torch.device("meta"):  # the first weights would only be replaced
-            model = cls(saved.features, saved.latents, activation=layer, **saved.options)
+        try:
+            with torch.device("meta"):  # the first weights would only be replaced
+                model = cls(saved.features, saved.latents, activation=layer, **saved.options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: the model must be one that can be made: {error}") from error
         distributed = model.counter.distributed
         model.counter = DeadNeuronCounter(saved.latents, distributed=distributed)
         state = {f"counter.{name}": tensor for name, tensor in model.counter.state_dict().items()}

@@ -63,8 +63,13 @@ class Checkpoint:
 
 def refuse(path: Path, key: str, value: Any, rule: str) -> NoReturn:
     """Raise the error for a key in a file."""
-    text = repr(value)
-    raise ValueError(f"{path}: {key} {rule}, got {text if len(text) < 200 else text[:200] + '...'}")
+    raise ValueError(f"{path}: {key} {rule}, got {shortened(repr(value))}")
+
+
+def shortened(text: Any) -> str:
+    """Return the first line of a text, or 200 characters of it."""
+    line = str(text).partition("\n")[0]
+    return line if len(line) <= 200 else line[:200] + "..."
 
 
 def check_flags(checkpoint: Checkpoint, name: str, needed: Mapping[str, bool]) -> None:
@@ -118,6 +123,14 @@ def flag(path: Path, config: Mapping[str, Any], key: str, default: bool | None =
     value = config.get(key, default)
     if not isinstance(value, bool):
         refuse(path, key, value, "must be true or false")
+    return value
+
+
+def choice(path: Path, config: Mapping[str, Any], key: str, known: Iterable[str]) -> str:
+    """Look up one of several names."""
+    value, names = config.get(key), list(known)
+    if not isinstance(value, str) or value not in names:
+        refuse(path, key, value, f"must be one of {', '.join(names)}")
     return value
 
 

@@ -44,6 +44,7 @@ from .contents import (
     check_flags,
     check_options,
     check_tensors,
+    choice,
     count,
     finite,
     json_file,
@@ -96,10 +97,8 @@ def read(path: Path) -> Checkpoint:
     kind = trainer["dict_class"]
     if kind == "GatedAutoEncoder":
         rule = "must be another class, a gate beside the encoder is not supported"
-        refuse(config_path, "trainer.dict_class", kind, rule)
-    if kind not in _NAMES:
-        rule = f"must be one of {', '.join(_NAMES)}"
-        refuse(config_path, "trainer.dict_class", kind, rule)
+        refuse(config_path, "dict_class", kind, rule)
+    kind = choice(config_path, trainer, "dict_class", _NAMES)
     d, n = (count(config_path, trainer, key) for key in ("activation_dim", "dict_size"))
     tensors = tensors_of(tensors_path, open_torch_file(tensors_path))
     shapes = weight_shapes(_NAMES[kind], n, d, _TRANSPOSED)

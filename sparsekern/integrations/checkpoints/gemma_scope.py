@@ -37,6 +37,7 @@ from .contents import (
     read_config,
     read_weights,
     refuse,
+    shortened,
     weight_shapes,
 )
 
@@ -106,7 +107,9 @@ class _Arrays(TensorsOfFile):
         )  # fmt: skip
         if not isinstance(error, damage):
             return error
-        return ValueError(f"{self._path}: the file must be an intact npz file of numbers: {error}")
+        return ValueError(
+            f"{self._path}: the file must be an intact npz file of numbers: {shortened(error)}"
+        )
 
     def _header(self, name: str) -> tuple[list[int], torch.dtype]:
         """Read shape and dtype of an array."""

@@ -47,6 +47,7 @@ from .contents import (
     check_flags,
     check_options,
     check_tensors,
+    choice,
     count,
     flag,
     json_file,
@@ -134,8 +135,7 @@ def _sizes(path: Path, config: dict[str, Any]) -> tuple[int, int]:
     if config.get("hook_point_in") != config.get("hook_point_out"):
         rule = "must be hook_point_in, a transcoder is not supported"
         refuse(path, "hook_point_out", config.get("hook_point_out"), rule)
-    if config["act_fn"] not in _ACTIVATIONS:
-        refuse(path, "act_fn", config["act_fn"], f"must be one of {', '.join(_ACTIVATIONS)}")
+    choice(path, config, "act_fn", _ACTIVATIONS)
     if config["norm_activation"] not in ("dataset-wise", "inference"):
         rule = "must be 'dataset-wise' or 'inference', since others divide each row by its norm"
         refuse(path, "norm_activation", config["norm_activation"], rule)

@@ -20,6 +20,7 @@ from .contents import (
     check_config,
     check_tensors,
     finite,
+    flag,
     refuse,
     safetensors_file,
 )  # fmt: skip
@@ -27,10 +28,10 @@ from .contents import (
 NAME = "sparsekern"
 FILE = "sparsekern.safetensors"
 FORMAT = 1
+_FLAGS = ("distributed", "tied", "scale_scores", "subtract_bias", "normalize_rows")
+_WEIGHTS = ("sparsity_weight", "auxk_weight", "multi_weight")
 OPTIONS = (
-    "sparsity_weight", "target_l0", "prefixes", "auxk", "auxk_weight", "multi_k", "multi_weight",
-    "dead_after", "distributed", "tied", "scale_scores",
-    "subtract_bias", "normalize_rows",
+    *_FLAGS, *_WEIGHTS, "target_l0", "prefixes", "auxk", "multi_k", "dead_after",
 )  # fmt: skip
 _KEYS = ("format", "features", "latents", "activation", "options", "metadata")
 _COUNTS = "counter.rows_since_fired"
@@ -110,7 +111,13 @@ def _config(path: Path, text: Any) -> dict[str, Any]:
     for key in ("activation", "options", "metadata"):
         if not isinstance(config[key], dict):
             refuse(path, key, config[key], "must be an object")
-    check_config(path, config["options"], ("tied",), OPTIONS)
+    options = config["options"]
+    check_config(path, options, ("tied",), OPTIONS)
+    for key in options:
+        if key in _FLAGS:
+            flag(path, options, key)
+        if key in _WEIGHTS and type(options[key]) not in (int, float):
+            refuse(path, key, options[key], "must be a number")
     return config
 
 

@@ -36,6 +36,7 @@ from .contents import (
     check_config,
     check_options,
     check_tensors,
+    choice,
     count,
     finite,
     flag,
@@ -107,9 +108,7 @@ def read(path: Path) -> Checkpoint:
     if _is_old(config_path, config):
         config = _upgraded(config_path, config)
         optional = (_SCALING,)
-    kind = config.get("architecture")
-    if kind not in _MORE_KEYS:
-        refuse(config_path, "architecture", kind, f"must be one of {', '.join(_MORE_KEYS)}")
+    kind = choice(config_path, config, "architecture", _MORE_KEYS)
     needed = ("d_in", "d_sae", *_NEEDED.get(kind, ()))
     check_config(config_path, config, needed, (*_KEYS, "decoder_init_norm", *_MORE_KEYS[kind]))
     check_options(config_path, config, _SUPPORTED)

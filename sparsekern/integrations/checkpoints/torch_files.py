@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..._system import open_plain
-from .contents import WriteFile, refuse
+from .contents import WriteFile, refuse, shortened
 
 # First bytes of a zip archive, which torch.save writes, and of the pickle before version 1.6.
 _ZIP = b"PK\x03\x04"
@@ -41,8 +41,11 @@ def open_torch_file(path: Path) -> dict[str, Any]:
     mapped = _start(path).startswith(_ZIP)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (EOFError, LookupError, OSError, RuntimeError, ValueError, pickle.PickleError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
+    except (
+        ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError,
+        RuntimeError, TypeError, ValueError, pickle.PickleError,
+    ) as error:  # fmt: skip
+        reason = shortened(error) or type(error).__name__
         raise ValueError(
             f"{path}: the file must be an intact torch file of tensors and plain values (it is "
             f"opened with weights_only=True): {reason}"
