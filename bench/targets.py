@@ -22,6 +22,7 @@ HARD = (
 )
 DENSE_INPUT = (
     "linear_topk", "SparseAutoencoder", "training step", "SparseBottleneck", "VAE-SAE step",
+    "accelerate",
 )  # fmt: skip
 # Operations on tensors with channels.
 BY_CHANNEL = ("channel_threshold", "SpatialSparsity", "pointwise_conv")
@@ -29,6 +30,7 @@ CONV_DENSITY = 1e-3
 ITSELF = "itself, normal data"
 RUN = "python bench/run.py"
 STORE = "python bench/activations.py"
+ACCELERATED = "python bench/accelerated.py"
 MIB = 2**20
 STORE_BYTES = 4 * 10**9
 
@@ -273,6 +275,15 @@ def _store() -> Iterable[Target]:
         yield activation_store(STORE_BYTES // (2 * 768), 768, 4096, dtype, "dropped")
 
 
+def _accelerated() -> Iterable[Target]:
+    bars = {"sae-lens": 4, "dictionary-learning": 4, "eai-sparsify": 1.8}
+    for mode in ("forward+backward", "forward+backward+optimizer"):
+        for rows, n in ((1024, 16384), (128, 131072)):
+            for peer, bar in bars.items():
+                step = Workload("accelerate", rows, n, 32, 768, mode=mode)
+                yield Target(step, peer, bar, command=ACCELERATED)
+
+
 def _gpu() -> Iterable[Target]:
     for backend in ("native", "triton"):
         for dtype in ("float32", "bfloat16"):
@@ -315,7 +326,10 @@ def _extras() -> Iterable[Target]:
     yield Target(Workload("count_active", 4096, 65536, 64), "torch.bincount")
 
 
-CPU_TARGETS = (*_cpu(), *_autoencoder(), *_vae_sae(), *_sparling(), *_store())
+ACCELERATED_TARGETS = tuple(_accelerated())
+CPU_TARGETS = (
+    *_cpu(), *_autoencoder(), *_vae_sae(), *_sparling(), *_store(), *ACCELERATED_TARGETS,
+)  # fmt: skip
 GPU_TARGETS = tuple(_gpu())
 TARGETS = CPU_TARGETS + GPU_TARGETS
 EXTRAS = tuple(_extras())

@@ -43,6 +43,7 @@ SERVED_BY = {
     "TopK": "topk_mask",
     "SparseAutoencoder": "linear_topk",
     "training step": "linear_topk",
+    "accelerate": "linear_topk",
     "SparseBottleneck": "topk",
     "VAE-SAE step": "topk",
     "SpatialSparsity": "channel_threshold",

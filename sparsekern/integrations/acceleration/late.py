@@ -26,6 +26,7 @@ from ...ops.codes_to_dense import codes_to_dense
 from ...ops.linear_at import vector_at
 from ...ops.sparse_matmul import sparse_matmul
 from ...ops.sparse_matmul.operation import sparse_matmul_backward
+from .norms import NormedDictionary
 
 # Functions that tell what a tensor is, without its numbers.
 _SHAPE = {
@@ -94,7 +95,7 @@ class LateCodes:
     def scaled(self, factors: Tensor) -> LateCodes:
         """Return the codes of the product with a vector [n]."""
         at = vector_at(factors, self.indices, self.transposition)
-        return replace(self, values=self.values * at.to(self.values.dtype))
+        return replace(self, values=self.values * at)
 
     def columns(self, first: int, last: int) -> LateCodes:
         """Return the codes of columns first..last-1."""
@@ -244,7 +245,11 @@ class LateTensor(torch.Tensor):
 
     Made by `late_tensor` and by functions of other late tensors. Its memory as a tensor is that of
     a meta tensor: code that looks past the functions of torch finds no numbers.
+
+    decoder: the dictionary that activations belong to, with its norms, where both are known.
     """
+
+    decoder: NormedDictionary | None = None
 
     _state: _State
 
@@ -409,7 +414,6 @@ def _scale(tensor: Any, other: Any, factor_of: Callable[[Any], Any]) -> Any:
         or not isinstance(other, Tensor)
         or isinstance(other, LateTensor)
         or other.shape != (content.n,)
-        or other.dtype != content.values.dtype
     ):
         return NotImplemented
     return late_tensor(content.scaled(factor_of(other)))

@@ -23,7 +23,8 @@ from .encoders import (
     runs_on_codes,
     topk_activations,
 )
-from .late import LateCodes, content_of, late_tensor
+from .late import LateCodes, LateTensor, content_of, late_tensor
+from .norms import normed
 from .replacement import Methods, Replacement, class_of
 
 _TOPK, _BATCH_TOPK = "sae_lens.saes.topk_sae", "sae_lens.saes.batchtopk_sae"
@@ -34,21 +35,37 @@ class _Autoencoder(Methods):
 
     __slots__ = ()
 
-    def _late(self, x: Tensor) -> tuple[LateCodes, Scores] | None:
+    def _late(self, x: Tensor) -> tuple[LateTensor, Scores] | None:
         """Return activations and scores; None where SAELens' own code has to run."""
         activation = self.activation_fn
         kind = class_of(activation) if isinstance(activation, nn.Module) else None
         hooked = (self.hook_sae_acts_pre, self.hook_sae_acts_post, activation)
-        if kind not in (_LAYER.upstream(), _BATCH_LAYER.upstream()) or not runs_on_codes(
-            x, *hooked
-        ):
+        if kind not in (_LAYER.upstream(), _BATCH_LAYER.upstream()):
             return None
-        norms = self.W_dec.norm(dim=-1) if self.cfg.rescale_acts_by_decoder_norm else None
+        if not runs_on_codes(x, *hooked):
+            return None
+        decoder = normed(self.W_dec) if self.cfg.rescale_acts_by_decoder_norm else None
+        norms = None if decoder is None else decoder.norms
         scores = Scores(self.process_sae_in(x), self.W_enc.t(), self.b_enc, None, norms)
         if kind is _LAYER.upstream():
-            return topk_activations(scores, activation.k), scores
-        codes = batch_topk_activations(self, scores, activation.k)
-        return None if codes is None else (codes, scores)
+            codes = topk_activations(scores, activation.k)
+        elif (found := batch_topk_activations(self, scores, activation.k)) is not None:
+            codes = found
+        else:
+            return None
+        activations = late_tensor(codes)
+        activations.decoder = decoder
+        return activations, scores
+
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """Return the reconstruction of activations; late ones come with the norms of W_dec."""
+        content, decoder = content_of(feature_acts), getattr(feature_acts, "decoder", None)
+        if not isinstance(content, LateCodes) or decoder is None:
+            return super().decode(feature_acts)
+        feature_acts.decoder = None  # type: ignore[attr-defined]  # it is for one product only
+        out = content.scaled(1 / decoder.norms).product(decoder.dictionary) + self.b_dec
+        out = self.run_time_activation_norm_fn_out(self.hook_sae_recons(out))
+        return self.reshape_fn_out(out, self.d_head)
 
     def encode_sparse(self, x: Tensor) -> Codes:
         """Return the codes of x: values [..., k] and indices int64 [..., k]."""
@@ -71,7 +88,7 @@ class TopKSAE(_Autoencoder):
         found = self._late(x)
         if found is None:
             return super().encode(x)
-        return as_returned(late_tensor(found[0]))
+        return as_returned(found[0])
 
 
 class TopKTrainingSAE(_Autoencoder):
@@ -84,8 +101,8 @@ class TopKTrainingSAE(_Autoencoder):
         found = self._late(x)
         if found is None:
             return super().encode_with_hidden_pre(x)
-        codes, scores = found
-        return late_tensor(codes), late_scores(scores)
+        activations, scores = found
+        return activations, late_scores(scores)
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the activations of x, dense, or sparse COO with use_sparse_activations."""
@@ -127,11 +144,13 @@ _LAYER = Replacement(_TOPK, "TopK", TopKLayer, ("forward",), "selection")
 _BATCH_LAYER = Replacement(_BATCH_TOPK, "BatchTopK", BatchTopKLayer, ("forward",), "selection")
 REPLACEMENTS = (
     Replacement(
-        _TOPK, "TopKTrainingSAE", TopKTrainingSAE, ("encode_with_hidden_pre", "encode", "forward"),
+        _TOPK, "TopKTrainingSAE", TopKTrainingSAE,
+        ("encode_with_hidden_pre", "encode", "decode", "forward"),
         "encoder, selection, decoder, losses and AuxK of a training step",
     ),
     Replacement(
-        _TOPK, "TopKSAE", TopKSAE, ("encode", "forward"), "encoder, selection and decoder",
+        _TOPK, "TopKSAE", TopKSAE, ("encode", "decode", "forward"),
+        "encoder, selection and decoder",
     ),
     _LAYER,
     _BATCH_LAYER,
