@@ -128,9 +128,9 @@ def _calls(name: str, workload: Workload) -> tuple[Step, Step]:
 
 def _gradients(model: torch.nn.Module, loss: Step) -> Step:
     def step() -> torch.Tensor:
-        model.zero_grad(set_to_none=True)
         value = loss()
         value.backward()
+        model.zero_grad(set_to_none=True)  # so that the next step's peak counts its gradients
         return value.detach()
 
     return step
@@ -145,8 +145,9 @@ def _compare(name: str, workload: Workload) -> float:
         model, loss, _ = MODELS[name](workload, x)
         if fast:
             sparsekern.accelerate(model)
-        value = _gradients(model, loss)()
-        found.append([value, *(parameter.grad for parameter in model.parameters())])
+        value = loss()
+        value.backward()
+        found.append([value.detach(), *(parameter.grad for parameter in model.parameters())])
     return max(
         ((one - two).abs().max() / two.abs().max() / 1e-5).item()
         for one, two in zip(*found, strict=True)

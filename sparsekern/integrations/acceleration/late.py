@@ -298,7 +298,8 @@ def dense(tensor: Tensor) -> Tensor:
     """Return a tensor as a plain one: a late one is computed, once.
 
     Raises:
-        RuntimeError: a tensor that scores are computed from has changed since.
+        RuntimeError: a tensor that scores are computed from has changed since, or a transform of
+            torch.func hides the graph.
     """
     if not isinstance(tensor, LateTensor):
         return tensor
@@ -311,6 +312,12 @@ def dense(tensor: Tensor) -> Tensor:
                 state.dense = zeros
             else:
                 state.dense = state.content.dense()
+                if state.content.requires_grad and state.graph.grad != state.dense.requires_grad:
+                    state.dense = None
+                    raise RuntimeError(
+                        "LateTensor: a transform of torch.func must be given a dense tensor, got a "
+                        "late one; pass tensor.clone()"
+                    )
         state.dense_version = _version(state.dense)
     return state.dense
 
