@@ -22,6 +22,11 @@ ROWS, D, N, K = 48, 24, 200, 6
 
 def peer(name: str) -> ModuleType:
     """Import another library, or skip the tests of a file, saying what is missing."""
+    return imported(name, allow_module_level=True)
+
+
+def imported(name: str, *, allow_module_level: bool = False) -> ModuleType:
+    """Import another library, or skip a test, saying what is missing."""
     os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # its kernels take no CPU tensors
     with contextlib.redirect_stdout(io.StringIO()):
         try:
@@ -30,7 +35,7 @@ def peer(name: str) -> ModuleType:
             pytest.skip(
                 f"needs {name}, of which {error.name} is missing: see the extra `peers` of "
                 "pyproject.toml",
-                allow_module_level=True,
+                allow_module_level=allow_module_level,
             )
 
 

@@ -49,7 +49,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 PEERS = (
-    Peer("sae_lens", "sae-lens", "6.54.12", "6.54.12", sae_lens.REPLACEMENTS),
+    Peer("sae_lens", "sae-lens", "6.44.0", "6.54.12", sae_lens.REPLACEMENTS),
     Peer("sparsify", "eai-sparsify", "1.3.3", "1.3.3", sparsify.REPLACEMENTS),
     Peer(
         "dictionary_learning", "dictionary-learning", "0.1.0", "0.1.0",
