@@ -43,6 +43,7 @@ SECTIONS = (
     ("Top-k, masks and counts", ("topk", "topk_mask", "TopK", "count_active")),
     ("Products of codes", ("sparse_matmul",)),
     ("Encoder, autoencoder, optimizer", ("linear_topk", "SparseAutoencoder", "adam_step")),
+    ("Other libraries, before and after accelerate", ("accelerate",)),
     ("Sparse bottleneck and VAE-SAE", ("SparseBottleneck", "VAE-SAE step")),
     ("Sparsity in space", ("channel_threshold", "SpatialSparsity", "pointwise_conv")),
     ("Reading activations", ("ActivationStore",)),
