@@ -423,6 +423,41 @@ def test_what_overcomplete_lacks_is_refused(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+# -- where the activations come from -------------------------------------------------------------
+
+
+def test_names_of_model_and_hook_go_to_saelens(tmp_path):
+    """SAEBench and others look for them in its config."""
+    write(read(write_gemma_scope(tmp_path / "a", random_state())), tmp_path / "b", "saelens")
+    write(read(write_openmoss(tmp_path / "c", random_state())), tmp_path / "d", "saelens")
+    found = [
+        json.loads((tmp_path / name / "cfg.json").read_text())["metadata"] for name in ("b", "d")
+    ]
+    assert found[0]["model_name"] == "gemma-v3-270m-pt"
+    assert found[0]["hf_hook_name"] == "model.layers.9.output"
+    assert found[1]["hook_name"] == "blocks.3"
+    write(read(tmp_path / "b"), tmp_path / "e", "dictionary_learning")
+    config = json.loads((tmp_path / "e" / "config.json").read_text())
+    assert config["trainer"]["lm_name"] == "gemma-v3-270m-pt"
+
+
+def test_metadata_of_other_types_are_left_out(tmp_path):
+    """They may come from any file."""
+    checkpoint = read(write_openmoss(tmp_path / "a", random_state()))
+    checkpoint.metadata |= {
+        "openmoss": 3, "hook_name": [1], "dataset_average_activation_norm": {"x": "y"},
+        "dictionary_learning": {"trainer": 3}, "dictionary_learning_threshold": "x",
+    }  # fmt: skip
+    write(checkpoint, tmp_path / "b", "openmoss")
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert config["hook_point_in"] == "" and config["expansion_factor"] == N / D
+    tensors = load_file(tmp_path / "b" / "sae_weights.safetensors")
+    assert tensors.keys() == {"W_E", "W_D", "b_E", "b_D"}
+    plain = Checkpoint(TopK(K), random_state(), {}, checkpoint.metadata)
+    write(plain, tmp_path / "c", "dictionary_learning")
+    assert read(tmp_path / "c").activation.k == K
+
+
 # -- memory --------------------------------------------------------------------------------------
 
 MIB = 1 << 20

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from ..._system import open_plain
 from ..._tensor_files import TensorsOfFile, write_tensors
 from ...nn import JumpReLU
 
+T = TypeVar("T")
 WriteFile = Callable[[BinaryIO], Any]
 """Writes the content of a file that is open for it."""
 # Of SparseAutoencoder.
@@ -37,7 +38,8 @@ class Checkpoint:
         tensors: ``dictionary`` [N, D], ``encoder`` [N, D] (absent if tied), ``encoder_bias`` [N],
             ``decoder_bias`` [D]; those of ``counter`` and ``activation`` may be absent.
         options: further arguments of `SparseAutoencoder`.
-        metadata: what the library knows of the activations, such as a model's name; JSON types.
+        metadata: what the library knows of the activations, in JSON types: ``model_name`` and
+            ``hook_name`` (SAELens' words) if it does, and more of its own.
     """
 
     activation: nn.Module
@@ -78,6 +80,12 @@ def check_flags(checkpoint: Checkpoint, name: str, needed: Mapping[str, bool]) -
         if checkpoint.options.get(key, _DEFAULTS[key]) != value:
             how = f" (see SparseAutoencoder.{_FOLDS[key]})" if key in _FOLDS and not value else ""
             raise ValueError(f"{name}: {key} must be {value}, the format has no such option{how}")
+
+
+def entry(metadata: Mapping[str, Any], key: str, kind: type[T], default: T) -> T:
+    """Look up an entry of metadata, which may be anything; the default if it is no ``kind``."""
+    value = metadata.get(key)
+    return value if isinstance(value, kind) else default
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -46,6 +46,7 @@ from .contents import (
     check_tensors,
     choice,
     count,
+    entry,
     finite,
     json_file,
     jumprelu_with,
@@ -78,6 +79,8 @@ _NAMES = {
 _UNBIASED = ("AutoEncoderNew", "JumpReluAutoEncoder")
 _TRANSPOSED = ("decoder.weight", "W_enc")
 _UNSET = -1.0
+# Among the metadata: that of AutoEncoderTopK.
+_THRESHOLD = f"{NAME}_threshold"
 
 
 def recognises(path: Path) -> bool:
@@ -111,6 +114,8 @@ def read(path: Path) -> Checkpoint:
         others = (*others, "group_sizes")
     check_tensors(tensors_path, tensors, shapes, others)
     metadata: dict[str, Any] = {NAME: config}
+    if name := entry(trainer, "lm_name", str, ""):
+        metadata["model_name"] = name
     layer, options = _activation(path, trainer, tensors, others, metadata)
     state = read_weights(tensors_path, tensors, _NAMES[kind], _TRANSPOSED)
     return Checkpoint(layer, state, {"subtract_bias": kind not in _UNBIASED, **options}, metadata)
@@ -144,7 +149,7 @@ def _activation(
     if threshold != _UNSET and not 0 <= threshold < float("inf"):
         refuse(file, "threshold", threshold, f"must be at least 0, or {_UNSET}, which means unset")
     if trainer["dict_class"] == "AutoEncoderTopK":
-        metadata["threshold"] = threshold
+        metadata[_THRESHOLD] = threshold
         return TopK(k), {}
     layer = BatchTopK(k)
     layer.threshold.fill_(torch.nan if threshold == _UNSET else threshold)
@@ -178,7 +183,10 @@ def files(checkpoint: Checkpoint) -> dict[str, WriteFile]:
     for key, name in _NAMES[kind].items():
         tensor = checkpoint.encoder if key == "encoder" else checkpoint.tensors[key]
         tensors[name] = tensor.t() if name in _TRANSPOSED else tensor
-    trainer = dict(checkpoint.metadata.get(NAME, {}).get("trainer", {}))
+    saved = entry(checkpoint.metadata, NAME, dict, {})
+    trainer = dict(entry(saved, "trainer", dict, {}))
+    if "lm_name" not in trainer and "model_name" in checkpoint.metadata:
+        trainer["lm_name"] = checkpoint.metadata["model_name"]
     trainer |= {
         "dict_class": kind,
         "activation_dim": checkpoint.features,
@@ -186,7 +194,7 @@ def files(checkpoint: Checkpoint) -> dict[str, WriteFile]:
     }
     if isinstance(layer, TopK | BatchTopK):
         if isinstance(layer, TopK):
-            threshold = torch.tensor(float(checkpoint.metadata.get("threshold", _UNSET)))
+            threshold = torch.tensor(entry(checkpoint.metadata, _THRESHOLD, float, _UNSET))
         else:
             threshold = layer.threshold.detach().cpu()
             threshold = torch.where(threshold.isnan(), _UNSET, threshold)
@@ -198,8 +206,7 @@ def files(checkpoint: Checkpoint) -> dict[str, WriteFile]:
         ends = torch.tensor([0, *prefixes, checkpoint.latents])
         tensors["group_sizes"] = ends.diff()
         trainer["group_sizes"] = ends.diff().tolist()
-    config = checkpoint.metadata.get(NAME, {}) | {"trainer": trainer}
-    return {TENSORS: torch_file(tensors), CONFIG: json_file(config)}
+    return {TENSORS: torch_file(tensors), CONFIG: json_file(saved | {"trainer": trainer})}
 
 
 def _dict_class(checkpoint: Checkpoint, *, matryoshka: bool) -> str:

@@ -31,6 +31,7 @@ from .contents import (
     Checkpoint,
     check_options,
     check_tensors,
+    entry,
     finite,
     jumprelu_with,
     matrix_shape,
@@ -81,7 +82,11 @@ def read(path: Path) -> Checkpoint:
         state = read_weights(path, tensors, names, transposed)
     finally:
         tensors.close()
-    return Checkpoint(layer, state, {"subtract_bias": False}, {NAME: config} if config else {})
+    metadata: dict[str, Any] = {NAME: config} if config else {}
+    for key, theirs in (("model_name", "model_name"), ("hf_hook_name", "hf_hook_point_in")):
+        if value := entry(config, theirs, str, ""):
+            metadata[key] = value
+    return Checkpoint(layer, state, {"subtract_bias": False}, metadata)
 
 
 class _Arrays(TensorsOfFile):

@@ -49,6 +49,7 @@ from .contents import (
     check_tensors,
     choice,
     count,
+    entry,
     flag,
     json_file,
     jumprelu_with,
@@ -113,11 +114,13 @@ def read(path: Path) -> Checkpoint:
         layer = _activation(config_path, config, n, tensors_path, tensors, logarithms)
         state = read_weights(tensors_path, tensors, names, _TRANSPOSED)
         metadata: dict[str, Any] = {NAME: config}
+        if hook := entry(config, "hook_point_in", str, ""):
+            metadata["hook_name"] = hook
         for name in norms:
             if tensors.shape(name):
                 refuse(tensors_path, name, tensors.shape(name), "must have shape []")
-            hook = name.removeprefix(f"{_NORM}.")
-            metadata.setdefault(_NORM, {})[hook] = tensors[name].item()
+            place = name.removeprefix(f"{_NORM}.")
+            metadata.setdefault(_NORM, {})[place] = tensors[name].item()
     finally:
         tensors.close()
     state.setdefault("decoder_bias", state["dictionary"].new_zeros(d))
@@ -178,8 +181,8 @@ def files(checkpoint: Checkpoint) -> dict[str, WriteFile]:
         ValueError: TopK in groups, a k with a fraction, or options that the format lacks.
     """
     check_flags(checkpoint, NAME, {"subtract_bias": False, "normalize_rows": False})
-    saved = dict(checkpoint.metadata.get(NAME, {}))
-    hook = saved.get("hook_point_in", checkpoint.metadata.get("hook_name", ""))
+    saved = entry(checkpoint.metadata, NAME, dict, {})
+    hook = entry(checkpoint.metadata, "hook_name", str, "")
     act_fn, changes, logarithms = _act_fn(checkpoint)
     config = {
         "sae_type": "sae",
@@ -189,11 +192,10 @@ def files(checkpoint: Checkpoint) -> dict[str, WriteFile]:
         "norm_activation": "inference",
         **saved,
         **changes,
+        "expansion_factor": _expansion(checkpoint),
         "act_fn": act_fn,
         "sparsity_include_decoder_norm": bool(checkpoint.options.get("scale_scores")),
     }
-    if int(checkpoint.features * config.get("expansion_factor", 0)) != checkpoint.latents:
-        config["expansion_factor"] = _expansion(checkpoint)
     tensors = {
         "W_E": checkpoint.encoder.t(),
         "b_E": checkpoint.tensors["encoder_bias"],
@@ -207,14 +209,18 @@ def files(checkpoint: Checkpoint) -> dict[str, WriteFile]:
             del tensors["b_D"]
     if logarithms is not None:
         tensors[_LOGARITHMS] = logarithms
-    for place, norm in checkpoint.metadata.get(_NORM, {}).items():
-        tensors[f"{_NORM}.{place}"] = torch.tensor(norm, dtype=tensors["W_D"].dtype)
+    for place, norm in entry(checkpoint.metadata, _NORM, dict, {}).items():
+        if isinstance(norm, float):
+            tensors[f"{_NORM}.{place}"] = torch.tensor(norm, dtype=tensors["W_D"].dtype)
     return {TENSORS: safetensors_file(tensors, {"format": "pt"}), CONFIG: json_file(config)}
 
 
 def _expansion(checkpoint: Checkpoint) -> float:
     """Return the factor whose product with D is N, rounded down as the library does."""
     factor = checkpoint.latents / checkpoint.features
+    saved = entry(checkpoint.metadata, NAME, dict, {})
+    if saved.get("expansion_factor") == factor:
+        return entry(saved, "expansion_factor", int, factor)
     if int(checkpoint.features * factor) != checkpoint.latents:
         factor = math.nextafter(factor, math.inf)
     return factor
