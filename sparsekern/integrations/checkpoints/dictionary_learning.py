@@ -37,25 +37,19 @@ import torch
 from torch import nn
 
 from ...nn import BatchTopK, JumpReLU, TopK
-from .contents import (
-    Checkpoint,
-    WriteFile,
+from .configs import (
     check_config,
-    check_flags,
     check_options,
-    check_tensors,
     choice,
     count,
     entry,
-    finite,
     json_file,
-    jumprelu_with,
     read_config,
-    read_weights,
     refuse,
-    weight_shapes,
 )
+from .contents import Checkpoint, WriteFile, check_flags
 from .torch_files import open_torch_file, tensors_of, torch_file
+from .weights import check_tensors, finite, jumprelu_with, read_weights, weight_shapes
 
 NAME = "dictionary_learning"
 CONFIG = "config.json"

@@ -27,20 +27,9 @@ from torch import Tensor
 
 from ..._system import open_plain
 from ..._tensor_files import SavedTensors, TensorsOfFile
-from .contents import (
-    Checkpoint,
-    check_options,
-    check_tensors,
-    entry,
-    finite,
-    jumprelu_with,
-    matrix_shape,
-    read_config,
-    read_weights,
-    refuse,
-    shortened,
-    weight_shapes,
-)
+from .configs import check_options, entry, read_config, refuse, shortened
+from .contents import Checkpoint
+from .weights import check_tensors, finite, jumprelu_with, matrix_shape, read_weights, weight_shapes
 
 NAME = "gemma_scope"
 FIRST = "params.npz"

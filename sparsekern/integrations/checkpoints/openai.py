@@ -22,17 +22,10 @@ import torch
 from torch import nn
 
 from ...nn import TopK
-from .contents import (
-    Checkpoint,
-    WriteFile,
-    check_flags,
-    check_tensors,
-    matrix_shape,
-    read_weights,
-    refuse,
-    weight_shapes,
-)
+from .configs import refuse
+from .contents import Checkpoint, WriteFile, check_flags
 from .torch_files import is_torch_file, open_torch_file, tensors_of, torch_file
+from .weights import check_tensors, matrix_shape, read_weights, weight_shapes
 
 NAME = "openai"
 TENSORS = "autoencoder.pt"

@@ -40,26 +40,26 @@ from torch import Tensor, nn
 
 from ..._tensor_files import SavedTensors
 from ...nn import BatchTopK, JumpReLU, TopK
-from .contents import (
-    Checkpoint,
-    WriteFile,
+from .configs import (
     check_config,
-    check_flags,
     check_options,
-    check_tensors,
     choice,
     count,
     entry,
     flag,
     json_file,
+    read_config,
+    refuse,
+)
+from .contents import Checkpoint, WriteFile, check_flags
+from .weights import (
+    check_tensors,
     jumprelu_with,
     jumprelu_with_logarithms,
-    read_config,
     read_weights,
-    refuse,
     safetensors_file,
     weight_shapes,
-)  # fmt: skip
+)
 
 NAME = "openmoss"
 CONFIG = "config.json"

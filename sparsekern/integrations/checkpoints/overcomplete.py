@@ -20,19 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from ...nn import BatchTopK, JumpReLU, TopK
-from .contents import (
-    Checkpoint,
-    Unstated,
-    WriteFile,
-    check_flags,
+from .contents import Checkpoint, Unstated, WriteFile, check_flags
+from .torch_files import is_torch_file, open_torch_file, tensors_of, torch_file
+from .weights import (
     check_tensors,
     finite,
     jumprelu_with_logarithms,
     matrix_shape,
     read_weights,
     weight_shapes,
-)  # fmt: skip
-from .torch_files import is_torch_file, open_torch_file, tensors_of, torch_file
+)
 
 NAME = "overcomplete"
 TENSORS = "sae.pt"

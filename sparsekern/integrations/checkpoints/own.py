@@ -14,16 +14,9 @@ from torch import nn
 
 from ..._tensor_files import SavedTensors
 from ...nn import BatchTopK, JumpReLU, TopK
-from .contents import (
-    Checkpoint,
-    WriteFile,
-    check_config,
-    check_tensors,
-    finite,
-    flag,
-    refuse,
-    safetensors_file,
-)  # fmt: skip
+from .configs import check_config, flag, refuse
+from .contents import Checkpoint, WriteFile
+from .weights import check_tensors, finite, safetensors_file
 
 NAME = "sparsekern"
 FILE = "sparsekern.safetensors"

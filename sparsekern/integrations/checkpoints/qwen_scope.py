@@ -13,15 +13,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .contents import (
-    Checkpoint,
-    Unstated,
-    check_tensors,
-    matrix_shape,
-    read_weights,
-    weight_shapes,
-)
+from .contents import Checkpoint, Unstated
 from .torch_files import is_torch_file, open_torch_file, tensors_of
+from .weights import check_tensors, matrix_shape, read_weights, weight_shapes
 
 NAME = "qwen_scope"
 _NAMES = {

@@ -30,24 +30,25 @@ from torch import Tensor, nn
 
 from ..._tensor_files import SavedTensors
 from ...nn import BatchTopK, JumpReLU, TopK
-from .contents import (
-    Checkpoint,
-    WriteFile,
+from .configs import (
     check_config,
     check_options,
-    check_tensors,
     choice,
     count,
-    finite,
     flag,
     json_file,
-    jumprelu_with,
     read_config,
-    read_weights,
     refuse,
+)
+from .contents import Checkpoint, WriteFile
+from .weights import (
+    check_tensors,
+    finite,
+    jumprelu_with,
+    read_weights,
     safetensors_file,
     weight_shapes,
-)  # fmt: skip
+)
 
 NAME = "saelens"
 CONFIG = "cfg.json"

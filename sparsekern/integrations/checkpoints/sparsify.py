@@ -14,20 +14,9 @@ from pathlib import Path
 
 from ..._tensor_files import SavedTensors
 from ...nn import TopK
-from .contents import (
-    Checkpoint,
-    WriteFile,
-    check_config,
-    check_flags,
-    check_options,
-    check_tensors,
-    count,
-    finite,
-    json_file,
-    read_config,
-    refuse,
-    safetensors_file,
-)  # fmt: skip
+from .configs import check_config, check_options, count, json_file, read_config, refuse
+from .contents import Checkpoint, WriteFile, check_flags
+from .weights import check_tensors, read_weights, safetensors_file, weight_shapes
 
 NAME = "sparsify"
 CONFIG = "cfg.json"
@@ -70,9 +59,8 @@ def read(path: Path) -> Checkpoint:
         refuse(config_path, "k", k, f"must be {rule} the number of latents, {n}")
     tensors = SavedTensors(tensors_path)
     try:
-        shapes = {"encoder.weight": (n, d), "encoder.bias": (n,), "W_dec": (n, d), "b_dec": (d,)}
-        check_tensors(tensors_path, tensors, shapes)
-        state = {ours: finite(tensors_path, tensors, name) for ours, name in _NAMES.items()}
+        check_tensors(tensors_path, tensors, weight_shapes(_NAMES, n, d))
+        state = read_weights(tensors_path, tensors, _NAMES)
     finally:
         tensors.close()
     return Checkpoint(TopK(k, groups=k if kind == "groupmax" else 1), state)

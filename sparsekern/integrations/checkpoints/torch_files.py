@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..._system import open_plain
-from .contents import WriteFile, refuse, shortened
+from .configs import refuse, shortened
+from .contents import WriteFile
 
 # First bytes of a zip archive, which torch.save writes, and of the pickle before version 1.6.
 _ZIP = b"PK\x03\x04"
