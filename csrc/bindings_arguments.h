@@ -101,16 +101,49 @@ class ArgumentReader {
   Py_ssize_t count_ = 0;
 };
 
+// The keywords of a call, in the order of the fields, without a dict made of them.
+class KeywordReader {
+ public:
+  KeywordReader(const char* kernel, PyObject* const* values, PyObject* names)
+      : kernel_(kernel), values_(values), names_(names), given_(PyTuple_GET_SIZE(names)) {}
+
+  template <class T>
+  void field(PyObject* name, T* field) {
+    if (count_ == given_ || PyTuple_GET_ITEM(names_, count_) != name) fail();
+    read(values_[count_++], field);
+  }
+
+  void finish() const {
+    if (count_ != given_) fail();
+  }
+
+ private:
+  [[noreturn]] void fail() const {
+    throw py::type_error(std::string(kernel_) +
+                         ": keywords must be all fields in their order, got " +
+                         std::string(py::str(py::handle(names_))));
+  }
+
+  const char* kernel_;
+  PyObject* const* values_;
+  PyObject* names_;
+  Py_ssize_t given_, count_ = 0;
+};
+
 #define SPARSEKERN_FIELD(type, name)                                \
   {                                                                 \
     static PyObject* const key = PyUnicode_InternFromString(#name); \
     reader.field(key, &call->name);                                 \
   }
 #define SPARSEKERN_KERNEL(kernel, Arguments, Result, ...)              \
-  inline void read_arguments(const py::dict& given, Arguments* call) { \
-    ArgumentReader reader(#kernel, given.ptr());                       \
+  template <class Reader>                                              \
+  void read_fields(Reader& reader, Arguments* call) {                  \
     __VA_ARGS__                                                        \
     reader.finish();                                                   \
+  }                                                                    \
+  inline void read_arguments(const py::dict& given, Arguments* call) { \
+    ArgumentReader reader(#kernel, given.ptr());                       \
+    read_fields(reader, call);                                         \
   }
 #include "interface/kernels.def"
 

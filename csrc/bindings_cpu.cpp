@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <map>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -39,6 +40,40 @@ std::map<std::string, std::string> build_info() {
 #endif
 }
 
+// topk(threads, x=..., k=..., ...), the fields of kernels.def in their order: a small selection
+// takes less time than a dict of them and pybind11 do.
+PyObject* topk_of_keywords(PyObject*, PyObject* const* values, Py_ssize_t positional,
+                           PyObject* names) {
+  try {
+    if (positional != 1 || names == nullptr) {
+      throw py::type_error("topk_of_keywords: takes the threads, and keywords");
+    }
+    sparsekern::TopkArguments call;
+    sparsekern::KeywordReader reader("topk", values + 1, names);
+    sparsekern::read_fields(reader, &call);
+    const int threads = static_cast<int>(sparsekern::integer_of(values[0]));
+    const py::gil_scoped_release released;
+    kernels().topk(call, threads);
+  } catch (py::error_already_set& error) {
+    error.restore();
+    return nullptr;
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
+    return nullptr;
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+  Py_RETURN_NONE;
+}
+
+PyMethodDef of_keywords = {
+    "topk_of_keywords",
+    reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&topk_of_keywords)),
+    METH_FASTCALL | METH_KEYWORDS, nullptr};
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -53,6 +88,8 @@ PYBIND11_MODULE(_native, m) {
 #define SPARSEKERN_CUDA_KERNEL(...)
 #include "interface/kernels.def"
   sparsekern::export_dtypes(m);
+  m.attr("topk_of_keywords") =
+      py::reinterpret_steal<py::object>(PyCFunction_NewEx(&of_keywords, nullptr, nullptr));
   m.def("instruction_sets", &instruction_sets);
   m.def("use_instruction_set", &sparsekern::cpu::use_instruction_set);
   m.def("useful_threads", &sparsekern::cpu::useful_threads);

@@ -7,7 +7,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsekern
-from sparsekern.dispatch.fast_path import dispatcher_has_nothing_to_do
+from sparsekern.dispatch.fast_path import (
+    MORE,
+    NOTHING,
+    RECORDING,
+    dispatcher_has_nothing_to_do,
+    left_to_torch,
+    left_to_torch_of,
+)
 
 X = torch.tensor([[3.0, -1.0, 2.0, 0.5], [0.0, 7.0, -2.0, 1.0]])
 
@@ -45,6 +52,54 @@ def test_plain_tensors_without_gradients_need_no_dispatcher():
         assert dispatcher_has_nothing_to_do((X, 2))
         assert dispatcher_has_nothing_to_do((torch.ones(2), 2))
     assert not dispatcher_has_nothing_to_do((X, parameter))
+
+
+def test_what_is_left_to_torch_with_one_tensor():
+    """Both functions say the same, and what each context asks for."""
+    parameter = torch.nn.Parameter(X.clone())
+    negated = torch.complex(torch.zeros_like(X), X).conj().imag
+    no_autograd = torch._C._AutoDispatchBelowAutograd
+    seen = []
+
+    def check(tensor, wanted):
+        seen.append(wanted)
+        assert left_to_torch_of(tensor) == left_to_torch((tensor, 2, True)) == wanted
+        return tensor
+
+    check(X, NOTHING), check(parameter, RECORDING), check(parameter * 2, RECORDING)
+    check(negated, MORE), check(X.as_subclass(Tagged), MORE), check(X.to_sparse(), MORE)
+    with torch.no_grad():
+        check(parameter, NOTHING)
+    with torch.inference_mode():
+        check(parameter, NOTHING)
+    with no_autograd():  # the dispatcher records nothing
+        check(parameter, MORE)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        check(X, MORE), check(parameter, MORE)
+    with torch.autograd.forward_ad.dual_level():
+        check(parameter, MORE)
+    with SeesOperations(), torch.no_grad():
+        check(parameter, MORE)
+    torch.vmap(lambda row: check(row, MORE))(X)
+    torch.func.grad(lambda x: check(x, MORE).sum())(X)
+    assert len(seen) == 15
+
+
+def test_gradients_recorded_without_the_dispatcher():
+    """They are those that it records: of views, twice, under hooks, and None where none is due."""
+    base = X.clone().requires_grad_()
+    values, indices = sparsekern.topk(base[:, 1:].relu(), 2)
+    assert "topk" in type(values.grad_fn).__name__ and not indices.requires_grad
+    grads = []
+    values.register_hook(grads.append)
+    (first,) = torch.autograd.grad((values**3).sum(), base, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), base)
+    wanted = torch.zeros_like(X[:, 1:]).scatter(1, indices, (6 * values).detach())
+    torch.testing.assert_close(second[:, 1:], wanted * (base[:, 1:] > 0))
+    assert len(grads) == 2  # of either derivative
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        loss = sparsekern.topk(base, 2, relu=True).values.sum()
+    torch.testing.assert_close(torch.autograd.grad(loss, base)[0].sum(), torch.tensor(4.0))
 
 
 def test_modes_see_the_operation():

@@ -105,3 +105,31 @@ def test_a_weight_of_another_dtype_is_an_error_that_names_the_kernel(module, com
             bias=0,
             out=values.data_ptr(),
         )
+
+
+def test_keywords_come_in_the_order_of_the_fields():
+    """The quick way to top-k of the CPU module names its arguments, too."""
+    module, reason = native_module("cpu")
+    if module is None:
+        pytest.skip(reason)
+    x = torch.tensor([[1.0, 3.0, 2.0]])
+    values, indices = torch.empty(1, 2), torch.empty(1, 2, dtype=torch.int64)
+    fields = {
+        "x": matrix(x), "k": 2, "sorted": True, "relu": False, "abs": False,
+        "values": values.data_ptr(), "indices": indices.data_ptr(), "masked": 0, "counts": 0,
+        "smallest": False,
+    }  # fmt: skip
+    module.topk_of_keywords(1, **fields)
+    assert values.tolist() == [[3, 2]] and indices.tolist() == [[1, 2]]
+    few = dict(list(fields.items())[:-1])
+    swapped = {"k": 2, "x": matrix(x)} | fields
+    for wrong in (few, swapped, fields | {"width": 1}):
+        with pytest.raises(TypeError, match=r"^topk: keywords must be all fields in their order"):
+            module.topk_of_keywords(1, **wrong)
+    with pytest.raises(TypeError, match="takes the threads, and keywords"):
+        module.topk_of_keywords(fields, 1)
+    with pytest.raises(TypeError, match="an operand must be a tuple of 6 fields"):
+        module.topk_of_keywords(1, **fields | {"x": (0, 0)})
+    strange = (x.data_ptr(), 9, *matrix(x)[2:])
+    with pytest.raises(RuntimeError, match=r"^topk: there is no dtype number 9$"):
+        module.topk_of_keywords(1, **fields | {"x": strange})

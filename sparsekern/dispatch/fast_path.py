@@ -26,7 +26,7 @@ try:
         _dispatch_tls_local_include_set,
     )
     from torch._C._autograd import _profiler_enabled
-    from torch.overrides import has_torch_function
+    from torch.overrides import has_torch_function, has_torch_function_unary
 
     def _bits(*keys: DispatchKey) -> int:
         empty = DispatchKeySet.from_raw_repr(0)
@@ -74,6 +74,21 @@ def left_to_torch(args: tuple[Any, ...]) -> int:
     if keys & ~excluded & _NEEDS_DISPATCHER:
         return MORE
     if not (recording and torch.is_grad_enabled()):
+        return NOTHING
+    return MORE if excluded & _AUTOGRAD else RECORDING
+
+
+def left_to_torch_of(tensor: torch.Tensor) -> int:
+    """Return `left_to_torch` of a call with one tensor, in less time."""
+    if not _known or torch.compiler.is_compiling() or has_torch_function_unary(tensor):
+        return MORE
+    if _profiler_enabled() or forward_ad._current_level >= 0:
+        return MORE
+    excluded = _dispatch_tls_local_exclude_set().raw_repr()
+    keys = _dispatch_keys(tensor).raw_repr() | _dispatch_tls_local_include_set().raw_repr()
+    if keys & ~excluded & _NEEDS_DISPATCHER:
+        return MORE
+    if not (tensor.requires_grad and torch.is_grad_enabled()):
         return NOTHING
     return MORE if excluded & _AUTOGRAD else RECORDING
 

@@ -7,7 +7,6 @@ csrc/interface/kernels.def lists, so one `native.py` per operation serves both.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable
 from types import ModuleType
@@ -17,7 +16,7 @@ import torch
 from torch import _C
 
 from . import kept_memory
-from .backends import BackendUnavailableError
+from .backends import BackendUnavailableError, new_choices
 from .fast_path import device_type_of
 from .modules import native_module
 
@@ -33,7 +32,11 @@ KEPT_FROM = 32 << 20
 
 def module_for(tensor: torch.Tensor) -> ModuleType:
     """Return the compiled module for the tensor's device."""
-    module, reason = native_module(device_type_of(tensor))
+    return _module(device_type_of(tensor))
+
+
+def _module(device_type: str) -> ModuleType:
+    module, reason = native_module(device_type)
     if module is None:
         raise BackendUnavailableError(reason)
     return module
@@ -46,7 +49,8 @@ def launch(name: str, tensor: torch.Tensor, /, **arguments: Any) -> Any:
     operands made below. The device's context is added to them: torch's number of threads on a CPU,
     the current stream on a GPU.
     """
-    kernel, workspace_of = _kernel(module_for(tensor), name)
+    key = (name, device_type_of(tensor))
+    kernel, workspace_of = _kernels.get(key) or _find_kernel(*key)
     if not tensor.is_cuda:
         if workspace_of is None:
             return kernel(arguments, torch.get_num_threads())
@@ -58,10 +62,32 @@ def launch(name: str, tensor: torch.Tensor, /, **arguments: Any) -> Any:
         return _with_workspace(kernel, workspace_of, tensor, arguments, stream)
 
 
-@functools.cache
-def _kernel(module: ModuleType, name: str) -> tuple[Callable[..., Any], Callable[..., int] | None]:
-    """Return a kernel and, if it needs scratch memory, the function that tells how much."""
-    return getattr(module, name), vars(module).get(name + "_workspace")
+# A kernel and, if it needs scratch memory, the function that tells how much.
+_Kernel = tuple[Callable[..., Any], Callable[..., int] | None]
+_kernels: dict[tuple[str, str], _Kernel] = new_choices()
+
+
+def _find_kernel(name: str, device_type: str) -> _Kernel:
+    module = _module(device_type)
+    found = getattr(module, name), vars(module).get(name + "_workspace")
+    _kernels[name, device_type] = found
+    return found
+
+
+def keyword_kernel(name: str, tensor: torch.Tensor) -> Callable[..., None] | None:
+    """Return a CPU kernel as a function of (threads, **arguments) that makes no dict of them.
+
+    It takes the fields of csrc/interface/kernels.def in their order, and saves half of the time
+    that `launch` takes. None on a GPU, and where the module has none.
+    """
+    if not tensor.is_cpu:
+        return None
+    if name not in _keyword_kernels:
+        _keyword_kernels[name] = getattr(_module("cpu"), name + "_of_keywords", None)
+    return _keyword_kernels[name]
+
+
+_keyword_kernels: dict[str, Callable[..., None] | None] = new_choices()
 
 
 def _with_workspace(
@@ -85,8 +111,10 @@ NO_MATRIX: Matrix = (0, 0, 0, 0, 0, 0)
 
 def matrix(tensor: torch.Tensor) -> Matrix:
     """Describe a tensor [rows, columns] of any strides, or [..., columns] contiguous."""
-    if tensor.dim() == 2:
-        return (tensor.data_ptr(), DTYPE_TAGS[tensor.dtype], *tensor.shape, *tensor.stride())
+    if tensor.dim() == 2:  # unpacked by name: with stars it takes twice the time
+        rows, columns = tensor.shape
+        down, across = tensor.stride()
+        return (tensor.data_ptr(), DTYPE_TAGS[tensor.dtype], rows, columns, down, across)
     columns = tensor.shape[-1]
     rows = tensor.numel() // columns
     return (tensor.data_ptr(), DTYPE_TAGS[tensor.dtype], rows, columns, columns, 1)

@@ -92,6 +92,11 @@ class Operation:
             reasons.append(f"no {name}: {reason}")
         return "reference", "; ".join(reasons) or f"no kernels for {device_type}"
 
+    def runs_natively(self, first: torch.Tensor) -> bool:
+        """Return True if the native implementation was chosen before for such a first argument."""
+        function = self.choices.get((device_type_of(first), first.dtype))
+        return function is not None and function is self.implementations.get("native")
+
     def __call__(self, *args: Any) -> Any:
         """Run the implementation that serves the device and dtype of the first argument."""
         first = args[0]

@@ -14,6 +14,7 @@ import torch
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDICES = (torch.int64, torch.int32)
+LONGEST_ROW = 2**31 - 1  # on any device
 
 
 def debug_checks() -> bool:
@@ -171,7 +172,7 @@ def check_like(
 
 def check_row(op: str, x: torch.Tensor, size: int) -> None:
     """Check that indices into a row fit the kernels' 32 bits: unsigned on a CPU, else signed."""
-    longest = 2**32 - 1 if x.is_cpu else 2**31 - 1
+    longest = 2**32 - 1 if x.is_cpu else LONGEST_ROW
     if size > longest:
         raise ValueError(f"{op}: a row must hold at most {longest} elements, got {size}")
 

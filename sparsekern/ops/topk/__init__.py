@@ -84,6 +84,10 @@ def topk(
         >>> sparsekern.topk(torch.tensor([[3, 1], [0, 2]]), 1, dim=0, largest=False).values
         tensor([[0, 1]])
     """
+    if type(dim) is int and dim == -1 and out is None:
+        quick = operation.quick_topk(x, k, sorted, relu, abs, not largest)
+        if quick is not None:
+            return Codes(*quick)
     if out is not None:
         raise TypeError(
             f"topk: out must be None, since the results are new tensors, got {type(out).__name__}"
@@ -106,7 +110,9 @@ def topk(
     # a kernel reads what lies side by side several times as fast
     rows = x if last else x.movedim(dim, -1).contiguous()
     if x.dtype in FLOATING:
-        values, indices, _ = operation.topk(rows, k, sorted, relu, abs, False, not largest)
+        arguments = (rows, k, sorted, relu, abs)
+        quick = operation.quick_topk(*arguments, not largest)
+        values, indices = quick or operation.topk(*arguments, False, not largest)[:2]
     else:
         values, indices = integer_topk(rows, k, largest, sorted, relu, abs)
     if not last:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from ...dispatch.launch import codes, launch, matrix, module_for, new_output, pointer
+from ...dispatch.launch import (
+    codes,
+    keyword_kernel,
+    launch,
+    matrix,
+    module_for,
+    new_output,
+    pointer,
+)
 
 
 def topk(
@@ -21,6 +29,33 @@ def topk(
     x is [rows, n] of any strides, or [..., n] contiguous.
     """
     return _select(x, k, sorted, relu, abs, None, count, smallest)
+
+
+def topk_codes(
+    x: torch.Tensor, k: int, sorted: bool, relu: bool, abs: bool, smallest: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return values and indices as `topk` does; on a CPU in half the time where there are few."""
+    kernel = keyword_kernel("topk", x)
+    if kernel is None:
+        values, indices, _ = topk(x, k, sorted, relu, abs, False, smallest)
+        return values, indices
+    shape = x.shape
+    values = x.new_empty((shape[0], k) if len(shape) == 2 else (*shape[:-1], k))
+    indices = torch.empty_like(values, dtype=torch.int64)
+    kernel(
+        torch.get_num_threads(),
+        x=matrix(x),
+        k=k,
+        sorted=sorted,
+        relu=relu,
+        abs=abs,
+        values=values.data_ptr(),
+        indices=indices.data_ptr(),
+        masked=0,
+        counts=0,
+        smallest=smallest,
+    )
+    return values, indices
 
 
 def topk_mask(

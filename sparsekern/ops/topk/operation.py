@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
-from ...dispatch.operations import define
+from ...dispatch.autograd import CAN_RECORD, recording_call
+from ...dispatch.fast_path import MORE, NOTHING, left_to_torch_of
+from ...dispatch.operations import define, operations
 from ..batching import counted_rows
-from ..checks import check_count, check_row
+from ..checks import LONGEST_ROW, check_count, check_row
 from ..codes_to_dense.operation import codes_to_dense
 from . import native
 from .reference import topk_mask_reference, topk_reference
@@ -70,12 +72,15 @@ def _topk_mask_fake(x: torch.Tensor, k: int, relu: bool, abs: bool, count: bool)
 
 def _setup_topk(ctx: Any, inputs: Any, output: Any) -> None:
     x, _, _, relu, *_ = inputs
-    values, indices, _ = output
+    values, indices, *_ = output
     ctx.n = x.shape[-1]
+    ctx.set_materialize_grads(False)  # of indices and counts there are none
     ctx.save_for_backward(indices, passed_by_relu(values) if relu else None)
 
 
-def _topk_backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
+def _topk_backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> Any:
+    if grad is None:
+        return None, None, None, None, None, None, None
     indices, passed = ctx.saved_tensors
     return _grad_to_dense(grad, indices, passed, ctx.n), None, None, None, None, None, None
 
@@ -147,6 +152,37 @@ topk = define(
     vmap=_topk_vmap,
     owned=True,
 )
+_operation = operations["topk"]
+_recorded_codes = None
+if CAN_RECORD:
+    _recorded_codes = recording_call("topk", native.topk_codes, _topk_backward, _setup_topk)
+
+
+def quick_topk(
+    x: torch.Tensor, k: int, sorted: bool, relu: bool, abs: bool, smallest: bool
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return values and indices where nothing but the native kernel is needed; else None.
+
+    The arguments need not be checked: what is not right is left to other ways.
+    """
+    if type(k) is not int or not isinstance(x, torch.Tensor):
+        return None
+    left = left_to_torch_of(x)
+    if left == MORE or not _operation.runs_natively(x):
+        return None
+    shape = x.shape
+    if not (shape and 0 < k <= shape[-1] <= LONGEST_ROW and x.numel()):
+        return None
+    if len(shape) != 2 and not x.is_contiguous():
+        return None
+    if left == NOTHING:
+        return native.topk_codes(x, k, sorted, relu, abs, smallest)
+    if _recorded_codes is None:
+        return None
+    values, indices = _recorded_codes(x, k, sorted, relu, abs, smallest)
+    return values, indices
+
+
 topk_mask = define(
     "topk_mask",
     "(Tensor x, SymInt k, bool relu, bool abs, bool count)"
