@@ -126,9 +126,9 @@ def draw_rising_bound() -> None:
 MOST = 2**20
 PANELS = {
     "CPU": {
-        "candidates": [(1, 1), (MOST, 1), (MOST, 512), (512, 512)],
-        "short": [(512, 512), (4096, 512), (4096, 4096)],
-        "digits": [(4096, 512), (MOST, 512), (MOST, MOST), (4096, 4096)],
+        "ranked": [(1, 1), (64, 1), (64, 64)],
+        "candidates": [(64, 1), (MOST, 1), (MOST, 512), (3072, 512), (64, 64 / 6)],
+        "halving": [(64, 64 / 6), (3072, 512), (MOST, 512), (MOST, MOST), (64, 64)],
     },
     "CUDA": {
         "short": [(1, 1), (512, 1), (512, 16), (2048, 64), (2048, 2048)],
@@ -172,7 +172,7 @@ def draw_regimes() -> None:
 
 # Where the words stand: words, n, k.
 LABELS = {
-    "CPU": [("candidates", 2**14, 2**4), ("short", 2**11, 2**9.4), ("digits", 2**17, 2**12)],
+    "CPU": [("ranked", 2**4, 2**0.5), ("candidates", 2**14, 2**4), ("halving", 2**17, 2**12)],
     "CUDA": [
         ("short", 2**7.5, 2**3),
         ("candidates", 2**15.5, 2**4),

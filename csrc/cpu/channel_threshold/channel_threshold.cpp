@@ -86,7 +86,7 @@ class Candidates {
     while (kept < wanted_) keys_[kept++] = last;
     count_ = kept;
     // Above +inf there is only NaN, which exceeds every bound.
-    bound_ = last > key_of(kInfinity) ? kInfinity : float_of(last);
+    bound_ = last > key_of(kInfinity) ? kInfinity : number_of(last);
   }
 
   int64_t wanted_, room_, count_ = 0, allocated_ = 0;
@@ -149,7 +149,7 @@ float wanted_of(const Gathered& gathered, int team, int64_t channel, int64_t wan
     filled += part.count();
   }
   const int32_t key = kth_largest(keys.get(), count, wanted);
-  return key > key_of(kInfinity) ? std::numeric_limits<float>::quiet_NaN() : float_of(key);
+  return key > key_of(kInfinity) ? std::numeric_limits<float>::quiet_NaN() : number_of(key);
 }
 
 template <class Stored>

@@ -25,8 +25,16 @@ inline IntLanes keys_of(FloatLanes x) {
   const IntLanes ordered = bits ^ ((bits >> 31) & 0x7fffffff);
   return (unordered & 0x7fffffff) | (~unordered & ordered);
 }
-// The float whose key it is; key lies between those of -inf and +inf.
-inline float float_of(int32_t key) { return bit_cast<float>(key ^ ((key >> 31) & 0x7fffffff)); }
+inline LongLanes keys_of(DoubleLanes x) {
+  const LongLanes signed_zero = (LongLanes)x == INT64_MIN;
+  const LongLanes bits = (LongLanes)x & ~signed_zero;
+  const LongLanes unordered = (LongLanes)(x != x);
+  const LongLanes ordered = bits ^ ((bits >> 63) & INT64_MAX);
+  return (unordered & INT64_MAX) | (~unordered & ordered);
+}
+// The number whose key it is; key lies between those of -inf and +inf.
+inline float number_of(int32_t key) { return bit_cast<float>(key ^ ((key >> 31) & 0x7fffffff)); }
+inline double number_of(int64_t key) { return bit_cast<double>(key ^ ((key >> 63) & INT64_MAX)); }
 
 // What is compared of an element: the value, or its magnitude.
 template <bool kAbsolute, class T>
@@ -36,6 +44,11 @@ inline T compared(T x) {
 template <bool kAbsolute>
 inline FloatLanes compared_lanes(FloatLanes x) {
   if constexpr (kAbsolute) return (FloatLanes)((IntLanes)x & 0x7fffffff);
+  return x;
+}
+template <bool kAbsolute>
+inline DoubleLanes compared_lanes(DoubleLanes x) {
+  if constexpr (kAbsolute) return (DoubleLanes)((LongLanes)x & INT64_MAX);
   return x;
 }
 

@@ -32,6 +32,7 @@ using DoubleLanes = double __attribute__((vector_size(kLaneBytes)));
 using FloatBits = uint32_t __attribute__((vector_size(kLaneBytes)));
 using HalfBits = uint16_t __attribute__((vector_size(kLaneBytes / 2)));
 using IntLanes = int32_t __attribute__((vector_size(kLaneBytes)));
+using LongLanes = int64_t __attribute__((vector_size(kLaneBytes)));
 
 struct BFloat16 {
   uint16_t bits;
@@ -40,17 +41,22 @@ struct Float16 {
   uint16_t bits;
 };
 
-// The type in which a stored type is summed, its vector and the number of lanes.
+// The type in which a stored type is summed, its vector, the number of lanes, and the integers as
+// wide.
 template <class Stored>
 struct Sum {
   using Scalar = float;
   using Lanes = FloatLanes;
+  using Integer = int32_t;
+  using IntegerLanes = IntLanes;
   static constexpr int kLanes = kFloatLanes;
 };
 template <>
 struct Sum<double> {
   using Scalar = double;
   using Lanes = DoubleLanes;
+  using Integer = int64_t;
+  using IntegerLanes = LongLanes;
   static constexpr int kLanes = kDoubleLanes;
 };
 

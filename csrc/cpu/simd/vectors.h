@@ -1,6 +1,8 @@
 // Vectors of accumulators: loads and stores from every stored type, and sums.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/simd/numbers.h"
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
@@ -56,10 +58,10 @@ inline FloatLanes load(const Float16* p) {
 }
 
 // Two vectors of neighbouring elements, dealt to them in any order.
-template <class Stored>
-inline void load_pair(const Stored* p, FloatLanes* first, FloatLanes* second) {
+template <class Stored, class Lanes>
+inline void load_pair(const Stored* p, Lanes* first, Lanes* second) {
   *first = load(p);
-  *second = load(p + kFloatLanes);
+  *second = load(p + Sum<Stored>::kLanes);
 }
 inline void load_pair(const BFloat16* p, FloatLanes* first, FloatLanes* second) {
   FloatBits pairs;
@@ -131,6 +133,7 @@ inline DoubleLanes multiply_add(DoubleLanes a, DoubleLanes b, DoubleLanes c) {
 inline FloatLanes broadcast(float x) { return x - FloatLanes{}; }
 inline DoubleLanes broadcast(double x) { return x - DoubleLanes{}; }
 inline IntLanes broadcast(int32_t x) { return x - IntLanes{}; }
+inline LongLanes broadcast(int64_t x) { return x - LongLanes{}; }
 
 // The sum of the lanes, by halves: the same order every time.
 template <class Lanes>
@@ -145,10 +148,26 @@ inline auto sum_lanes(Lanes x) {
   return part[0];
 }
 
+template <class Lanes>
+inline auto largest_lane(Lanes x) {
+  auto part = x[0];
+  for (int lane = 1; lane < static_cast<int>(sizeof(x) / sizeof(part)); ++lane) {
+    part = x[lane] > part ? x[lane] : part;
+  }
+  return part;
+}
+
 // ---- the last, partial vector of a row: `count` elements exist, the other lanes are zero ----
 
 template <class Stored>
 inline typename Sum<Stored>::Lanes load_partial(const Stored* p, int64_t count) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<Stored, float>) {
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+  } else if constexpr (std::is_same_v<Stored, double>) {
+    return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1), p);
+  }
+#endif
   Stored padded[Sum<Stored>::kLanes] = {};
   std::memcpy(padded, p, static_cast<size_t>(count) * sizeof(Stored));
   return load(padded);

@@ -7,39 +7,42 @@
 namespace sparsekern::cpu::SPARSEKERN_ISA {
 
 constexpr int64_t kRarelyTightened = 64;  // a few candidates more cost less than a bisection
-constexpr int64_t kCapacity = 3 * kCandidateK + kWord;
 
+template <class Stored>
 class CandidateList {
  public:
+  using Key = typename Sum<Stored>::Integer;
+
   explicit CandidateList(int64_t k) : k_(k) {}
 
   void clear() { count_ = 0; }
   int64_t count() const { return count_; }
   uint32_t index(int64_t i) const { return indices_[i]; }
-  int32_t key(int64_t i) const { return keys_[i]; }
+  Key key(int64_t i) const { return keys_[i]; }
 
   bool is_long() const { return count_ > 2 * k_ + kRarelyTightened; }
   bool has_room_for(int64_t count) const { return count_ + count <= kCapacity; }
 
-  // By ascending index, and only where there is room.
-  void append(int32_t key, int64_t index) {
+  // By ascending index, and only where there is room. Not kept, it is overwritten by the next one.
+  void append(Key key, int64_t index, bool keep = true) {
     keys_[count_] = key;
-    indices_[count_++] = static_cast<uint32_t>(index);
+    indices_[count_] = static_cast<uint32_t>(index);
+    count_ += keep;
   }
 
   // Keeps exactly the first k in the total order, of more than k, still by ascending index. Returns
   // the smallest key among them: a later element matters only if its key is larger.
-  int32_t tighten() {
-    pad();
-    const Range range = range_of(keys_, count_);
-    const Bound bound = bisect(keys_, count_, k_, 0, range);
+  Key tighten() {
+    pad(keys_, count_);
+    const Range<Key> range = range_of(keys_, count_);
+    const Bound<Key> bound = bisect(keys_, count_, k_, 0, range);
     // ties at an exact bound are taken from the left
     int64_t surplus = bound.at_least - k_;
-    int64_t ties = surplus == 0 ? count_ : k_ - count_at_least(keys_, count_, bound.key + 1);
+    int64_t ties = surplus == 0 ? count_ : k_ - count_at_least<Key>(keys_, count_, bound.key + 1);
     int64_t kept = 0;
-    int32_t smallest = range.high;
+    Key smallest = range.high;
     for (int64_t i = 0; i < count_; ++i) {
-      const int32_t key = keys_[i];
+      const Key key = keys_[i];
       if (key < bound.key || (surplus != 0 && key == bound.key && ties-- <= 0)) continue;
       smallest = key < smallest ? key : smallest;
       keys_[kept] = key;
@@ -51,20 +54,18 @@ class CandidateList {
 
   // The indices of the first k, largest first; k <= kRankedByPairs, and the list is not long.
   void rank(int64_t* indices) {
-    pad();
+    pad(keys_, count_);
     int64_t ordered[2 * kRankedByPairs + kRarelyTightened];
-    rank_by_pairs(keys_, indices_, count_, ordered);
+    rank_keys(keys_, count_, [&](int64_t i, int64_t rank) { ordered[rank] = indices_[i]; });
     std::memcpy(indices, ordered, static_cast<size_t>(k_) * sizeof(int64_t));
   }
 
  private:
-  void pad() {
-    for (int64_t i = count_; i % kFloatLanes != 0; ++i) keys_[i] = INT32_MIN;
-  }
+  static constexpr int64_t kCapacity = 3 * kCandidateK<Stored> + kWord;
 
   int64_t k_, count_ = 0;
-  alignas(kCacheLineBytes) int32_t keys_[kCapacity + kFloatLanes];
-  uint32_t indices_[kCapacity];
+  alignas(kCacheLineBytes) Key keys_[kCapacity + kFloatLanes];
+  uint32_t indices_[kCapacity + 1];
 };
 
 }  // namespace sparsekern::cpu::SPARSEKERN_ISA

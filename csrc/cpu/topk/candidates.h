@@ -10,8 +10,12 @@
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
 
+// `Number` is what elements are compared as: float or double.
+template <class Number>
 class Candidates {
  public:
+  using Key = typename Sum<Number>::Integer;
+
   // For rows of n elements, of which k <= kCandidateK are wanted.
   Candidates(int64_t n, int64_t k) : k_(k), maxima_(n, k), list_(k) {}
 
@@ -20,10 +24,10 @@ class Candidates {
     bounded_ = false;
   }
   int64_t segment() const { return maxima_.segment(); }
-  int32_t* short_row() { return maxima_.short_row(); }
+  Key* held_keys() { return maxima_.held_keys(); }
   int64_t count() const { return list_.count(); }
   uint32_t index(int64_t i) const { return list_.index(i); }
-  int32_t key(int64_t i) const { return list_.key(i); }
+  Key key(int64_t i) const { return list_.key(i); }
 
   // Takes in x[0..count), count <= segment(), whose first element has index `base`. What lies
   // `ahead` elements further is fetched meanwhile; it need not exist.
@@ -38,7 +42,7 @@ class Candidates {
   }
 
   // Takes in one candidate of another instance, by ascending index.
-  void add(int32_t key, uint32_t index) {
+  void add(Key key, uint32_t index) {
     if (!list_.has_room_for(1)) tighten();
     list_.append(key, index);
   }
@@ -46,7 +50,7 @@ class Candidates {
   // Keeps exactly the first k in the total order, still by ascending index.
   void tighten() {
     if (list_.count() <= k_) return;
-    bound_ = float_of(list_.tighten());
+    bound_ = number_of(list_.tighten());
     bounded_ = true;
   }
 
@@ -62,9 +66,9 @@ class Candidates {
   void collect(const Stored* x, int64_t count) {
     if (bounded_ && maxima_.groups_above(bound_) <= k_) return collect_above<kAbsolute>(x, count);
     const int64_t slack = k_ / 8 + 2;
-    const Bound proved = maxima_.bound_for(k_, slack);
-    if (bounded_ && float_of(proved.key) <= bound_) return collect_above<kAbsolute>(x, count);
-    bound_ = float_of(proved.key);
+    const Bound<Key> proved = maxima_.bound_for(k_, slack);
+    if (bounded_ && number_of(proved.key) <= bound_) return collect_above<kAbsolute>(x, count);
+    bound_ = number_of(proved.key);
     bounded_ = true;
     if (proved.at_least <= k_ + slack) {
       return maxima_.template collect<kAbsolute, true>(x, count, bound_, &hits_);
@@ -88,20 +92,30 @@ class Candidates {
     for (int64_t w = 0; w < hits_.words; ++w) {
       if (!list_.has_room_for(kWord)) tighten();
       uint64_t bits = hits_.bits[w];
-      do {
-        const int64_t at = hits_.starts[w] + __builtin_ctzll(bits);
-        list_.append(key_of(compared<kAbsolute>(to_sum(x[at]))), base + at);
-      } while ((bits &= bits - 1) != 0);
+      // Most words have one or two bits, and no branch predictor could guess which.
+      append<kAbsolute>(x, base, hits_.starts[w] + __builtin_ctzll(bits), true);
+      bits &= bits - 1;
+      const bool second = bits != 0;
+      append<kAbsolute>(x, base, hits_.starts[w] + (second ? __builtin_ctzll(bits) : 0), second);
+      for (bits &= bits - 1; bits != 0; bits &= bits - 1) {
+        append<kAbsolute>(x, base, hits_.starts[w] + __builtin_ctzll(bits), true);
+      }
     }
+  }
+
+  template <bool kAbsolute, class Stored>
+  void append(const Stored* x, int64_t base, int64_t at, bool keep) {
+    list_.append(key_of(compared<kAbsolute>(to_sum(x[at]))), base + at, keep);
   }
 
   int64_t k_;
   bool bounded_ = false;  // whether there is a bound
-  float bound_ = 0.0f;
-  SegmentMaxima maxima_;
-  CandidateList list_;
+  Number bound_ = 0;
+  SegmentMaxima<Number> maxima_;
+  CandidateList<Number> list_;
   Hits hits_;
 };
-static_assert(sizeof(Candidates) <= 36 << 10, "with 28 KiB of arrays on the stack 64 a thread");
+static_assert(sizeof(Candidates<float>) <= 36 << 10 && sizeof(Candidates<double>) <= 36 << 10,
+              "with 28 KiB of arrays on the stack 64 a thread");
 
 }  // namespace sparsekern::cpu::SPARSEKERN_ISA

@@ -6,6 +6,7 @@
 
 #include "cpu/order/bound.h"
 #include "cpu/topk/regimes.h"
+#include "cpu/topk/words.h"
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
 
@@ -21,12 +22,14 @@ constexpr int64_t kPlaces = 2;
 constexpr int64_t kBytesAhead = 8192;       // at each place
 constexpr int64_t kBytesPerCompared = 256;  // fetched while a word is compared
 
+constexpr int64_t kMostWords = kSegment<float> / kWord + 1;  // of a segment
+
 // The words of a segment that hold elements beyond a bound: where each starts, and a bit for each
 // such element.
 struct Hits {
   int64_t words = 0;
-  uint64_t bits[kSegment / kWord + 1];
-  int32_t starts[kSegment / kWord + 1];
+  uint64_t bits[kMostWords];
+  int32_t starts[kMostWords];
 
   int64_t count() const {
     int64_t sum = 0;
@@ -35,21 +38,29 @@ struct Hits {
   }
 };
 
+// `Number` is what elements are compared as: float or double.
+template <class Number>
 class SegmentMaxima {
  public:
+  using Key = typename Sum<Number>::Integer;
+  using Lanes = typename Sum<Number>::Lanes;
+
   // For rows of n elements, of which k <= kCandidateK are wanted. The larger its blocks, the faster
   // a segment is reduced; the smaller, the fewer elements are read again.
   SegmentMaxima(int64_t n, int64_t k) {
-    const int64_t segments = (n + kSegment - 1) / kSegment;
+    const int64_t segments = (n + kSegment<Number> - 1) / kSegment<Number>;
     segment_ = (n + segments - 1) / segments;
     segment_ = (segment_ + kLargestBlock - 1) / kLargestBlock * kLargestBlock;
     const int64_t first = n < segment_ ? n : segment_;
-    while (block_ > kWord && groups_of(first, block_) < kGroupsPerK * k) block_ /= 2;
-    if (groups_of(first, block_) < 2 * k) block_ = kSmallestBlock;
+    while (block_ > kWord && (groups(first, block_) < kGroupsPerK * k || first < 2 * k * block_) &&
+           groups(first, block_ / 2) <= kMaximumGroups<Number>) {
+      block_ /= 2;
+    }
+    if (groups(first, block_) < 2 * k) block_ = kSmallestBlock;
   }
 
-  int64_t segment() const { return segment_; }   // elements, at most
-  int32_t* short_row() { return keys_of_row_; }  // room for kShortRow keys; no reading meanwhile
+  int64_t segment() const { return segment_; }  // elements, at most
+  Key* held_keys() { return held_keys_; }       // room for kHeldKeys; no reading meanwhile
 
   // ---- one pass over the segment: the maxima of its groups ----
 
@@ -67,23 +78,26 @@ class SegmentMaxima {
   // ---- a lower bound ----
 
   // How many groups hold an element > bound.
-  int64_t groups_above(float bound) const { return count_above(maxima_, blocks_, bound); }
+  int64_t groups_above(Number bound) const {
+    return count_reaching<Comparison::kGreater>([&](int64_t i) { return load(maxima_ + i); },
+                                                blocks_ * kLanes, broadcast(bound));
+  }
 
   // A lower bound of the k-th largest element: of the maxima, merged to fewer groups first. No more
   // than k + slack merged groups reach it, unless maxima are equal.
-  Bound bound_for(int64_t k, int64_t slack) const {
-    alignas(kCacheLineBytes) int32_t keys[kGroupsPerK * kCandidateK + kFloatLanes];
-    const int64_t wanted = (kGroupsPerK * k + kFloatLanes - 1) / kFloatLanes;
+  Bound<Key> bound_for(int64_t k, int64_t slack) const {
+    alignas(kCacheLineBytes) Key keys[kGroupsPerK * kCandidateK<Number> + kLanes];
+    const int64_t wanted = (kGroupsPerK * k + kLanes - 1) / kLanes;
     const int64_t vectors = wanted < blocks_ ? wanted : blocks_;
     for (int64_t v = 0; v < vectors; ++v) {
-      FloatLanes largest = load(maxima_ + v * kFloatLanes);
+      Lanes largest = load(maxima_ + v * kLanes);
       for (int64_t b = v + vectors; b < blocks_; b += vectors) {
-        largest = larger(load(maxima_ + b * kFloatLanes), largest);
+        largest = larger(load(maxima_ + b * kLanes), largest);
       }
-      const IntLanes lanes = keys_of(largest);
-      std::memcpy(keys + v * kFloatLanes, &lanes, sizeof(lanes));
+      const auto lanes = keys_of(largest);
+      std::memcpy(keys + v * kLanes, &lanes, sizeof(lanes));
     }
-    const int64_t merged = vectors * kFloatLanes;
+    const int64_t merged = vectors * kLanes;
     return bisect(keys, merged, k, slack, range_of(keys, merged));
   }
 
@@ -92,8 +106,8 @@ class SegmentMaxima {
   // Notes the words with an element > bound (>= when kInclusive).
   // Which blocks and words these are no branch predictor can guess, so there is no branch.
   template <bool kAbsolute, bool kInclusive, class Stored>
-  void collect(const Stored* x, int64_t count, float bound, Hits* hits) const {
-    int32_t chosen[kSegment / kWord + 1];
+  void collect(const Stored* x, int64_t count, Number bound, Hits* hits) const {
+    int32_t chosen[kMostWords];
     const int64_t units = choose_units<kInclusive>(bound, chosen);
     int64_t words = 0;
     const char* next = next_;
@@ -105,7 +119,7 @@ class SegmentMaxima {
           __builtin_prefetch(next + byte);
         }
         next += kBytesPerCompared;
-        const uint64_t bits = compare_word<kAbsolute, kInclusive>(x, i, count, bound);
+        const uint64_t bits = compare_word<kAbsolute, how<kInclusive>>(x, i, count, bound);
         hits->bits[words] = bits;
         hits->starts[words] = static_cast<int32_t>(i);
         words += bits != 0;
@@ -116,7 +130,7 @@ class SegmentMaxima {
 
   // The same for what is > bound and the first `ties` elements equal to it.
   template <bool kAbsolute, class Stored>
-  void collect_with_ties(const Stored* x, int64_t count, float bound, int64_t ties,
+  void collect_with_ties(const Stored* x, int64_t count, Number bound, int64_t ties,
                          Hits* hits) const {
     const int64_t width = blocks_in_unit() * block_;
     hits->words = 0;
@@ -126,8 +140,8 @@ class SegmentMaxima {
       }
       const int64_t begin = first * block_, end = begin + width < count ? begin + width : count;
       for (int64_t i = begin; i < end; i += kWord) {
-        uint64_t bits = compare_word<kAbsolute, false>(x, i, count, bound);
-        uint64_t equal = compare_word<kAbsolute, true>(x, i, count, bound) & ~bits;
+        uint64_t bits = compare_word<kAbsolute, how<false>>(x, i, count, bound);
+        uint64_t equal = compare_word<kAbsolute, how<true>>(x, i, count, bound) & ~bits;
         for (; equal != 0 && ties > 0; --ties) {
           bits |= equal & -equal;
           equal &= equal - 1;
@@ -140,12 +154,18 @@ class SegmentMaxima {
   }
 
  private:
+  static constexpr int64_t kLanes = Sum<Number>::kLanes;
+  template <bool kInclusive>
+  static constexpr Comparison how = kInclusive ? Comparison::kGreaterEqual : Comparison::kGreater;
+
+  static int64_t groups(int64_t count, int64_t block) { return groups_of<Number>(count, block); }
+
   template <bool kAbsolute, int64_t kBlock, class Stored>
   bool reduce(const Stored* x, int64_t count, int64_t ahead) {
     constexpr int64_t kSize = sizeof(Stored);
     constexpr int64_t kBlocksAhead = kBytesAhead / (kBlock * kSize);
     const int64_t whole = count / kBlock, part = whole / kPlaces;
-    NanSearch nan;
+    NanSearch<Lanes> nan;
     for (int64_t i = 0; i < part; ++i) {
       // past the end of a part comes its continuation in the next segment
       const int64_t later = i + kBlocksAhead;
@@ -162,41 +182,40 @@ class SegmentMaxima {
       reduce_block<kAbsolute, kBlock>(x, block, &nan);
     }
     blocks_ = whole;
-    bool ordered = !nan.found();
     if (whole * kBlock < count) {  // one more block, in part
-      float* maxima = maxima_ + blocks_++ * kFloatLanes;
-      store(maxima, broadcast(-std::numeric_limits<float>::infinity()));
-      for (int64_t i = whole * kBlock; i < count; ++i) {
-        const float value = compared<kAbsolute>(to_sum(x[i]));
-        ordered &= value == value;
-        if (value > maxima[i % kFloatLanes]) maxima[i % kFloatLanes] = value;
+      Lanes largest = broadcast(-std::numeric_limits<Number>::infinity());
+      for (int64_t i = whole * kBlock; i < count; i += kLanes) {
+        const Lanes lanes = load_existing<kAbsolute>(x, i, count);
+        nan.template see<0>(lanes, lanes);
+        largest = larger(lanes, largest);
       }
+      store(maxima_ + blocks_++ * kLanes, largest);
     }
-    return ordered;
+    return !nan.found();
   }
 
   template <bool kAbsolute, int64_t kBlock, class Stored>
-  void reduce_block(const Stored* x, int64_t block, NanSearch* nan) {
-    FloatLanes low, high;
+  void reduce_block(const Stored* x, int64_t block, NanSearch<Lanes>* nan) {
+    Lanes low, high;
     x += block * kBlock;
-    if constexpr (kBlock == kFloatLanes) {
+    if constexpr (kBlock == kLanes) {
       low = high = compared_lanes<kAbsolute>(load(x));
-      nan->see<0>(low, high);
+      nan->template see<0>(low, high);
     } else {
       load_compared<kAbsolute>(x, &low, &high);
-      nan->see<0>(low, high);
-      reduce_pairs<kAbsolute, 1, kBlock / (2 * kFloatLanes)>(x, &low, &high, nan);
+      nan->template see<0>(low, high);
+      reduce_pairs<kAbsolute, 1, kBlock / (2 * kLanes)>(x, &low, &high, nan);
     }
-    store(maxima_ + block * kFloatLanes, larger(low, high));
+    store(maxima_ + block * kLanes, larger(low, high));
   }
 
   // Pairs kPair to kPairs - 1 of a block's vectors.
   template <bool kAbsolute, int kPair, int kPairs, class Stored>
-  static void reduce_pairs(const Stored* x, FloatLanes* low, FloatLanes* high, NanSearch* nan) {
+  static void reduce_pairs(const Stored* x, Lanes* low, Lanes* high, NanSearch<Lanes>* nan) {
     if constexpr (kPair < kPairs) {
-      FloatLanes p, q;
-      load_compared<kAbsolute>(x + kPair * 2 * kFloatLanes, &p, &q);
-      nan->see<kPair>(p, q);
+      Lanes p, q;
+      load_compared<kAbsolute>(x + kPair * 2 * kLanes, &p, &q);
+      nan->template see<kPair>(p, q);
       *low = larger(p, *low);
       *high = larger(q, *high);
       reduce_pairs<kAbsolute, kPair + 1, kPairs>(x, low, high, nan);
@@ -204,27 +223,11 @@ class SegmentMaxima {
   }
 
   template <bool kAbsolute, class Stored>
-  static void load_compared(const Stored* x, FloatLanes* p, FloatLanes* q) {
+  static void load_compared(const Stored* x, Lanes* p, Lanes* q) {
     load_pair(x, p, q);
     keep_loaded(p, q);
     *p = compared_lanes<kAbsolute>(*p);
     *q = compared_lanes<kAbsolute>(*q);
-  }
-
-  // One bit for each element of the word at i that is > bound, or >= bound.
-  template <bool kAbsolute, bool kInclusive, class Stored>
-  static uint64_t compare_word(const Stored* x, int64_t i, int64_t count, float bound) {
-    uint64_t hits = 0;
-    if (i + kWord <= count) {
-      return compare_64<kInclusive>(
-          [&](int v) { return compared_lanes<kAbsolute>(load(x + i + v)); }, broadcast(bound));
-    }
-    for (int64_t at = i; at < count; ++at) {
-      const float value = compared<kAbsolute>(to_sum(x[at]));
-      const uint64_t hit = kInclusive ? value >= bound : value > bound;
-      hits |= hit << (at - i);
-    }
-    return hits;
   }
 
   // Blocks are read again in units of at least one word.
@@ -232,26 +235,26 @@ class SegmentMaxima {
 
   // Whether the unit that starts with block `first` holds an element > bound, or >= it.
   template <bool kInclusive>
-  bool unit_reaches(int64_t first, float bound) const {
-    const FloatLanes limit = broadcast(bound);
+  bool unit_reaches(int64_t first, Number bound) const {
+    const Lanes limit = broadcast(bound);
     const int64_t end = first + blocks_in_unit() < blocks_ ? first + blocks_in_unit() : blocks_;
     uint32_t reached = 0;
     for (int64_t b = first; b < end; ++b) {
-      reached |= reaching<kInclusive>(load(maxima_ + b * kFloatLanes), limit);
+      reached |= reaching<how<kInclusive>>(load(maxima_ + b * kLanes), limit);
     }
     return reached != 0;
   }
 
   // Writes the starts of the units that reach the bound, and returns how many these are.
   template <bool kInclusive>
-  int64_t choose_units(float bound, int32_t* chosen) const {
+  int64_t choose_units(Number bound, int32_t* chosen) const {
     const int64_t blocks = blocks_, block = block_;  // or each store would have them read again
-    const FloatLanes limit = broadcast(bound);
+    const Lanes limit = broadcast(bound);
     int64_t units = 0;
     if (blocks_in_unit() == 1) {
       for (int64_t b = 0; b < blocks; ++b) {
         chosen[units] = static_cast<int32_t>(b * block);
-        units += reaching<kInclusive>(load(maxima_ + b * kFloatLanes), limit) != 0;
+        units += reaching<how<kInclusive>>(load(maxima_ + b * kLanes), limit) != 0;
       }
       return units;
     }
@@ -265,8 +268,8 @@ class SegmentMaxima {
   int64_t segment_, block_ = kLargestBlock, blocks_ = 0;
   const char* next_ = nullptr;  // what is fetched while elements are collected
   union {
-    alignas(kCacheLineBytes) float maxima_[kMaximumGroups];
-    alignas(kCacheLineBytes) int32_t keys_of_row_[kShortRow];
+    alignas(kCacheLineBytes) Number maxima_[kMaximumGroups<Number>];
+    alignas(kCacheLineBytes) Key held_keys_[kHeldKeys<Number> + kLanes];
   };
 };
 

@@ -110,11 +110,10 @@ inline void select_smallest(const TopkArguments& call, int64_t begin, int64_t en
 inline void topk_smallest(const TopkArguments& call, int threads) {
   visit_dtype("topk", call.x.dtype, [&](auto stored) {
     using Stored = decltype(stored);
-    constexpr bool kNarrow = !std::is_same_v<Stored, double>;
     const int64_t rows = call.x.rows, n = call.x.columns;
     const int64_t row_bytes = n * static_cast<int64_t>(sizeof(Stored));
     const double nanoseconds =
-        nanoseconds_of_row(regime_for(kNarrow, n, 1, call.k), n, call.x.column_stride, call.k);
+        nanoseconds_of_row(regime_for<Stored>(n, 1, call.k), n, call.x.column_stride, call.k);
     const int team =
         useful_threads(rows < threads ? 1 : threads, nanoseconds * static_cast<double>(rows));
     const int64_t at_once =

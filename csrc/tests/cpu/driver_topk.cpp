@@ -1,5 +1,6 @@
-// Top-k against a stable sort, on random bit patterns (NaN, infinities, subnormals) and on rows
-// with many ties, in every dtype, layout and way of selecting.
+// Top-k against a stable sort, on random bit patterns (NaN, infinities, subnormals), on rows with
+// many ties or infinities and on numbers that differ in their lowest bits alone, in every dtype,
+// layout and way of selecting.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -15,6 +16,7 @@ namespace sparsekern::cpu {
 namespace {
 
 constexpr size_t kBytes[] = {4, 2, 2, 8};        // float32, bfloat16, float16, float64
+constexpr int kNeighbours = -1;                  // in the place of a number of patterns
 constexpr int kExponentBit[] = {23, 7, 10, 52};  // cleared, no value is infinite or NaN
 
 double decode(int dtype, uint64_t bits) {
@@ -52,11 +54,16 @@ class Check {
       : kernels_(kernels), dtype_(dtype), shape_(shape), order_(order), strided_(strided) {
     const size_t bytes = kBytes[dtype];
     x_.resize(static_cast<size_t>(shape.rows * shape.n) * bytes);
-    std::vector<uint64_t> choice(static_cast<size_t>(patterns));
+    std::vector<uint64_t> choice(static_cast<size_t>(patterns < 0 ? 1 : patterns));
     for (auto& bits : choice) bits = random() >> (64 - 8 * bytes);
     for (int64_t i = 0; i < shape.rows * shape.n; ++i) {
       uint64_t bits =
           patterns > 0 ? choice[random() % choice.size()] : random() >> (64 - 8 * bytes);
+      // neighbours, and now and then a number far from them
+      if (patterns == kNeighbours) {
+        bits = random() % 64 == 0 ? random() >> (64 - 8 * bytes) : choice[0] ^ (random() & 0x3f);
+      }
+      if (patterns == kInfinities && random() % 64 != 0) bits = kMinusInfinity[dtype];
       if (!with_nan) bits &= ~(uint64_t{1} << kExponentBit[dtype]);
       std::memcpy(x_.data() + i * bytes, &bits, bytes);
     }
@@ -144,17 +151,19 @@ class Check {
 
 int check_topk(const Kernels& kernels, Cases* cases) {
   // around vectors, blocks, segments and the bounds between the ways of selecting
-  const Shape shapes[] = {{1, 1, 1},       {3, 7, 7},       {2, 16, 3},      {2, 17, 16},
-                          {2, 33, 32},     {3, 500, 50},    {2, 512, 200},   {2, 1000, 1},
-                          {2, 2049, 512},  {2, 4096, 32},   {2, 4097, 32},   {2, 4111, 64},
-                          {2, 4096, 400},  {1, 9001, 512},  {2, 5000, 513},  {1, 5000, 1100},
-                          {1, 6000, 6000}, {1, 8192, 512},  {2, 32768, 40},  {1, 32769, 65},
-                          {1, 40000, 512}, {1, 200000, 40}, {1, 150000, 300}};
+  const Shape shapes[] = {{1, 1, 1},       {3, 7, 7},       {2, 16, 3},       {2, 17, 16},
+                          {2, 33, 32},     {3, 500, 50},    {2, 512, 200},    {2, 1000, 1},
+                          {2, 2049, 512},  {2, 4096, 32},   {2, 4097, 32},    {2, 4111, 64},
+                          {2, 4096, 400},  {1, 9001, 512},  {2, 5000, 513},   {1, 5000, 1100},
+                          {1, 6000, 6000}, {1, 8192, 512},  {2, 32768, 40},   {1, 32769, 65},
+                          {1, 40000, 512}, {1, 200000, 40}, {1, 150000, 300}, {3, 64, 40},
+                          {5, 65, 1},      {2, 200, 129},   {2, 3000, 1},     {1, 20000, 3000},
+                          {2, 1000, 999},  {1, 9000, 300},  {1, 33000, 1}};
   std::mt19937_64 random(7);
   int mismatches = 0;
   for (const Shape& shape : shapes) {
     for (int dtype = 0; dtype < 4; ++dtype) {
-      for (const int patterns : {0, 1, 2, 40}) {
+      for (const int patterns : {kInfinities, kNeighbours, 0, 1, 2, 40}) {
         const int flags = static_cast<int>(random() % 16);
         const Order order{(flags & 1) != 0, (flags & 2) != 0, (flags & 4) != 0, (flags & 8) != 0};
         const bool strided = random() % 3 == 0;
