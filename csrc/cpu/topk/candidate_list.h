@@ -8,6 +8,7 @@ namespace sparsekern::cpu::SPARSEKERN_ISA {
 
 constexpr int64_t kRarelyTightened = 64;  // a few candidates more cost less than a bisection
 
+// `Stored` is float or double.
 template <class Stored>
 class CandidateList {
  public:
@@ -23,11 +24,38 @@ class CandidateList {
   bool is_long() const { return count_ > 2 * k_ + kRarelyTightened; }
   bool has_room_for(int64_t count) const { return count_ + count <= kCapacity; }
 
-  // By ascending index, and only where there is room. Not kept, it is overwritten by the next one.
-  void append(Key key, int64_t index, bool keep = true) {
+  // By ascending index, and only where there is room.
+  void append(Key key, int64_t index) {
     keys_[count_] = key;
-    indices_[count_] = static_cast<uint32_t>(index);
-    count_ += keep;
+    indices_[count_++] = static_cast<uint32_t>(index);
+  }
+
+  // The same for those of 64 elements whose bit is set, without their keys; one bit is set.
+  void append_word(uint64_t bits, int64_t first) {
+    uint32_t* next = indices_ + count_;
+    count_ += __builtin_popcountll(bits);
+    // Most words have one bit or two, and no branch predictor could guess which. What is written
+    // for a bit that is not there is overwritten by the next word.
+    *next++ = static_cast<uint32_t>(first + __builtin_ctzll(bits));
+    bits &= bits - 1;
+    *next++ = static_cast<uint32_t>(first + (bits != 0 ? __builtin_ctzll(bits) : 0));
+    for (bits &= bits - 1; bits != 0; bits &= bits - 1) {
+      *next++ = static_cast<uint32_t>(first + __builtin_ctzll(bits));
+    }
+  }
+
+  // The keys of those that were appended without, from `begin` on: number_at(index) is what is
+  // compared.
+  template <class NumberAt>
+  void read_keys(int64_t begin, const NumberAt& number_at) {
+    for (int64_t i = begin; i < count_; ++i) {
+      const Stored number = number_at(indices_[i]);
+      std::memcpy(keys_ + i, &number, sizeof(number));
+    }
+    for (int64_t i = begin; i < count_; i += kKeyLanes<Key>) {
+      const auto keys = keys_of(bit_cast<typename Sum<Stored>::Lanes>(load_keys(keys_ + i)));
+      std::memcpy(keys_ + i, &keys, sizeof(keys));
+    }
   }
 
   // Keeps exactly the first k in the total order, of more than k, still by ascending index. Returns

@@ -89,23 +89,19 @@ class Candidates {
   // to be appended, which the next one removes.
   template <bool kAbsolute, class Stored>
   void append_hits(const Stored* x, int64_t base) {
+    const auto number_at = [&](uint32_t index) {
+      return compared<kAbsolute>(to_sum(x[index - base]));
+    };
+    int64_t begin = list_.count();
     for (int64_t w = 0; w < hits_.words; ++w) {
-      if (!list_.has_room_for(kWord)) tighten();
-      uint64_t bits = hits_.bits[w];
-      // Most words have one or two bits, and no branch predictor could guess which.
-      append<kAbsolute>(x, base, hits_.starts[w] + __builtin_ctzll(bits), true);
-      bits &= bits - 1;
-      const bool second = bits != 0;
-      append<kAbsolute>(x, base, hits_.starts[w] + (second ? __builtin_ctzll(bits) : 0), second);
-      for (bits &= bits - 1; bits != 0; bits &= bits - 1) {
-        append<kAbsolute>(x, base, hits_.starts[w] + __builtin_ctzll(bits), true);
+      if (!list_.has_room_for(kWord)) {
+        list_.read_keys(begin, number_at);
+        tighten();
+        begin = list_.count();
       }
+      list_.append_word(hits_.bits[w], base + hits_.starts[w]);
     }
-  }
-
-  template <bool kAbsolute, class Stored>
-  void append(const Stored* x, int64_t base, int64_t at, bool keep) {
-    list_.append(key_of(compared<kAbsolute>(to_sum(x[at]))), base + at, keep);
+    list_.read_keys(begin, number_at);
   }
 
   int64_t k_;

@@ -4,6 +4,8 @@
 // blocks whose maxima reach the bound are read again, from the cache.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/order/bound.h"
 #include "cpu/topk/regimes.h"
 #include "cpu/topk/words.h"
@@ -23,6 +25,8 @@ constexpr int64_t kBytesAhead = 8192;       // at each place
 constexpr int64_t kBytesPerCompared = 256;  // fetched while a word is compared
 
 constexpr int64_t kMostWords = kSegment<float> / kWord + 1;  // of a segment
+// Words that are chosen at most: a block more may be written than there are.
+constexpr int64_t kMostChosen = kMostWords + 2 * kLargestBlock / kWord;
 
 // The words of a segment that hold elements beyond a bound: where each starts, and a bit for each
 // such element.
@@ -107,49 +111,59 @@ class SegmentMaxima {
   // Which blocks and words these are no branch predictor can guess, so there is no branch.
   template <bool kAbsolute, bool kInclusive, class Stored>
   void collect(const Stored* x, int64_t count, Number bound, Hits* hits) const {
-    int32_t chosen[kMostWords];
-    const int64_t units = choose_units<kInclusive>(bound, chosen);
-    int64_t words = 0;
+    int32_t chosen[kMostChosen];
+    const int64_t words = choose_words<kInclusive>(count, bound, chosen);
+    const int64_t whole = words - (words > 0 && chosen[words - 1] + kWord > count);
+    const Lanes limit = broadcast(bound);
     const char* next = next_;
-    const int64_t width = blocks_in_unit() * block_;
-    for (int64_t c = 0; c < units; ++c) {
-      const int64_t end = chosen[c] + width < count ? chosen[c] + width : count;
-      for (int64_t i = chosen[c]; i < end; i += kWord) {
-        for (int64_t byte = 0; byte < kBytesPerCompared; byte += kCacheLineBytes) {
-          __builtin_prefetch(next + byte);
-        }
-        next += kBytesPerCompared;
-        const uint64_t bits = compare_word<kAbsolute, how<kInclusive>>(x, i, count, bound);
-        hits->bits[words] = bits;
-        hits->starts[words] = static_cast<int32_t>(i);
-        words += bits != 0;
+    int64_t noted = 0;
+    for (int64_t w = 0; w < whole; ++w) {
+      for (int64_t byte = 0; byte < kBytesPerCompared; byte += kCacheLineBytes) {
+        __builtin_prefetch(next + byte);
       }
+      next += kBytesPerCompared;
+      const Stored* word = x + chosen[w];
+      const uint64_t bits = compare_64<how<kInclusive>>(
+          [&](int v) { return compared_lanes<kAbsolute>(load(word + v)); }, limit);
+      hits->bits[noted] = bits;
+      hits->starts[noted] = chosen[w];
+      noted += bits != 0;
     }
-    hits->words = words;
+    if (whole < words) {
+      hits->bits[noted] = compare_word<kAbsolute, how<kInclusive>>(x, chosen[whole], count, bound);
+      hits->starts[noted] = chosen[whole];
+      noted += hits->bits[noted] != 0;
+    }
+    hits->words = noted;
   }
 
   // The same for what is > bound and the first `ties` elements equal to it.
   template <bool kAbsolute, class Stored>
   void collect_with_ties(const Stored* x, int64_t count, Number bound, int64_t ties,
                          Hits* hits) const {
-    const int64_t width = blocks_in_unit() * block_;
+    int32_t chosen[kMostChosen];
+    int64_t words = choose_words<true>(count, bound, chosen);
+    int64_t begin = 0;  // elements before it are done
     hits->words = 0;
-    for (int64_t first = 0; first < blocks_; first += blocks_in_unit()) {
-      if (!(ties > 0 ? unit_reaches<true>(first, bound) : unit_reaches<false>(first, bound))) {
-        continue;
+    const auto note = [&](int64_t i, uint64_t bits) {
+      hits->bits[hits->words] = bits;
+      hits->starts[hits->words] = static_cast<int32_t>(i);
+      hits->words += bits != 0;
+    };
+    for (int64_t w = 0; w < words && ties > 0; ++w) {
+      uint64_t bits = compare_word<kAbsolute, how<false>>(x, chosen[w], count, bound);
+      uint64_t equal = compare_word<kAbsolute, how<true>>(x, chosen[w], count, bound) & ~bits;
+      for (; equal != 0 && ties > 0; --ties) {
+        bits |= equal & -equal;
+        equal &= equal - 1;
       }
-      const int64_t begin = first * block_, end = begin + width < count ? begin + width : count;
-      for (int64_t i = begin; i < end; i += kWord) {
-        uint64_t bits = compare_word<kAbsolute, how<false>>(x, i, count, bound);
-        uint64_t equal = compare_word<kAbsolute, how<true>>(x, i, count, bound) & ~bits;
-        for (; equal != 0 && ties > 0; --ties) {
-          bits |= equal & -equal;
-          equal &= equal - 1;
-        }
-        if (bits == 0) continue;
-        hits->bits[hits->words] = bits;
-        hits->starts[hits->words++] = static_cast<int32_t>(i);
-      }
+      note(chosen[w], bits);
+      begin = chosen[w] + kWord;
+    }
+    words = choose_words<false>(count, bound, chosen);
+    for (int64_t w = 0; w < words; ++w) {
+      if (chosen[w] < begin) continue;
+      note(chosen[w], compare_word<kAbsolute, how<false>>(x, chosen[w], count, bound));
     }
   }
 
@@ -230,39 +244,39 @@ class SegmentMaxima {
     *q = compared_lanes<kAbsolute>(*q);
   }
 
-  // Blocks are read again in units of at least one word.
-  int64_t blocks_in_unit() const { return block_ < kWord ? kWord / block_ : 1; }
-
-  // Whether the unit that starts with block `first` holds an element > bound, or >= it.
+  // Writes the starts of the words whose blocks reach the bound, and returns how many these are. A
+  // block is at least one word, or a word is several blocks.
   template <bool kInclusive>
-  bool unit_reaches(int64_t first, Number bound) const {
-    const Lanes limit = broadcast(bound);
-    const int64_t end = first + blocks_in_unit() < blocks_ ? first + blocks_in_unit() : blocks_;
-    uint32_t reached = 0;
-    for (int64_t b = first; b < end; ++b) {
-      reached |= reaching<how<kInclusive>>(load(maxima_ + b * kLanes), limit);
-    }
-    return reached != 0;
-  }
-
-  // Writes the starts of the units that reach the bound, and returns how many these are.
-  template <bool kInclusive>
-  int64_t choose_units(Number bound, int32_t* chosen) const {
+  int64_t choose_words(int64_t count, Number bound, int32_t* chosen) const {
     const int64_t blocks = blocks_, block = block_;  // or each store would have them read again
     const Lanes limit = broadcast(bound);
-    int64_t units = 0;
-    if (blocks_in_unit() == 1) {
-      for (int64_t b = 0; b < blocks; ++b) {
-        chosen[units] = static_cast<int32_t>(b * block);
-        units += reaching<how<kInclusive>>(load(maxima_ + b * kLanes), limit) != 0;
+    const auto reached = [&](int64_t b) {
+      return reaching<how<kInclusive>>(load(maxima_ + b * kLanes), limit);
+    };
+    int64_t words = 0;
+    if (block < kWord) {
+      const int64_t blocks_of_word = kWord / block;
+      for (int64_t first = 0; first < blocks; first += blocks_of_word) {
+        uint32_t any = 0;
+        for (int64_t b = first; b < first + blocks_of_word && b < blocks; ++b) any |= reached(b);
+        chosen[words] = static_cast<int32_t>(first * block);
+        words += any != 0;
       }
-      return units;
+      return words;
     }
-    for (int64_t first = 0; first < blocks; first += blocks_in_unit()) {
-      chosen[units] = static_cast<int32_t>(first * block);
-      units += unit_reaches<kInclusive>(first, bound);
-    }
-    return units;
+    const auto choose = [&](auto words_of_block) {
+      for (int64_t b = 0; b < blocks; ++b) {
+        for (int64_t w = 0; w < words_of_block; ++w) {
+          chosen[words + w] = static_cast<int32_t>((b * words_of_block + w) * kWord);
+        }
+        words += reached(b) != 0 ? words_of_block : 0;
+      }
+    };
+    if (block == kWord) choose(std::integral_constant<int64_t, 1>());
+    if (block == 2 * kWord) choose(std::integral_constant<int64_t, 2>());
+    if (block == 4 * kWord) choose(std::integral_constant<int64_t, 4>());
+    while (words > 0 && chosen[words - 1] >= count) --words;  // the last block is partial
+    return words;
   }
 
   int64_t segment_, block_ = kLargestBlock, blocks_ = 0;

@@ -15,8 +15,10 @@ namespace sparsekern::cpu {
 
 namespace {
 
-constexpr size_t kBytes[] = {4, 2, 2, 8};        // float32, bfloat16, float16, float64
-constexpr int kNeighbours = -1;                  // in the place of a number of patterns
+constexpr size_t kBytes[] = {4, 2, 2, 8};  // float32, bfloat16, float16, float64
+// In the place of a number of patterns.
+constexpr int kNeighbours = -1, kInfinities = -2;
+constexpr uint64_t kMinusInfinity[] = {0xff800000, 0xff80, 0xfc00, 0xfff0000000000000};
 constexpr int kExponentBit[] = {23, 7, 10, 52};  // cleared, no value is infinite or NaN
 
 double decode(int dtype, uint64_t bits) {
