@@ -6,7 +6,7 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
+#include <limits>
 
 #include "cpu/common/buffer.h"
 #include "cpu/common/dtypes.h"
