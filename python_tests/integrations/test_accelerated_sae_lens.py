@@ -141,6 +141,24 @@ def test_inference(shape, rescale):
     torch.testing.assert_close(dense, slow.encode(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("threshold", [0.0, 1.0, 4.0, -1.0])
+def test_jumprelu(threshold):
+    """As which BatchTopK is saved for inference."""
+    sae = sae_lens.JumpReLUSAE(sae_lens.JumpReLUSAEConfig(d_in=D, d_sae=N))
+    randomize(sae)
+    with torch.no_grad():
+        sae.threshold.copy_(threshold + 0.1 * torch.rand(N))
+    slow, fast = pair(sae)
+    for x in (batch(), batch(0, 2, 3), batch(0, 1)[0]):
+        check_equal(
+            slow, fast, lambda sae, x=x: (sae.encode(x), sae(x)),
+            lambda out: out[0].sum() + out[1].square().sum(),
+        )  # fmt: skip
+    values, indices = fast.encode_sparse(batch())
+    dense = torch.zeros(ROWS, N).scatter_add(-1, indices, values)
+    torch.testing.assert_close(dense, slow.encode(batch()), rtol=1e-5, atol=1e-5)
+
+
 def test_sparse_activations_stay_sparse():
     slow, fast = pair(make(use_sparse_activations=True, rescale_acts_by_decoder_norm=False))
     one, two = slow.encode(batch()), fast.encode(batch())

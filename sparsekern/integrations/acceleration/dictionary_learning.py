@@ -20,6 +20,7 @@ from .encoders import (
     late_inside,
     late_scores,
     runs_on_codes,
+    threshold_activations,
     topk_activations,
 )
 from .late import dense, late_tensor
@@ -52,9 +53,11 @@ class AutoEncoderTopK(_Dictionary):
 
     def encode(self, x: Tensor, return_topk: bool = False, use_threshold: bool = False) -> Any:
         """Return the activations, dense; with return_topk late ones, codes, and late scores."""
-        if use_threshold or not runs_on_codes(x, self.encoder):
+        if (use_threshold and return_topk) or not runs_on_codes(x, self.encoder):
             return super().encode(x, return_topk, use_threshold)
         scores = Scores(x, self.encoder.weight, self.encoder.bias, self.b_dec, None)
+        if use_threshold:
+            return as_returned(threshold_activations(self, scores, self.threshold))
         codes = topk_activations(scores, int(self.k))
         if not return_topk:
             return as_returned(late_tensor(codes))
@@ -69,10 +72,14 @@ class BatchTopKSAE(_Dictionary):
 
     def encode(self, x: Tensor, return_active: bool = False, use_threshold: bool = True) -> Any:
         """Return the activations, dense; with return_active late, active latents, late scores."""
+        all_used = self._used() is None
         found = None
-        if not use_threshold and runs_on_codes(x, *self._encoder_modules()):
+        if runs_on_codes(x, *self._encoder_modules()):
             scores = self._scores(x)
-            found = batch_topk_activations(self, scores, int(self.k), self._used())
+            if use_threshold and all_used and not return_active:
+                return as_returned(threshold_activations(self, scores, self.threshold))
+            if not use_threshold:
+                found = batch_topk_activations(self, scores, int(self.k), self._used())
         if found is None:
             return super().encode(x, return_active, use_threshold)
         if not return_active:
@@ -87,6 +94,7 @@ class BatchTopKSAE(_Dictionary):
         return Scores(x, self.encoder.weight, self.encoder.bias, self.b_dec, None)
 
     def _used(self) -> int | None:
+        """Return the number of latents in use, None for all."""
         return None
 
 
@@ -102,7 +110,8 @@ class MatryoshkaBatchTopKSAE(BatchTopKSAE):
         return Scores(x, self.W_enc.t(), self.b_enc, self.b_dec, None)
 
     def _used(self) -> int | None:
-        return int(self.group_indices[self.active_groups])
+        end = int(self.group_indices[self.active_groups])
+        return None if end == self.dict_size else end
 
 
 _METHODS = ("encode", "forward")

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from ...nn.codes import codes_where
 from ...nn.hooks import has_hooks
-from ...nn.scores import Scores, Width, select_largest_of_batch, sizes_are_fixed
+from ...nn.scores import (
+    Scores,
+    Width,
+    select_above,
+    select_largest_of_batch,
+    sizes_are_fixed,
+)
 from ...ops.codes import Codes
 from ...ops.transpose_codes import transpose_codes
 from .late import LateCodes, LateScores, LateTensor, content_of, dense, late_tensor
@@ -88,6 +94,31 @@ def batch_topk_activations(
     transposition = transpose_codes(indices, scores.latents)
     values = torch.where(kept, scores.at(indices, transposition).relu(), 0)
     return LateCodes(values, indices, scores.latents, transposition)
+
+
+def threshold_activations(module: nn.Module, scores: Scores, threshold: Tensor) -> Tensor:
+    """Return the activations of scores above a threshold and above zero.
+
+    They are late, or dense where rows have so many that this is faster.
+
+    Args:
+        module: whose activations they are.
+        scores: of all latents.
+        threshold: [N], or 0-d for all latents.
+    """
+    width = _WIDTHS.setdefault(module, Width())
+    lowest = threshold.detach().clamp_min(0)
+    if threshold.dim():
+        selected = select_above(scores, 0.0, width, lowest)
+    else:
+        selected = select_above(scores, lowest, width)
+    if isinstance(selected, Tensor):
+        return torch.where(selected > lowest, selected, 0)
+    indices, transposition = selected
+    z = scores.at(indices, transposition)
+    at_codes = lowest[indices] if threshold.dim() else lowest
+    values = torch.where(z > at_codes, z, 0)
+    return late_tensor(LateCodes(values, indices, scores.latents, transposition))
 
 
 def codes_of(activations: Tensor) -> Codes:

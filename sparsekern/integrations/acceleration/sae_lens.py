@@ -1,4 +1,4 @@
-"""SAELens: its TopK and BatchTopK autoencoders, with their matryoshka form, and TopK layers.
+"""SAELens: TopK, BatchTopK, matryoshka and (for inference) JumpReLU autoencoders; TopK layers.
 
 The activations that the training pass hands to the losses and to the trainer are late tensors
 (late.py), so SAELens' own decoder, AuxK and counts run on codes. A hook on the pre- or
@@ -21,6 +21,7 @@ from .encoders import (
     late_inside,
     late_scores,
     runs_on_codes,
+    threshold_activations,
     topk_activations,
 )
 from .late import LateCodes, LateTensor, content_of, late_tensor
@@ -31,7 +32,37 @@ _TOPK, _BATCH_TOPK = "sae_lens.saes.topk_sae", "sae_lens.saes.batchtopk_sae"
 
 
 class _Autoencoder(Methods):
-    """What training and inference have in common."""
+    """What all of them have in common."""
+
+    __slots__ = ()
+
+    def encode_sparse(self, x: Tensor) -> Codes:
+        """Return the codes of x: values [..., k] and indices int64 [..., k]."""
+        with late_inside():
+            return codes_of(self.encode(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruct x, by SAELens' own forward pass."""
+        with late_inside():
+            return super().forward(x)
+
+
+class JumpReLUSAE(_Autoencoder):
+    """sae_lens.JumpReLUSAE, as which BatchTopK autoencoders are saved."""
+
+    __slots__ = ()
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the activations of x, dense."""
+        hooked = (self.hook_sae_acts_pre, self.hook_sae_acts_post, self.activation_fn)
+        if type(self.activation_fn) is not nn.ReLU or not runs_on_codes(x, *hooked):
+            return super().encode(x)
+        scores = Scores(self.process_sae_in(x), self.W_enc.t(), self.b_enc, None, None)
+        return as_returned(threshold_activations(self, scores, self.threshold))
+
+
+class _TopKAutoencoder(_Autoencoder):
+    """What training and inference of TopK have in common."""
 
     __slots__ = ()
 
@@ -67,18 +98,8 @@ class _Autoencoder(Methods):
         out = self.run_time_activation_norm_fn_out(self.hook_sae_recons(out))
         return self.reshape_fn_out(out, self.d_head)
 
-    def encode_sparse(self, x: Tensor) -> Codes:
-        """Return the codes of x: values [..., k] and indices int64 [..., k]."""
-        with late_inside():
-            return codes_of(self.encode(x))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Reconstruct x, by SAELens' own forward pass."""
-        with late_inside():
-            return super().forward(x)
-
-
-class TopKSAE(_Autoencoder):
+class TopKSAE(_TopKAutoencoder):
     """sae_lens.TopKSAE."""
 
     __slots__ = ()
@@ -91,7 +112,7 @@ class TopKSAE(_Autoencoder):
         return as_returned(found[0])
 
 
-class TopKTrainingSAE(_Autoencoder):
+class TopKTrainingSAE(_TopKAutoencoder):
     """sae_lens.TopKTrainingSAE and what is derived from it."""
 
     __slots__ = ()
@@ -150,6 +171,10 @@ REPLACEMENTS = (
     ),
     Replacement(
         _TOPK, "TopKSAE", TopKSAE, ("encode", "decode", "forward"),
+        "encoder, selection and decoder",
+    ),
+    Replacement(
+        "sae_lens.saes.jumprelu_sae", "JumpReLUSAE", JumpReLUSAE, ("encode", "forward"),
         "encoder, selection and decoder",
     ),
     _LAYER,
