@@ -35,6 +35,7 @@ HEADLINES = (
         "codes times dictionary, and gradients",
     ),
     ("SparseAutoencoder", "forward+backward", "eai-sparsify", "SAE training step"),
+    ("accelerate", "forward+backward", "sae-lens", "SAELens' own training step"),
     ("adam_step", "forward", "fused Adam, projection, normalization", "Adam, unit-norm dictionary"),
     ("channel_threshold", "forward", "torch.kthvalue", "quantile of each channel"),
     ("pointwise_conv", "forward+backward", "F.conv2d", "1x1 convolution of few activations"),

@@ -73,7 +73,7 @@ class Line:
             target.requirement(),
             verdict if target.required else "",
             f"{row['roofline_fraction']:.0%} of {row['roof']}" if row["roof"] else "",
-            _size(peak_of(row) if target.beyond_gradients else row["peak_allocated_bytes"]),
+            _size(peak_of(row) if target.with_gradients else row["peak_allocated_bytes"]),
             _size(row["peer_peak_allocated_bytes"]),
         )
 
@@ -138,7 +138,8 @@ def provenance(lines: Sequence[Line]) -> list[str]:
         if not rows:
             continue
         last = max(rows, key=lambda row: row["date"])
-        where = last["gpu"] if device == "cuda" else f"{last['cpu']}, {last['threads']} threads"
+        threads = " or ".join(str(count) for count in sorted({row["threads"] for row in rows}))
+        where = last["gpu"] if device == "cuda" else f"{last['cpu']}, {threads} threads"
         dates = sorted({row["date"][:10] for row in rows})
         commits = sorted({row["commit"] for row in rows})
         said.append(

@@ -123,6 +123,11 @@ class Target:
         return key_of({**values, "backend": self.backend, "peer": self.peer})
 
     @property
+    def with_gradients(self) -> bool:
+        """Whether our peak is shown with memory that native code takes, as that of gradients."""
+        return self.beyond_gradients is not None or self.workload.op == "accelerate"
+
+    @property
     def required(self) -> bool:
         """Whether the line has to reach anything."""
         return self.bar is not None or self.beyond_gradients is not None
