@@ -75,6 +75,10 @@ def sparse_matmul(
         >>> sparsekern.sparse_matmul(values, indices, torch.eye(3)).tolist()
         [[2.0, 0.0, 1.0]]
     """
+    if transposition is None:
+        quick = operation.quick_product(values, indices, weight, bias)
+        if quick is not None:
+            return quick
     check_codes("sparse_matmul", values, indices)
     check_dictionary(values, weight, bias)
     check_transposition("sparse_matmul", transposition, indices, weight.shape[0])

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from ...dispatch.operations import define
+from ...dispatch.fast_path import NOTHING, left_to_torch
+from ...dispatch.launch import INDEX_TAGS
+from ...dispatch.operations import define, operations
 from ..checks import check_range
 from ..codes import shift_by_entry
 from ..layout import contiguous_matrix, empty_like_dictionary, matrix_of, sum_dtype, unit_stride
@@ -247,6 +249,35 @@ sparse_matmul = define(
     autocast=_autocast,
     owned=True,
 )
+_operation = operations["sparse_matmul"]
+
+
+def quick_product(
+    values: torch.Tensor, indices: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Return the product of matrices where nothing but the CPU's kernel is needed; else None.
+
+    The arguments need not be checked: what is not right is left to other ways.
+    """
+    if not (isinstance(values, torch.Tensor) and isinstance(indices, torch.Tensor)):
+        return None
+    if bias is not None or not isinstance(weight, torch.Tensor):
+        return None
+    if left_to_torch((values, indices, weight)) != NOTHING:
+        return None
+    if not (values.is_cpu and indices.is_cpu and weight.is_cpu):
+        return None
+    if values.dtype != weight.dtype or indices.dtype not in INDEX_TAGS:
+        return None
+    if values.dim() != 2 or weight.dim() != 2 or values.shape != indices.shape:
+        return None
+    if not (values.is_contiguous() and indices.is_contiguous() and weight.is_contiguous()):
+        return None
+    if not (values.numel() and weight.numel() and _operation.runs_natively(values)):
+        return None
+    return native.sparse_matmul(values, indices, weight, None)
+
+
 sparse_matmul_backward = define(
     "sparse_matmul_backward",
     "(Tensor grad, Tensor values, Tensor indices, Tensor weight, bool need_values,"
