@@ -102,6 +102,23 @@ def test_large_k_is_sorted(target, counted, dtype, k):
     counted()
 
 
+@pytest.mark.slow_on("triton-interpreter")
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_zeros_between_infinities(target, counted, dtype):
+    """Half of the way from -inf to +inf lie the zeros: a search that begins there meets them."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.tensor([torch.inf, 0.0, -0.0, 0.0, -0.0, 0.0, -1.0, -torch.inf]).to(dtype)
+    for n in (4097, 9000):
+        x = numbers[torch.randint(len(numbers), (2, n), generator=generator)].to(target.device)
+        for k in (600, n // 2, n - 1, n):
+            for largest in (True, False):
+                codes = sparsekern.topk(x, k, largest=largest)
+                expected = topk_reference(x.cpu(), k, True, False, False, False, not largest)
+                testing.assert_same("values", codes.values, expected[0])
+                testing.assert_same("indices", codes.indices, expected[1])
+                counted()
+
+
 def test_leading_dimensions(target):
     x = torch.randn(2, 3, 4, 9, device=target.device)
     values, indices = sparsekern.topk(x, 2)

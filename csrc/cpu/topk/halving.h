@@ -112,7 +112,9 @@ class Halving {
 
   // The keys inside the interval -> held_, padded; returns how many.
   int64_t hold(const Range<Key>& range) const {
-    const Lanes low = broadcast(number_of(range.low)), high = broadcast(number_of(range.high));
+    // -1 is the key of -0, which no element has: as a number it would be equal to those with key 0.
+    const Key highest = range.high == -1 ? -2 : range.high;
+    const Lanes low = broadcast(number_of(range.low)), high = broadcast(number_of(highest));
     int64_t count = 0;
     for (int64_t i = 0; i < n_; i += kLanes) {
       const Lanes lanes = load_existing<kAbsolute>(x_, i, n_);
