@@ -22,13 +22,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from cases import peers
-from cases.problem import Problem
 from measuring.checkout import RESULTS, sparsekern
-from measuring.timing import Effort
 from rows import append
 from targets import ACCELERATED_TARGETS, Workload
 from workloads import describe, measure_workload
+
+from sparsekern.benchmarks import peers
+from sparsekern.benchmarks.problem import Problem
+from sparsekern.benchmarks.timing import Effort
 
 Step = Callable[[], torch.Tensor]
 Model = tuple[torch.nn.Module, Step, Step]

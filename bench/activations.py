@@ -23,13 +23,14 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
-from cases.problem import Problem
 from measuring.checkout import RESULTS
-from measuring.timing import summary
 from rows import Row, append
 from targets import STORE_BYTES, Target, activation_store
-from workloads import Outcome, describe, row_of
+from workloads import describe, judged
 
+from sparsekern.benchmarks.measure import Comparison, Outcome, row_of
+from sparsekern.benchmarks.problem import Problem
+from sparsekern.benchmarks.timing import summary
 from sparsekern.data import ActivationStore, write_activations
 
 DTYPES = ("float16", "float32")
@@ -111,7 +112,9 @@ def row(target: Target, seconds: dict[str, list[float]], dtype: str) -> Row:
         formula="the file read once",
         roof=None,
     )
-    return row_of(problem, target, Outcome(None, 0.0, None), timings, {})
+    comparison = Comparison(target.backend, target.peer)
+    made = row_of(problem, workload, comparison, Outcome(None, 0.0, None), timings, {})
+    return judged(made, target)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases.peers import usable
-from cases.problem import Problem
 from measuring.checkout import RESULTS
-from measuring.timing import Effort, automatic, forced
 from rows import append
-from targets import EXTRAS, TARGETS, Target, Workload, by_workload
+from targets import EXTRAS, TARGETS, Target, Workload, by_workload, usable
 from workloads import SERVED_BY, describe, measure_workload
+
+from sparsekern.benchmarks.problem import Problem
+from sparsekern.benchmarks.timing import Effort, automatic, forced
 
 REPORT = pytest.StashKey[list[str]]()
 SHOWN = ("median_ms", "peer", "peer_median_ms", "ratio", "requirement", "reached", "gbps")

@@ -4,42 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from html import escape
 from typing import NamedTuple
 
 from table import Line
-from targets import ITSELF
+
+from sparsekern.benchmarks.cases.topk import ITSELF
+from sparsekern.benchmarks.figures import drawing, written
 
 STEP = ("SparseAutoencoder", 1024, 768, 16384, 32)
 STEP_PEERS = ("eai-sparsify", "dictionary-learning", "sae-lens")
-# Narrow, so that it can be read on a phone.
-WIDTH = 480
-# Dark mode: that of the system where the figure is a picture, that of the site where it is a part
-# of a page (docs/style/site.css).
-STYLE = """\
-<style>
-.rows{--ink:#1f2328;--faint:#59636e;--ours:#0b7285;--other:#868e96;--line:#d1d9e0}
-@media(prefers-color-scheme:dark){
-.rows{--ink:#e6edf3;--faint:#9da7b1;--ours:#3bc9db;--other:#868e96;--line:#3d444d}}
-.rows{font:14px system-ui,sans-serif}.rows text{fill:var(--ink)}
-.rows .faint{fill:var(--faint);font-size:12px}.rows .head{font-weight:600}
-.rows .ours{fill:var(--ours)}.rows .other{fill:var(--other)}.rows .axis{stroke:var(--line)}
-</style>"""
-
-
-def drawing(height: float, label: str, parts: Sequence[str]) -> str:
-    """Put parts into an SVG with the style of all figures."""
-    opening = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="rows" viewBox="0 0 {WIDTH} {height:g}" '
-        f'width="{WIDTH}" role="img" aria-label="{escape(label)}">'
-    )
-    return "\n".join([opening, STYLE, *parts, "</svg>\n"])
-
-
-def written(x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> str:
-    """Write a line of text; kind is a class of the style."""
-    kind = f' class="{kind}"' if kind else ""
-    return f'<text x="{x:g}" y="{y:g}"{kind} text-anchor="{anchor}">{escape(text)}</text>'
 
 
 class Strip(NamedTuple):

@@ -20,7 +20,9 @@ from pathlib import Path
 from figures import dead_units, motif_errors, ratios, training_step
 from rows import load
 from table import Line, newest, origins, provenance
-from targets import CPU_TARGETS, GPU_TARGETS, ITSELF
+from targets import CPU_TARGETS, GPU_TARGETS
+
+from sparsekern.benchmarks.cases.topk import ITSELF
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"

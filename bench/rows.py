@@ -55,8 +55,3 @@ def load(folder: Path) -> list[Row]:
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}: line {number} is not JSON: {error}") from None
     return sorted(rows, key=lambda row: row["date"])
-
-
-def rounded(number: float | None, digits: int = 5) -> float | None:
-    """A number with so many significant digits; None stays None."""
-    return None if number is None else float(f"{number:.{digits}g}")

@@ -20,12 +20,12 @@ from pathlib import Path
 
 import pages
 import torch
-from cases.peers import usable
 from measuring.checkout import RESULTS, sparsekern
-from measuring.timing import Effort
 from rows import append
-from targets import RUN, TARGETS, Target, by_workload
+from targets import RUN, TARGETS, Target, by_workload, usable
 from workloads import describe, measure_workload
+
+from sparsekern.benchmarks.timing import Effort
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,10 +18,12 @@ from pathlib import Path
 
 import torch
 from measuring.checkout import RESULTS
-from measuring.timing import Effort
 from rows import append
-from targets import Target, Workload
+from targets import Target
 from workloads import describe, measure_workload
+
+from sparsekern.benchmarks.timing import Effort
+from sparsekern.benchmarks.workload import Workload
 
 WIDTHS = (4096, 16384, 65536, 262144, 1048576)
 KS = (8, 32, 64, 128, 512)

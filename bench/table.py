@@ -18,7 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rows import Row, load
-from targets import BY_CHANNEL, CPU_TARGETS, GPU_TARGETS, ITSELF, MIB, RUN, Target, key_of, peak_of
+from targets import CPU_TARGETS, GPU_TARGETS, MIB, RUN, Target, key_of
+
+from sparsekern.benchmarks.cases.topk import ITSELF
+from sparsekern.benchmarks.measure import peak_of
+from sparsekern.benchmarks.workload import BY_CHANNEL
 
 RESULTS = Path(__file__).resolve().parent / "results"
 HEADER = (

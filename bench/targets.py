@@ -1,13 +1,14 @@
-"""The speed table as data: what is measured, against what, and the bar it has to reach.
-
-Nothing here needs torch, so that `table.py` can reprint committed rows anywhere.
-"""
+"""The speed table as data: what is measured, against what, and the bar it has to reach."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
+
+from sparsekern.benchmarks import peers
+from sparsekern.benchmarks.cases.topk import ITSELF
+from sparsekern.benchmarks.workload import BY_CHANNEL, Workload
 
 TOPK_SIZES = ((512, 4096, 32), (256, 32768, 32), (64, 131072, 64), (16, 1048576, 32))
 PRODUCT_SIZES = ((1024, 32, 16384, 768), (1024, 64, 32768, 2048))
@@ -20,80 +21,12 @@ HARD = (
     ("few values", "bfloat16"),
     ("ties", "bfloat16"),
 )
-DENSE_INPUT = (
-    "linear_topk", "SparseAutoencoder", "training step", "SparseBottleneck", "VAE-SAE step",
-    "accelerate",
-)  # fmt: skip
-# Operations on tensors with channels.
-BY_CHANNEL = ("channel_threshold", "SpatialSparsity", "pointwise_conv")
 CONV_DENSITY = 1e-3
-ITSELF = "itself, normal data"
 RUN = "python bench/run.py"
 STORE = "python bench/activations.py"
 ACCELERATED = "python bench/accelerated.py"
 MIB = 2**20
 STORE_BYTES = 4 * 10**9
-
-
-@dataclass(frozen=True)
-class Workload:
-    """One thing to time: an operation, its sizes, and what its input looks like.
-
-    Sizes that an operation does not have are 0. rows: of the input, or of a batch; n: latents;
-    k: how many are kept; d: features of the dense side. Operations BY_CHANNEL have rows entries of
-    channels at positions, of which the share density is kept or active; outputs: channels of the
-    convolution's output. file_rows: rows of an activation file.
-    """
-
-    op: str
-    rows: int = 0
-    n: int = 0
-    k: int = 0
-    d: int = 0
-    dtype: str = "float32"
-    mode: str = "forward"
-    fill: str = "normal"
-    layout: str = "row-major"
-    device: str = "cpu"
-    autocast: str = ""
-    channels: int = 0
-    positions: int = 0
-    outputs: int = 0
-    density: float = 0.0
-    file_rows: int = 0
-
-    @property
-    def case(self) -> str:
-        """The sizes, in the order in which the operation's arguments name them."""
-        if self.op == "sparse_matmul":
-            return f"B={self.rows} k={self.k} n={self.n} d={self.d}"
-        if self.op in DENSE_INPUT:
-            return f"B={self.rows} d={self.d} n={self.n} k={self.k}"
-        if self.op == "adam_step":
-            return f"two {self.n} x {self.d} matrices"
-        if self.op == "count_active":
-            return f"{self.rows * self.k} codes n={self.n}"
-        if self.op in BY_CHANNEL:
-            shape = f"({self.rows}, {self.channels}, {self.positions})"
-            if self.layout == "row-major":
-                shape = f"({self.rows * self.positions}, {self.channels})"
-            if self.op == "pointwise_conv":
-                return f"{shape} to {self.outputs} channels, density {self.density:g}"
-            return f"{shape}, density {self.density:.1g}"
-        if self.op == "ActivationStore":
-            return f"{self.file_rows * self.d * 2 / 1e9:.3g} GB, d={self.d}, batches of {self.rows}"
-        return f"B={self.rows} n={self.n} k={self.k}"
-
-    def __str__(self) -> str:
-        plain = {"forward", "normal", "row-major", "cpu"}
-        extras = [e for e in (self.mode, self.fill, self.layout, self.device) if e not in plain]
-        extras += [f"{self.autocast} autocast"] * bool(self.autocast)
-        return " ".join([self.op, self.case, self.dtype, *extras])
-
-    @property
-    def gradient_bytes(self) -> int:
-        """What the gradients of an autoencoder take: two matrices, two biases, in float32."""
-        return 4 * (2 * self.n * self.d + self.n + self.d)
 
 
 @dataclass(frozen=True)
@@ -173,13 +106,6 @@ def _renamed_sizes(row: dict[str, Any]) -> dict[str, Any]:
     if row["op"] == "ActivationStore":
         return {"file_rows": row["n"], "n": 0, "k": 0}
     return {"rows": 0, "k": 0} if row["op"] == "adam_step" else {}
-
-
-def peak_of(row: dict[str, Any]) -> int | None:
-    """The peak of our extra memory that a requirement is held to: the larger of torch's
-    allocations and the rise of the resident set, since either may miss something."""
-    figures = (row["peak_allocated_bytes"], row["peak_resident_bytes"])
-    return max((figure for figure in figures if figure is not None), default=None)
 
 
 def _topk(sizes: tuple[int, int, int], **more: Any) -> Workload:
@@ -342,14 +268,21 @@ TARGETS = CPU_TARGETS + GPU_TARGETS
 EXTRAS = tuple(_extras())
 
 
-def peers_of(workload: Workload) -> list[str]:
-    """What the table compares a workload with."""
-    return [target.peer for target in TARGETS if target.workload == workload]
-
-
 def by_workload(targets: Iterable[Target]) -> dict[Workload, list[Target]]:
     """Lines that share a workload are measured in one interleaved loop."""
     groups: dict[Workload, list[Target]] = {}
     for target in targets:
         groups.setdefault(target.workload, []).append(target)
     return groups
+
+
+def usable(targets: Iterable[Target]) -> tuple[list[Target], list[str]]:
+    """The targets whose peers can be used here, and a sentence for each peer that cannot."""
+    kept, left_out = [], {}
+    for target in targets:
+        reason = peers.trouble(target.peer)
+        if reason is None:
+            kept.append(target)
+        else:
+            left_out[target.peer] = f"the lines against {target.peer} are left out: {reason}"
+    return kept, list(left_out.values())

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from measuring.checkout import sparsekern
-from targets import Workload
 
-from cases.problem import Problem, check_exact
+from sparsekern.benchmarks.problem import Problem, check_exact
+from sparsekern.benchmarks.workload import Workload
 
 OPS = ("count_active",)
 COUNT_BYTES = 8

@@ -12,10 +12,10 @@ import math
 
 import torch
 from measuring.checkout import sparsekern, testing
-from measuring.timing import forced
-from targets import Workload
 
-from cases.problem import Problem, Tensors, check_exact
+from sparsekern.benchmarks.problem import Problem, Tensors, check_exact
+from sparsekern.benchmarks.timing import forced
+from sparsekern.benchmarks.workload import Workload
 
 OPS = ("channel_threshold", "SpatialSparsity", "pointwise_conv")
 F = torch.nn.functional

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from measuring.timing import forced
-from targets import Workload
 
-from cases import peers
-from cases.problem import Problem, region
+from sparsekern.benchmarks import peers
+from sparsekern.benchmarks.problem import Problem, region
+from sparsekern.benchmarks.timing import forced
+from sparsekern.benchmarks.workload import Workload
 from sparsekern.models import SparseAutoencoder
 from sparsekern.optim import Adam
 from sparsekern.sae.statistics import squared_error, total_variance

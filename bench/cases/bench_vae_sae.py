@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 import torch
 from measuring.checkout import sparsekern, testing
-from measuring.timing import forced
-from targets import Workload
 
-from cases.problem import Problem, Tensors, region
+from sparsekern.benchmarks.problem import Problem, Tensors, region
+from sparsekern.benchmarks.timing import forced
+from sparsekern.benchmarks.workload import Workload
 from sparsekern.models import VAESAE, SparseBottleneck, vae_sae_loss
 
 OPS = ("SparseBottleneck", "VAE-SAE step")

@@ -1,7 +1,7 @@
 """The command ``sparsekern``.
 
 It can ``train`` and ``eval`` models, ``reproduce`` studies, make ``data``, ``convert`` checkpoints,
-and give ``info`` on all this.
+``bench`` this machine, and give ``info`` on all this.
 
 Exit codes: 0 done, 2 bad input (one line on stderr says what), 128 + signal when interrupted, 141
 when nobody reads the output any more.
@@ -119,6 +119,7 @@ def _drop_unwritten(stream: TextIO | None) -> None:
 def _parser() -> argparse.ArgumentParser:
     """Make the parser of all commands."""
     from .. import __version__
+    from .bench import add_bench
     from .convert import add_convert
     from .data import add_data
     from .reproduce import add_reproduce
@@ -136,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     add_reproduce(commands)
     add_data(commands)
     add_convert(commands)
+    add_bench(commands)
 
     info = commands.add_parser(
         "info",

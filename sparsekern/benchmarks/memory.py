@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from measuring.checkout import sparsekern
+import sparsekern
 
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
@@ -44,7 +44,7 @@ def peak(call: Callable[[], object], device: str) -> Peak:
 
 
 def _allocated(call: Callable[[], object]) -> int | None:
-    """The highest running sum of torch's allocations (positive) and releases (negative)."""
+    """Return the highest running sum of torch's allocations (positive) and releases (negative)."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it reports on stderr that it starts
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:

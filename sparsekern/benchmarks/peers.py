@@ -10,23 +10,25 @@ import contextlib
 import functools
 import io
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
-from targets import Target
 
-from sparsekern.models import SparseAutoencoder
-from sparsekern.sae.statistics import total_variance
+from ..models import SparseAutoencoder
+from ..sae.statistics import total_variance
 
 Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)
 class Peer:
-    """loss: the package's loss of one batch. parameters: of which it takes gradients. unit:
-    sum |x - reconstruction|^2 that makes a loss of 1."""
+    """A sparse autoencoder of another package.
+
+    loss: the package's loss of one batch. parameters: of which it takes gradients. unit:
+    sum |x - reconstruction|^2 that makes a loss of 1.
+    """
 
     loss: Callable[[], Tensor]
     parameters: Sequence[Tensor]
@@ -45,8 +47,10 @@ def _sparsify(model: SparseAutoencoder, x: Tensor) -> Peer:
 
 
 def _sae_lens(model: SparseAutoencoder, x: Tensor) -> Peer:
-    """TopKTrainingSAE(TopKTrainingSAEConfig(d_in, d_sae, k)), all else at its default;
-    sae.training_forward_pass(TrainStepInput(...)).loss, as its SAETrainer does."""
+    """TopKTrainingSAE(TopKTrainingSAEConfig(d_in, d_sae, k)), all else at its default.
+
+    Its loss is sae.training_forward_pass(TrainStepInput(...)).loss, as its SAETrainer does.
+    """
     import sae_lens
     from sae_lens.saes.sae import TrainStepInput
 
@@ -76,7 +80,7 @@ def _dictionary_learning(model: SparseAutoencoder, x: Tensor) -> Peer:
 
 @torch.no_grad()
 def _fill(model: SparseAutoencoder, *theirs: Tensor) -> None:
-    """Writes our weights into theirs, whose memory layout stays as it is."""
+    """Write our weights into theirs, whose memory layout stays as it is."""
     ours = (model.encoder, model.encoder_bias, model.dictionary, model.decoder_bias)
     for parameter, value in zip(theirs, ours, strict=True):
         parameter.copy_(value)
@@ -92,7 +96,7 @@ NAMES = tuple(_KNOWN)
 
 
 def build(name: str, model: SparseAutoencoder, x: Tensor) -> Peer:
-    """The peer of that name with the weights of our model, for a batch x [B, d]."""
+    """Make the peer of that name with the weights of our model, for a batch x [B, d]."""
     return _KNOWN[name][1](model, x)
 
 
@@ -117,17 +121,5 @@ def trouble(name: str) -> str | None:
 
 
 def release(name: str) -> str | None:
-    """The installed version of a peer; None for what is not a package."""
+    """Return the installed version of a peer; None for what is not a package."""
     return version(name) if name in _KNOWN else None
-
-
-def usable(targets: Iterable[Target]) -> tuple[list[Target], list[str]]:
-    """The targets whose peers can be used here, and a sentence for each peer that cannot."""
-    kept, left_out = [], {}
-    for target in targets:
-        reason = trouble(target.peer)
-        if reason is None:
-            kept.append(target)
-        else:
-            left_out[target.peer] = f"the lines against {target.peer} are left out: {reason}"
-    return kept, list(left_out.values())

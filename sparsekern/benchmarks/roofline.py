@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from measuring.timing import Effort, Subject, interleave
+from .timing import Effort, Subject, interleave
 
 # Larger than any cache; a GPU needs more to reach its rate.
 BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from measuring.checkout import sparsekern
+import sparsekern
 
 # More than twice the L2 cache of any GPU of today; writing it takes about 0.1 ms, longer than the
 # host needs to launch a call.
@@ -55,6 +55,7 @@ class CpuClock:
     """Wall time of one call; what it returns is freed after the clock has stopped."""
 
     def time(self, call: Callable[[], object]) -> float:
+        """Return the milliseconds of a call."""
         start = time.perf_counter_ns()
         result = call()
         stop = time.perf_counter_ns()
@@ -71,30 +72,32 @@ class CudaClock:
         self.stop = torch.cuda.Event(enable_timing=True)
 
     def time(self, call: Callable[[], object]) -> float:
+        """Return the milliseconds of a call."""
         self.flushed.zero_()
         self.start.record()
         result = call()
         self.stop.record()
         self.stop.synchronize()
         del result
-        return self.start.elapsed_time(self.stop)
+        milliseconds: float = self.start.elapsed_time(self.stop)
+        return milliseconds
 
 
 def clock_for(device: str) -> CpuClock | CudaClock:
-    """The clock of a device type."""
+    """Return the clock of a device type."""
     return CudaClock() if device == "cuda" else CpuClock()
 
 
 def forced(backend: str | None) -> contextlib.AbstractContextManager[object]:
-    """Forces a backend, or leaves the automatic choice."""
+    """Force a backend, or leave the automatic choice."""
     return contextlib.nullcontext() if backend is None else sparsekern.backend(backend)
 
 
 def automatic(op: str, device: str) -> str:
-    """The backend that the library chooses by itself for an operation on a device."""
+    """Return the backend that the library chooses by itself for an operation on a device."""
     for row in sparsekern.describe()["implementations"]:
         if (row["operation"], row["device"]) == (op, device):
-            return row["backend"]
+            return str(row["backend"])
     raise ValueError(f"automatic: no operation {op!r} on {device!r}")
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from measuring.checkout import testing
-from measuring.timing import forced
-from targets import Workload
+
+from .. import testing
+from .timing import forced
+from .workload import Workload
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -25,7 +26,8 @@ class Problem:
     exact results, at most 1 where the error rule holds); raises AssertionError where something else
     is wrong. traffic: bytes that have to move, by `formula`. roof: the rate of the roofline that
     bounds it, if one does. flops: operations, if any are worth counting. grad: whether the calls
-    run with autograd on.
+    run with autograd on. prepare: makes what these peers need, which may be large, before any of
+    them is called or ours is checked.
     """
 
     ours: Callable[[], object]
@@ -36,10 +38,11 @@ class Problem:
     roof: str | None
     flops: int = 0
     grad: bool = False
+    prepare: Callable[[Sequence[str]], None] = lambda names: None
 
 
 def region(workload: Workload) -> torch.autocast:
-    """The autocast region that a workload asks for; one that does nothing if it asks for none."""
+    """Make the autocast region that a workload asks for; it does nothing if it asks for none."""
     dtype = getattr(torch, workload.autocast or "bfloat16")
     return torch.autocast(workload.device, dtype, enabled=bool(workload.autocast))
 
@@ -58,7 +61,7 @@ def check_exact(what: str, call: Callable[[], Tensors], backend: str) -> float:
 def worst_ratio(
     actual: torch.Tensor, truth: torch.Tensor, reference: torch.Tensor, scale: torch.Tensor
 ) -> float:
-    """The error ratio of a matrix, taken over a few rows at a time to bound the memory."""
+    """Return the error ratio of a matrix, taken over a few rows at a time to bound the memory."""
     rows = max(1, CHUNK // max(1, actual[0].numel()))
     parts = (slice(start, start + rows) for start in range(0, len(actual), rows))
     return max(

@@ -1,0 +1,1 @@
+"""How fast operations are on this machine, beside torch and other libraries."""

@@ -1,0 +1,1 @@
+"""The workloads of each operation: made, checked, and done by other means."""
