@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import itertools
 import math
 import sys
@@ -31,9 +32,12 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.colors import LogNorm
 from measuring.checkout import RESULTS, sparsekern
-from measuring.machine import facts
-from measuring.timing import Effort, Subject, interleave
-from rows import Row, append, load, rounded
+from measuring.sources import commit, sources_digest
+from rows import append, load
+
+from sparsekern.benchmarks.machine import facts
+from sparsekern.benchmarks.measure import Row, rounded
+from sparsekern.benchmarks.timing import Effort, Subject, interleave
 
 ROWS = (1, 8, 64, 1024, 16384)
 WIDTHS = (16, 128, 1000, 4096, 16384, 65536, 262144)
@@ -109,10 +113,12 @@ def _in_turn(
     return lambda: topk(following(), k)
 
 
+@functools.cache
 def _session() -> Row:
     found = facts("cpu")
-    kept = ("machine", "cpu", "threads", "instruction_set", "commit", "sources")
-    return {**{name: found[name] for name in kept}, "torch": torch.__version__}
+    kept = ("machine", "cpu", "threads", "instruction_set")
+    sources = {"commit": commit(), "sources": sources_digest(), "torch": torch.__version__}
+    return {**{name: found[name] for name in kept}, **sources}
 
 
 def newest(rows: Sequence[Row]) -> dict[Cell, Row]:
