@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import subprocess
 
@@ -19,6 +20,7 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+@functools.cache
 def commit() -> str:
     """The commit of the sources, "+ changes" where they differ from it, or "unknown"."""
     head = _git("rev-parse", "--short=12", "HEAD")
@@ -26,6 +28,7 @@ def commit() -> str:
     return f"{head} + changes" if head and changed else head or "unknown"
 
 
+@functools.cache
 def sources_digest() -> str:
     """Twelve hex digits over the library's sources: says which code it was without git."""
     digest = hashlib.sha256()
