@@ -151,6 +151,24 @@ def test_subclasses_with_methods_of_their_own(library):
     assert report(different).left[""] == "Different: encode is its own"
 
 
+@pytest.mark.parametrize("active", [0, 3, N // 2])
+def test_decoding_of_dense_latents(library, active):
+    """Few of them are decoded by their codes; with a gradient, all latents have theirs."""
+    latents = torch.zeros(7, N)
+    latents[:, :active] = torch.randn(7, active)
+    plain, model = make(library), sparsekern.accelerate(make(library))
+    results = []
+    for one in (plain, model):
+        leaf = latents.clone().requires_grad_()
+        one.zero_grad()
+        (one.decode(leaf).square().sum() + one.decode(latents).square().sum()).backward()
+        results.append([one.decode(latents).detach(), leaf.grad, one.decoder.weight.grad.clone()])
+    for got, expected in zip(*results[::-1], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    if active:
+        assert (results[0][1] != 0).all()
+
+
 def test_frozen_parameters_and_no_grad(library):
     model = sparsekern.accelerate(make(library))
     model.encoder.weight.requires_grad_(False)

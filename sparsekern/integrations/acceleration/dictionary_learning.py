@@ -17,6 +17,7 @@ from .encoders import (
     as_returned,
     batch_topk_activations,
     codes_of,
+    found_codes,
     late_inside,
     late_scores,
     runs_on_codes,
@@ -38,6 +39,10 @@ class _Dictionary(Methods):
         """Return the codes of x: values [..., k] and indices int64 [..., k]."""
         with late_inside():
             return codes_of(self.encode(x))
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Return the reconstruction of activations x."""
+        return super().decode(found_codes(x))
 
     def forward(self, x: Tensor, output_features: bool = False) -> Any:
         """Reconstruct x; with output_features return the activations, too, dense."""
@@ -122,10 +127,10 @@ REPLACEMENTS = (
     ),
     Replacement(
         f"{_TRAINERS}.batch_top_k", "BatchTopKSAE", BatchTopKSAE, _METHODS,
-        "encoder, selection, and the trainer's loss and AuxK",
+        "encoder, selection, decoder, and the trainer's loss and AuxK",
     ),
     Replacement(
         f"{_TRAINERS}.matryoshka_batch_top_k", "MatryoshkaBatchTopKSAE", MatryoshkaBatchTopKSAE,
-        _METHODS, "encoder, selection, and the trainer's losses and AuxK",
+        _METHODS, "encoder, selection, decoder, and the trainer's losses and AuxK",
     ),
 )  # fmt: skip

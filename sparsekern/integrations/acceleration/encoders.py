@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...nn.codes import codes_where
 from ...nn.hooks import has_hooks
 from ...nn.scores import (
+    NARROWEST,
     Scores,
     Width,
     select_above,
@@ -119,6 +120,24 @@ def threshold_activations(module: nn.Module, scores: Scores, threshold: Tensor) 
     at_codes = lowest[indices] if threshold.dim() else lowest
     values = torch.where(z > at_codes, z, 0)
     return late_tensor(LateCodes(values, indices, scores.latents, transposition))
+
+
+def found_codes(activations: Tensor) -> Tensor:
+    """Return dense activations as late ones, where decoding their codes is faster.
+
+    So it is on a CPU if at most one in NARROWEST is not zero in every row. Activations that need a
+    gradient stay dense, since latents that are zero have one, too.
+    """
+    dense_path = isinstance(activations, LateTensor) or not activations.is_cpu
+    if dense_path or activations.dim() == 0 or not runs_on_codes(activations):
+        return activations
+    if activations.requires_grad and torch.is_grad_enabled():
+        return activations
+    active = activations != 0
+    n = activations.shape[-1]
+    if active.numel() == 0 or int(active.sum(-1).max()) * NARROWEST > n:
+        return activations
+    return late_tensor(LateCodes(*codes_where(activations, active), n))
 
 
 def codes_of(activations: Tensor) -> Codes:

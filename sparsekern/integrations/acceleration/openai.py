@@ -15,7 +15,7 @@ from ...nn.scores import Scores
 from ...ops.codes import Codes
 from ...ops.count_active import count_active
 from ...ops.topk import mask_with_codes
-from .encoders import as_returned, codes_of, late_inside, late_scores, runs_on_codes
+from .encoders import as_returned, codes_of, found_codes, late_inside, late_scores, runs_on_codes
 from .late import LateCodes, content_of, dense
 from .replacement import Methods, Replacement, class_of
 
@@ -44,6 +44,10 @@ class Autoencoder(Methods):
         with late_inside():
             latents, information = super().encode(x)
         return as_returned(latents), information
+
+    def decode(self, latents: Tensor, info: dict[str, Any] | None = None) -> Tensor:
+        """Return the reconstruction of latents."""
+        return super().decode(found_codes(latents), info)
 
     def encode_sparse(self, x: Tensor) -> Codes:
         """Return the codes of x: values [..., k] and indices int64 [..., k]."""

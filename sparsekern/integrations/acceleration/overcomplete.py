@@ -12,6 +12,7 @@ from ...ops.topk import topk
 from .encoders import (
     as_returned,
     codes_of,
+    found_codes,
     late_inside,
     late_scores,
     runs_on_codes,
@@ -43,6 +44,10 @@ class TopKSAE(Methods):
         scores = Scores(x, layer.weight, layer.bias, None, None)
         codes = topk_activations(scores, self.top_k)
         return as_returned(late_scores(scores)), as_returned(late_tensor(codes))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Return the reconstruction of codes z."""
+        return super().decode(found_codes(z))
 
     def encode_sparse(self, x: Tensor) -> Codes:
         """Return the codes of x: values [B, k] and indices int64 [B, k]."""

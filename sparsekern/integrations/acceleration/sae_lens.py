@@ -18,6 +18,7 @@ from .encoders import (
     as_returned,
     batch_topk_activations,
     codes_of,
+    found_codes,
     late_inside,
     late_scores,
     runs_on_codes,
@@ -60,6 +61,10 @@ class JumpReLUSAE(_Autoencoder):
         scores = Scores(self.process_sae_in(x), self.W_enc.t(), self.b_enc, None, None)
         return as_returned(threshold_activations(self, scores, self.threshold))
 
+    def decode(self, feature_acts: Tensor) -> Tensor:
+        """Return the reconstruction of activations."""
+        return super().decode(found_codes(feature_acts))
+
 
 class _TopKAutoencoder(_Autoencoder):
     """What training and inference of TopK have in common."""
@@ -92,7 +97,8 @@ class _TopKAutoencoder(_Autoencoder):
         """Return the reconstruction of activations; late ones come with the norms of W_dec."""
         content, decoder = content_of(feature_acts), getattr(feature_acts, "decoder", None)
         if not isinstance(content, LateCodes) or decoder is None:
-            return super().decode(feature_acts)
+            sparse = feature_acts.is_sparse
+            return super().decode(feature_acts if sparse else found_codes(feature_acts))
         feature_acts.decoder = None  # type: ignore[attr-defined]  # it is for one product only
         out = content.scaled(1 / decoder.norms).product(decoder.dictionary) + self.b_dec
         out = self.run_time_activation_norm_fn_out(self.hook_sae_recons(out))
@@ -166,11 +172,11 @@ _BATCH_LAYER = Replacement(_BATCH_TOPK, "BatchTopK", BatchTopKLayer, ("forward",
 REPLACEMENTS = (
     Replacement(
         _TOPK, "TopKTrainingSAE", TopKTrainingSAE,
-        ("encode_with_hidden_pre", "encode", "decode", "forward"),
+        ("encode_with_hidden_pre", "encode", "forward"),
         "encoder, selection, decoder, losses and AuxK of a training step",
     ),
     Replacement(
-        _TOPK, "TopKSAE", TopKSAE, ("encode", "decode", "forward"),
+        _TOPK, "TopKSAE", TopKSAE, ("encode", "forward"),
         "encoder, selection and decoder",
     ),
     Replacement(

@@ -114,7 +114,7 @@ def _part(name: str) -> Any:
 
 REPLACEMENTS = (
     Replacement(
-        _CODER, "SparseCoder", SparseCoder, ("encode", "decode", "forward"),
+        _CODER, "SparseCoder", SparseCoder, ("encode", "forward"),
         "encoder, selection, decoder, AuxK and Multi-TopK",
     ),
 )  # fmt: skip
