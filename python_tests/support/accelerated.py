@@ -33,8 +33,8 @@ def imported(name: str, *, allow_module_level: bool = False) -> ModuleType:
             return import_module(name)
         except ModuleNotFoundError as error:
             pytest.skip(
-                f"needs {name}, of which {error.name} is missing: see the extra `peers` of "
-                "pyproject.toml",
+                f"needs {name}, of which {error.name} is missing: "
+                "pip install --no-deps -r python_tests/integrations/peers.txt",
                 allow_module_level=allow_module_level,
             )
 
