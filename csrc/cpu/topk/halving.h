@@ -2,12 +2,17 @@
 // are counted where they lie, until the keys of those inside fit the L1 cache and are held there.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <optional>
 
 #include "cpu/topk/row.h"
 #include "cpu/topk/words.h"
 
 namespace sparsekern::cpu::SPARSEKERN_ISA {
+
+// Rows so many times as long as what is held are sampled first, in so many vectors.
+constexpr int64_t kSampledFrom = 2, kSampledVectors = 64;
 
 // The k-th key of a row, and how many of its elements reach it.
 template <bool kAbsolute, class Stored>
@@ -24,8 +29,16 @@ class Halving {
     Range<Key> range = whole_range();
     int64_t at_low = n_, above = nan_;  // elements >= the interval's low, and > its high
     if (above >= k_) return std::nullopt;
+    Range<Key> guess = n_ > kSampledFrom * kHeldKeys<Number> ? sampled_range() : range;
     while (range.low < range.high && at_low - above > kHeldKeys<Number>) {
-      const Key middle = range.middle();
+      Key middle = range.middle();
+      if (guess.low > range.low && guess.low <= range.high) {
+        middle = guess.low;
+        guess.low = range.low;  // each is tried once
+      } else if (guess.high > range.low && guess.high < range.high) {
+        middle = guess.high + 1;
+        guess.high = range.low;
+      }
       const int64_t at_middle = count_from(number_of(middle));
       if (at_middle >= k_) {
         range.low = middle;
@@ -93,6 +106,25 @@ class Halving {
     }
     nan_ = nan.found() ? count_above(std::numeric_limits<Number>::infinity()) : 0;
     return {key_of(none[0]), key_of(largest_lane(larger(even, odd)))};
+  }
+
+  // An interval of keys that holds the k-th of most rows: what is next to its place in a sample of
+  // vectors at equal distances.
+  Range<Key> sampled_range() const {
+    constexpr int64_t kSample = kSampledVectors * kLanes;
+    const int64_t distance = n_ / kSample * kLanes;
+    for (int64_t v = 0; v < kSampledVectors; ++v) {
+      const auto keys = keys_of(compared_lanes<kAbsolute>(load(x_ + v * distance)));
+      std::memcpy(held_ + v * kLanes, &keys, sizeof(keys));
+    }
+    const double place = static_cast<double>(k_) * kSample / static_cast<double>(n_);
+    const double margin = 2 + 2 * std::sqrt(place);
+    const auto key_at_place = [&](double wanted) {
+      const auto place_inside =
+          static_cast<int64_t>(std::min(std::max(wanted, 1.0), static_cast<double>(kSample)));
+      return bisect(held_, kSample, place_inside, 0, range_of(held_, kSample)).key;
+    };
+    return {key_at_place(place + margin), key_at_place(place - margin)};
   }
 
   template <Comparison kHow>
