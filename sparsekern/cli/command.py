@@ -180,7 +180,8 @@ def _implementation_lines(rows: list[dict[str, str]]) -> list[str]:
     """List what serves which operations; those with the same choice and reasons stand together."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
-        choice = (row["device"], row["backend"], row["reason"], row["others"])
+        others = row["others"].replace(f"{row['operation']} has no", "no")
+        choice = (row["device"], row["backend"], row["reason"], others)
         groups.setdefault(choice, []).append(row["operation"])
     lines = []
     for (device, backend, reason, others), operations in groups.items():
