@@ -78,6 +78,7 @@ del _torch, _torch_missing
 
 # Imported when they are first used: some of them read files, draw or train.
 _SUBMODULES = (
+    "benchmarks",
     "cli",
     "data",
     "integrations",

@@ -51,6 +51,7 @@ def test_rows_picture_and_table(tmp_path, capsys):
     assert f"{row['ratio']:.3g}x</text>" in (tmp_path / "ratios.svg").read_text()
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_costs_its_job_alone(tmp_path):
     """An operation that does not exist ends the worker; what waited behind it is measured."""
     bad = Job(Workload("no such operation", 4, 64, 3), ("torch.topk",))

@@ -149,6 +149,7 @@ def test_gradient_of_pre_bias_alone(target, rows):
     torch.testing.assert_close(ours.grad.cpu().double(), theirs.grad, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow_on("native-cpu")
 def test_second_derivatives(target):
     target.require_float64()
     torch.manual_seed(0)

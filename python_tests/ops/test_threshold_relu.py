@@ -308,6 +308,7 @@ def test_float64(target):
 # -- the CPU kernels' own corners ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_thread_counts_and_instruction_sets(instruction_sets):
     shapes = [((7, 5, 900), 1), ((3000, 6), 1), ((1, 2, 40_001), 1), ((400, 33, 3), 1)]
     for name in instruction_sets:

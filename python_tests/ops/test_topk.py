@@ -286,7 +286,7 @@ def grouped(request, monkeypatch):
     ("n", "k", "spans"),
     [
         (4096, 32, [8]),
-        (4099, 1, [64]),
+        pytest.param(4099, 1, [64], marks=pytest.mark.slow),
         pytest.param(5000, 250, [4], marks=pytest.mark.slow),
         pytest.param(16384, 64, [16], marks=pytest.mark.slow),
         pytest.param(65536, 512, [8, 4], marks=pytest.mark.slow),
@@ -311,6 +311,7 @@ def test_groups_keep_the_k_largest(grouped, n, k, spans, dtype):
         testing.assert_same(f"{fill}: indices", codes.indices, expected[1])
 
 
+@pytest.mark.slow
 def test_groups_keep_the_k_smallest(grouped):
     """Among them rows whose last group is cut off and holds NaN alone."""
     n, k = 4101, 200
@@ -377,6 +378,7 @@ def test_any_thread_count_gives_the_same_codes(threads, eager_teams):
         testing.assert_same("indices", indices, expected[1])
 
 
+@pytest.mark.slow
 def test_every_instruction_set_gives_the_same_codes(instruction_sets):
     assert "baseline" in native_cpu().instruction_sets()
     for name in instruction_sets:

@@ -63,6 +63,7 @@ def test_sample_inputs_of_torch(target, counted, dtype):
         counted()
 
 
+@pytest.mark.slow
 def test_derivatives_of_sample_inputs(target):
     target.require_float64()
     for sample in samples(target.device, torch.float64, requires_grad=True):
@@ -116,6 +117,7 @@ def test_the_smallest_of_float64(target, counted):
         counted()
 
 
+@pytest.mark.slow_on("triton-interpreter", torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("dtype", (*FLOATS, torch.float64), ids=str)
 @pytest.mark.parametrize("magnitude", [False, True])
 def test_every_class_of_numbers_in_its_place(target, dtype, magnitude):

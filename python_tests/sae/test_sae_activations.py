@@ -247,6 +247,7 @@ def test_the_threshold_is_saved_with_the_model():
         other.load_state_dict(state)
 
 
+@pytest.mark.slow
 def test_jumprelu_is_steered_to_a_target():
     torch.manual_seed(0)
     x = torch.randn(512, 16)

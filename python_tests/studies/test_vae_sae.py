@@ -156,7 +156,7 @@ def test_k_changes_during_training_and_bad_k_is_an_error():
         model.k = k
         assert model(sprites(3)).values.shape == (3, k)
     model.k = 61
-    with pytest.raises(ValueError, match=r"k must lie in 1\.\.60"):
+    with pytest.raises(ValueError, match=r"k must lie in 0\.\.60"):
         model(sprites(3))
     with pytest.raises(ValueError, match="k must lie in"):
         model.k = 0
