@@ -34,6 +34,7 @@ def run(jobs, folder, **changes):
     return rows, notes, lines
 
 
+@pytest.mark.slow
 def test_rows_picture_and_table(tmp_path, capsys):
     assert main(["bench", "--quick", "--only", "topk forward", "--out", str(tmp_path)]) == 2
     assert "--only must be a part of some line" in capsys.readouterr().err

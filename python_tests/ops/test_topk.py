@@ -108,9 +108,10 @@ def test_zeros_between_infinities(target, counted, dtype):
     """Half of the way from -inf to +inf lie the zeros: a search that begins there meets them."""
     generator = torch.Generator().manual_seed(0)
     numbers = torch.tensor([torch.inf, 0.0, -0.0, 0.0, -0.0, 0.0, -1.0, -torch.inf]).to(dtype)
-    for n in (4097, 9000):
+    interpreted = target.name == "triton-interpreter"  # which would sort for minutes
+    for n in (4097,) if interpreted else (4097, 9000):
         x = numbers[torch.randint(len(numbers), (2, n), generator=generator)].to(target.device)
-        for k in (600, n // 2, n - 1, n):
+        for k in (600,) if interpreted else (600, n // 2, n - 1, n):
             for largest in (True, False):
                 codes = sparsekern.topk(x, k, largest=largest)
                 expected = topk_reference(x.cpu(), k, True, False, False, False, not largest)

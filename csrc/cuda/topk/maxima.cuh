@@ -167,11 +167,9 @@ template <int kWidth>
 constexpr int kVectorsAtOnce = kWidth > 1 ? 4 : 16;
 
 // Loads the team's next vectors, each thread every kSize-th from first + Team::self() on.
-template <class Team, class T, int kWidth>
-__device__ void load_vectors(
-    const Stretch<T, kWidth>& stretch, unsigned first,
-    typename Stretch<T, kWidth>::Vector (&vectors)[kVectorsAtOnce<kWidth>]) {
-  constexpr int kAtOnce = kVectorsAtOnce<kWidth>;
+template <class Team, class T, int kWidth, int kAtOnce>
+__device__ void load_vectors(const Stretch<T, kWidth>& stretch, unsigned first,
+                             typename Stretch<T, kWidth>::Vector (&vectors)[kAtOnce]) {
   const unsigned own = first + Team::self();
   if (first + kAtOnce * Team::kSize <= stretch.count() / kWidth) {
 #pragma unroll
@@ -193,7 +191,7 @@ __device__ void write_maxima(const Stretch<T, kWidth>& stretch, const Groups<Tea
   First<T, kWidth> best(stretch, mask);
   for (unsigned first = 0; first < each; first += kAtOnce) {
     typename Stretch<T, kWidth>::Vector vectors[kAtOnce];
-    load_vectors<Team, T, kWidth>(stretch, first * Team::kSize, vectors);
+    load_vectors<Team>(stretch, first * Team::kSize, vectors);
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
       best.add(vectors[u]);

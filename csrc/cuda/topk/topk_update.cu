@@ -13,9 +13,9 @@ constexpr int64_t kMostColumns = int64_t(1) << 30;
 
 // An element's pair: its number is twice the index, and one more for -0, which its key forgets.
 template <class T>
-__device__ Pair pair_of(T x, unsigned key, int64_t index) {
+__device__ Pair pair_of(T x, unsigned key, unsigned index) {
   const bool negative_zero = __float_as_int(to_float(x)) == static_cast<int>(0x80000000u);
-  return make_pair_of(key, static_cast<unsigned>(index) << 1 | (negative_zero ? 1u : 0u));
+  return make_pair_of(key, index << 1 | (negative_zero ? 1u : 0u));
 }
 
 template <class T>
@@ -42,8 +42,8 @@ struct Parts {
   const T* values;  // codes of the parts before, or null
   const int64_t* indices;
   Pair* states;
-  int64_t first;  // the index of x's first column
-  bool last;      // whether the codes are wanted
+  unsigned first;  // the index of x's first column
+  bool last;       // whether the codes are wanted
 };
 
 // Makes the codes of row b its state.
@@ -54,7 +54,7 @@ __device__ void begin_state(const Batch<T>& batch, const Parts<T>& parts, int64_
   for (int j = Team::self(); j < batch.k; j += Team::kSize) {
     const T x = parts.values[b * batch.k + j];
     const unsigned key = key_of(x, kSigned);
-    state.pairs()[j] = pair_of(x, key, parts.indices[b * batch.k + j]);
+    state.pairs()[j] = pair_of(x, key, static_cast<unsigned>(parts.indices[b * batch.k + j]));
     latest = key > latest ? key : latest;
   }
   TeamReduce<Team> reduce;
@@ -65,27 +65,26 @@ __device__ void begin_state(const Batch<T>& batch, const Parts<T>& parts, int64_
 
 // Offers the elements of x that come before the bound.
 template <class Team, class T, int kWidth>
-__device__ void offer(const Batch<T>& batch, const Stretch<T, kWidth>& stretch, int64_t first_index,
-                      Candidates<Team>& candidates) {
-  constexpr int kAtOnce = kVectorsAtOnce<kWidth>;
+__device__ void offer(const Batch<T>& batch, const Stretch<T, kWidth>& stretch,
+                      unsigned first_index, Candidates<Team>& candidates) {
+  constexpr int kAtOnce = kVectorsAtOnce<kWidth> / 2;  // more would not fit into the registers
   First<T, kWidth> best(stretch, kSigned);
   float least = float_of<T>(high_of(candidates.bound()));
   for (unsigned first = 0; first < stretch.vectors(); first += kAtOnce * Team::kSize) {
     typename Stretch<T, kWidth>::Vector vectors[kAtOnce];
-    load_vectors<Team, T, kWidth>(stretch, first, vectors);
-    bool matters[kAtOnce], any = false;
+    load_vectors<Team>(stretch, first, vectors);
+    unsigned matters = 0;  // a bit for each vector
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
       best.clear();
       best.add(vectors[u]);
-      matters[u] = best.exceeds(least);
-      any |= matters[u];
+      matters |= static_cast<unsigned>(best.exceeds(least)) << u;
     }
-    if (!Team::any(any)) continue;
+    if (!Team::any(matters != 0)) continue;
 #pragma unroll
     for (int u = 0; u < kAtOnce; ++u) {
-      if (matters[u]) {
-        const int64_t at = first_index + (first + u * Team::kSize + Team::self()) * kWidth;
+      if ((matters >> u & 1) != 0) {
+        const unsigned at = first_index + (first + u * Team::kSize + Team::self()) * kWidth;
 #pragma unroll
         for (int c = 0; c < kWidth; ++c) {
           const T x = vectors[u].item[c];
@@ -161,8 +160,8 @@ void update_by_teams(const TopkUpdateArguments& arguments, cudaStream_t stream) 
                                              : topk_update_kernel<Team, T, 1>;
     const Parts<T> parts{static_cast<const T*>(arguments.codes.values),
                          static_cast<const int64_t*>(arguments.codes.indices),
-                         reinterpret_cast<Pair*>(arguments.state), arguments.first,
-                         arguments.values != nullptr};
+                         reinterpret_cast<Pair*>(arguments.state),
+                         static_cast<unsigned>(arguments.first), arguments.values != nullptr};
     launch(kernel, grid_of((call.x.rows + kTeams - 1) / kTeams), kBlockThreads, shared, stream,
            make_batch<T>(call), parts);
   });
