@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -197,6 +198,9 @@ def _main(rank, folder):
         torch.distributed.barrier()
     (folder / f"{rank}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
+    # Threads of torch's groups that still run now and then abort the interpreter's end.
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
