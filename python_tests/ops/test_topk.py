@@ -290,7 +290,7 @@ def grouped(request, monkeypatch):
         pytest.param(4099, 1, [64], marks=pytest.mark.slow),
         pytest.param(5000, 250, [4], marks=pytest.mark.slow),
         pytest.param(16384, 64, [16], marks=pytest.mark.slow),
-        pytest.param(16384, 128, [8, 4], marks=pytest.mark.slow),
+        pytest.param(32768, 256, [8, 4], marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
