@@ -5,12 +5,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-Row = dict[str, Any]
+from sparsekern._system import replaced
+from sparsekern.benchmarks.measure import Row
 
 
 def append(folder: Path, rows: Iterable[Row]) -> None:
@@ -22,27 +21,15 @@ def append(folder: Path, rows: Iterable[Row]) -> None:
         handle = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            _replace(path, (path.read_bytes() if path.exists() else b"") + _line(row))
+            earlier = path.read_bytes() if path.exists() else b""
+            with replaced(path) as file:
+                file.write(earlier + _line(row))
         finally:
             os.close(handle)
 
 
 def _line(row: Row) -> bytes:
     return json.dumps(row, allow_nan=False).encode() + b"\n"
-
-
-def _replace(path: Path, content: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def load(folder: Path) -> list[Row]:

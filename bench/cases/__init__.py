@@ -1,1 +1,1 @@
-"""What is timed: a file for each kind of operation, and the peers it is compared with."""
+"""What is timed: a file for each kind of operation; those of users are the package's own."""

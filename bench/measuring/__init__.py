@@ -1,1 +1,1 @@
-"""How it is timed: loops, memory, the machine and its roofline, and the library under test."""
+"""The library under test, and which of its sources a row was measured with."""

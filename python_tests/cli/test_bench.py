@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import pytest
 
-from sparsekern.benchmarks import session, suites
+from sparsekern.benchmarks import peers, session, suites
 from sparsekern.benchmarks.measure import BUILDERS, Comparison, measure
 from sparsekern.benchmarks.problem import Problem
 from sparsekern.benchmarks.suites import Job
@@ -62,10 +62,8 @@ def test_a_process_that_dies_costs_its_job_alone(tmp_path):
     assert note.startswith("no such operation B=4") and "the process ended with 1" in note
 
 
-def test_packages_that_are_missing_are_named(tmp_path, monkeypatch):
+def test_packages_that_are_missing_are_named(tmp_path):
     job = Job(Workload("SparseAutoencoder", 4, 64, 3, 8), ("sae-lens",), "sae-lens")
-    from sparsekern.benchmarks import peers
-
     if peers.trouble("sae-lens") is None:
         pytest.skip("sae-lens is installed: run the test where it is not")
     rows, notes, _ = run([job], tmp_path)

@@ -11,12 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from ...nn.scores import Scores
-from ...ops.codes import Codes
 from ...ops.count_active import count_active
 from .encoders import (
+    EncodesDense,
     as_returned,
     batch_topk_activations,
-    codes_of,
     found_codes,
     late_inside,
     late_scores,
@@ -25,20 +24,15 @@ from .encoders import (
     topk_activations,
 )
 from .late import dense, late_tensor
-from .replacement import Methods, Replacement
+from .replacement import Replacement
 
 _TRAINERS = "dictionary_learning.trainers"
 
 
-class _Dictionary(Methods):
+class _Dictionary(EncodesDense):
     """What all of them have in common."""
 
     __slots__ = ()
-
-    def encode_sparse(self, x: Tensor) -> Codes:
-        """Return the codes of x: values [..., k] and indices int64 [..., k]."""
-        with late_inside():
-            return codes_of(self.encode(x))
 
     def decode(self, x: Tensor) -> Tensor:
         """Return the reconstruction of activations x."""

@@ -23,6 +23,7 @@ from ...nn.scores import (
 from ...ops.codes import Codes
 from ...ops.transpose_codes import transpose_codes
 from .late import LateCodes, LateScores, LateTensor, content_of, dense, late_tensor
+from .replacement import Methods
 
 # How many latents a search for the largest of a batch begins with, for each module.
 _WIDTHS: WeakKeyDictionary[nn.Module, Width] = WeakKeyDictionary()
@@ -147,3 +148,14 @@ def codes_of(activations: Tensor) -> Codes:
         return Codes(content.values, content.indices)
     activations = dense(activations)
     return codes_where(activations, activations.detach() != 0)
+
+
+class EncodesDense(Methods):
+    """Of a library whose ``encode`` returns the activations alone."""
+
+    __slots__ = ()
+
+    def encode_sparse(self, x: Tensor) -> Codes:
+        """Return the codes of x: values [..., k] and indices int64 [..., k]."""
+        with late_inside():
+            return codes_of(self.encode(x))

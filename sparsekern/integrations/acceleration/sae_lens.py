@@ -15,9 +15,9 @@ from ...ops.codes import Codes
 from ...ops.topk import mask_with_codes
 from ..sae_lens import to_sparse_coo
 from .encoders import (
+    EncodesDense,
     as_returned,
     batch_topk_activations,
-    codes_of,
     found_codes,
     late_inside,
     late_scores,
@@ -32,15 +32,10 @@ from .replacement import Methods, Replacement, class_of
 _TOPK, _BATCH_TOPK = "sae_lens.saes.topk_sae", "sae_lens.saes.batchtopk_sae"
 
 
-class _Autoencoder(Methods):
+class _Autoencoder(EncodesDense):
     """What all of them have in common."""
 
     __slots__ = ()
-
-    def encode_sparse(self, x: Tensor) -> Codes:
-        """Return the codes of x: values [..., k] and indices int64 [..., k]."""
-        with late_inside():
-            return codes_of(self.encode(x))
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruct x, by SAELens' own forward pass."""

@@ -121,7 +121,10 @@ def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
     x, weight, bias, pre_bias, scale, values, passed, indices, *transposition = ctx.saved_tensors
     need_x, need_weight, need_bias, _, need_pre_bias, need_scale, *_ = ctx.needs_input_grad
     d_x = d_weight = d_bias = d_pre_bias = d_scale = None
-    if not ctx.transposed and (need_weight or need_bias or need_scale or need_pre_bias):
+    # Without d_x, whose rows would only be summed, and with so many codes, each row of weight is
+    # read once, not once for each of its codes.
+    by_latent = need_pre_bias and not need_x and indices.numel() >= weight.shape[0]
+    if not ctx.transposed and (need_weight or need_bias or need_scale or by_latent):
         transposition = list(transpose_codes(indices, weight.shape[0]))
     elif not ctx.transposed:
         transposition = [None, None]
@@ -138,11 +141,6 @@ def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
         ones = terms.new_ones(*terms.shape[:-1], 1)
         return sum_per_latent(terms, ones, like.unsqueeze(1)).squeeze(1)
 
-    def sum_over_rows() -> torch.Tensor:
-        """Return d_x summed over the rows, reading each row of weight once."""
-        sums = sum_scalars_per_latent(g, weight[:, 0]) if d_bias is None else d_bias
-        return torch.mv(weight.t(), sums).to(pre_bias.dtype)
-
     g = grad if passed is None else torch.where(passed, grad, 0)
     if need_scale:
         factors = scale[indices]
@@ -155,12 +153,13 @@ def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
         d_weight = sum_per_latent(g, centred(x, pre_bias), weight)
     if need_bias:
         d_bias = sum_scalars_per_latent(g, bias)
-    if need_x or (need_pre_bias and g.numel() < weight.shape[0]):
+    if by_latent:
+        sums = sum_scalars_per_latent(g, weight[:, 0]) if d_bias is None else d_bias
+        d_pre_bias = -torch.mv(weight.t(), sums).to(pre_bias.dtype)
+    elif need_x or need_pre_bias:
         d_x = sparse_matmul(g, indices, weight, None, *transposition)
-    if need_pre_bias:
-        d_pre_bias = -(
-            sum_over_rows() if d_x is None else matrix_of(d_x).sum(0, dtype=pre_bias.dtype)
-        )
+        if need_pre_bias:
+            d_pre_bias = -matrix_of(d_x).sum(0, dtype=pre_bias.dtype)
     return d_x if need_x else None, d_weight, d_bias, None, d_pre_bias, d_scale, *[None] * 5
 
 

@@ -179,19 +179,18 @@ def _select_range(
         last = min(first + width, end)
         scores = buffer[: count * (last - first)].view(count, last - first)
         layer.scores(rows, first, last, scores)
-        if running is not None and last < end:
+        if running is None:
+            top_values, columns, _ = selection.select(
+                scores, min(k, last - first),
+                single and selection.sorted, single and selection.relu, False, False,
+            )  # fmt: skip
+            found.append((top_values, columns.add_(first)))
+            if in_parts and not single:
+                running = selection.running(*found[0])
+        elif last < end:
             running.update(scores, first)
-            continue
-        if running is not None:
+        else:
             found = [running.finish(scores, first, selection.relu and not selection.sorted)]
-            continue
-        top_values, columns, _ = selection.select(
-            scores, min(k, last - first), single and selection.sorted, single and selection.relu,
-            False, False,
-        )  # fmt: skip
-        found.append((top_values, columns.add_(first)))
-        if in_parts and not single:
-            running = selection.running(*found[0])
     if len(found) > 1 or (selection.sorted and not single):
         found = [_first_of(found, k, selection)]
     values.copy_(found[0][0])
