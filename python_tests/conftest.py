@@ -19,14 +19,18 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
 
+import interpreter
 import pytest
 
 import sparsekern
 from sparsekern import testing
 from sparsekern.dispatch import backends, modules, operations
 
+interpreter.install()
 CHECKOUT = pathlib.Path(__file__).parents[1]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# Folders with files whose slow tests take minutes.
+LONGEST = ("native", "studies")
 _cases: collections.Counter[str] = collections.Counter()
 
 
@@ -236,12 +240,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as slow what compiles, and what is slow on its target; files with slow tests come first,
-    so that none of them is what a last worker is left with."""
+    those of minutes before the others, so that none of them is what a last worker is left with."""
     for item in items:
         if item.get_closest_marker("compiles") or _slow_on_its_target(item):
             item.add_marker(pytest.mark.slow)
     files = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in files)
+    items.sort(key=lambda item: (item.path not in files, item.path.parent.name not in LONGEST))
 
 
 def _slow_on_its_target(item: pytest.Item) -> bool:

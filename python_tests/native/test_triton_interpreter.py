@@ -1,0 +1,55 @@
+"""The tests' quick reductions of Triton's interpreter beside those of the interpreter itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="needs triton")
+tl = triton.language
+
+import interpreter  # noqa: E402
+from triton.runtime.interpreter import ReduceOps  # noqa: E402
+
+
+@triton.jit
+def first_of_largest(a, i, b, j):
+    """Return the larger of two numbers with its place, the lower place of equal ones."""
+    first = (a > b) | ((a == b) & (i < j))
+    return tl.where(first, a, b), tl.where(first, i, j)
+
+
+@triton.jit
+def reduce_kernel(x, best, place, ROWS: tl.constexpr, COLS: tl.constexpr, AXIS: tl.constexpr):
+    places = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None]
+    pairs = tl.load(x + places), places
+    values, indices = tl.reduce(pairs, axis=AXIS, combine_fn=first_of_largest)
+    out = tl.arange(0, COLS if AXIS == 0 else ROWS)
+    tl.store(best + out, values)
+    tl.store(place + out, indices)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_by_halves_equals_by_elements(axis: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("kernels are compiled here: run on a machine without a GPU")
+    x = torch.randint(0, 9, (8, 16)).float()
+    length = (16, 8)[axis]
+
+    def results() -> tuple[torch.Tensor, torch.Tensor]:
+        best, place = torch.empty(length), torch.empty(length, dtype=torch.int32)
+        reduce_kernel[(1,)](x, best, place, ROWS=8, COLS=16, AXIS=axis)
+        return best, place
+
+    calls = []
+    quick = interpreter.reduce_by_halves
+    monkeypatch.setattr(
+        interpreter, "reduce_by_halves", lambda *given: calls.append(1) or quick(*given)
+    )
+    best, place = results()
+    assert calls
+    assert torch.equal(best, x.amax(axis))
+    assert torch.equal(x.flatten()[place.long()], best)
+    monkeypatch.setattr(ReduceOps, "generic_reduce", interpreter.by_elements)
+    for quickly, slowly in zip((best, place), results(), strict=True):
+        assert torch.equal(quickly, slowly)
