@@ -20,11 +20,11 @@ def first_of_largest(a, i, b, j):
 
 
 @triton.jit
-def reduce_kernel(x, best, place, ROWS: tl.constexpr, COLS: tl.constexpr, AXIS: tl.constexpr):
-    places = tl.arange(0, ROWS)[:, None] * COLS + tl.arange(0, COLS)[None]
+def reduce_kernel(x, best, place, rows: tl.constexpr, cols: tl.constexpr, axis: tl.constexpr):
+    places = tl.arange(0, rows)[:, None] * cols + tl.arange(0, cols)[None]
     pairs = tl.load(x + places), places
-    values, indices = tl.reduce(pairs, axis=AXIS, combine_fn=first_of_largest)
-    out = tl.arange(0, COLS if AXIS == 0 else ROWS)
+    values, indices = tl.reduce(pairs, axis=axis, combine_fn=first_of_largest)
+    out = tl.arange(0, cols if axis == 0 else rows)
     tl.store(best + out, values)
     tl.store(place + out, indices)
 
@@ -38,7 +38,7 @@ def test_by_halves_equals_by_elements(axis: int, monkeypatch: pytest.MonkeyPatch
 
     def results() -> tuple[torch.Tensor, torch.Tensor]:
         best, place = torch.empty(length), torch.empty(length, dtype=torch.int32)
-        reduce_kernel[(1,)](x, best, place, ROWS=8, COLS=16, AXIS=axis)
+        reduce_kernel[(1,)](x, best, place, rows=8, cols=16, axis=axis)
         return best, place
 
     calls = []

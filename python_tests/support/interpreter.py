@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-
 try:
     from triton.runtime.interpreter import ReduceOps
 
