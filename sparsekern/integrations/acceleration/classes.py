@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from .peers import find
+from .plain import plain_replacement
 from .replacement import Accelerated, Replacement
 
 _CLASSES: dict[tuple[type, Replacement, bool], type] = {}
@@ -80,6 +81,7 @@ def _make_class(name: str, bases: tuple[type, ...], attributes: dict[str, Any]) 
 def _new(own: type[nn.Module], match_upstream: bool, *args: Any) -> nn.Module:
     """Make an empty module of the class that stands in for a class, as unpickling needs it."""
     replacement, reason = find(own)
+    replacement = replacement or plain_replacement(own)
     if replacement is None:
         raise TypeError(f"accelerate: the pickled {own.__name__} cannot be accelerated: {reason}")
     made = standing_in(own, replacement, match_upstream)

@@ -284,6 +284,11 @@ def late_tensor(content: LateCodes | LateScores) -> LateTensor:
     return _make(content, content.shape, content.like)
 
 
+def late_zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> LateTensor:
+    """Return zeros, of which a scatter of values makes the tensor of codes."""
+    return _make(None, shape, torch.empty(0, dtype=dtype, device=device))
+
+
 def content_of(tensor: Any) -> LateCodes | LateScores | None:
     """Return what is known of a late tensor; None for other tensors, and if nothing is known."""
     if not isinstance(tensor, LateTensor):
@@ -377,6 +382,11 @@ def _mapped(function: Callable[..., Tensor]) -> Callable[..., Any]:
         return late_tensor(content.map(lambda values: function(values, *args, **kwargs)))
 
     return handler
+
+
+def _relu(values: Tensor, inplace: bool = False) -> Tensor:
+    """ReLU of values that nobody else may see changed."""
+    return values.relu()
 
 
 def _to(tensor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -551,8 +561,7 @@ def _topk(tensor: Any, k: Any, dim: int = -1, largest: bool = True, sorted: bool
 def _zeros_like(tensor: Any, **kwargs: Any) -> Any:
     if kwargs or not isinstance(tensor, LateTensor):
         return NotImplemented
-    like = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return _make(None, tensor.shape, like)
+    return late_zeros(tensor.shape, tensor.dtype, tensor.device)
 
 
 def _scatter_in_place(tensor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -607,6 +616,8 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     _T.float: _mapped(_T.float),
     _T.double: _mapped(_T.double),
     _T.relu: _mapped(_T.relu),
+    torch.relu: _mapped(torch.relu),
+    torch.nn.functional.relu: _mapped(_relu),
     _T.to: _to,
     _T.type_as: _mapped(_T.type_as),
     _T.gt: _compared_with_zero(_T.gt),

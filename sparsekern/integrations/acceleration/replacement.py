@@ -29,6 +29,7 @@ class Replacement(NamedTuple):
         methods: class with the methods that stand in.
         replaced: names of the class's methods that a subclass must not override.
         parts: what becomes faster, in words.
+        own: the class itself, where it is of no library and need not be found by its name.
     """
 
     module: str
@@ -36,9 +37,12 @@ class Replacement(NamedTuple):
     methods: type
     replaced: tuple[str, ...]
     parts: str
+    own: type[nn.Module] | None = None
 
     def upstream(self) -> type[nn.Module] | None:
         """Return the library's class; None if the program has not imported it."""
+        if self.own is not None:
+            return self.own
         found: type | None = getattr(sys.modules.get(self.module), self.name, None)
         return found
 

@@ -13,6 +13,7 @@ from torch import nn
 from .classes import standing_in
 from .peers import find, peer_of
 from .replacement import Accelerated, Replacement, class_of
+from .trial import find_plain
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -23,7 +24,8 @@ class Report:
 
     Attributes:
         replaced: by the name of a module in the model, its class and what is faster.
-        left: by the name of a module of a known library, its class and the reason.
+        left: by the name of a module of a known library, or of one that selects, its class and the
+            reason.
     """
 
     replaced: dict[str, str] = field(default_factory=dict)
@@ -36,12 +38,14 @@ class Report:
 
 
 def accelerate(model: Module, *, inplace: bool = True, match_upstream: bool = False) -> Module:
-    """Let the sparse autoencoders of other libraries inside a model run on codes.
+    """Let the sparse autoencoders and top-k layers inside a model run on our kernels.
 
-    Each module of a class that is known (see docs/accelerating.md) gets a subclass of its class
-    whose encoder, selection, decoder and losses never store [B, N]. Parameters, buffers, hooks,
+    Each module of a class that other libraries have (see docs/accelerating.md) gets a subclass of
+    its class whose encoder, selection, decoder and losses never store [B, N]. A module of your own
+    that calls torch.topk runs its own code, with our selections. Parameters, buffers, hooks,
     attributes and the keys of state_dict stay as they are, and so do the shapes and the gradients
-    of all results. ``encode`` still returns a dense tensor; ``encode_sparse`` is new beside it.
+    of all results. ``encode`` still returns a dense tensor; in the classes of libraries
+    ``encode_sparse`` is new beside it.
 
     Args:
         model: any module; it may contain others that are not known.
@@ -130,8 +134,9 @@ def _check(model: nn.Module) -> None:
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, Replacement | None, str]]:
-    """Yield the modules of known libraries by name, with what stands in or the reason."""
+    """Yield the modules that are known by name, with what stands in or the reason."""
     for name, module in model.named_modules():
-        replacement, reason = find(class_of(module))
+        known = peer_of(class_of(module)) is not None
+        replacement, reason = find(class_of(module)) if known else find_plain(module)
         if replacement is not None or reason:
             yield name, module, replacement, reason
