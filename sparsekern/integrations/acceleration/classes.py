@@ -33,6 +33,12 @@ class _Pickled(Accelerated):
             return (function, args, *rest)
         return (_new, (self.stands_for, self.match_upstream, *args[1:]), *rest)
 
+    def __prepare_scriptable__(self) -> Any:
+        """Return what torch.jit.script takes in the place of self: the module as it was."""
+        own: Any = self.stands_for.__new__(self.stands_for)
+        own.__dict__.update(vars(self))
+        return own
+
 
 def standing_in(
     own: type[nn.Module], replacement: Replacement, match_upstream: bool

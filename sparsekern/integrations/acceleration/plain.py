@@ -39,9 +39,14 @@ def selecting_methods(own: type[nn.Module]) -> tuple[str, ...]:
 def holds_selection(module: nn.Module) -> bool:
     """Return True if a stranger's module, or nn.Sequential, has a child whose own code selects."""
     own = class_of(module)
-    if own is not nn.Sequential and own.__module__.partition(".")[0] in _NOT_STRANGERS:
+    if own is not nn.Sequential and not _is_strangers(own):
         return False
     return any("forward" in selecting_methods(class_of(child)) for child in module.children())
+
+
+def _is_strangers(defined: type | FunctionType) -> bool:
+    module = defined.__module__ or ""  # generated code has none
+    return module.partition(".")[0] not in _NOT_STRANGERS
 
 
 def _selects(own: type, method: object) -> bool:
@@ -51,7 +56,7 @@ def _selects(own: type, method: object) -> bool:
         if not isinstance(function, FunctionType) or function in seen:
             continue
         seen.add(function)
-        if function.__module__.partition(".")[0] in _NOT_STRANGERS:
+        if not _is_strangers(function):
             continue
         for name in _names(function.__code__):
             found = function.__globals__.get(name)

@@ -81,7 +81,9 @@ def accelerate(model: Module, *, inplace: bool = True, match_upstream: bool = Fa
             stacklevel=2,
         )
     for module, replacement in found:
-        module.__class__ = standing_in(class_of(module), replacement, match_upstream)
+        if not isinstance(module, Accelerated) or module.match_upstream != match_upstream:
+            _check_class("accelerate", module)
+            module.__class__ = standing_in(class_of(module), replacement, match_upstream)
     return model
 
 
@@ -90,6 +92,7 @@ def restore(model: Module) -> Module:
 
     Raises:
         TypeError: model is not a module.
+        ValueError: a module's class was replaced once more since, as fully_shard does.
 
     Example:
         >>> import sparsekern, torch
@@ -98,9 +101,11 @@ def restore(model: Module) -> Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"restore: model must be a torch.nn.Module, got {type(model).__name__}")
-    for module in model.modules():
-        if isinstance(module, Accelerated):
-            module.__class__ = class_of(module)  # type: ignore[assignment]
+    accelerated = [module for module in model.modules() if isinstance(module, Accelerated)]
+    for module in accelerated:
+        _check_class("restore", module)
+    for module in accelerated:
+        module.__class__ = class_of(module)  # type: ignore[assignment]
     return model
 
 
@@ -119,11 +124,20 @@ def report(model: nn.Module) -> Report:
     return result
 
 
+def _check_class(op: str, module: nn.Module) -> None:
+    """Check that nobody has given an accelerated module a class of its own since."""
+    if isinstance(module, Accelerated) and "stands_for" not in vars(type(module)):
+        raise ValueError(
+            f"{op}: a module must have the class that accelerate gave it, got "
+            f"{type(module).__name__}, which was made since; undo that first"
+        )
+
+
 def _check(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model must be a torch.nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
-        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+        if "_orig_mod" in module._modules or module._compiled_call_impl is not None:
             raise ValueError(
                 "accelerate: model must not be compiled yet, got a compiled "
                 f"{type(module).__name__} at {name or 'its top'}; accelerate first, compile then"

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ...nn.hooks import has_hooks
@@ -23,13 +23,14 @@ from ...ops.checks import FLOATING
 from ...ops.topk import topk
 from .encoders import runs_on_codes
 from .late import LateTensor, dense, late_zeros
-from .replacement import Methods
+from .replacement import Methods, class_of
 
 # Selections from fewer numbers are as fast in torch: a call of ours through a mode takes 5 us more.
 _FEWEST = 2**13
 # Late zeros take 50 us. A decoder's product gains that soon, a scatter alone with large memory.
 _LATE_BEFORE_DECODING, _LATE_ALONE = 2**13, 2**22
 _NEVER_LATE = 2**63
+_PLAIN = (Tensor, nn.Parameter)
 # Rows of so many numbers are cut before a selection from all of them, as BatchTopK's is.
 _LONG, _PART = 2**16, 2**14
 
@@ -68,7 +69,7 @@ class Selecting(TorchFunctionMode):
 
     def select(
         self,
-        x: Tensor,
+        input: Any,
         k: Any = None,
         dim: Any = -1,
         largest: bool = True,
@@ -76,31 +77,31 @@ class Selecting(TorchFunctionMode):
         **other: Any,
     ) -> Any:
         """Serve torch.topk of the largest of rows; what is refused here stays torch's."""
-        reason = _why_torch_selects(x, k, dim, largest, other)
+        reason = _why_torch_selects(input, k, dim, largest, other)
         if reason is not None:
             self.left.append(reason)
             return NotImplemented
-        if x.numel() < self.fewest:
+        if input.numel() < self.fewest:
             return NotImplemented
         self.taken += 1
-        if x.dim() == 1 and x.numel() >= _LONG and x.numel() % _PART == 0:
-            _, values, indices = batch_topk_operation(x.view(-1, _PART), k, False)
+        if input.dim() == 1 and input.numel() >= _LONG and input.numel() % _PART == 0:
+            _, values, indices = batch_topk_operation(input.view(-1, _PART), k, False)
             if sorted:
                 order = values.detach().argsort(descending=True, stable=True)
                 values, indices = values[order], indices[order]
         else:
-            values, indices = topk(x, k, dim, sorted=sorted)
+            values, indices = topk(input, k, dim, sorted=sorted)
         return torch.return_types.topk((values, indices))
 
-    def kth(self, x: Any, k: Any, dim: Any = -1, keepdim: bool = False, **other: Any) -> Any:
+    def kth(self, input: Any, k: Any, dim: Any = -1, keepdim: bool = False, **other: Any) -> Any:
         """Serve torch.kthvalue near the upper end, as the smallest of the largest."""
-        if type(k) is not int or not isinstance(x, Tensor) or x.dim() == 0 or other:
+        if type(k) is not int or not isinstance(input, Tensor) or input.dim() == 0 or other:
             return NotImplemented
-        largest = x.shape[dim] - k + 1
-        if not 0 < 4 * largest <= x.shape[dim]:
+        largest = input.shape[dim] - k + 1
+        if not 0 < 4 * largest <= input.shape[dim]:
             self.left.append("kthvalue is not among the largest fourth")
             return NotImplemented
-        selected = self.select(x, largest, dim)
+        selected = self.select(input, largest, dim)
         if selected is NotImplemented:
             return NotImplemented
         value, index = (part.narrow(dim, largest - 1, 1) for part in selected)
@@ -110,18 +111,19 @@ class Selecting(TorchFunctionMode):
 
     def product(self, *factors: Any, **other: Any) -> Any:
         """Count a product that late tensors serve."""
-        self.decoded += any(isinstance(factor, LateTensor) for factor in factors)
+        given = (*factors, *other.values())
+        self.decoded += any(isinstance(factor, LateTensor) for factor in given)
         return NotImplemented
 
-    def zeros_like(self, x: Any, **other: Any) -> Any:
+    def zeros_like(self, input: Any, **other: Any) -> Any:
         """Serve torch.zeros_like."""
-        if other or type(x) is not Tensor:
+        if other or type(input) not in _PLAIN:
             return NotImplemented
-        return self._zeros(x.shape, x.dtype, x.device)
+        return self._zeros(input.shape, input.dtype, input.device)
 
     def new_zeros(self, x: Any, *size: Any, **other: Any) -> Any:
         """Serve Tensor.new_zeros."""
-        if other or type(x) is not Tensor:
+        if other or type(x) not in _PLAIN:
             return NotImplemented
         return self._zeros(size, x.dtype, x.device)
 
@@ -159,7 +161,7 @@ _KNOWN: dict[Any, Callable[..., Any]] = {
 
 def _why_torch_selects(x: Any, k: Any, dim: Any, largest: Any, other: Any) -> str | None:
     """Return why a selection stays torch's; None if ours is faster."""
-    if type(x) is not Tensor or x.dtype not in FLOATING:
+    if type(x) not in _PLAIN or x.dtype not in FLOATING:
         return f"topk of {getattr(x, 'dtype', type(x).__name__)} is not faster"
     known = type(k) is int and type(dim) is int and not other and -x.dim() <= dim < x.dim()
     if not known or not 1 <= k <= x.shape[dim]:
@@ -192,11 +194,16 @@ class PlainEncode(PlainForward):
 
 def _on_codes(module: Any, hooked: bool, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Call a method with our selections; hooks, and callers outside, get dense tensors."""
+    if type(args) is not tuple:
+        raise TypeError(
+            "accelerate: torch.fx must trace a module as it was, got an accelerated "
+            f"{class_of(module).__name__}; call sparsekern.restore(model) first"
+        )
     given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     if not given:
         return own(*args, **kwargs)
     is_layer = next(module.parameters(), None) is None
-    if (is_layer and given[0].numel() < _FEWEST) or not runs_on_codes(given[0]):
+    if not runs_on_codes(given[0]) or (is_layer and given[0].numel() < _FEWEST):
         return own(*args, **kwargs)
     if any(map(has_hooks, itertools.islice(module.modules(), 1, None))):
         late = _NEVER_LATE

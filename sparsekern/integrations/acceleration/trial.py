@@ -12,7 +12,7 @@ import copy
 import inspect
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -57,10 +57,11 @@ def _refusal(module: nn.Module, replacement: Replacement, must_decode: bool) -> 
     try:
         tried = _copy(module, _on_meta, _on_meta)
         tried.__class__ = standing_in(class_of(module), replacement, False)
+        tried.__class__ = class_of(module)
     except Exception as error:  # a stranger's code may raise anything
         return f"a copy of another class cannot be made: {_first_line(error)}"
     for name in replacement.replaced:
-        shape, why_not = _shape_that_works(module, name)
+        shape, why_not = _shape_that_works(tried, name)
         reason = why_not if shape is None else _difference(module, name, shape, must_decode)
         if reason is not None:
             return reason
@@ -74,14 +75,16 @@ def _takes_one_tensor(method: Callable[..., Any]) -> bool:
     return len(required) == 1 and required[0].kind in kinds
 
 
-def _shape_that_works(module: nn.Module, name: str) -> tuple[tuple[int, ...] | None, str]:
-    """Return a shape of rows with which a selection is ours, or None with the reason."""
-    own = (*module.parameters(), *module.buffers())
+def _shape_that_works(tried: nn.Module, name: str) -> tuple[tuple[int, ...] | None, str]:
+    """Return a shape of rows with which a selection is ours, or None with the reason.
+
+    tried: a copy on the meta device.
+    """
+    own = (*tried.parameters(), *tried.buffers())
     widths = [size for tensor in own for size in tuple(tensor.shape)[::-1] if size > 1]
     failure, left = "", ""
     for width, leading in itertools.product(dict.fromkeys((*widths, *_WIDTHS)), _LEADING):
         try:
-            tried = _copy(module, _on_meta, _on_meta)
             with torch.no_grad(), Selecting() as selecting:
                 getattr(tried, name)(torch.empty(*leading, width, device="meta"))
         except Exception as error:
@@ -158,21 +161,25 @@ def _run(
     selecting: contextlib.AbstractContextManager[Any],
 ) -> _Outcome:
     """Run a method of a copy, and its backward pass, on random rows."""
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator("cpu").manual_seed(0)
     tensors = (*module.parameters(), *module.buffers())
     device = next((one.device for one in tensors if not one.is_meta), torch.device("cpu"))
 
-    def random(like: Tensor) -> Tensor:
-        return 0.3 * torch.randn(like.shape, generator=draw).to(device)
+    def random_rows(shape: Sequence[int]) -> Tensor:
+        return torch.randn(*shape, generator=draw, device="cpu").to(device)
+
+    def random(parameter: Tensor) -> Tensor:
+        return 0.3 * random_rows(parameter.shape)
 
     def own(buffer: Tensor) -> Tensor:
         if buffer.is_meta:
             return torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
         return buffer.clone().float() if buffer.is_floating_point() else buffer.clone()
 
-    tried = _copy(module, random, own).train(training)
-    x = torch.randn(shape, generator=draw).to(device).requires_grad_()
-    with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda), torch.inference_mode(False), torch.enable_grad():
+        tried = _copy(module, random, own).train(training)
+        x = random_rows(shape).requires_grad_()
         torch.manual_seed(0)
         with selecting:
             result = getattr(tried, name)(x)
@@ -180,7 +187,7 @@ def _run(
         _check_keeps_nothing(tried)
         with_graph = [one for one in results if isinstance(one, Tensor) and one.requires_grad]
         sources = [x, *(one for one in tried.parameters() if one.requires_grad)]
-        weights = [torch.randn(one.shape, generator=draw).to(one) for one in with_graph]
+        weights = [random_rows(one.shape).to(one) for one in with_graph]
         gradients = torch.autograd.grad(with_graph, sources, weights, allow_unused=True)
     return _Outcome(results, list(gradients), list(tried.buffers()))
 
