@@ -7,6 +7,7 @@ import operator
 from collections import namedtuple
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from accelerated import D, N, check_equal, check_lifecycle, gradients, pair, randomize, tensors
@@ -143,9 +144,28 @@ class ByFunction(Layer):
         return chosen(x, self.k)
 
 
+class ChangedLater(Layer):
+    """What was scattered is changed in place, which a scatter does not see."""
+
+    def forward(self, x):
+        values, indices = torch.topk(input=x, k=self.k)
+        values = 2 * values
+        out = torch.zeros_like(input=x).scatter_(dim=-1, index=indices, src=values)
+        values.detach().zero_()
+        return out
+
+
+class OneRow(Layer):
+    def forward(self, x):
+        row = x.reshape(1, -1, 1)
+        values, indices = row.topk(self.k, dim=1)
+        zeros = torch.zeros(np.int64(row.numel()), dtype=x.dtype)
+        return zeros.scatter(0, indices.flatten(), values.flatten()).view_as(x)
+
+
 LAYERS = [
     Scattered, Unsorted, AtMostAll, Written, Masked, BoolMask, Magnitudes, Threshold, Kth, Batch,
-    BatchWithThreshold, Columns, Derived, ByFunction,
+    BatchWithThreshold, Columns, Derived, ByFunction, ChangedLater, OneRow,
 ]  # fmt: skip
 
 

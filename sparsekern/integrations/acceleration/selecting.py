@@ -9,6 +9,7 @@ tensor, or decoded by its codes. All else runs as it is written.
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -31,8 +32,8 @@ _FEWEST = 2**13
 _LATE_BEFORE_DECODING, _LATE_ALONE = 2**13, 2**22
 _NEVER_LATE = 2**63
 _PLAIN = (Tensor, nn.Parameter)
-# Rows of so many numbers are cut before a selection from all of them, as BatchTopK's is.
-_LONG, _PART = 2**16, 2**14
+# A single row of so many numbers is cut before the selection; a power of 2 divides it into parts.
+_LONG, _PART, _SHORTEST_PART = 2**16, 2**14, 2**8
 
 
 class _Inside(threading.local):
@@ -83,15 +84,25 @@ class Selecting(TorchFunctionMode):
             return NotImplemented
         if input.numel() < self.fewest:
             return NotImplemented
+        if input.numel() == input.shape[dim] >= _LONG:
+            return self._select_of_one_row(input, k, sorted)
         self.taken += 1
-        if input.dim() == 1 and input.numel() >= _LONG and input.numel() % _PART == 0:
-            _, values, indices = batch_topk_operation(input.view(-1, _PART), k, False)
-            if sorted:
-                order = values.detach().argsort(descending=True, stable=True)
-                values, indices = values[order], indices[order]
-        else:
-            values, indices = topk(input, k, dim, sorted=sorted)
+        values, indices = topk(input, k, dim, sorted=sorted)
         return torch.return_types.topk((values, indices))
+
+    def _select_of_one_row(self, row: Tensor, k: int, sorted: bool) -> Any:
+        """Select from one long row, as BatchTopK does, by its parts."""
+        part = math.gcd(row.numel(), _PART)
+        if part < _SHORTEST_PART:
+            self.left.append(f"topk of one row of {row.numel()} numbers, which has no equal parts")
+            return NotImplemented
+        self.taken += 1
+        _, values, indices = batch_topk_operation(row.reshape(-1, part), k, False)
+        if sorted:
+            order = values.detach().argsort(descending=True, stable=True)
+            values, indices = values[order], indices[order]
+        shape = [k if size == row.numel() else 1 for size in row.shape]
+        return torch.return_types.topk((values.view(shape), indices.view(shape)))
 
     def kth(self, input: Any, k: Any, dim: Any = -1, keepdim: bool = False, **other: Any) -> Any:
         """Serve torch.kthvalue near the upper end, as the smallest of the largest."""
@@ -136,12 +147,28 @@ class Selecting(TorchFunctionMode):
 
     def _zeros(self, size: Any, dtype: torch.dtype, device: torch.device) -> Any:
         """Make late zeros of a size, in numbers or as one sequence of them."""
-        size = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+        size = size[0] if len(size) == 1 and isinstance(size[0], (tuple, list)) else size
         shape = torch.Size(size)
         known = dtype in FLOATING and shape and device.type != "meta"
         if not known or shape.numel() < self.late:
             return NotImplemented
         return late_zeros(shape, dtype, device)
+
+
+def _of_copies(scatter: Callable[..., Any]) -> Callable[..., Any]:
+    """Make the handler of a scatter into late zeros: the code may change later what it scatters."""
+
+    def handler(selecting: Selecting, input: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(input, LateTensor):
+            return NotImplemented
+        copies = {name: _copy(value) for name, value in kwargs.items()}
+        return scatter(input, *map(_copy, args), **copies)
+
+    return handler
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if type(value) is Tensor else value
 
 
 _KNOWN: dict[Any, Callable[..., Any]] = {
@@ -153,6 +180,9 @@ _KNOWN: dict[Any, Callable[..., Any]] = {
     torch.matmul: Selecting.product,
     torch.Tensor.matmul: Selecting.product,
     torch.Tensor.__matmul__: Selecting.product,
+    torch.scatter: _of_copies(torch.scatter),
+    torch.Tensor.scatter: _of_copies(torch.Tensor.scatter),
+    torch.Tensor.scatter_: _of_copies(torch.Tensor.scatter_),
     torch.zeros_like: Selecting.zeros_like,
     torch.Tensor.new_zeros: Selecting.new_zeros,
     torch.zeros: Selecting.zeros,

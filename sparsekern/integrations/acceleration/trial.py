@@ -85,7 +85,7 @@ def _shape_that_works(tried: nn.Module, name: str) -> tuple[tuple[int, ...] | No
     failure, left = "", ""
     for width, leading in itertools.product(dict.fromkeys((*widths, *_WIDTHS)), _LEADING):
         try:
-            with torch.no_grad(), Selecting() as selecting:
+            with torch.no_grad(), torch.device("meta"), Selecting() as selecting:
                 getattr(tried, name)(torch.empty(*leading, width, device="meta"))
         except Exception as error:
             failure = failure or f"{name} cannot be followed: {_first_line(error)}"
