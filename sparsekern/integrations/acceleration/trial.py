@@ -189,7 +189,18 @@ def _run(
         sources = [x, *(one for one in tried.parameters() if one.requires_grad)]
         weights = [random_rows(one.shape).to(one) for one in with_graph]
         gradients = torch.autograd.grad(with_graph, sources, weights, allow_unused=True)
-    return _Outcome(results, list(gradients), list(tried.buffers()))
+    return _Outcome(results, list(_samples(gradients)), list(tried.buffers()))
+
+
+def _samples(gradients: Sequence[Tensor | None]) -> Iterator[Tensor | None]:
+    """Yield some numbers of each gradient, and its norm: whole ones may take gigabytes."""
+    for gradient in gradients:
+        if gradient is None:
+            yield None
+        else:
+            numbers = gradient.flatten()
+            yield numbers[:: numbers.numel() // 2**16 | 1].clone()  # odd: from all columns
+            yield numbers.norm()
 
 
 def _check_keeps_nothing(tried: nn.Module) -> None:
