@@ -163,9 +163,22 @@ class OneRow(Layer):
         return zeros.scatter(0, indices.flatten(), values.flatten()).view_as(x)
 
 
+class Annealed(nn.Module):
+    """Keeps less and less; k is a buffer."""
+
+    def __init__(self, k=K):
+        super().__init__()
+        self.register_buffer("k", torch.tensor(k + 2))
+
+    def forward(self, x):
+        if self.training:
+            self.k -= 1
+        return chosen(x, self.k)
+
+
 LAYERS = [
     Scattered, Unsorted, AtMostAll, Written, Masked, BoolMask, Magnitudes, Threshold, Kth, Batch,
-    BatchWithThreshold, Columns, Derived, ByFunction, ChangedLater, OneRow,
+    BatchWithThreshold, Columns, Derived, ByFunction, ChangedLater, OneRow, Annealed,
 ]  # fmt: skip
 
 
@@ -193,6 +206,30 @@ def test_dtypes_and_dimensions(dtype, shape):
     x = scores(0, *shape).to(dtype)
     slow, fast = pair(Threshold())  # of equal scores it keeps all
     assert torch.equal(fast(x), slow(x)) and fast(x).dtype == dtype
+
+
+def test_images():
+    """Channels are selected at each place, or places in each channel."""
+
+    class Channels(Layer):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Conv2d(3, 32, 3)
+
+        def forward(self, x):
+            h = self.layer(x)
+            values, indices = h.topk(self.k, dim=1)
+            return torch.zeros_like(h).scatter_(1, indices, values)
+
+    class Places(Layer):
+        def forward(self, x):
+            b, c, _, _ = x.shape
+            return chosen(x.view(b, c, -1), self.k).view_as(x)
+
+    images = scores(0, 4, 3, 40, 40)
+    for layer in (Channels, Places):
+        slow, fast = pair(layer())
+        assert torch.equal(fast(images), slow(images))
 
 
 def test_equal_scores_are_ordered_by_index():
@@ -384,6 +421,17 @@ def test_functional_transforms_and_checkpointing():
         slow, fast, lambda one: checkpoint(one, rows(), use_reentrant=False)[0],
         lambda out: out.square().sum(),
     )  # fmt: skip
+
+
+def test_code_that_maps_over_rows():
+    class Mapped(Layer):
+        def forward(self, x):
+            return torch.vmap(lambda row: chosen(row, self.k))(x)
+
+    model = Mapped()
+    with pytest.warns(UserWarning, match="Mapped: forward calls no topk"):
+        sparsekern.accelerate(model)
+    assert type(model) is Mapped
 
 
 # -- what stays as it is, with the reason ----------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ...dispatch.transforms import traced_or_vmapped
 from ...nn.hooks import has_hooks
 from ...ops.batch_topk.operation import batch_topk as batch_topk_operation
 from ...ops.checks import FLOATING
@@ -65,8 +67,11 @@ class Selecting(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         known = _KNOWN.get(func)
-        result = NotImplemented if known is None else known(self, *args, **kwargs)
-        return func(*args, **kwargs) if result is NotImplemented else result
+        if known is not None and not traced_or_vmapped():  # the code may call vmap itself
+            result = known(self, *args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return func(*args, **kwargs)
 
     def select(
         self,
@@ -78,6 +83,7 @@ class Selecting(TorchFunctionMode):
         **other: Any,
     ) -> Any:
         """Serve torch.topk of the largest of rows; what is refused here stays torch's."""
+        k = _number(k)
         reason = _why_torch_selects(input, k, dim, largest, other)
         if reason is not None:
             self.left.append(reason)
@@ -106,7 +112,8 @@ class Selecting(TorchFunctionMode):
 
     def kth(self, input: Any, k: Any, dim: Any = -1, keepdim: bool = False, **other: Any) -> Any:
         """Serve torch.kthvalue near the upper end, as the smallest of the largest."""
-        if type(k) is not int or not isinstance(input, Tensor) or input.dim() == 0 or other:
+        k = _number(k)
+        if k is None or not isinstance(input, Tensor) or input.dim() == 0 or other:
             return NotImplemented
         largest = input.shape[dim] - k + 1
         if not 0 < 4 * largest <= input.shape[dim]:
@@ -189,11 +196,19 @@ _KNOWN: dict[Any, Callable[..., Any]] = {
 }
 
 
+def _number(k: Any) -> int | None:
+    """Return k, also of a tensor or an array, as a number of Python; None if it is none."""
+    try:
+        return operator.index(k)
+    except TypeError:
+        return None
+
+
 def _why_torch_selects(x: Any, k: Any, dim: Any, largest: Any, other: Any) -> str | None:
     """Return why a selection stays torch's; None if ours is faster."""
     if type(x) not in _PLAIN or x.dtype not in FLOATING:
         return f"topk of {getattr(x, 'dtype', type(x).__name__)} is not faster"
-    known = type(k) is int and type(dim) is int and not other and -x.dim() <= dim < x.dim()
+    known = k is not None and type(dim) is int and not other and -x.dim() <= dim < x.dim()
     if not known or not 1 <= k <= x.shape[dim]:
         return "topk has arguments that are for torch alone"
     return None if largest else "topk of the smallest is not faster"

@@ -24,8 +24,7 @@ from .plain import holds_selection, plain_replacement, selecting_methods
 from .replacement import Accelerated, Replacement, class_of
 from .selecting import Selecting, all_dense
 
-# Shapes of the rows, and their widths where no parameter has one.
-_LEADING = ((8,), (2, 4))
+# Widths of the rows where no parameter has one that works.
 _WIDTHS = (512, 65536)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -83,20 +82,27 @@ def _shape_that_works(tried: nn.Module, name: str) -> tuple[tuple[int, ...] | No
     own = (*tried.parameters(), *tried.buffers())
     widths = [size for tensor in own for size in tuple(tensor.shape)[::-1] if size > 1]
     failure, left = "", ""
-    for width, leading in itertools.product(dict.fromkeys((*widths, *_WIDTHS)), _LEADING):
+    for shape in itertools.chain(*map(_shapes, dict.fromkeys((*widths, *_WIDTHS)))):
         try:
             with torch.no_grad(), torch.device("meta"), Selecting() as selecting:
-                getattr(tried, name)(torch.empty(*leading, width, device="meta"))
+                getattr(tried, name)(torch.empty(shape, device="meta"))
         except Exception as error:
             failure = failure or f"{name} cannot be followed: {_first_line(error)}"
             continue
         if selecting.taken:
-            return (*leading, width), ""
+            return shape, ""
         left = left or (selecting.left or [f"{name} calls no topk"])[0]
     return None, left or failure
 
 
+def _shapes(width: int) -> Iterator[tuple[int, ...]]:
+    """Yield shapes of rows, of sequences of rows, and of images with so many channels."""
+    yield from ((8, width), (2, 4, width), (2, width, 8, 8))
+
+
 def _on_meta(tensor: Tensor) -> Tensor:
+    if tensor.dim() == 0 and not tensor.is_floating_point():
+        return tensor.clone()  # a number such as k, which the code reads
     dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
     return torch.empty(tensor.shape, dtype=dtype, device="meta")
 
@@ -161,15 +167,15 @@ def _run(
     selecting: contextlib.AbstractContextManager[Any],
 ) -> _Outcome:
     """Run a method of a copy, and its backward pass, on random rows."""
-    draw = torch.Generator("cpu").manual_seed(0)
     tensors = (*module.parameters(), *module.buffers())
     device = next((one.device for one in tensors if not one.is_meta), torch.device("cpu"))
+    draw = torch.Generator(device).manual_seed(0)
 
     def random_rows(shape: Sequence[int]) -> Tensor:
-        return torch.randn(*shape, generator=draw, device="cpu").to(device)
+        return torch.randn(*shape, generator=draw, device=device)
 
     def random(parameter: Tensor) -> Tensor:
-        return 0.3 * random_rows(parameter.shape)
+        return random_rows(parameter.shape).mul_(0.3)
 
     def own(buffer: Tensor) -> Tensor:
         if buffer.is_meta:
