@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ...dispatch.transforms import traced_or_vmapped
 from ...nn.hooks import has_hooks
+from ...nn.scores import sizes_are_fixed
 from ...ops.batch_topk.operation import batch_topk as batch_topk_operation
 from ...ops.checks import FLOATING
 from ...ops.topk import topk
@@ -34,6 +34,7 @@ _FEWEST = 2**13
 _LATE_BEFORE_DECODING, _LATE_ALONE = 2**13, 2**22
 _NEVER_LATE = 2**63
 _PLAIN = (Tensor, nn.Parameter)
+_NUMBER = torch.tensor(0, device="cpu")  # of it, sizes are fixed by transforms alone
 # A single row of so many numbers is cut before the selection; a power of 2 divides it into parts.
 _LONG, _PART, _SHORTEST_PART = 2**16, 2**14, 2**8
 
@@ -67,7 +68,7 @@ class Selecting(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         known = _KNOWN.get(func)
-        if known is not None and not traced_or_vmapped():  # the code may call vmap itself
+        if known is not None and not sizes_are_fixed(_NUMBER):  # the code may call vmap itself
             result = known(self, *args, **kwargs)
             if result is not NotImplemented:
                 return result
