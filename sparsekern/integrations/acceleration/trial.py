@@ -186,7 +186,10 @@ def _run(
     with torch.random.fork_rng(cuda), torch.inference_mode(False), torch.enable_grad():
         tried = _copy(module, random, own).train(training)
         x = random_rows(shape).requires_grad_()
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed all devices
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(0)
         with selecting:
             result = getattr(tried, name)(x)
         results = list(_leaves(all_dense(result)))
