@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import threading
 from collections import namedtuple
 from dataclasses import dataclass
 
@@ -421,6 +422,42 @@ def test_functional_transforms_and_checkpointing():
         slow, fast, lambda one: checkpoint(one, rows(), use_reentrant=False)[0],
         lambda out: out.square().sum(),
     )  # fmt: skip
+
+
+def test_an_error_of_the_module_leaves_nothing_behind():
+    class Fragile(Autoencoder):
+        def forward(self, x):
+            out = super().forward(x)[0]
+            if x.shape[0] == 3:
+                raise KeyError("three rows")
+            return out
+
+    model = sparsekern.accelerate(Fragile(n=WIDE))
+    assert "" in report(model).replaced
+    with pytest.raises(KeyError, match="three rows"):
+        model(rows()[:3])
+    assert type(model.encode(rows())) is torch.Tensor  # it is not inside a forward pass any more
+
+
+def test_threads():
+    model = autoencoder("own")
+    expected = model(rows())[0].detach()
+    sparsekern.accelerate(model)
+    wrong = []
+
+    def run():
+        for _ in range(20):
+            if type(model.encode(rows())) is not torch.Tensor:
+                wrong.append("late")
+            if not torch.allclose(model(rows())[0], expected, rtol=1e-5, atol=1e-5):
+                wrong.append("other")
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 def test_code_that_maps_over_rows():
