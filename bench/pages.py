@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import re
 import statistics
 import sys
@@ -68,6 +69,18 @@ SPARLING_ARMS = (
     ("l1-3", "L1, weight 3", ""),
     ("l1-10", "L1, weight 10", ""),
     ("l1-30", "L1, weight 30", ""),
+)
+
+
+# What SAELens' evaluation says of an autoencoder: name in the rows, in the page, and digits.
+FEATURE_MEASURES = (
+    ("mcc", "MCC", 3),
+    ("f1_score", "F1", 3),
+    ("uniqueness", "uniqueness", 3),
+    ("explained_variance", "explained variance", 4),
+    ("sae_l0", "L0", 2),
+    ("dead_latents", "dead", 1),
+    ("seconds", "seconds", 0),
 )
 
 
@@ -193,6 +206,29 @@ def dead_table(cells: Sequence[dict[str, str]]) -> str:
     return "\n".join(text)
 
 
+def features_table(results: Path) -> str:
+    """How well known features are found again, for each kind of autoencoder and its trainer."""
+    written = json.loads((results / "synthetic-features.json").read_text())
+    seeds = len(written["seeds"])
+    header = ["autoencoder", "trained by", *(title for _, title, _ in FEATURE_MEASURES)]
+    text = [f"| {' | '.join(header)} |", "| --- " * len(header) + "|"]
+    arms: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for run in written["runs"]:
+        arms.setdefault((run["kind"], run["arm"]), []).append(run)
+    for (kind, arm), runs in arms.items():
+        if len(runs) != seeds:
+            raise ValueError(f"features_table: {kind} of {arm} must have {seeds} runs")
+        cells = []
+        for name, _, digits in FEATURE_MEASURES:
+            values = [run[name] for run in runs]
+            half = (max(values) - min(values)) / 2
+            cells.append(f"{statistics.mean(values):.{digits}f} ± {half:.{digits}f}")
+        text.append(f"| {kind} | {arm} | {' | '.join(cells)} |")
+    versions = f"sae-lens {written['sae-lens']}, torch {written['torch']}"
+    text += ["", f"Means and half ranges of {seeds} seeds; {versions}, one thread."]
+    return "\n".join(text)
+
+
 # -- files -----------------------------------------------------------------------------------------
 
 
@@ -219,7 +255,11 @@ def pages(root: Path = ROOT, results: Path = RESULTS) -> dict[Path, str]:
             "gpu",
             gpu_headline(gpu),
         ),
-        benchmarks: between_marks(benchmarks.read_text(), "speed", speed(cpu, gpu)),
+        benchmarks: between_marks(
+            between_marks(benchmarks.read_text(), "speed", speed(cpu, gpu)),
+            "known features",
+            features_table(results),
+        ),
         studies: between_marks(studies.read_text(), "dead units", dead_table(vae_sae)),
         docs / "figures" / "training-step.svg": training_step(cpu),
         docs / "figures" / "ratios.svg": ratios(cpu),

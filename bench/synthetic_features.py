@@ -8,15 +8,18 @@ known features: a hierarchy, correlations, firing probabilities by Zipf's law, m
 the autoencoder has latents. It has 16384 features of 768 numbers, 4096 latents, k = 25, batches of
 1024, 200 million rows. Here features, width, latents, trees of the hierarchy, active features and
 latents of a row, and batch are an eighth (the largest firing probability is divided by the root of
-8, by which as many features are active per dimension as there), and rows a 32nd, so that the
+8, by which as many features are active per dimension as there), and rows a 64th, so that the
 learning rate is larger than its 3e-4.
 
 Every run sees the same rows in the same order (our activation store's, by seed), one epoch, on one
 thread. SAELens' autoencoders are trained by its SAETrainer with the settings of its runner. Ours
-are trained by `sparsekern.studies.sae.run` with its defaults, and with SAELens' settings where they
-differ. SAELens' evaluation judges all on the same rows, which nothing was trained on: its own
-autoencoders as its benchmark does, before they are saved, and once more as they are loaded; ours
-after `save_pretrained(..., to="saelens")`, loaded by SAELens.
+are trained by `sparsekern.studies.sae.run`: with its defaults, with these and SAELens' weight of
+AuxK, and with SAELens' settings wherever they differ (constant learning rate, AuxK's size and
+weight, when a latent is dead, dictionary rows of any norm, no revival; first weights and the
+clipping of gradients stay each library's own). SAELens' evaluation judges all on the same rows,
+which nothing was trained on: its own autoencoders as its benchmark does, before they are saved, and
+once more as they are loaded; ours after `save_pretrained(..., to="saelens")`, loaded by SAELens.
+`seconds` are of the processor, since other programs may run beside.
 
 What is in FOLDER is not made again.
 """
@@ -26,11 +29,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import shutil
-import statistics
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -50,10 +52,12 @@ BENCHMARK = {"features": 16384, "width": 768, "latents": 4096, "roots": 128, "ba
 LARGEST_PROBABILITY = 0.4
 MODEL_SEED, TRAINING_SEED, HELD_OUT_SEED = 42, 1, 2
 DEAD_WINDOW = 1000  # steps, of SAELens' runner
-EVALUATED_ROWS = 1024  # at a time
+ROWS_AT_A_TIME = 1024  # made, and judged
 LEVELS = (1 / 32, 1 / 8, 1 / 2)  # of the latents, for Matryoshka
 KINDS = ("TopK", "BatchTopK", "Matryoshka")
-SAELENS, OURS, OURS_LIKE_SAELENS = "SAELens", "sparsekern", "sparsekern, SAELens' settings"
+SAELENS, OURS = "SAELens", "sparsekern"
+OURS_WITH_AUXK, OURS_LIKE_SAELENS = "sparsekern, AuxK's weight 1", "sparsekern, SAELens' settings"
+ARMS = (SAELENS, OURS, OURS_WITH_AUXK, OURS_LIKE_SAELENS)
 MEASURES = ("f1_score", "precision", "recall", "mcc", "uniqueness", "explained_variance",
             "shrinkage", "sae_l0", "true_l0", "dead_latents")  # fmt: skip
 
@@ -74,8 +78,8 @@ class Size:
         return tuple(round(level * self.of("latents")) for level in LEVELS)
 
 
-FULL = Size(factor=8, rows=200_000_000 // 32, judged_rows=100_000)
-QUICK = Size(factor=32, rows=20_000, judged_rows=4096)
+FULL = Size(factor=8, rows=200_000_000 // 64, judged_rows=100_000)
+QUICK = Size(factor=32, rows=20_000, judged_rows=2048)
 
 
 def known_features(size: Size) -> synthetic.SyntheticModel:
@@ -109,21 +113,24 @@ def write_rows(model: synthetic.SyntheticModel, size: Size, path: Path) -> None:
         unfinished, mode="w+", dtype=np.float32, shape=(size.rows, size.of("width"))
     )
     torch.manual_seed(TRAINING_SEED)
-    for start in range(0, size.rows, EVALUATED_ROWS):
-        stop = min(size.rows, start + EVALUATED_ROWS)
-        rows[start:stop] = model.sample(stop - start).numpy()
+    for start in range(0, size.rows, ROWS_AT_A_TIME):
+        stop = min(size.rows, start + ROWS_AT_A_TIME)
+        rows[start:stop] = model.sample(ROWS_AT_A_TIME)[: stop - start].numpy()
     rows.flush()
     unfinished.rename(path)
 
 
-def config_of(arm: str, kind: str, seed: int, size: Size, options: argparse.Namespace) -> sae.Config:
+def config_of(
+    arm: str, kind: str, seed: int, size: Size, options: argparse.Namespace
+) -> sae.Config:
     """The settings of a run of ours; SAELens takes its rows and their order from them."""
     settings: dict[str, Any] = {}
+    if arm in (OURS_WITH_AUXK, OURS_LIKE_SAELENS):
+        settings["auxk_weight"] = 1.0
     if arm == OURS_LIKE_SAELENS:
-        settings = {
+        settings |= {
             "warmup": 0.0, "decay": 0.0, "revival": 0.0, "scale_scores": True,
-            "auxk": size.of("width") // 2, "auxk_weight": 1.0,
-            "dead_after": DEAD_WINDOW * size.of("batch"),
+            "auxk": size.of("width") // 2, "dead_after": DEAD_WINDOW * size.of("batch"),
         }  # fmt: skip
     return sae.Config(
         activations=(str(options.work / "rows.npy"),),
@@ -146,7 +153,7 @@ def judge(
     torch.manual_seed(HELD_OUT_SEED)
     found = synthetic.eval_sae_on_synthetic_data(
         autoencoder, model.feature_dict, model.activation_generator, size.judged_rows,
-        EVALUATED_ROWS,
+        ROWS_AT_A_TIME,
     ).to_dict()  # fmt: skip
     found |= found.pop("classification")
     return {name: found[name] for name in MEASURES}
@@ -171,9 +178,10 @@ def train_theirs(
             logger=LoggingConfig(log_to_wandb=False),
         )  # fmt: skip
         stream = rows.batches(0, 0, torch.device("cpu"))
-        start = time.perf_counter()
-        sae_lens.SAETrainer(settings, autoencoder, stream).fit()
-        seconds = time.perf_counter() - start
+        trainer = sae_lens.SAETrainer(settings, autoencoder, stream)
+        start = time.process_time()
+        trainer.fit()
+        seconds = time.process_time() - start
     autoencoder.save_inference_model(str(folder))
     return {
         "seconds": seconds,
@@ -186,23 +194,14 @@ def train_ours(
     config: sae.Config, model: synthetic.SyntheticModel, size: Size, folder: Path
 ) -> dict[str, Any]:
     """Train with our engine, and hand the result to SAELens."""
-    result = sae.run(config, folder / "run")
-    tokens, rate = result.results["tokens"], result.results["tokens_per_second"]
+    start = time.process_time()
+    sae.run(config, folder / "run")
+    seconds = time.process_time() - start
     trained = sae.load_run(folder / "run").model
     trained.fold_norms()
     trained.save_pretrained(folder / "saelens", to="saelens")
     loaded = sae_lens.SAE.load_from_disk(folder / "saelens")
-    return {"seconds": tokens / rate, **judge(loaded, model, size)}
-
-
-def summary(runs: Iterable[dict[str, Any]]) -> dict[str, list[float]]:
-    """Mean and standard deviation over the seeds."""
-    runs = list(runs)
-    values = {name: [run[name] for run in runs] for name in ("seconds", *MEASURES)}
-    return {
-        name: [statistics.mean(found), statistics.stdev(found) if len(found) > 1 else 0.0]
-        for name, found in values.items()
-    }
+    return {"seconds": seconds, **judge(loaded, model, size)}
 
 
 def main() -> None:
@@ -224,8 +223,8 @@ def main() -> None:
     runs = []
     for seed in options.seeds:
         for kind in options.kinds:
-            for arm in (SAELENS, OURS, OURS_LIKE_SAELENS):
-                folder = options.work / f"{arm}-{kind}-{seed}".replace(" ", "-")
+            for arm in ARMS:
+                folder = options.work / re.sub(r"\W+", "-", f"{kind} {arm} {seed}")
                 done = folder / "judged.json"
                 if not done.exists():
                     shutil.rmtree(folder, ignore_errors=True)
@@ -251,8 +250,7 @@ def main() -> None:
         "sparsekern": sparsekern.__version__, "runs": runs,
     }  # fmt: skip
     options.results.mkdir(parents=True, exist_ok=True)
-    path = options.results / "synthetic-features.json"
-    path.write_text(json.dumps(written, indent=1) + "\n")
+    (options.results / "synthetic-features.json").write_text(json.dumps(written, indent=1) + "\n")
 
 
 if __name__ == "__main__":
