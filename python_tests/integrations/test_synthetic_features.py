@@ -22,7 +22,7 @@ ARMS = {
 
 
 @pytest.fixture(scope="module")
-def benchmark(tmp_path_factory):
+def quick_size(tmp_path_factory):
     """Return a function that runs the benchmark, all times in the same folder."""
     imported("sae_lens.synthetic")
     folder = tmp_path_factory.mktemp("synthetic_features")
@@ -40,8 +40,8 @@ def benchmark(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(benchmark):
-    return {(run["kind"], run["arm"]): run for run in benchmark()["runs"]}
+def runs(quick_size):
+    return {(run["kind"], run["arm"]): run for run in quick_size()["runs"]}
 
 
 def test_every_kind_is_trained_by_each(runs):
@@ -71,6 +71,6 @@ def test_saving_topk_changes_nothing(runs):
     assert loaded == pytest.approx({name: run[name] for name in loaded}, rel=1e-4)
 
 
-def test_what_is_trained_is_not_trained_again(benchmark, runs):
-    again = {(run["kind"], run["arm"]): run for run in benchmark("--kinds", "TopK")["runs"]}
+def test_what_is_trained_is_not_trained_again(quick_size, runs):
+    again = {(run["kind"], run["arm"]): run for run in quick_size("--kinds", "TopK")["runs"]}
     assert again == {name: run for name, run in runs.items() if name[0] == "TopK"}
