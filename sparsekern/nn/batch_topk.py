@@ -32,6 +32,9 @@ LARGEST_CHANGE = 2.0
 # After a relative change of k by more than this, the batches before are forgotten.
 JUMP_OF_K = 0.1
 
+# Of the entries of all parts, returns that of a rank (1 is the largest).
+ValueAtRank = Callable[[Iterable[torch.Tensor], int], torch.Tensor]
+
 # Private in torch; without it compiled code does not check.
 _assert_async = getattr(torch, "_assert_async", None)
 _UNSET = (
@@ -190,12 +193,20 @@ class BatchTopK(SavedK):
 
     @torch.no_grad()
     def calibrate_parts(
-        self, parts: Iterable[torch.Tensor], rows: int, k: int | float | None = None
+        self,
+        parts: Iterable[torch.Tensor],
+        rows: int,
+        k: int | float | None = None,
+        value_at_rank: ValueAtRank | None = None,
     ) -> None:
-        """Calibrate from x in parts with so many rows together, and for another k if given."""
+        """Calibrate from x in parts with so many rows together, and for another k if given.
+
+        value_at_rank: searches the parts, where other processes have some, too.
+        """
         if rows < 1:
             raise ValueError("BatchTopK.calibrate: x must have at least one row, got none")
-        new_threshold = value_at_rank(parts, kept_in_all("BatchTopK", k or self.k, rows) + 1)
+        search = value_at_rank or value_at_rank_of_parts
+        new_threshold = search(parts, kept_in_all("BatchTopK", k or self.k, rows) + 1)
         self.threshold.copy_(new_threshold.clamp_min(0))
         self._known = False
 
@@ -280,20 +291,29 @@ def _extrapolate(trend: torch.Tensor, smallest: torch.Tensor) -> torch.Tensor:
     return (level - slope).clamp(smallest / LARGEST_CHANGE, smallest * LARGEST_CHANGE)
 
 
-def value_at_rank(parts: Iterable[torch.Tensor], rank: int) -> torch.Tensor:
+def value_at_rank_of_parts(parts: Iterable[torch.Tensor], rank: int) -> torch.Tensor:
     """Return the rank-th largest (1 is the largest) of the entries of all parts.
 
     Returns:
-        0-d float32 (float64 for float64); the smallest entry where there are fewer. Memory: 2 *
-        rank entries and a part.
+        0-d float32 (float64 for float64); the smallest entry where there are fewer.
+    """
+    return largest_of_parts(parts, rank)[-1]
+
+
+def largest_of_parts(parts: Iterable[torch.Tensor], count: int) -> torch.Tensor:
+    """Return the largest of the entries of all parts, largest first.
+
+    Returns:
+        [count] float32 (float64 for float64), or all entries where there are fewer. Memory: 2 *
+        count entries and a part.
     """
     kept: torch.Tensor | None = None
     for part in parts:
         entries = part.reshape(-1).to(torch.promote_types(part.dtype, torch.float32))
-        if kept is not None and len(kept) == rank:
+        if kept is not None and len(kept) == count:
             entries = entries[entries > kept[-1]]
         kept = entries if kept is None else torch.cat((kept, entries))
-        kept = kept.topk(min(rank, len(kept))).values
+        kept = kept.topk(min(count, len(kept))).values
     if kept is None or len(kept) == 0:
-        raise ValueError("value_at_rank: parts must have at least one entry, got none")
-    return kept[-1]
+        raise ValueError("largest_of_parts: parts must have at least one entry, got none")
+    return kept

@@ -12,7 +12,7 @@ from ..ops.batch_topk import check_share, kept_in_all
 from ..ops.checks import check_above_zero, check_count, check_floating
 from ..ops.codes import Codes
 from ..ops.jumprelu import at_most, in_band, jumprelu, step
-from .batch_topk import value_at_rank
+from .batch_topk import ValueAtRank, value_at_rank_of_parts
 from .codes import codes_where
 
 __all__ = ["JumpReLU", "jumprelu", "step"]
@@ -120,14 +120,24 @@ class JumpReLU(nn.Module):
         self.calibrate_parts([x], math.prod(x.shape[:-1]), l0)
 
     @torch.no_grad()
-    def calibrate_parts(self, parts: Iterable[torch.Tensor], rows: int, l0: float) -> None:
-        """Calibrate from x in parts with so many rows together."""
+    def calibrate_parts(
+        self,
+        parts: Iterable[torch.Tensor],
+        rows: int,
+        l0: float,
+        value_at_rank: ValueAtRank | None = None,
+    ) -> None:
+        """Calibrate from x in parts with so many rows together.
+
+        value_at_rank: searches the parts, where other processes have some, too.
+        """
         if rows < 1:
             raise ValueError("JumpReLU.calibrate: x must have at least one row, got none")
         l0 = check_share("JumpReLU.calibrate", "l0", l0, self.n, "the number of latents")
         theta = self.threshold
         multiples = (part / theta for part in parts)
-        factor = value_at_rank(multiples, kept_in_all("JumpReLU.calibrate", l0, rows) + 1)
+        search = value_at_rank or value_at_rank_of_parts
+        factor = search(multiples, kept_in_all("JumpReLU.calibrate", l0, rows) + 1)
         smallest = torch.finfo(self.log_threshold.dtype).tiny
         self.log_threshold.add_(factor.clamp_min(smallest).log())
 

@@ -24,10 +24,13 @@ from .encoding import Encoding
 
 @dataclass(frozen=True)
 class Decoder:
-    """The map from codes to codes @ (dictionary / norms) + bias; None stands for norms of 1."""
+    """The map from codes to codes @ (dictionary / norms) + bias.
+
+    None stands for norms of 1, and for a bias of 0.
+    """
 
     dictionary: Tensor
-    bias: Tensor
+    bias: Tensor | None
     norms: Tensor | None
 
     def __call__(self, encoding: Encoding, prefixes: Sequence[int] = ()) -> list[Tensor]:

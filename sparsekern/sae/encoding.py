@@ -50,7 +50,8 @@ def encode(layer: nn.Module, scores: Scores, width: Width) -> Encoding:
     """
     if has_hooks(layer):
         return _call(layer, scores.all())
-    return _ENCODERS[type(layer)](layer, scores, width)
+    encoder = next(_ENCODERS[t] for t in type(layer).__mro__ if t in _ENCODERS)
+    return encoder(layer, scores, width)
 
 
 def _call(layer: nn.Module, scores: Tensor) -> Encoding:

@@ -29,18 +29,19 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..nn import BatchTopK, DeadNeuronCounter, JumpReLU, TopK
+from ..nn.batch_topk import value_at_rank_of_parts
 from ..nn.recomputation import RecentStates, recomputing
 from ..nn.scores import Scores, Width, sizes_are_fixed
 from ..ops.batch_topk import check_share
 from ..ops.checks import check_above_zero, check_count, check_floating
-from ..ops.codes import Codes
+from ..ops.codes import Codes, Transposition
 from ..ops.exported import exported
 from ..ops.linear_topk.checks import check_layer
 from .decoding import Decoder
@@ -350,10 +351,40 @@ class SparseAutoencoder(nn.Module):
             )
         super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
 
+    # -- what an autoencoder in several processes does otherwise -----------------------------------
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        """Return the part of a parameter, or of its gradient, that this process computes with."""
+        return tensor
+
+    def _total(self, part: Tensor) -> Tensor:
+        """Return a sum over the rows of the whole batch from that over the rows given here."""
+        return part
+
+    def _all_rows(self, x: Tensor) -> Tensor:
+        """Return the whole batch from the rows given here, [rows, D] each."""
+        return x
+
+    def _value_at_rank(self, parts: Iterable[Tensor], rank: int) -> Tensor:
+        """Return the rank-th largest of all scores, whose parts are given here."""
+        return value_at_rank_of_parts(parts, rank)
+
+    def _variance(self, x: Tensor) -> Tensor:
+        """Return the variance of the whole batch, of which x [..., D] is what is given here."""
+        return total_variance(x)
+
+    def _counts_of_all(self, latents: Tensor) -> list[int]:
+        """Return the number of some latents in each process; given are those of this one."""
+        return [len(latents)]
+
+    def _count_rows(self, x: Tensor) -> int:
+        """Return the rows of the whole batch, of which x [..., D] is what is given here."""
+        return max(1, x.numel() // x.shape[-1])
+
     # -- the parts of a forward pass ---------------------------------------------------------------
 
     def _norms(self) -> Tensor | None:
-        return self.dictionary.norm(dim=1) if self.scale_scores else None
+        return self._own(self.dictionary).norm(dim=1) if self.scale_scores else None
 
     def _rows(self, x: Tensor) -> Rows:
         """Return x [..., D] as it is encoded."""
@@ -364,17 +395,36 @@ class SparseAutoencoder(nn.Module):
 
     def _scores(self, x: Tensor) -> Scores:
         """Return the scores of x [..., D] as it is encoded."""
-        check_layer(
-            "SparseAutoencoder", x, self.encoder, self.encoder_bias, self.decoder_bias, None, None
-        )
-        bias = self.decoder_bias if self.subtract_bias else None
-        return Scores(x, self.encoder, self.encoder_bias, bias, self._norms())
+        encoder, bias = self._own(self.encoder), self._own(self.encoder_bias)
+        pre_bias = self._own(self.decoder_bias)
+        check_layer("SparseAutoencoder", x, encoder, bias, pre_bias, None, None)
+        return Scores(x, encoder, bias, pre_bias if self.subtract_bias else None, self._norms())
+
+    def _largest(
+        self, x: Tensor, k: int, latents: Tensor | None = None, most: int | None = None
+    ) -> tuple[Tensor, Tensor, Transposition | None]:
+        """Return the codes of the k largest scores of each row of x [..., D] as it is encoded.
+
+        latents: only these are selected from; most: their number in the process that has most.
+        """
+        return self._scores(x).topk(k, latents=latents)
+
+    def _decode(
+        self,
+        values: Tensor,
+        indices: Tensor,
+        transposition: Transposition | None = None,
+        *,
+        biased: bool = True,
+    ) -> Tensor:
+        """Return the reconstruction [..., D] of codes [..., k]; biased: add decoder_bias."""
+        return self._decoder().sparse(values, indices, transposition, biased=biased)
 
     def _decoder(self) -> Decoder:
         norms = self._norms()
         if norms is not None:  # a dictionary row of norm zero has scores of zero
             norms = torch.where(norms > 0, norms, 1)
-        return Decoder(self.dictionary, self.decoder_bias, norms)
+        return Decoder(self._own(self.dictionary), self._own(self.decoder_bias), norms)
 
     def encode(self, x: Tensor, k: int | None = None) -> Codes:
         """Return the codes of activations x.
@@ -398,7 +448,7 @@ class SparseAutoencoder(nn.Module):
 
         With normalize_rows it is one of normalized rows, since codes do not tell the others.
         """
-        return self._decoder().sparse(values, indices)
+        return self._decode(values, indices)
 
     def forward(
         self,
@@ -470,10 +520,10 @@ class SparseAutoencoder(nn.Module):
         self, x: Tensor, variance: Tensor | None, rows: int | None
     ) -> tuple[SAEOutput, SAELoss]:
         output, penalty, prefix_reconstructions = self._reconstruct(x)
-        variance = total_variance(x) if variance is None else variance
-        own_rows = max(1, x.numel() // x.shape[-1])
+        variance = self._variance(x) if variance is None else variance
+        own_rows = self._count_rows(x)
         rows = own_rows if rows is None else rows
-        error = squared_error(x, output.reconstruction)
+        error = self._squared_error(x, output.reconstruction)
         fvu = error / variance
         auxk = self._auxk_error(x, output.reconstruction, error) if self.auxk else fvu.new_zeros(())
         auxk = auxk / variance
@@ -481,11 +531,14 @@ class SparseAutoencoder(nn.Module):
         sparsity = penalty / rows
         if self.target_l0 is not None:
             sparsity = own_rows / rows * (penalty / own_rows / self.target_l0 - 1).square()
-        prefix_fvus = (squared_error(x, part) / variance for part in prefix_reconstructions)
+        prefix_fvus = (self._squared_error(x, part) / variance for part in prefix_reconstructions)
         prefixes = sum(prefix_fvus, fvu.new_zeros(()))
         total = fvu + self.auxk_weight * auxk + self.multi_weight * multi
         total = total + self.sparsity_weight * sparsity + prefixes
         return output, SAELoss(total, fvu, auxk, multi, sparsity, prefixes)
+
+    def _squared_error(self, x: Tensor, estimate: Tensor) -> Tensor:
+        return self._total(squared_error(x, estimate))
 
     def _auxk_error(self, x: Tensor, reconstruction: Tensor, error: Tensor) -> Tensor:
         """Return min(1, dead / auxk) * sum |e - e'|^2, see above."""
@@ -494,16 +547,17 @@ class SparseAutoencoder(nn.Module):
         if sizes_are_fixed(x):
             count = dead.sum()
             codes = self._scores(rows.values).only(dead).topk(self.auxk)
-            estimate = rows.rescale(self._decoder().sparse(*codes, biased=False))
-            loss = squared_error(residual, estimate)
+            estimate = rows.rescale(self._decode(*codes, biased=False))
+            loss = self._squared_error(residual, estimate)
             loss = (count.to(loss.dtype) / self.auxk).clamp_max(1.0) * loss
             return torch.where(count > 0, loss, 0)
         latents = dead.nonzero().squeeze(1)  # the host waits for their number
-        if len(latents) == 0:
+        counts = self._counts_of_all(latents)
+        if sum(counts) == 0:
             return at_least_float32(x.new_zeros(()))
-        codes = self._scores(rows.values).topk(min(self.auxk, len(latents)), latents=latents)
-        estimate = rows.rescale(self._decoder().sparse(*codes, biased=False))
-        return min(1.0, len(latents) / self.auxk) * squared_error(residual, estimate)
+        codes = self._largest(rows.values, min(self.auxk, sum(counts)), latents, max(counts))
+        estimate = rows.rescale(self._decode(*codes, biased=False))
+        return min(1.0, sum(counts) / self.auxk) * self._squared_error(residual, estimate)
 
     def _dead_latents(self, error: Tensor) -> Tensor:
         """Return True for dead latents [N].
@@ -520,21 +574,23 @@ class SparseAutoencoder(nn.Module):
 
     def _multi_error(self, x: Tensor) -> Tensor:
         rows = self._rows(x)
-        codes = self._scores(rows.values).topk(self.multi_k)
-        return squared_error(x, rows.restore(self._decoder().sparse(*codes)))
+        codes = self._largest(rows.values, self.multi_k)
+        return self._squared_error(x, rows.restore(self._decode(*codes)))
 
     # -- the dictionary's norms --------------------------------------------------------------------
 
     @torch.no_grad()
     def normalize_dictionary(self) -> None:
         """Give every row of the dictionary norm 1."""
-        self.dictionary.copy_(nn.functional.normalize(self.dictionary, dim=1))
+        rows = self._own(self.dictionary)
+        rows.copy_(nn.functional.normalize(rows, dim=1))
 
     @torch.no_grad()
     def remove_parallel_gradient(self) -> None:
         """Subtract the part of the dictionary's gradient that is parallel to its rows."""
-        gradient, rows = self.dictionary.grad, self.dictionary
+        gradient, rows = self.dictionary.grad, self._own(self.dictionary)
         if gradient is not None:
+            gradient = self._own(gradient)
             share = (gradient * rows).sum(1, keepdim=True)
             share /= rows.square().sum(1, keepdim=True).clamp_min(SMALLEST_NORM)
             gradient.sub_(share * rows)
@@ -542,7 +598,7 @@ class SparseAutoencoder(nn.Module):
     @torch.no_grad()
     def initialize_bias(self, x: Tensor) -> None:
         """Set decoder_bias to the geometric median of activations x [rows, D]."""
-        self.decoder_bias.copy_(geometric_median(self._rows(x).values))
+        self._own(self.decoder_bias).copy_(geometric_median(self._all_rows(self._rows(x).values)))
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
@@ -559,13 +615,14 @@ class SparseAutoencoder(nn.Module):
             product = square = at_least_float32(x.new_zeros(()))
             for part in x.split(FORWARD_ROWS):
                 rows = self._rows(part)
-                estimate = rows.normalize(self(part).reconstruction) - self.decoder_bias
+                bias = self._own(self.decoder_bias)
+                estimate = rows.normalize(self(part).reconstruction) - bias
                 estimate = at_least_float32(estimate)
-                product = product + (estimate * (rows.values - self.decoder_bias)).sum()
+                product = product + (estimate * (rows.values - bias)).sum()
                 square = square + estimate.square().sum()
-            best = product / square
+            best = self._total(product) / self._total(square)
             if best > 0:  # else no latent is active, or x is not finite
-                self.encoder.mul_(SHARE_OF_BEST * best)
+                self._own(self.encoder).mul_(SHARE_OF_BEST * best)
                 self.calibrate(x)
         self.train(training)
 
@@ -598,7 +655,8 @@ class SparseAutoencoder(nn.Module):
         subtraction.
         """
         if self.subtract_bias:
-            self.encoder_bias.sub_(self.encoder @ self.decoder_bias)
+            shift = self._own(self.encoder) @ self._own(self.decoder_bias)
+            self._own(self.encoder_bias).sub_(shift)
             self.subtract_bias = False
 
     @torch.no_grad()
@@ -614,9 +672,9 @@ class SparseAutoencoder(nn.Module):
             raise ValueError("fold_norms: tied must be False, the encoder becomes another matrix")
         norms = self._norms()
         if norms is not None:
-            self.encoder.mul_(norms[:, None])
-            self.encoder_bias.mul_(norms)
-            self.dictionary.div_(torch.where(norms > 0, norms, 1)[:, None])
+            self._own(self.encoder).mul_(norms[:, None])
+            self._own(self.encoder_bias).mul_(norms)
+            self._own(self.dictionary).div_(torch.where(norms > 0, norms, 1)[:, None])
             self.scale_scores = False
 
     @torch.no_grad()
@@ -631,14 +689,15 @@ class SparseAutoencoder(nn.Module):
                 which its thresholds do not change.
         """
         layer, rows = self.activation, x.numel() // x.shape[-1]
-        step = max(1, CALIBRATED_SCORES // len(self.dictionary))
+        step = max(1, CALIBRATED_SCORES // len(self._own(self.dictionary)))
         parts = (
             self._scores(self._rows(part).values).all() for part in x.reshape(rows, -1).split(step)
         )
+        rows = self._count_rows(x) if rows else 0
         if isinstance(layer, BatchTopK):
-            layer.calibrate_parts(parts, rows, l0)
+            layer.calibrate_parts(parts, rows, l0, self._value_at_rank)
         elif isinstance(layer, JumpReLU) and (target := l0 or self.target_l0) is not None:
-            layer.calibrate_parts(parts, rows, target)
+            layer.calibrate_parts(parts, rows, target, self._value_at_rank)
 
 
 def _check_target(target: float | None, activation: nn.Module, latents: int) -> int | float | None:

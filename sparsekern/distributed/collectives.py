@@ -1,0 +1,185 @@
+"""The collectives of sharded training, their gradients, and what they move.
+
+A value that every process of a group holds alike is called shared. A loss is shared: each process
+computes all of it, so the gradient of what is shared is shared, too. Hence two rules:
+
+* `Group.total` adds what differs among the processes to something shared; its gradient is handed
+  back as it is.
+* `Group.shared` marks something shared that each process uses for its own part; its gradient is
+  the sum of those of all parts.
+
+Every collective of this package is called here, so that `count_traffic` sees all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Transfer(NamedTuple):
+    """One collective: its kind, the bytes that each process gives, and the number of processes."""
+
+    kind: str
+    given: int
+    processes: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each process sends, in a ring."""
+        share = (self.processes - 1) / self.processes
+        return {"all_reduce": 2 * share, "all_gather": self.processes * share}[
+            self.kind
+        ] * self.given
+
+
+@dataclass
+class Traffic:
+    """What this process gave to collectives."""
+
+    transfers: list[Transfer] = field(default_factory=list)
+
+    @property
+    def sent(self) -> float:
+        """Bytes that this process sent, as rings do it."""
+        return sum(transfer.sent for transfer in self.transfers)
+
+
+_counting: list[Traffic] = []
+
+
+@contextlib.contextmanager
+def count_traffic() -> Iterator[Traffic]:
+    """Count the collectives of this package, in this process and all of its threads.
+
+    Example::
+
+        with sparsekern.distributed.count_traffic() as traffic:
+            output, loss = model.loss(x)
+            loss.total.backward()
+        print(traffic.sent / 1e6, "MB")
+    """
+    traffic = Traffic()
+    _counting.append(traffic)
+    try:
+        yield traffic
+    finally:
+        _counting.remove(traffic)
+
+
+class Group:
+    """Processes that work together along one dimension of a mesh.
+
+    Args:
+        group: of torch.distributed; None stands for this process alone, for which nothing is sent.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self._group = group
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+
+    def total(self, part: Tensor) -> Tensor:
+        """Return the sum of all processes' parts, which is shared. Differentiable."""
+        if self.size == 1:
+            return part
+        result: Tensor = _Total.apply(part, self)  # type: ignore[no-untyped-call]
+        return result
+
+    def shared(self, tensor: Tensor) -> Tensor:
+        """Return a shared tensor, whose gradient is the sum of all processes'."""
+        if self.size == 1 or not (tensor.requires_grad and torch.is_grad_enabled()):
+            return tensor
+        result: Tensor = _Shared.apply(tensor, self)  # type: ignore[no-untyped-call]
+        return result
+
+    def gather(self, part: Tensor) -> Tensor:
+        """Return the parts of all processes, [size, ...], which are shared. Differentiable."""
+        if self.size == 1:
+            return part.unsqueeze(0)
+        result: Tensor = _Gather.apply(part, self)  # type: ignore[no-untyped-call]
+        return result
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum over all processes, without a gradient."""
+        return self._reduce(tensor, dist.ReduceOp.SUM)
+
+    def largest(self, tensor: Tensor) -> Tensor:
+        """Return the largest of all processes, element by element, without a gradient."""
+        return self._reduce(tensor, dist.ReduceOp.MAX)
+
+    def _reduce(self, tensor: Tensor, operation: Any) -> Tensor:
+        if self.size == 1:
+            return tensor
+        # Sums of 16-bit parts would round once for each process.
+        wide = tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+        result = wide.detach().clone(memory_format=torch.contiguous_format)
+        self._note("all_reduce", result)
+        dist.all_reduce(result, operation, group=self._group)
+        return result.to(tensor.dtype)
+
+    def gather_bytes(self, *tensors: Tensor) -> list[Tensor]:
+        """Return the tensors of all processes, each [size, ...], without gradients, in one message.
+
+        Shapes and dtypes must be the same in all processes.
+        """
+        flat = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in tensors]
+        everything = self._gather(flat[0] if len(flat) == 1 else torch.cat(flat))
+        results, begin = [], 0
+        for tensor, part in zip(tensors, flat, strict=True):
+            piece = everything[:, begin : begin + len(part)].contiguous()
+            results.append(piece.view(tensor.dtype).view(self.size, *tensor.shape))
+            begin += len(part)
+        return results
+
+    def _gather(self, tensor: Tensor) -> Tensor:
+        if self.size == 1:
+            return tensor.unsqueeze(0)
+        result = tensor.new_empty(self.size * tensor.numel())
+        self._note("all_gather", tensor)
+        dist.all_gather_into_tensor(result, tensor.contiguous().view(-1), group=self._group)
+        return result.view(self.size, *tensor.shape)
+
+    def _note(self, kind: str, tensor: Tensor) -> None:
+        for traffic in _counting:
+            traffic.transfers.append(
+                Transfer(kind, tensor.numel() * tensor.element_size(), self.size)
+            )
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: Group) -> Tensor:
+        return group.sum(part)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, None
+
+
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return ctx.group.sum(grad), None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: Group) -> Tensor:
+        ctx.rank = group.rank
+        return group._gather(part)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad[ctx.rank], None

@@ -1,0 +1,51 @@
+"""Statistics over rows and latents that are spread over processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..nn.batch_topk import largest_of_parts
+from ..sae.statistics import at_least_float32
+from ..sae.statistics import total_variance as total_variance_here
+from .collectives import Group
+from .sharding import Shards
+
+
+@torch.no_grad()
+def total_variance(x: Tensor, group: Group) -> Tensor:
+    """Return sum |x - mean over all rows|^2, of which each process has x [..., D].
+
+    A scalar of at least float32; the rules of `sparsekern.sae.statistics.total_variance` hold.
+    """
+    if group.size == 1:
+        return total_variance_here(x)
+    rows = at_least_float32(x.reshape(-1, x.shape[-1]))
+    # The mean of what the processes have first is near all rows, as one row is.
+    first = rows[:1].sum(0)
+    near, have = group.sum(first), group.sum(rows.new_full((), float(len(rows) > 0)))
+    count = group.sum(rows.new_full((), len(rows))).clamp_min(1)
+    centred = rows - near / have.clamp_min(1)
+    centred = centred - group.sum(centred.sum(0)) / count
+    sums = group.sum(torch.stack((centred.square().sum(), rows.square().sum())))
+    rest = group.sum(centred.sum(0))
+    variance, energy = sums[0] - rest.square().sum() / count, sums[1]
+    rounding = (2 * torch.finfo(rows.dtype).eps) ** 2 * energy
+    scale = torch.where(variance > rounding, variance, energy)
+    return torch.where(scale == 0, 1.0, scale)
+
+
+@torch.no_grad()
+def value_at_rank(parts: Iterable[Tensor], rank: int, shards: Shards) -> Tensor:
+    """Return the rank-th largest (1 is the largest) of the scores of all rows and latents.
+
+    parts: of the own rows and latents.
+    """
+    largest = largest_of_parts(parts, rank)
+    for group in (shards.latents, shards.data):
+        missing = (0, rank - len(largest))
+        everything = group.gather_bytes(torch.nn.functional.pad(largest, missing, value=torch.nan))
+        largest = largest_of_parts([everything[0][~everything[0].isnan()]], rank)
+    return largest[-1]
