@@ -32,11 +32,12 @@ class Adam(torch.optim.Optimizer):
         betas: decay of the two moments, each in 0..1 (1 excluded).
         eps: added to the root of the second moment.
         weight_decay: share of the parameter that is added to its gradient (L2).
-        unit_rows: default of the groups: keep the norms of the rows of 2-d parameters at 1. The
-            gradients themselves are not changed. Sharded parameters must hold whole rows.
+        unit_rows: default of the groups: keep the norms of the rows, along the last dimension, of
+            parameters at 1. The gradients themselves are not changed. Sharded parameters must hold
+            whole rows.
 
     Raises:
-        ValueError: a number is out of its range, unit_rows with a parameter that is not 2-d or
+        ValueError: a number is out of its range, unit_rows with a parameter that has no rows or
             whose rows are cut, or an option of torch's Adam that asks for another step.
         TypeError: a parameter is not floating point.
 
@@ -76,7 +77,7 @@ class Adam(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as in torch; one with unit_rows takes 2-d parameters only."""
+        """Add a group as in torch; one with unit_rows takes parameters with rows only."""
         super().add_param_group(param_group)
         try:
             _check_group(self.param_groups[-1])
@@ -166,9 +167,13 @@ class Adam(torch.optim.Optimizer):
         if short:  # where the parameter was changed from outside, that value counts
             master = tensors[0]
             master.copy_(torch.where(master.to(local.dtype) == local, master, local.to(wide)))
+        wide_grad = local_grad.to(wide)
+        if group["unit_rows"] and local.dim() > 2:
+            wide_grad = wide_grad.reshape(-1, local.shape[-1])
+            tensors = [tensor.view(wide_grad.shape) for tensor in tensors]
         adam_step(
             tensors[0],
-            local_grad.to(wide),
+            wide_grad,
             *tensors[1:],
             lr=float(group["lr"]),
             betas=group["betas"],
@@ -178,7 +183,7 @@ class Adam(torch.optim.Optimizer):
             unit_rows=group["unit_rows"],
         )
         if short:
-            local.copy_(tensors[0])
+            local.copy_(tensors[0].view(local.shape))
 
 
 # -- checks ----------------------------------------------------------------------------------------
@@ -213,9 +218,14 @@ def _check_group(group: dict[str, Any]) -> None:
             )
         if not group["unit_rows"]:
             continue
-        if parameter.dim() != 2:
+        if parameter.dim() < 2:
             raise ValueError(
-                f"Adam: unit_rows needs parameters [rows, features], got {list(parameter.shape)}"
+                f"Adam: unit_rows needs parameters [..., features], got {list(parameter.shape)}"
+            )
+        if parameter.dim() > 2 and not _local_part(parameter).is_contiguous():
+            raise ValueError(
+                "Adam: unit_rows needs contiguous parameters, "
+                f"got {list(parameter.shape)} with strides {list(parameter.stride())}"
             )
         if is_sharded(parameter):
             _check_whole_rows(parameter)
@@ -233,7 +243,8 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 def _check_whole_rows(parameter: Any) -> None:
     """Raise ValueError where processes hold parts of rows."""
     for placement in parameter.placements:
-        if not (placement.is_replicate() or placement.is_shard(0)):
+        whole = placement.is_replicate() or placement.is_shard()
+        if not whole or getattr(placement, "dim", 0) in (-1, parameter.dim() - 1):
             raise ValueError(
                 "Adam: unit_rows needs whole rows on each process (Shard(0) or Replicate()), "
                 f"got a parameter placed {tuple(parameter.placements)}"

@@ -256,6 +256,22 @@ def _step_in_a_process(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+def test_rows_along_the_last_of_several_dimensions():
+    for dtype in (torch.float32, torch.bfloat16):
+        start = torch.nn.functional.normalize(torch.randn(12, 5), dim=1).to(dtype)
+        flat = torch.nn.Parameter(start.clone())
+        deep = torch.nn.Parameter(start.clone().view(3, 4, 5))
+        optimizers = [Adam([p], lr=0.1, unit_rows=True) for p in (flat, deep)]
+        for _ in range(3):
+            flat.grad = torch.randn_like(flat)
+            deep.grad = flat.grad.view(3, 4, 5)
+            for optimizer in optimizers:
+                optimizer.step()
+        assert torch.equal(deep.view(12, 5), flat)
+    with pytest.raises(ValueError, match="unit_rows needs contiguous parameters"):
+        Adam([torch.nn.Parameter(torch.ones(3, 4, 5).transpose(0, 1))], unit_rows=True)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo between processes: run on POSIX")
 def test_sharded_parameters_step_as_whole_ones(tmp_path):

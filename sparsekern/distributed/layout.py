@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 COLUMNS = 64
@@ -82,5 +81,6 @@ class Layout:
 
     def cut(self, tensor: Tensor) -> Tensor:
         """Return the own rows of a tensor [N, ...], as a copy [own, ...]."""
-        part = tensor.unflatten(0, (self.rows, self.columns)).narrow(1, self.first, self.width)
-        return part.flatten(0, 1).clone(memory_format=torch.contiguous_format)
+        table = tensor.view(self.rows, self.columns, *tensor.shape[1:])
+        part = table.narrow(1, self.first, self.width)
+        return part.reshape(self.own, *tensor.shape[1:]).clone()

@@ -72,8 +72,8 @@ def select_in_batch(
         order = positions.argsort()
         values, places = largest_of_list(values[order], order, total)
         selected = torch.zeros(m, dtype=torch.bool, device=values.device)
-        selected[places], *rest = select_in_batch(values, positions[places], total, group)
-        return selected, *rest
+        selected[places], *best = select_in_batch(values, positions[places], total, group)
+        return selected, best[0], best[1]
     missing = (0, total - m)
     values = torch.nn.functional.pad(values, missing, value=-torch.inf)
     positions = torch.nn.functional.pad(positions, missing, value=NO_POSITION)

@@ -1,5 +1,4 @@
-"""Tensors that are cut by latents, as this process computes with them and as all of torch sees
-them.
+"""Tensors that are cut by latents: what this process computes with, and what torch knows of them.
 
 Kernels get plain tensors, the rows of this process. Parameters are DTensors, so that optimizers,
 clipping of gradients and checkpoints know that each process holds a part.

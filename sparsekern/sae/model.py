@@ -298,7 +298,7 @@ class SparseAutoencoder(nn.Module):
         layer = self._activation_with_k()
         check: Callable[..., Any] = check_count if isinstance(layer, TopK) else check_share
         what = "the number of latents"
-        layer.k = check("SparseAutoencoder", "k", k, len(self.dictionary), what)
+        layer.k = check("SparseAutoencoder", "k", k, self.encoder_bias.numel(), what)
 
     def _activation_with_k(self) -> TopK | BatchTopK:
         """Return the activation if it has a number k of active latents; else raise."""
@@ -546,8 +546,8 @@ class SparseAutoencoder(nn.Module):
         residual = (x - reconstruction).detach()
         if sizes_are_fixed(x):
             count = dead.sum()
-            codes = self._scores(rows.values).only(dead).topk(self.auxk)
-            estimate = rows.rescale(self._decode(*codes, biased=False))
+            dead_codes = self._scores(rows.values).only(dead).topk(self.auxk)
+            estimate = rows.rescale(self._decode(*dead_codes, biased=False))
             loss = self._squared_error(residual, estimate)
             loss = (count.to(loss.dtype) / self.auxk).clamp_max(1.0) * loss
             return torch.where(count > 0, loss, 0)

@@ -1,0 +1,213 @@
+"""The codes of a process's own latents, selected among the latents of all processes.
+
+Gradients reach the own latents alone: a code of another process's latent is nobody's business here,
+and the sum of all partial reconstructions hands each process the gradient of its part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import BatchTopK
+from ..nn.scores import Scores, Width, select_largest_of_batch
+from ..ops.batch_topk import batch_mask, kept_in_all
+from ..ops.codes import Codes
+from ..ops.linear_topk import linear_topk
+from ..ops.transpose_codes import transpose_codes
+from ..sae.encoding import Encoding
+from .selection import NO_INDEX, select_in_batch, select_in_rows
+from .sharding import Shards
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Some of the own latents.
+
+    Attributes:
+        own: int64 [count], ascending.
+        most: their number in the process that has most.
+    """
+
+    own: Tensor
+    most: int
+
+
+@torch.no_grad()
+def select_largest(
+    scores: Scores, k: int, shards: Shards, *, groups: int = 1, latents: Latents | None = None
+) -> tuple[Tensor, Tensor]:
+    """Select the k largest scores of each row.
+
+    Args:
+        scores: of the own latents.
+        k: how many to select, of all processes' latents.
+        shards: the processes.
+        groups: select k / groups of each group of consecutive latents.
+        latents: select from these alone.
+
+    Returns:
+        Own latents, int64 [..., m], and bool [..., m]: True for those that are selected.
+    """
+    layout, x = shards.layout, scores.x
+    count, most = (layout.own, layout.largest) if latents is None else (
+        len(latents.own), latents.most
+    )  # fmt: skip
+    of_group = k // groups
+    candidates = min(of_group, count // groups)
+    shape = (*x.shape[:-1], groups, candidates)
+    if candidates == 0:
+        values = x.new_empty(shape)
+        indices = values.new_empty(shape, dtype=torch.int64)
+    else:
+        values, indices = linear_topk(
+            x, scores.weight, scores.bias, groups * candidates, pre_bias=scores.pre_bias,
+            scale=scores.scale, latents=None if latents is None else latents.own, groups=groups,
+            relu=False,
+        )  # fmt: skip
+    values, indices = values.view(shape), indices.view(shape)
+    width = min(of_group, most // groups)
+    selected = select_in_rows(values, layout.of_all(indices), of_group, width, shards.latents)
+    return _narrowed(indices.flatten(-2), selected.flatten(-2))
+
+
+def codes_of(scores: Scores, indices: Tensor, selected: Tensor) -> Encoding:
+    """Return the codes of selected own latents, as `select_largest` does, with their gradients."""
+    transposition = transpose_codes(indices, scores.latents)
+    values = torch.where(selected, scores.at(indices, transposition).relu(), 0)
+    return Encoding(values, indices, transposition, _zero(values))
+
+
+def batch_topk(
+    layer: BatchTopK,
+    scores: Scores,
+    width: Width,
+    shards: Shards,
+    count_rows: Callable[[Tensor], int],
+) -> Encoding:
+    """Return the codes of those own latents that are among the k B largest of the batch.
+
+    Args:
+        layer: in training; its threshold is updated.
+        scores: of the own latents.
+        width: of the search among them; updated.
+        shards: the processes.
+        count_rows: returns the rows of the whole batch.
+    """
+    x, own = scores.x, shards.layout.own
+    rows = x.numel() // x.shape[-1]
+    all_rows = count_rows(x)
+    total = kept_in_all("BatchTopK", layer.k, all_rows)
+    # Those of the whole batch may all be of the own rows and latents.
+    share = min(layer.k if rows == all_rows else -(-total // max(rows, 1)), own)
+    unscaled = scores.unscaled() if width.favours_dense(own) else None
+    found = select_largest_of_batch(share, scores, width, unscaled)
+    if found is not None:
+        values, indices, kept = found
+        places = _places(indices, own)[kept]
+        in_all = _select_in_batch(layer, values[kept], places, rows, total, shards)
+        return codes_of(scores, *_narrowed(indices, kept.masked_scatter(kept, in_all)))
+    z = scores.all(unscaled)
+    _, values, places = batch_mask(z.detach(), share, relu=True)
+    positive = ~(values <= 0)
+    values, places = values[positive], places[positive]
+    kept = z.new_zeros(z.numel(), dtype=torch.bool)
+    kept[places[_select_in_batch(layer, values, places, rows, total, shards)]] = True
+    every = torch.arange(own, device=z.device).expand(z.shape)
+    return Encoding(torch.where(kept.view(z.shape), z.relu(), 0), every, None, _zero(z), dense=True)
+
+
+def _places(indices: Tensor, own: int) -> Tensor:
+    """Return the places [..., m] of own latents in their scores, which are [..., own]."""
+    rows = torch.arange(indices[..., :1].numel(), device=indices.device)
+    return indices + rows.view(*indices.shape[:-1], 1) * own
+
+
+def _select_in_batch(
+    layer: BatchTopK, values: Tensor, places: Tensor, rows: int, total: int, shards: Shards
+) -> Tensor:
+    """Select the largest among the candidates of all processes; update the threshold.
+
+    Args:
+        layer: whose threshold it is.
+        values: [m], candidates of this process.
+        places: [m], in the own scores.
+        rows: of this process.
+        total: how many to select.
+        shards: the processes.
+
+    Returns:
+        bool [m], True for candidates of this process that are selected.
+    """
+    layout = shards.layout
+    row, own = places // layout.own, places % layout.own
+    rows_of_each = shards.data.gather_bytes(torch.tensor([rows], device=row.device))[0]
+    row = row + rows_of_each[: shards.data.rank].sum()
+    positions = row * layout.latents + layout.of_all(own)
+    # Among the processes that share the rows, then among all.
+    selected, values, kept = select_in_batch(values, positions, total, shards.latents)
+    if shards.data.size > 1:
+        among_all, values, _ = select_in_batch(values, kept, total, shards.data)
+        selected = selected & torch.isin(positions, kept[among_all])
+    layer.observe(values)
+    return selected
+
+
+def gather_codes(values: Tensor, indices: Tensor, selected: Tensor, shards: Shards) -> Codes:
+    """Return the selected codes [..., m] of all processes, by ascending index.
+
+    They are as wide as the fullest row needs, and at least 1; shorter rows end in zeros.
+    """
+    width = int(shards.latents.largest(_fullest(selected)))
+    values, indices, selected = _first(width, values, indices, selected)
+    values = torch.where(selected, values, 0)
+    indices = torch.where(selected, shards.layout.of_all(indices), NO_INDEX)
+    missing = (0, width - indices.shape[-1])
+    all_values = shards.latents.gather(nn.functional.pad(values, missing))
+    (all_indices,) = shards.latents.gather_bytes(
+        nn.functional.pad(indices, missing, value=NO_INDEX)
+    )
+    values, indices = (t.movedim(0, -2).flatten(-2) for t in (all_values, all_indices))
+    indices, order = indices.sort(dim=-1, stable=True)
+    exist = indices < NO_INDEX
+    used = slice(0, max(1, int(_fullest(exist))))
+    return Codes(values.gather(-1, order)[..., used], torch.where(exist, indices, 0)[..., used])
+
+
+def _zero(like: Tensor) -> Tensor:
+    return torch.zeros((), device=like.device)
+
+
+def _fullest(selected: Tensor) -> Tensor:
+    """Return the number of selected places in the fullest row, 0-d."""
+    counts = selected.sum(-1).reshape(-1)
+    return counts.amax() if len(counts) else torch.zeros_like(counts.sum())
+
+
+def _first(
+    width: int, values: Tensor, indices: Tensor, selected: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return so many places of each row, the selected ones first."""
+    order = (~selected).byte().argsort(dim=-1, stable=True)[..., :width]
+    return values.gather(-1, order), indices.gather(-1, order), selected.gather(-1, order)
+
+
+def _narrowed(indices: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
+    """Leave out places that no row needs; on a CPU, since the host has to know their number.
+
+    Args:
+        indices: [..., m].
+        selected: bool [..., m].
+
+    Returns:
+        Both as wide as the fullest row needs. Shorter rows end in places that are not selected.
+    """
+    if selected.is_cuda:
+        return indices, selected
+    width = int(_fullest(selected))
+    if width == selected.shape[-1]:
+        return indices, selected
+    return _first(width, indices, indices, selected)[1:]
