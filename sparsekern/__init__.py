@@ -81,6 +81,7 @@ _SUBMODULES = (
     "benchmarks",
     "cli",
     "data",
+    "distributed",
     "integrations",
     "measures",
     "models",
