@@ -26,7 +26,7 @@ ALLOWED = {
     "optim": {"ops"},
     "sae": {"dispatch", "integrations", "nn", "ops", "sae"},
     "models": {"models", "nn", "ops", "sae"},
-    "distributed": {"distributed", "integrations", "nn", "ops", "sae"},
+    "distributed": {"dispatch", "distributed", "integrations", "nn", "ops", "sae"},
     "measures": {"_system", "data", "measures", "ops"},
     "benchmarks": {"__init__", "_system", "benchmarks", "models", "ops", "sae", "testing"},
     "testing": set(),

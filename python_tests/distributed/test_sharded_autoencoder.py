@@ -6,10 +6,12 @@ reconstructions, gradients, thresholds and counts must be those of one process b
 
 from __future__ import annotations
 
+import copy
 import datetime
 import inspect
 import json
 import os
+import pickle
 import sys
 import traceback
 import warnings
@@ -146,19 +148,27 @@ def integers_give_equal_bits(mesh):
 
 
 def losses_and_their_gradients(mesh):
-    x = torch.randn(B, D, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(B, D, generator=torch.Generator().manual_seed(0), requires_grad=True)
     for name, options in {**MODELS, **ROUNDED}.items():
         one, sharded = _pair(mesh, options)
-        expected, actual = one.loss(x)[1], sharded.loss(_own_rows(mesh, x))[1]
+        own_x = _own_rows(mesh, x).detach().requires_grad_()
+        expected, actual = one.loss(x)[1], sharded.loss(own_x)[1]
         expected.total.backward()
         actual.total.backward()
+        _assert_close(own_x.grad, _own_rows(mesh, x.grad), name)
+        x.grad = None
         torch.testing.assert_close(actual, expected, msg=lambda text, name=name: f"{name}: {text}")
         gradients = _gradients(sharded)
         for parameter, grad in _gradients(one).items():
-            torch.testing.assert_close(
-                gradients[parameter], grad, rtol=1e-4, atol=1e-6 * float(grad.abs().max()),
-                msg=lambda text, name=f"{name}, {parameter}": f"{name}: {text}",
-            )  # fmt: skip
+            _assert_close(gradients[parameter], grad, f"{name}, {parameter}")
+
+
+def _assert_close(actual, expected, name):
+    """Close, where numbers of the size of the largest were added up."""
+    torch.testing.assert_close(
+        actual, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()),
+        msg=lambda text: f"{name}: {text}",
+    )  # fmt: skip
 
 
 def codes_of_all_latents(mesh):
@@ -321,8 +331,11 @@ def wrong_calls(mesh, other_mesh, group):
         handle = model.activation.register_forward_hook(lambda *_: None)
         model.loss(_integers(B, D))
     handle.remove()
-    with pytest.raises(RuntimeError, match="not under vmap"):
-        torch.vmap(model.decoder_bias.shape and model.encode)(_integers(2, B, D))
+    for transform in (torch.vmap, torch.func.grad):
+        with pytest.raises(RuntimeError, match=r"not under torch.func"):
+            transform(lambda x: model.loss(x)[1].total)(_integers(2, B, D))
+    with pytest.raises(TypeError, match="must not be pickled"):
+        pickle.dumps(model)
     with pytest.raises(ValueError, match="columns must divide 240"):
         ShardedAutoencoder(D, N, k=7, mesh=mesh, columns=7)
     with pytest.raises(TypeError, match="mesh must be a DeviceMesh, got int"):
@@ -333,8 +346,23 @@ def wrong_calls(mesh, other_mesh, group):
         with pytest.raises(ValueError, match="columns must be so many that"):
             ShardedAutoencoder(D, N, k=7, mesh=mesh, columns=2)
     if mesh.size() > 1:
-        with pytest.raises((RuntimeError, ValueError)):
+        with pytest.raises(RuntimeError, match="not needed"):
             DistributedDataParallel(model, process_group=group)
+
+
+def copies_and_empty_batches(mesh):
+    model = ShardedAutoencoder(D, N, mesh=mesh, activation=BatchTopK(7), auxk=4)
+    other = copy.deepcopy(model)
+    x = _own_rows(mesh, _integers(B, D))
+    other.loss(x)[1].total.backward()
+    assert model.dictionary.grad is None and torch.equal(other(x)[0], model(x)[0])
+    for activation in (TopK(3), JumpReLU(N), torch.nn.ReLU()):
+        model = ShardedAutoencoder(D, N, mesh=mesh, activation=activation, prefixes=(5,))
+        output, loss = model.loss(x[:0])
+        assert output.reconstruction.shape == (0, D) and float(loss.fvu) == 0
+        loss.total.backward()
+        codes, one = model.encode(x[:0]), SparseAutoencoder(D, N, activation=activation)
+        assert codes.indices.shape == codes.values.shape == one.encode(x[:0]).values.shape
 
 
 def compiled_code_calls_it_as_it_is(mesh):
@@ -355,6 +383,7 @@ CHECKS = (
     what_is_sent_is_what_the_page_says,
     checkpoints,
     wrong_calls,
+    copies_and_empty_batches,
     compiled_code_calls_it_as_it_is,
 )
 NAMES = [check.__name__ for check in CHECKS]

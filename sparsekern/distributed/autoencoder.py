@@ -26,7 +26,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 
+from ..dispatch.transforms import is_wrapped
 from ..integrations.checkpoints.own import OPTIONS
 from ..nn import BatchTopK, DeadNeuronCounter, JumpReLU, TopK
 from ..nn.hooks import has_hooks
@@ -129,6 +131,8 @@ class ShardedAutoencoder(SparseAutoencoder):
             self.encoder = nn.Parameter(shards.wrap(FIRST_SCALE * own))
         self.encoder_bias = nn.Parameter(shards.wrap(own.new_zeros(len(own))))
         self.decoder_bias = nn.Parameter(shards.replicate(own.new_zeros(features)))
+        # So that DistributedDataParallel says that it is not needed.
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_parameters()]
         self.register_state_dict_post_hook(wrap_counts)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(cut_state)  # type: ignore[no-untyped-call]
 
@@ -282,7 +286,7 @@ class ShardedAutoencoder(SparseAutoencoder):
             scores = self._scores(rows)
             selection = select_largest(scores, k or 0, self.shards, groups=groups)
             values, indices, *_ = codes_of(scores, *selection)
-            return gather_codes(values, indices, selection[1], self.shards)
+            return gather_codes(values, indices, selection[1], self.shards, k)
         values, indices, *_ = self._encode_own(rows)
         codes = gather_codes(values, indices, values.detach() != 0, self.shards)
         order = key_of(codes.values).argsort(dim=-1, descending=True, stable=True)
@@ -362,10 +366,16 @@ class ShardedAutoencoder(SparseAutoencoder):
                 f"ShardedAutoencoder: the activation must have no hooks, got {self.activation} "
                 "with some, which would see the scores of one process alone"
             )
-        if sizes_are_fixed(x):
+        if sizes_are_fixed(x) or is_wrapped(x):
             raise RuntimeError(
-                "ShardedAutoencoder: it must be called as it is, not under vmap, tracing or the "
-                "capture of a CUDA graph, since sizes follow from what the processes select"
+                "ShardedAutoencoder: it must be called as it is, not under torch.func, vmap, "
+                "tracing or the capture of a CUDA graph, since sizes follow from what the "
+                "processes select"
+            )
+        if isinstance(self, FSDPModule):
+            raise RuntimeError(
+                "ShardedAutoencoder: it must not be sharded again by fully_shard: its parameters "
+                "are, and its gradients are those of the whole batch"
             )
         processes = self.shards.latents
         self._checked += 1

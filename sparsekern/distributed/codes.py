@@ -156,12 +156,17 @@ def _select_in_batch(
     return selected
 
 
-def gather_codes(values: Tensor, indices: Tensor, selected: Tensor, shards: Shards) -> Codes:
+def gather_codes(
+    values: Tensor, indices: Tensor, selected: Tensor, shards: Shards, k: int | None = None
+) -> Codes:
     """Return the selected codes [..., m] of all processes, by ascending index.
 
-    They are as wide as the fullest row needs, and at least 1; shorter rows end in zeros.
+    They are as wide as the fullest row needs, and at least 1; shorter rows end in zeros. k: how
+    many each row has, where it is known.
     """
-    width = int(shards.latents.largest(_fullest(selected)))
+    width = max(1, int(shards.latents.largest(_fullest(selected))))
+    if k is not None and selected.shape[:-1].numel() == 0:  # no row says how wide it is
+        width = k
     values, indices, selected = _first(width, values, indices, selected)
     values = torch.where(selected, values, 0)
     indices = torch.where(selected, shards.layout.of_all(indices), NO_INDEX)
@@ -173,7 +178,7 @@ def gather_codes(values: Tensor, indices: Tensor, selected: Tensor, shards: Shar
     values, indices = (t.movedim(0, -2).flatten(-2) for t in (all_values, all_indices))
     indices, order = indices.sort(dim=-1, stable=True)
     exist = indices < NO_INDEX
-    used = slice(0, max(1, int(_fullest(exist))))
+    used = slice(0, max(1, int(_fullest(exist))) if k is None else k)
     return Codes(values.gather(-1, order)[..., used], torch.where(exist, indices, 0)[..., used])
 
 

@@ -85,6 +85,9 @@ class Group:
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
 
+    def __deepcopy__(self, memo: Any) -> Group:
+        return self
+
     def total(self, part: Tensor) -> Tensor:
         """Return the sum of all processes' parts, which is shared. Differentiable."""
         if self.size == 1:
@@ -133,7 +136,7 @@ class Group:
         everything = self._gather(flat[0] if len(flat) == 1 else torch.cat(flat))
         results, begin = [], 0
         for tensor, part in zip(tensors, flat, strict=True):
-            piece = everything[:, begin : begin + len(part)].contiguous()
+            piece = everything[:, begin : begin + len(part)].reshape(-1)
             results.append(piece.view(tensor.dtype).view(self.size, *tensor.shape))
             begin += len(part)
         return results
@@ -155,8 +158,12 @@ class Group:
 
 class _Total(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part: Tensor, group: Group) -> Tensor:
+    def forward(part: Tensor, group: Group) -> Tensor:
         return group.sum(part)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -165,9 +172,12 @@ class _Total(torch.autograd.Function):
 
 class _Shared(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: Group) -> Tensor:
-        ctx.group = group
+    def forward(tensor: Tensor, group: Group) -> Tensor:
         return tensor.view_as(tensor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.group = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -176,9 +186,12 @@ class _Shared(torch.autograd.Function):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, part: Tensor, group: Group) -> Tensor:
-        ctx.rank = group.rank
+    def forward(part: Tensor, group: Group) -> Tensor:
         return group._gather(part)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.rank = inputs[1].rank
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

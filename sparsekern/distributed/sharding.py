@@ -6,6 +6,8 @@ clipping of gradients and checkpoints know that each process holds a part.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -50,6 +52,15 @@ class Shards:
             )
         self._cut = [Replicate() if name == DATA else Shard(1) for name in names]
         self._whole = [Replicate() for _ in names]
+
+    def __deepcopy__(self, memo: Any) -> Shards:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "ShardedAutoencoder: it must not be pickled, since it belongs to processes: use "
+            "save_pretrained or torch.distributed.checkpoint"
+        )
 
     @property
     def device(self) -> torch.device:

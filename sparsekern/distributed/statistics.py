@@ -14,7 +14,6 @@ from .collectives import Group
 from .sharding import Shards
 
 
-@torch.no_grad()
 def total_variance(x: Tensor, group: Group) -> Tensor:
     """Return sum |x - mean over all rows|^2, of which each process has x [..., D].
 
@@ -23,15 +22,16 @@ def total_variance(x: Tensor, group: Group) -> Tensor:
     if group.size == 1:
         return total_variance_here(x)
     rows = at_least_float32(x.reshape(-1, x.shape[-1]))
-    # The mean of what the processes have first is near all rows, as one row is.
-    first = rows[:1].sum(0)
-    near, have = group.sum(first), group.sum(rows.new_full((), float(len(rows) > 0)))
-    count = group.sum(rows.new_full((), len(rows))).clamp_min(1)
-    centred = rows - near / have.clamp_min(1)
-    centred = centred - group.sum(centred.sum(0)) / count
-    sums = group.sum(torch.stack((centred.square().sum(), rows.square().sum())))
-    rest = group.sum(centred.sum(0))
-    variance, energy = sums[0] - rest.square().sum() / count, sums[1]
+    with torch.no_grad():  # the variance does not change with what is subtracted from all rows
+        # The mean of what the processes have first is near all rows, as one row is.
+        near, have = group.sum(rows[:1].sum(0)), group.sum(rows.new_full((), float(len(rows) > 0)))
+        near = near / have.clamp_min(1)
+        count = group.sum(rows.new_full((), len(rows))).clamp_min(1)
+        mean = group.sum((rows - near).sum(0)) / count
+        rest = group.sum((rows - near - mean).sum(0)).square().sum() / count
+    centred = rows - near - mean
+    sums = group.total(torch.stack((centred.square().sum(), rows.square().sum())))
+    variance, energy = sums[0] - rest, sums[1]
     rounding = (2 * torch.finfo(rows.dtype).eps) ** 2 * energy
     scale = torch.where(variance > rounding, variance, energy)
     return torch.where(scale == 0, 1.0, scale)
