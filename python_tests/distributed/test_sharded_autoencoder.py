@@ -147,6 +147,22 @@ def integers_give_equal_bits(mesh):
                 assert torch.equal(gathered[key], value), (name, training, key)
 
 
+def a_process_without_a_code(mesh):
+    """All that is selected lies in one process."""
+    for options in ({"k": 3, "prefixes": (2, 100)}, {"activation": BatchTopK(2), "prefixes": (9,)}):
+        one, sharded = _pair(mesh, lambda options=options: dict(options))
+        for model in (one, sharded):
+            with torch.no_grad():
+                model.encoder.zero_()
+        with torch.no_grad():
+            one.encoder_bias.copy_(torch.arange(N) % 64 == 0)
+        sharded.load_state_dict(one.state_dict())
+        x = _integers(B, D)
+        expected, actual = one.loss(x)[1], sharded.loss(_own_rows(mesh, x))[1]
+        torch.testing.assert_close(actual, expected)
+        actual.total.backward()
+
+
 def losses_and_their_gradients(mesh):
     x = torch.randn(B, D, generator=torch.Generator().manual_seed(0), requires_grad=True)
     for name, options in {**MODELS, **ROUNDED}.items():
@@ -376,6 +392,7 @@ def compiled_code_calls_it_as_it_is(mesh):
 CHECKS = (
     first_weights_are_those_of_one_process,
     integers_give_equal_bits,
+    a_process_without_a_code,
     losses_and_their_gradients,
     codes_of_all_latents,
     steps_of_optimizers,

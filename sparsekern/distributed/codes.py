@@ -208,11 +208,12 @@ def _narrowed(indices: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
         selected: bool [..., m].
 
     Returns:
-        Both as wide as the fullest row needs. Shorter rows end in places that are not selected.
+        Both as wide as the fullest row needs, and at least 1, if there are candidates. Shorter rows
+        end in places that are not selected.
     """
     if selected.is_cuda:
         return indices, selected
-    width = int(_fullest(selected))
-    if width == selected.shape[-1]:
+    width = max(1, int(_fullest(selected)))
+    if width >= selected.shape[-1]:
         return indices, selected
     return _first(width, indices, indices, selected)[1:]
