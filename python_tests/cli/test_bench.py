@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import asdict
 
@@ -30,7 +31,8 @@ def rates(monkeypatch):
 def run(jobs, folder, **changes):
     lines = []
     settings = {"device": "cpu", "seconds": 0.001, "least": 2, "limit": 300.0, **changes}
-    rows, notes = session.run(jobs, folder, say=lines.append, **settings)
+    rows, notes = [], []
+    session.run(jobs, folder, say=lines.append, rows=rows, notes=notes, **settings)
     return rows, notes, lines
 
 
@@ -50,6 +52,41 @@ def test_rows_picture_and_table(tmp_path, capsys):
     report = (tmp_path / "report.md").read_text()
     assert f"| {row['ratio']:.3g}x |" in report and "ratios.svg" in report
     assert f"{row['ratio']:.3g}x</text>" in (tmp_path / "ratios.svg").read_text()
+    before = (tmp_path / "rows.jsonl").read_bytes()
+    assert main(["bench", "--quick", "--only", "topk", "--out", str(tmp_path)]) == 2
+    assert "--out must be a folder without earlier measurements" in capsys.readouterr().err
+    assert (tmp_path / "rows.jsonl").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_an_interrupted_measurement_leaves_its_report(tmp_path, capsys, monkeypatch):
+    complete = session.run
+
+    def interrupted(jobs, *arguments, **settings):
+        complete([Job(SMALL, ("torch.topk",))], *arguments, **settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "run", interrupted)
+    arguments = ["bench", "--quick", "--only", "topk", "--seconds", "0.01"]
+    assert main([*arguments, "--out", str(tmp_path)]) == 130
+    assert "report of what was measured" in capsys.readouterr().out
+    assert "all else: interrupted" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="processes of POSIX")
+def test_a_worker_ends_with_the_process_that_asked():
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "sparsekern.benchmarks.worker"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    job = {"workload": asdict(Workload("topk", 64, 4096, 8)), "others": ["torch.topk"]}
+    request = {"jobs": [job], "threads": 1, "seconds": 600.0, "least": 5, "limit": 600.0}
+    worker.stdin.write(json.dumps(request) + "\n")
+    worker.stdin.flush()
+    assert "begun" in worker.stdout.readline()
+    worker.stdin.close()
+    assert worker.wait(20) == 1
 
 
 @pytest.mark.slow

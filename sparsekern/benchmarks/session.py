@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -29,6 +30,7 @@ LONGEST_ROUND = 30.0
 # Of the free memory; the rest is for what an estimate leaves out.
 USABLE_SHARE = 0.7
 MIB = 2**20
+ROWS = "rows.jsonl"
 GRACE = 20.0  # seconds that a process may go on after its limit
 
 Say = Callable[[str], None]
@@ -62,7 +64,9 @@ def run(
     least: int,
     limit: float,
     say: Say,
-) -> tuple[list[Row], list[str]]:
+    rows: list[Row],
+    notes: list[str],
+) -> None:
     """Measure jobs, each group of them in a process of its own.
 
     Args:
@@ -73,13 +77,10 @@ def run(
         least: the least rounds of each loop.
         limit: seconds after which no further job begins.
         say: takes a line for each row.
-
-    Returns:
-        The rows, and a sentence for each job that was left out.
+        rows: gets the rows, as they come.
+        notes: gets a sentence for each job that was left out.
     """
     began = time.monotonic()
-    rows: list[Row] = []
-    notes: list[str] = []
     fitting, left_out = _fitting(jobs, device)
     notes += left_out
     for group in dict.fromkeys(job.group for job in fitting):
@@ -106,14 +107,13 @@ def run(
                     failure = message["failure"]
                 else:
                     rows.append(message)
-                    _write_rows(folder / "rows.jsonl", rows)
+                    _write_rows(folder / ROWS, rows)
                     say(line_of(message))
             if failure is None:
                 break
             failed = waiting[max(done, 1) - 1]
             notes.append(f"{failed.workload} against {', '.join(failed.others)}: {failure}")
             waiting = waiting[max(done, 1) :]
-    return rows, notes
 
 
 def _fitting(jobs: Sequence[Job], device: str) -> tuple[list[Job], list[str]]:
@@ -155,8 +155,8 @@ def _messages(request: Row, left: float) -> Iterator[Row]:
         )
         assert worker.stdin is not None and worker.stdout is not None
         try:
-            worker.stdin.write(json.dumps(request))
-            worker.stdin.close()
+            worker.stdin.write(json.dumps(request) + "\n")
+            worker.stdin.flush()  # it stays open while this process lives
             for line in worker.stdout:
                 if line.startswith(MARK):
                     yield json.loads(line.removeprefix(MARK))
@@ -164,6 +164,8 @@ def _messages(request: Row, left: float) -> Iterator[Row]:
         finally:
             worker.kill()
             worker.wait()
+            with contextlib.suppress(BrokenPipeError):  # what a dead worker has not read
+                worker.stdin.close()
         if code != 0:
             errors.seek(0)
             said = errors.read().strip().splitlines()

@@ -1,13 +1,15 @@
 """Measures jobs in a process of its own: ``python -m sparsekern.benchmarks.worker``.
 
-Reads a request in JSON from standard input; writes a line for each row, the mark and JSON. Whatever
-else an imported package prints is not a row.
+Reads a request, a line of JSON, from standard input, and ends when that is closed; writes a line
+for each row, the mark and JSON. Whatever else an imported package prints is not a row.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
 import time
 
 import torch
@@ -22,7 +24,8 @@ MARK = "sparsekern row: "
 
 def main() -> int:
     """Measure what the request asks for, until its time is over."""
-    request = json.load(sys.stdin)
+    request = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(request["threads"])
     began = time.monotonic()
     for job in request["jobs"]:
@@ -43,6 +46,12 @@ def main() -> int:
         if workload.device == "cuda":
             torch.cuda.empty_cache()
     return 0
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that asked is gone, and with it the other end of the pipe."""
+    sys.stdin.read()
+    os._exit(1)
 
 
 def _tell(message: dict[str, object]) -> None:

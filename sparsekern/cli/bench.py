@@ -24,7 +24,7 @@ def add_bench(commands: Any) -> None:
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
     parser.add_argument("--only", default="", metavar="TEXT", help="lines that contain this text")
-    parser.add_argument("--out", metavar="FOLDER", help="default: runs/bench-<date>-<time>")
+    parser.add_argument("--out", metavar="FOLDER", help="new, default: runs/bench-<date>-<time>")
     parser.add_argument("--threads", type=int, help="of a CPU (default: as torch chooses)")
     parser.add_argument("--seconds", type=float, help="for each loop (default: 0.5, or 1)")
     parser.add_argument("--limit", type=float, help="seconds after which nothing more begins")
@@ -50,19 +50,34 @@ def _bench(options: argparse.Namespace) -> int:
     if not jobs:
         raise ValueError(f"--only must be a part of some line, got {options.only!r}")
     with out_folder(options.out, "bench") as folder:
+        if (folder / session.ROWS).exists():
+            raise ValueError(
+                f"--out must be a folder without earlier measurements, got {folder} with "
+                f"{session.ROWS}"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         machine = session.describe_machine(device)
         for line in machine:
             _say(line)
-        rows, notes = session.run(
-            jobs,
-            folder,
-            device=device,
-            seconds=options.seconds or (0.5 if options.quick else 1.0),
-            least=3 if options.quick else 5,
-            limit=options.limit or (QUICK_SECONDS if options.quick else float("inf")),
-            say=_say,
-        )
+        rows: list[session.Row] = []
+        notes: list[str] = []
+        try:
+            session.run(
+                jobs,
+                folder,
+                device=device,
+                seconds=options.seconds or (0.5 if options.quick else 1.0),
+                least=3 if options.quick else 5,
+                limit=options.limit or (QUICK_SECONDS if options.quick else float("inf")),
+                say=_say,
+                rows=rows,
+                notes=notes,
+            )
+        except KeyboardInterrupt:
+            if rows:
+                session.write_report(folder, machine, rows, [*notes, "all else: interrupted"])
+                _say(f"report of what was measured: {folder / 'report.md'}")
+            raise
         for note in notes:
             _say(f"left out: {note}")
         if not rows:

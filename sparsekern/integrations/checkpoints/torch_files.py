@@ -46,7 +46,9 @@ def open_torch_file(path: Path) -> dict[str, Any]:
         ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError,
         RuntimeError, TypeError, ValueError, pickle.PickleError,
     ) as error:  # fmt: skip
-        reason = shortened(error) or type(error).__name__
+        # Of a refused pickle torch says first how to run its code.
+        reason = shortened(str(error).rpartition("WeightsUnpickler error:")[2].strip())
+        reason = reason or type(error).__name__
         raise ValueError(
             f"{path}: the file must be an intact torch file of tensors and plain values (it is "
             f"opened with weights_only=True): {reason}"
@@ -77,6 +79,9 @@ def torch_file(tensors: Mapping[str, Tensor], others: Mapping[str, Any] | None =
         plain: dict[str, Any] = {
             name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()
         }
-        torch.save(plain | dict(others or {}), file)
+        try:
+            torch.save(plain | dict(others or {}), file)
+        except RuntimeError as error:  # torch's, for one where the disk is full
+            raise OSError(f"cannot write {file.name}: {shortened(error)}") from error
 
     return write
