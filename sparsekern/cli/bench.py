@@ -59,7 +59,7 @@ def _bench(options: argparse.Namespace) -> int:
         machine = session.describe_machine(device)
         for line in machine:
             _say(line)
-        rows: list[session.Row] = []
+        rows: list[dict[str, Any]] = []
         notes: list[str] = []
         try:
             session.run(
