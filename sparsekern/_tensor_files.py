@@ -42,23 +42,23 @@ def write_tensors(
     Args:
         file: open for writing, empty.
         tensors: any shape, device and layout in memory; two may share theirs, each is written.
+            Those of a `TensorsOfFile` are asked for once each, as `in_order` has them.
         metadata: kept in the header.
 
     Raises:
         ValueError: a tensor has a dtype that the format lacks.
     """
-    # The widest first: every tensor begins at a multiple of its elements' size.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    order = in_order(tensors)
     header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     end = 0
     for name in order:
-        tensor = tensors[name]
-        if tensor.dtype not in _NAMES:
-            raise ValueError(f"write_tensors: {name} has a dtype without a name: {tensor.dtype}")
-        start, end = end, end + tensor.numel() * tensor.element_size()
+        shape, dtype = shape_and_dtype(tensors, name)
+        if dtype not in _NAMES:
+            raise ValueError(f"write_tensors: {name} has a dtype without a name: {dtype}")
+        start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
+            "dtype": _NAMES[dtype],
+            "shape": shape,
             "data_offsets": [start, end],
         }
     text = json.dumps(header).encode()
@@ -73,6 +73,21 @@ def write_tensors(
             rows = rows if tensor.is_contiguous() else max(1, rows * _PART // tensor.numel())
             for part in tensor.split(rows) if tensor.dim() else (tensor,):
                 file.write(part.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def in_order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names in the order of a file.
+
+    The widest dtype comes first: every tensor begins at a multiple of its elements' size.
+    """
+    return sorted(tensors, key=lambda name: (-shape_and_dtype(tensors, name)[1].itemsize, name))
+
+
+def shape_and_dtype(tensors: Mapping[str, Tensor], name: str) -> tuple[list[int], torch.dtype]:
+    """Look up shape and dtype, without asking for a tensor that is not there yet."""
+    if isinstance(tensors, TensorsOfFile):
+        return tensors.shape(name), tensors.dtype(name)
+    return list(tensors[name].shape), tensors[name].dtype
 
 
 class Entry(NamedTuple):

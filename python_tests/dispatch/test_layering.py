@@ -37,6 +37,7 @@ ALLOWED = {
         "_system",
         "data",
         "dispatch",
+        "distributed",
         "measures",
         "models",
         "nn",

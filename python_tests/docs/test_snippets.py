@@ -82,6 +82,8 @@ def check_command(command: str) -> None:
     words = shlex.split(command)
     while re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words.pop(0)
+    if words[0] == "torchrun" and "sparsekern" in words:
+        words = words[words.index("sparsekern") :]
     if words[0] == "sparsekern":
         _parser().parse_args(words[1:])
     elif words[0] == "pip":

@@ -332,11 +332,10 @@ def test_numbers_go_to_tensorboard_or_wandb(data, tmp_path, monkeypatch, capsys)
     assert not (tmp_path / "second").exists()
 
 
-@pytest.mark.parametrize("study", ["sae", "vae-sae", "sparling"])
-def test_several_processes_are_refused_in_a_sentence(study, data, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("study", ["vae-sae", "sparling"])
+def test_several_processes_are_refused_in_a_sentence(study, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    flags = ["--activations", str(data)] if study == "sae" else []
-    assert main(["train", study, *flags, "--out", str(tmp_path / "run")]) == 2
+    assert main(["train", study, "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert "a study runs in one process, not in 2 (WORLD_SIZE)" in error and error.count("\n") == 1
     assert not (tmp_path / "run").exists()

@@ -73,6 +73,7 @@ def _open_closed_streams() -> None:
 
 def _run(arguments: Sequence[str] | None) -> int:
     """Run the command that the arguments name."""
+    from ..studies.processes import FirstProcessLostError, is_first_process
     from ..studies.runs import EXPECTED_ERRORS
 
     options, unknown = _parser().parse_known_args(arguments)
@@ -85,7 +86,10 @@ def _run(arguments: Sequence[str] | None) -> int:
     except BrokenPipeError:
         raise
     except EXPECTED_ERRORS as error:
-        sys.stderr.write(_error_line(options.command, _message_with_flags(error, options.command)))
+        # Of several processes, the first says it, for all.
+        if is_first_process() or isinstance(error, FirstProcessLostError):
+            message = _message_with_flags(error, options.command)
+            sys.stderr.write(_error_line(options.command, message))
         return 2
     except KeyboardInterrupt as stop:
         notes = "".join(f"; {note}" for note in getattr(stop, "__notes__", ()))

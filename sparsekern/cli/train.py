@@ -14,9 +14,11 @@ from typing import Any
 from ..studies import sae
 from ..studies.configs import SettingError, with_absolute_paths
 from ..studies.loggers import TARGETS, logged_to
+from ..studies.processes import is_first_process, process_count, was_restarted
 from ..studies.registry import STUDIES
 from ..studies.runs import out_folder
 from ..studies.study import Study
+from ..training import RunError
 
 
 def add_train(commands: Any) -> None:
@@ -69,6 +71,14 @@ def _add_study(studies: Any, study: Study) -> None:
         choices=TARGETS,
         help="send every logged number to tensorboard (files in the run folder) or wandb, too",
     )
+    if study.several_processes:
+        parser.add_argument(
+            "--mesh",
+            metavar="MESH",
+            help="how the processes of torchrun share the work, such as data=1,latents=2: along "
+            "the rows of a batch and along the latents (default: all along the latents); a run "
+            "can be resumed with another",
+        )
     if len(study.presets) > 1:
         parser.add_argument(
             "--preset",
@@ -112,7 +122,11 @@ def _train(options: argparse.Namespace) -> int:
         for item in fields(study.config)
         if hasattr(options, item.name)
     }
-    resume = getattr(options, "resume", None)
+    resume, given = getattr(options, "resume", None), getattr(options, "out", None)
+    if study.several_processes and process_count() > 1 and not (resume or given):
+        raise ValueError(
+            "--out must name a folder where torchrun starts several processes, which share it"
+        )
     preset = getattr(options, "preset", None)
     with contextlib.ExitStack() as stack:
         extras: dict[str, Any] = {}
@@ -121,8 +135,9 @@ def _train(options: argparse.Namespace) -> int:
             unused = config.without_effect()
             for name in flags.keys() & unused.keys():
                 raise SettingError(name, f"has no effect {unused[name]}")
-            folder = out_folder(getattr(options, "out", None), options.study)
-            out = stack.enter_context(folder)
+            out = stack.enter_context(out_folder(given, options.study))
+            if was_restarted() and _holds_run_of(out, study, config):
+                resume = str(out)
         elif resume == "":
             raise ValueError("--resume must name a folder, got an empty name")
         elif preset is not None:
@@ -134,10 +149,14 @@ def _train(options: argparse.Namespace) -> int:
                 extras = {"extend": bool(flags.keys() & _fields_that_may_grow(saved))}
         if target := getattr(options, "log_to", None):
             extras["on_metrics"] = stack.enter_context(logged_to(target, out, config))
+        if study.several_processes:
+            extras["mesh"] = getattr(options, "mesh", None)
         report = study.run(config, out, resume=resume is not None, **extras)
     # What a shell gives a process that the signal ended.
     signal = report.outcome.signal
     status = 0 if signal is None else 128 + signal
+    if not is_first_process():
+        return status
     if report.results is None:
         sys.stdout.write(
             f"interrupted after step {report.outcome.step}; everything is saved. Go on with:\n"
@@ -147,6 +166,16 @@ def _train(options: argparse.Namespace) -> int:
     sys.stdout.write(study.table(report.results, config) + "\n")
     sys.stdout.write(f"run folder {out}: {', '.join(study.files)}\n")
     return status
+
+
+def _holds_run_of(folder: Path, study: Study, config: Any) -> bool:
+    """Tell whether a folder holds a run with these settings: that which torchrun starts again."""
+    try:
+        saved = study.saved_config(folder)
+    except RunError:
+        return False
+    same: bool = saved.identity() == with_absolute_paths(config).identity()
+    return same
 
 
 def _fields_that_may_grow(saved: Any) -> set[str]:

@@ -212,7 +212,14 @@ class ShardedAutoencoder(SparseAutoencoder):
         return self.shards.data.total(part)
 
     def _all_rows(self, x: Tensor) -> Tensor:
-        return self.shards.data.gather(x).flatten(0, 1)
+        data = self.shards.data
+        if data.size == 1:
+            return x
+        (counts,) = data.gather_bytes(torch.tensor([len(x)], device=x.device))
+        most = int(counts.max())
+        padded = nn.functional.pad(x, (0, 0, 0, most - len(x)))
+        parts = zip(data.gather(padded), counts.flatten().tolist(), strict=True)
+        return torch.cat([part[:count] for part, count in parts])
 
     def _variance(self, x: Tensor) -> Tensor:
         return total_variance(x, self.shards.data)

@@ -17,6 +17,7 @@ from .. import BackendUnavailableError, describe
 from ..training import CheckpointError, Outcome, RunError, RunFolder, TrainingError
 from ..training.runs import unused_folder
 from .configs import AnyConfig, SettingError, StudyConfig, with_absolute_paths
+from .processes import process_count
 
 # What bad input, a full disk or a missing package raise: reported in a line, without a trace.
 # ValueError: bad values and data files. OSError: a full disk, for one.
@@ -38,6 +39,8 @@ class RunResult(NamedTuple):
 def usable_device(name: str) -> torch.device:
     """Find the device of a name; "auto" is a GPU when there is one.
 
+    Of several processes, each takes the GPU of its number on its machine (LOCAL_RANK).
+
     Raises:
         ValueError: there is no such device, or it cannot be used.
     """
@@ -45,6 +48,9 @@ def usable_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and process_count() > 1:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -78,21 +84,24 @@ def check_packages() -> None:
 
 def check_one_process() -> None:
     """Raise RunError under torchrun with several processes, which would all do the same."""
-    if (count := os.environ.get("WORLD_SIZE", "1")) != "1":
+    if (count := process_count()) != 1:
         raise RunError(
             f"a study runs in one process, not in {count} (WORLD_SIZE): start it without torchrun, "
             "or with --nproc-per-node 1"
         )
 
 
-def prepared(config: AnyConfig) -> AnyConfig:
+def prepared(config: AnyConfig, *, several_processes: bool = False) -> AnyConfig:
     """Check that a run can begin here, and make the config's paths absolute.
+
+    several_processes: whether the study can use them.
 
     Raises:
         ModuleNotFoundError, RunError: packages are missing, or there are several processes.
     """
     check_packages()
-    check_one_process()
+    if not several_processes:
+        check_one_process()
     return with_absolute_paths(config)
 
 
@@ -104,12 +113,18 @@ def run_folder(
     *,
     resume: bool,
     on_metrics: Callable[[Mapping[str, Any]], object] | None,
+    first: bool = True,
 ) -> Iterator[RunFolder]:
     """Open the run's folder, locked while it is used: a new one with the config, or the old one.
+
+    first: False in other processes of the run than the one that writes.
 
     Raises:
         RunError: there is a run already, none to resume, or another process is at it.
     """
+    if not first:
+        yield RunFolder.followed(folder)
+        return
     stored = {"study": study, "config": asdict(config)}
     with RunFolder.open(folder) if resume else RunFolder.create(folder, stored) as place:
         place.on_metrics = on_metrics

@@ -45,4 +45,6 @@ class Study:
     """The results of a run as text, given the results and the config."""
     saved_config: Callable[[str | Path], Any]
     """The config of the run in a folder."""
+    several_processes: bool = False
+    """Whether `run` takes a mesh of processes, which torchrun started."""
     reproduction: Reproduction | None = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from .._system import open_plain, replaced
-from .._tensor_files import SavedTensors, write_tensors
+from .._tensor_files import SavedTensors, TensorsOfFile, in_order, shape_and_dtype, write_tensors
 from ..nn.saved_k import NAME as K
+from .processes import Processes
 from .runs import write_atomically
 
 FACTS = "checkpoint.json"
@@ -43,8 +44,37 @@ class Checkpoint(NamedTuple):
     """JSON types only."""
 
 
+class _Wholes(TensorsOfFile):
+    """Tensors of which each process may hold a part; all ask for them in the same order."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], processes: Processes) -> None:
+        self._tensors, self._processes = tensors, processes
+
+    def shape(self, name: str) -> list[int]:
+        return self._processes.saved_shape(self._tensors[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._processes.whole(self._tensors[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
 def write_checkpoint(
-    folder: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    processes: Processes | None = None,
 ) -> None:
     """Write a checkpoint and remove the one before it; memory is needed for one tensor.
 
@@ -53,11 +83,17 @@ def write_checkpoint(
         step: names the tensor file; optimizer steps done.
         tensors: any dtype, shape and device.
         facts: JSON types only.
+        processes: that hold parts of the tensors; all must call this, and the first writes.
     """
+    wholes = _Wholes(tensors, processes or Processes())
+    if processes is not None and not processes.first:
+        for name in in_order(wholes):
+            wholes[name]
+        return
     name = TENSORS.format(step=step)
     pair = secrets.token_hex(16)
     with replaced(folder / name) as file:
-        write_tensors(file, tensors, {PAIR: pair})
+        write_tensors(file, wholes, {PAIR: pair})
     content = {"format": FORMAT, "tensors": name, PAIR: pair, **facts}
     write_atomically(folder / FACTS, (json.dumps(content, indent=2) + "\n").encode())
     for old in folder.glob(TENSORS.format(step="*")):
@@ -156,18 +192,25 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_model(folder: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def load_model(
+    folder: Path,
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    processes: Processes | None = None,
+) -> None:
     """Put saved tensors into a model, one at a time, after checking all of them.
 
     Args:
         folder: of the run, for messages.
         model: left as it is where the tensors do not fit.
         tensors: by names that start with ``model.``.
+        processes: that share the model; each takes its part.
 
     Raises:
         CheckpointError: a name, a shape or a dtype differs.
     """
     prefix = "model."
+    processes = processes or Processes()
     state = model.state_dict()
     saved = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
     # Versions before saved no k, and a tied matrix under both of its names.
@@ -181,17 +224,17 @@ def load_model(folder: Path, model: nn.Module, tensors: Mapping[str, Tensor]) ->
     }
     check_same(
         folder,
-        {name: _shape(tensors, key) for name, key in saved.items()},
-        {name: list(tensor.shape) for name, tensor in state.items()},
+        {name: shape_and_dtype(tensors, key)[0] for name, key in saved.items()},
+        {name: processes.saved_shape(tensor) for name, tensor in state.items()},
     )
     check_same(
         folder,
-        {name: _dtype(tensors, key) for name, key in saved.items()},
+        {name: str(shape_and_dtype(tensors, key)[1]) for name, key in saved.items()},
         {name: str(tensor.dtype) for name, tensor in state.items()},
     )
     try:
         for name, tensor in state.items():
-            tensor.copy_(tensors[saved[name]])
+            tensor.copy_(processes.part(tensors[saved[name]], tensor))
     except (OSError, ValueError) as error:
         raise damaged(folder, error) from error
     # The tensors are there already; this tells layers that keep something else, too.
@@ -206,20 +249,6 @@ def _is_alias(model: nn.Module, name: str) -> bool:
     except AttributeError:
         return False
     return any(tensor is parameter for parameter in model.parameters())
-
-
-def _shape(tensors: Mapping[str, Tensor], name: str) -> list[int]:
-    """Look up a shape, without reading a saved tensor."""
-    if isinstance(tensors, SavedTensors):
-        return tensors.shape(name)
-    return list(tensors[name].shape)
-
-
-def _dtype(tensors: Mapping[str, Tensor], name: str) -> str:
-    """Look up a dtype, without reading a saved tensor."""
-    if isinstance(tensors, SavedTensors):
-        return str(tensors.dtype(name))
-    return str(tensors[name].dtype)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -242,6 +271,7 @@ def load_optimizer(
     optimizer: torch.optim.Optimizer,
     tensors: Mapping[str, Tensor],
     facts: Mapping[str, Any],
+    processes: Processes | None = None,
 ) -> None:
     """Load what :func:`optimizer_state` returned.
 
@@ -250,11 +280,13 @@ def load_optimizer(
         optimizer: of the same parameters.
         tensors: of the checkpoint; those of the optimizer are taken.
         facts: the JSON part.
+        processes: that share the parameters; each takes its part.
 
     Raises:
         CheckpointError: the facts are not those of such an optimizer.
     """
     check_facts(folder, facts, {"numbers": dict, "groups": list})
+    processes = processes or Processes()
     fresh = optimizer.state_dict()["param_groups"]
     state: dict[int, dict[str, Any]] = {}
     try:
@@ -270,12 +302,14 @@ def load_optimizer(
             for key, value in entries.items():
                 if value is None:
                     tensor = tensors[f"{OPTIMIZER}{number}.{key}"]
-                    if tensor.dim() and tensor.shape != parameters[number].shape:
-                        raise ValueError(f"{key} of parameter {number} has another shape")
-                    # On its device at once: the copy on the CPU is gone before the next one.
+                    if tensor.dim():
+                        parameter = parameters[number]
+                        if list(tensor.shape) != processes.saved_shape(parameter):
+                            raise ValueError(f"{key} of parameter {number} has another shape")
+                        # On its device at once: the copy on the CPU is gone before the next one.
+                        tensor = processes.part(tensor, parameter).to(parameter.device)
                     # Counters of steps stay on the CPU, unless the optimizer moves them.
-                    on = parameters[number].device if tensor.dim() else tensor.device
-                    entries[key] = tensor.to(on)
+                    entries[key] = tensor
         optimizer.load_state_dict({"state": state, "param_groups": facts["groups"]})
     except (AttributeError, IndexError, KeyError, OSError, TypeError, ValueError) as error:
         raise damaged(folder, error) from error

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from .processes import Processes
+
 # A norm of 1.8e19 overflows in float32: squares of gradients that large do in Adam, too.
 _ADVICE = "a smaller learning rate may help"
 
@@ -24,16 +26,18 @@ class FiniteSteps:
 
     Args:
         model: what is trained.
+        processes: that train it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, processes: Processes | None = None) -> None:
         self.model = model
+        self.processes = processes or Processes()
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._waiting: tuple[int, Tensor, torch.cuda.Event | None] | None = None
 
     def gradients(self) -> Tensor:
         """Compute the norm of all gradients; before the step, which may change them."""
-        return _total_norm(
+        return self.processes.norm(
             [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         )
 
@@ -50,7 +54,7 @@ class FiniteSteps:
             TrainingError: loss, gradients or parameters of this step (on a GPU: of the one before)
                 are not finite.
         """
-        parameters = _total_norm([parameter.detach() for parameter in self.parameters])
+        parameters = self.processes.norm([parameter.detach() for parameter in self.parameters])
         device = parameters.device
         norms = torch.stack([
             value.detach().to(device, torch.float64) for value in (loss, gradients, parameters)
@@ -83,12 +87,19 @@ class FiniteSteps:
             raise divergence_error("loss", loss, step)
         if not math.isfinite(gradients):
             raise divergence_error(
-                _name_nonfinite("gradient of", self._gradients()), gradients, step
+                self._name_nonfinite("gradient of", self._gradients()), gradients, step
             )
         if not math.isfinite(parameters):
             raise divergence_error(
-                _name_nonfinite("parameter", self.model.named_parameters()), parameters, step
+                self._name_nonfinite("parameter", self.model.named_parameters()), parameters, step
             )
+
+    def _name_nonfinite(self, kind: str, named: Iterable[tuple[str, Tensor]]) -> str:
+        """Name the first that is not finite; where all are, it is their norm that overflowed."""
+        tensors = dict(named)
+        bad = nonfinite_names(tensors, self.processes)
+        names = [name for name in tensors if name in bad]
+        return f"{kind} {names[0]}" if names else f"the norm of the {kind.split()[0]}s"
 
     def _gradients(self) -> Iterable[tuple[str, Tensor]]:
         named = self.model.named_parameters()
@@ -101,7 +112,10 @@ def divergence_error(what: str, value: float, step: int) -> TrainingError:
 
 
 def check_finite_state(
-    tensors: Mapping[str, Tensor], step: int, exempt: Iterable[str] = ()
+    tensors: Mapping[str, Tensor],
+    step: int,
+    exempt: Iterable[str] = (),
+    processes: Processes | None = None,
 ) -> None:
     """Raise :class:`TrainingError`, naming the first of them, unless all tensors are finite.
 
@@ -109,43 +123,38 @@ def check_finite_state(
         tensors: by name.
         step: for the message.
         exempt: names that may hold anything.
+        processes: that hold the tensors.
     """
-    bad = nonfinite_names(tensors)
+    bad = nonfinite_names(tensors, processes)
     for name in tensors:
         if name in bad and name not in exempt:
             raise TrainingError(f"{name} is not finite at step {step}, and is not saved; {_ADVICE}")
 
 
 @torch.no_grad()
-def nonfinite_names(tensors: Mapping[str, Tensor]) -> set[str]:
-    """Name the tensors that hold NaN or infinities; the host waits once a device."""
+def nonfinite_names(tensors: Mapping[str, Tensor], processes: Processes | None = None) -> set[str]:
+    """Name the tensors that hold NaN or infinities; the host waits once a device.
+
+    processes: that hold them; all must call it with the same names.
+    """
+    processes = processes or Processes()
     names = [
         name for name, tensor in tensors.items() if tensor.numel() and tensor.is_floating_point()
     ]
+    if not names:
+        return set()
     # In one pass each, without a mask of their size; NaN is both of its own.
     by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
     for name in names:
-        tensor = tensors[name].detach()
+        tensor = processes.local(tensors[name].detach())
         if tensor.element_size() == 1:  # float8 has no aminmax
             tensor = tensor.float()
         low, high = tensor.aminmax()
         finite = low.isfinite() & high.isfinite()
         by_device.setdefault(tensor.device, []).append((name, finite))
-    bad: set[str] = set()
+    finite_by_name: dict[str, bool] = {}
     for checked in by_device.values():
         flags = torch.stack([finite for _, finite in checked]).tolist()
-        bad |= {name for (name, _), finite in zip(checked, flags, strict=True) if not finite}
-    return bad
-
-
-def _total_norm(tensors: list[Tensor]) -> Tensor:
-    """Compute the norm of all tensors: not finite where one of them is not, or overflows."""
-    return torch.nn.utils.get_total_norm(tensors)
-
-
-def _name_nonfinite(kind: str, named: Iterable[tuple[str, Tensor]]) -> str:
-    """Name the first that is not finite; where all are, it is their norm that overflowed."""
-    tensors = dict(named)
-    bad = nonfinite_names(tensors)
-    names = [name for name in tensors if name in bad]
-    return f"{kind} {names[0]}" if names else f"the norm of the {kind.split()[0]}s"
+        finite_by_name |= zip((name for name, _ in checked), flags, strict=True)
+    bad = processes.flags(torch.tensor([not finite_by_name[name] for name in names])).tolist()
+    return {name for name, is_bad in zip(names, bad, strict=True) if is_bad}

@@ -30,7 +30,8 @@ from .finite import (
     divergence_error,
     nonfinite_names,
 )
-from .runs import RunFolder
+from .processes import Processes
+from .runs import RunError, RunFolder
 
 # The facts of a checkpoint, with their types; the first are those of _Position.
 POSITION = {"step": int, "epoch": int, "batch": int, "seconds": float, "seen": int}
@@ -135,7 +136,12 @@ class _Position:
 
 
 def train(
-    task: Task, config: LoopConfig, run: RunFolder, *, identity: Mapping[str, Any] | None = None
+    task: Task,
+    config: LoopConfig,
+    run: RunFolder,
+    *,
+    identity: Mapping[str, Any] | None = None,
+    processes: Processes | None = None,
 ) -> Outcome:
     """Train from the run folder's checkpoint, or from the start if it has none.
 
@@ -154,6 +160,8 @@ def train(
         config: how to train.
         run: an open run folder.
         identity: what must be equal for a checkpoint to fit (JSON types); saved with it.
+        processes: that train together; all must call this. A signal to one of them ends all at the
+            same step.
 
     Raises:
         CheckpointError: the checkpoint is damaged or belongs to another model or identity.
@@ -165,19 +173,19 @@ def train(
     with torch.random.fork_rng(devices), stop_signals() as stop:
         # Not the seed itself, which callers use for the initial weights.
         torch.manual_seed(int(np.random.SeedSequence(config.seed).generate_state(1)[0]))
-        loop = _Loop(task, config, run, device, dict(identity or {}))
+        loop = _Loop(task, config, run, device, dict(identity or {}), processes or Processes())
         loop.restore()
         if loop.position.epoch >= config.epochs:
             # Nothing is left to do, but the caller finds the task as the last epoch leaves it.
             task.begin_epoch(loop.position.epoch - 1)
             task.model.eval()
         with loop.progress_bar() as bar:
-            while loop.position.epoch < config.epochs and not stop:
+            while loop.position.epoch < config.epochs and not loop.told_to_end(stop):
                 loop.epoch(stop, bar)
     position = loop.position
     rate = position.seen / position.seconds if position.seconds else 0.0
     complete = position.epoch >= config.epochs
-    return Outcome(position.step, rate, None if complete else stop[0])
+    return Outcome(position.step, rate, None if complete else loop.signal)
 
 
 class _Loop:
@@ -190,15 +198,27 @@ class _Loop:
         run: RunFolder,
         device: torch.device,
         identity: dict[str, Any],
+        processes: Processes,
     ) -> None:
         self.task, self.config, self.run, self.device = task, config, run, device
-        self.identity = identity
+        self.identity, self.processes = identity, processes
+        self.signal: int | None = None
         self.batches_per_epoch = math.ceil(task.examples / config.batch_size)
         self.position = _Position()
         self.clock = 0.0
-        self.finite = FiniteSteps(task.model)
+        self.finite = FiniteSteps(task.model, processes)
         # Buffers that begin so, such as a threshold before its first batch.
-        self.unset = nonfinite_names(self._saved_buffers())
+        self.unset = nonfinite_names(self._saved_buffers(), processes)
+
+    def told_to_end(self, stop: list[int]) -> bool:
+        """Tell whether training must end here, in all processes alike; note the signal, if any.
+
+        stop: signals that this process got.
+        """
+        failed = int(self.run.failed is not None)
+        signal, failed = self.processes.largest(stop[0] if stop else 0, failed)
+        self.signal = signal or None
+        return bool(signal or failed)
 
     def progress_bar(self) -> Any:
         """Make the progress bar, in examples of all epochs."""
@@ -207,7 +227,7 @@ class _Loop:
             initial=self.position.seen,
             unit=f" {self.task.unit}s",
             unit_scale=True,
-            disable=not self.config.progress,
+            disable=not (self.config.progress and self.processes.first),
             # A log file gets a line now and then, a terminal a moving bar.
             mininterval=0.2 if sys.stderr.isatty() else 10.0,
             dynamic_ncols=True,
@@ -225,13 +245,14 @@ class _Loop:
                 batch = self._next_batch(batches)
                 self._train_batch(batch, bar)
                 bar.update(len(batch))
-                inside = position.batch < self.batches_per_epoch
-                ends = bool(stop) or self.run.failed is not None
-                if inside and (ends or position.batch % config.checkpoint_every == 0):
+                if position.batch == self.batches_per_epoch:
+                    break
+                ends = self.told_to_end(stop)
+                if ends or position.batch % config.checkpoint_every == 0:
                     position.seconds += time.perf_counter() - self.clock
                     self.save()
                     self._raise_metrics_error()
-                    if stop:
+                    if ends:
                         return
                     self.clock = time.perf_counter()
         self._end_epoch(facts)
@@ -314,8 +335,11 @@ class _Loop:
 
     def _raise_metrics_error(self) -> None:
         """End training with what the caller's function of the metrics raised."""
+        failed = self.processes.largest(int(self.run.failed is not None))[0]
         if self.run.failed is not None:
             raise self.run.failed
+        if failed:
+            raise RunError("the function of the metrics failed in the first process")
 
     def _saved_buffers(self) -> dict[str, Tensor]:
         """Name what a checkpoint holds of the model besides its parameters."""
@@ -330,8 +354,8 @@ class _Loop:
         tensors, optimizer = checkpoints.optimizer_state(self.task.optimizer)
         tensors |= checkpoints.model_tensors(self.task.model)
         tensors |= {f"total.{name}": total for name, total in position.totals.items()}
-        check_finite_state(tensors, position.step, self.unset)
-        self.unset &= nonfinite_names(self._saved_buffers())
+        check_finite_state(tensors, position.step, self.unset, self.processes)
+        self.unset &= nonfinite_names(self._saved_buffers(), self.processes)
         tensors["rng.cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
@@ -341,7 +365,7 @@ class _Loop:
             "metrics_bytes": self.run.sync_metrics(),
             "optimizer": optimizer,
         }
-        checkpoints.write_checkpoint(self.run.path, position.step, tensors, facts)
+        checkpoints.write_checkpoint(self.run.path, position.step, tensors, facts, self.processes)
 
     def restore(self) -> None:
         """Load the checkpoint of the run folder, if there is one."""
@@ -360,9 +384,11 @@ class _Loop:
         if facts["batch"] >= self.batches_per_epoch:
             reason = f"'batch' is {facts['batch']}, an epoch has {self.batches_per_epoch} batches"
             raise checkpoints.damaged(folder, reason)
-        checkpoints.load_model(folder, self.task.model, tensors)
-        checkpoints.load_optimizer(folder, self.task.optimizer, tensors, facts["optimizer"])
-        self.unset = nonfinite_names(self._saved_buffers())
+        checkpoints.load_model(folder, self.task.model, tensors, self.processes)
+        checkpoints.load_optimizer(
+            folder, self.task.optimizer, tensors, facts["optimizer"], self.processes
+        )
+        self.unset = nonfinite_names(self._saved_buffers(), self.processes)
         totals = {
             name.removeprefix("total."): tensors[name].to(self.device)
             for name in tensors

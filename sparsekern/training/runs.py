@@ -120,6 +120,11 @@ class RunFolder:
             raise RunError(f"cannot read {path / CONFIG}: not a JSON object")
         return config
 
+    @classmethod
+    def followed(cls, path: str | Path) -> RunFolder:
+        """Stand for a folder that another process of the same run writes: nothing is written."""
+        return _FollowedFolder(Path(path), lambda: None)
+
     def log(self, record: Mapping[str, Any]) -> None:
         """Append one line to the metrics; durable after the next :meth:`sync_metrics`."""
         self._open_metrics().write((json.dumps(record, allow_nan=False) + "\n").encode())
@@ -183,6 +188,23 @@ class RunFolder:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class _FollowedFolder(RunFolder):
+    """A run folder that another process writes."""
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def rewrite_config(self, config: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def sync_metrics(self) -> int:
+        """Return 0."""
+        return 0
+
+    def rewind_metrics(self, length: int) -> None:
+        """Do nothing."""
 
 
 def read_metrics(path: Path, kind: str) -> list[dict[str, Any]]:

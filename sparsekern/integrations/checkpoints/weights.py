@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..._tensor_files import TensorsOfFile, write_tensors
+from ..._tensor_files import TensorsOfFile, shape_and_dtype, write_tensors
 from ...nn import JumpReLU
 from .configs import refuse
 from .contents import WriteFile
@@ -40,13 +40,13 @@ def check_tensors(
             raise ValueError(f"{path}: {name} is missing")
     dtypes = {}
     for name in tensors:
-        shape, dtype = _shape_and_dtype(tensors, name)
+        shape, dtype = shape_and_dtype(tensors, name)
         if name not in shapes:
             if name not in optional:
                 refuse(path, name, shape, "is not known, a tensor of shape")
             continue
-        if shape != shapes[name]:
-            refuse(path, name, list(shape), f"must have shape {list(shapes[name])}")
+        if shape != list(shapes[name]):
+            refuse(path, name, shape, f"must have shape {list(shapes[name])}")
         if not dtype.is_floating_point or dtype.itemsize < 2:
             refuse(path, name, dtype, "must be of 16, 32 or 64 bits floating point")
         dtypes[name] = dtype
@@ -54,14 +54,6 @@ def check_tensors(
     for name, dtype in dtypes.items():
         if dtype != dtypes[first] and name not in any_dtype:
             refuse(path, name, dtype, f"must have the dtype of {first}, {dtypes[first]}")
-
-
-def _shape_and_dtype(
-    tensors: Mapping[str, Tensor], name: str
-) -> tuple[tuple[int, ...], torch.dtype]:
-    if isinstance(tensors, TensorsOfFile):
-        return tuple(tensors.shape(name)), tensors.dtype(name)
-    return tuple(tensors[name].shape), tensors[name].dtype
 
 
 def finite(path: Path, tensors: Mapping[str, Tensor], name: str) -> Tensor:
@@ -96,9 +88,9 @@ def matrix_shape(path: Path, tensors: Mapping[str, Tensor], name: str) -> tuple[
     """Look up the shape of a matrix, without reading it."""
     if name not in tensors:
         raise ValueError(f"{path}: {name} is missing")
-    shape, _ = _shape_and_dtype(tensors, name)
+    shape, _ = shape_and_dtype(tensors, name)
     if len(shape) != 2:
-        refuse(path, name, list(shape), "must have two dimensions")
+        refuse(path, name, shape, "must have two dimensions")
     return shape[0], shape[1]
 
 

@@ -19,4 +19,5 @@ STUDY = Study(
     run=run,
     table=table,
     saved_config=saved_config,
+    several_processes=True,
 )

@@ -14,13 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ... import BatchTopK, JumpReLU, backend
+from ... import BatchTopK, JumpReLU, backend, describe
 from ...data import ActivationStore
 from ...models import SparseAutoencoder
 from ...training import Outcome, RunError, RunFolder, checkpoints, train
+from ...training.processes import Processes
 from ...training.runs import write_atomically
 from .. import figures
 from ..configs import SettingError
+from ..processes import job
 from ..runs import RunResult, backends_of, prepared, read_config, run_folder, usable_device
 from .config import SAEConfig
 from .rows import Rows
@@ -70,6 +72,7 @@ def run(
     resume: bool = False,
     extend: bool = False,
     on_metrics: Callable[[Mapping[str, Any]], object] | None = None,
+    mesh: str | None = None,
 ) -> RunResult:
     """Train, evaluate and fill a run folder.
 
@@ -87,6 +90,10 @@ def run(
             been that long from the start: after a decay to zero, the learning rate is high again.
         on_metrics: called with every record that is written to metrics.jsonl. What it raises ends
             the run, after a checkpoint.
+        mesh: how the processes that torchrun started share the work, such as "data=1,latents=2":
+            along the latents, and along the rows of a batch; None puts all along the latents. The
+            results are those of one process, up to rounding. The first process writes the folder,
+            which all must be able to read; another number of processes can resume it.
 
     Raises:
         ValueError: the config does not fit the activations.
@@ -96,25 +103,38 @@ def run(
         ModuleNotFoundError: the packages of the extra "data" are not installed.
     """
     folder = Path(folder)
-    config = prepared(config)
-    device = usable_device(config.device)
-    with backend(config.backend), Rows(config) as rows:
-        if not resume:
+    config = prepared(config, several_processes=True)
+    with (
+        job(mesh, config.device) as processes,
+        backend(config.backend),
+        Rows(config) as rows,
+    ):
+        first = processes is None or processes.first
+        device = usable_device(config.device)
+        if first and not resume:
             RunFolder.check_new(folder)
-        for text in rows.warnings():
+        for text in rows.warnings() if first else ():
             warnings.warn(text, stacklevel=2)
-        task = SAETask(config, rows, device)
+        identity = _identity(config, rows)
+        if processes is not None:
+            processes.check_same({"versions": describe()["versions"], **identity})
+        task = SAETask(config, rows, device, processes and processes.device_mesh(device))
         _try_backend(task)
         if config.init_from is not None and not (resume and (folder / checkpoints.FACTS).exists()):
-            _start_from_run(task.model, config.init_from, rows)
-        with run_folder(folder, NAME, config, resume=resume, on_metrics=on_metrics) as opened:
-            identity = _identity(config, rows)
+            _start_from_run(task.model, config.init_from, rows, processes)
+        with run_folder(
+            folder, NAME, config, resume=resume, on_metrics=on_metrics, first=first
+        ) as opened:
             if resume:
-                identity = _resumed_identity(opened, config, identity, extend)
-            outcome = train(task, config.loop(), opened, identity=identity)
+                identity = _resumed_identity(opened, config, identity, extend, first)
+            if processes is not None:
+                processes.largest(0)  # the folder is as the first process has left it
+            outcome = train(task, config.loop(), opened, identity=identity, processes=processes)
             if outcome.signal is not None:
                 return RunResult(outcome, None)
             results = _collect_results(config, task, outcome)
+            if not first:
+                return RunResult(outcome, results)
             text = json.dumps(results, indent=2) + "\n"
             write_atomically(opened.path / RESULTS, text.encode())
             figures.save_sae_history(
@@ -149,11 +169,12 @@ def activation_digest(store: ActivationStore) -> str:
 
 
 def _resumed_identity(
-    opened: RunFolder, config: SAEConfig, identity: dict[str, Any], extend: bool
+    opened: RunFolder, config: SAEConfig, identity: dict[str, Any], extend: bool, first: bool
 ) -> dict[str, Any]:
     """Compare a run with its checkpoint; return the identity to go on with.
 
-    The config in the folder is brought up to date where the data has moved or the run is extended.
+    The config in the folder is brought up to date where the data has moved or the run is extended;
+    by the first process.
     """
     saved = checkpoints.read_checkpoint(opened.path)
     if saved is not None:
@@ -168,7 +189,7 @@ def _resumed_identity(
         checkpoints.check_same(
             opened.path, saved_identity, {**identity, "epochs": epochs} if longer else identity
         )
-        if longer:
+        if longer and first:
             checkpoints.change_identity(opened.path, {"epochs": config.epochs})
             (opened.path / RESULTS).unlink(missing_ok=True)
     stored = RunFolder.read_config(opened.path)
@@ -252,7 +273,9 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Train
     )
 
 
-def _start_from_run(model: SparseAutoencoder, folder: str, rows: Rows) -> None:
+def _start_from_run(
+    model: SparseAutoencoder, folder: str, rows: Rows, processes: Processes | None = None
+) -> None:
     """Give a new model the weights of a run, in the units of these rows.
 
     Its latents count as alive.
@@ -267,7 +290,7 @@ def _start_from_run(model: SparseAutoencoder, folder: str, rows: Rows) -> None:
     saved_state, new_state = trained.model.state_dict(), model.state_dict()
     for name in sorted(new_state.keys() | saved_state.keys()):
         saved_shape, new_shape = (
-            list(state[name].shape) if name in state else "absent"
+            (processes or Processes()).saved_shape(state[name]) if name in state else "absent"
             for state in (saved_state, new_state)
         )
         if saved_shape != new_shape:
@@ -299,7 +322,7 @@ def _collect_results(config: SAEConfig, task: SAETask, outcome: Outcome) -> dict
         "tokens": task.rows.tokens * config.epochs,
         "outliers": task.rows.store.outliers,
         "features": task.rows.features,
-        "latents": len(task.model.dictionary),
+        "latents": task.model.encoder_bias.numel(),
         **({"k": task.model.k} if config.has_k else {}),
         **({} if config.steered_l0 is None else {"target_l0": config.steered_l0}),
         **({"scale": task.rows.scale} if config.normalize == "dataset" else {}),

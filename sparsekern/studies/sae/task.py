@@ -12,7 +12,8 @@ that rows of training have the wanted number of active latents on average.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from ... import BatchTopK, JumpReLU, TopK
-from ...measures.activity import UnitActivity
 from ...models import SparseAutoencoder
+from ...ops.count_active import count_active
 from ...optim import Adam
 from ...sae.statistics import squared_error, total_variance
 from .config import SAEConfig
+from .parts import Parts, parts_of
 from .rows import Rows
 
 FIRST_ROWS = 8192  # that first weights and thresholds are fitted to
@@ -35,17 +37,24 @@ RECOVERED = 0.9
 
 
 class SAETask:
-    """Model, activations and schedules, in the form the training loop asks for."""
+    """Model, activations and schedules, in the form the training loop asks for.
+
+    mesh: of the processes that share the work; None: this is the only one. They all get whole
+    batches, of which each takes its rows.
+    """
 
     unit = "token"
 
-    def __init__(self, config: SAEConfig, rows: Rows, device: torch.device) -> None:
+    def __init__(
+        self, config: SAEConfig, rows: Rows, device: torch.device, mesh: Any = None
+    ) -> None:
         self.config, self.rows, self.device = config, rows, device
         self.examples = rows.tokens
         self.steps_per_epoch = rows.count_batches(config.batch_size)
         self.step = 0
-        self.model = make_model(config, rows).to(device)
-        first = rows.sample(FIRST_ROWS, device)
+        self.model = make_model(config, rows, mesh).to(device)
+        self.parts = parts_of(self.model)
+        first = self._sample()
         self.model.initialize(first)
         layer = self.model.activation
         if isinstance(layer, JumpReLU) and config.threshold is not None:
@@ -53,6 +62,10 @@ class SAETask:
         elif isinstance(layer, JumpReLU) and config.steered_l0 is None:
             self.model.calibrate(first, config.k)
         self.optimizer = Adam(_parameter_groups(config, self.model), lr=config.learning_rate)
+
+    def _sample(self) -> Tensor:
+        """Take this process's share of some rows."""
+        return self.parts.own_rows(self.rows.sample(FIRST_ROWS, self.device))
 
     def begin_epoch(self, epoch: int) -> dict[str, float]:
         """Do nothing: the schedules follow the steps, see :meth:`backward`."""
@@ -69,7 +82,8 @@ class SAETask:
         self.step += 1
         variance = total_variance(batch)
         sums: dict[str, Tensor] = {}
-        for part in batch.split(self.config.micro_batch or len(batch)):
+        for rows in batch.split(self.config.micro_batch or len(batch)):
+            part = self.parts.own_rows(rows)
             with autocast(self.config, self.device):
                 output, loss = self.model.loss(part, variance=variance, rows=len(batch))
             loss.total.backward()
@@ -87,7 +101,9 @@ class SAETask:
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach()
         self._revive(output.values)
-        sums["dead"] = self.model.counter.fraction(self.model.dead_after)
+        sums["l0"] = self.parts.sum_of_all(sums["l0"])
+        sums["cosine"] = self.parts.sum_of_rows(sums["cosine"])
+        sums["dead"] = self.parts.dead(self.model)
         if self.config.has_k:
             sums["k"] = torch.tensor(float(self.model.k))
         return sums
@@ -105,14 +121,15 @@ class SAETask:
         """
         if not self.config.revival:
             return
-        active = torch.where(values > 0, values, torch.inf).amin(-1).float()
+        active = self.parts.smallest(torch.where(values > 0, values, torch.inf)).float()
         rows = active < torch.inf
-        level = torch.where(rows, active, 0).sum() / rows.sum().clamp_min(1)
+        level = self.parts.sum_of_rows(torch.where(rows, active, 0).sum())
+        level = level / self.parts.sum_of_rows(rows.sum()).clamp_min(1)
         falling = self.optimizer.param_groups[0]["lr"] / self.config.learning_rate
         steps = max(1, self.config.epochs * self.steps_per_epoch)
         rise = self.config.revival / steps * falling * level
         dead = self.model.counter.dead(self.model.dead_after)
-        self.model.encoder_bias.add_(torch.where(dead, rise, 0))
+        self.parts.local(self.model.encoder_bias).add_(torch.where(dead, rise, 0))
 
     def _schedule(self, step: int) -> None:
         """Set learning rate, k and the weight of the sparsity loss of a step."""
@@ -141,7 +158,7 @@ class SAETask:
         # The threshold of BatchTopK plays no part in training.
         if isinstance(self.model.activation, BatchTopK) or epoch + 1 == self.config.epochs:
             with autocast(self.config, self.device):
-                self.model.calibrate(self.rows.sample(FIRST_ROWS, self.device))
+                self.model.calibrate(self._sample())
         measured = evaluate(self.config, self.model, self.rows, self.device)
         return {f"eval_{name}": value for name, value in measured.items()}
 
@@ -158,8 +175,10 @@ class DataSize(Protocol):
         """Of an epoch."""
 
 
-def make_model(config: SAEConfig, rows: DataSize) -> SparseAutoencoder:
+def make_model(config: SAEConfig, rows: DataSize, mesh: Any = None) -> SparseAutoencoder:
     """Make the model of a config, with its first weights, on the CPU.
+
+    With a mesh it is a `ShardedAutoencoder`, on the mesh's devices.
 
     Raises:
         ValueError: a number of active latents is above the number of latents.
@@ -167,10 +186,15 @@ def make_model(config: SAEConfig, rows: DataSize) -> SparseAutoencoder:
     features = rows.features
     latents = config.latents or 8 * features
     config.check_width(latents)
+    model_class: Callable[..., SparseAutoencoder] = SparseAutoencoder
+    if mesh is not None:
+        from ...distributed import ShardedAutoencoder
+
+        model_class = partial(ShardedAutoencoder, mesh=mesh)
     with torch.random.fork_rng([]):
         # Not the seed itself: synthetic activations of that seed begin with the same numbers.
         torch.manual_seed(int(np.random.SeedSequence((config.seed, 1)).generate_state(1)[0]))
-        return SparseAutoencoder(
+        return model_class(
             features,
             latents,
             activation=_activation(config, latents),
@@ -236,15 +260,18 @@ def evaluate(
         share of them that some row of the dictionary meets with a cosine above 0.9).
     """
     model.eval()
+    parts = parts_of(model)
     stored = rows.measured(device)
-    activity = UnitActivity(len(model.dictionary), device)
+    # In how many rows each latent is active.
+    fired = torch.zeros(model.encoder_bias.numel(), dtype=torch.int64, device=device)
     totals: dict[str, Tensor] = {}
-    for part in stored.split(config.micro_batch or config.batch_size):
+    for measured_rows in stored.split(config.micro_batch or config.batch_size):
+        part = parts.own_rows(measured_rows)
         factors = rows.factors(part)
         x = part * factors
         with autocast(config, device):
             output, prefixes = model.reconstruct(x)
-        activity.update(output.values.float(), output.indices)
+        fired += count_active(output.indices, len(fired), output.values)
         sums = {
             "fvu": squared_error(x, output.reconstruction),
             "fvu_unnormalized": squared_error(part, output.reconstruction / factors),
@@ -254,6 +281,8 @@ def evaluate(
             sums[f"fvu_{size}"] = squared_error(x, estimate)
         for name, value in sums.items():
             totals[name] = totals.get(name, 0) + value.double()
+    fired = parts.sum_of_all(fired)
+    totals = {name: parts.sum_of_rows(total) for name, total in totals.items()}
     variance = total_variance(stored * rows.factors(stored))
     original = totals.pop("fvu_unnormalized") / total_variance(stored)
     measured = {
@@ -262,22 +291,24 @@ def evaluate(
     }
     if config.normalize != "none":
         measured["fvu_unnormalized"] = float(original)
-    measured["l0"] = activity.l0()
-    measured["dead"] = float(model.counter.fraction(model.dead_after))
-    measured["silent"] = activity.dead_panel()["never"]
+    measured["l0"] = float(fired.sum()) / len(stored)
+    measured["dead"] = float(parts.dead(model))
+    measured["silent"] = float((fired == 0).double().mean())
     if rows.directions is not None:
-        measured["recovered"] = recovered(model.dictionary, rows.directions.to(device))
+        directions = rows.directions.to(device)
+        measured["recovered"] = recovered(parts.local(model.dictionary), directions, parts)
     return measured
 
 
-def recovered(dictionary: Tensor, directions: Tensor) -> float:
+def recovered(dictionary: Tensor, directions: Tensor, parts: Parts | None = None) -> float:
     """Compute the share of directions [n, D] that some row of the dictionary [N, D] meets.
 
-    With a cosine above 0.9.
+    With a cosine above 0.9. With parts, the dictionary is this process's.
     """
     normalize = torch.nn.functional.normalize
     rows = normalize(dictionary.detach().float(), dim=1)
     best = torch.cat([
         (part @ rows.t()).amax(1) for part in normalize(directions.float(), dim=1).split(1024)
     ])  # fmt: skip
+    best = (parts or Parts()).largest_of_latents(best)
     return float((best > RECOVERED).double().mean())
