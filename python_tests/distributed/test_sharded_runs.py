@@ -22,6 +22,7 @@ from sparsekern.studies import sae
 from sparsekern.training import checkpoints
 
 __all__ = ["one_thread"]  # a fixture
+pytestmark = pytest.mark.slow
 SMALL = {
     "latents": 48, "k": 2, "k_start": 6, "epochs": 2, "batch_size": 256, "learning_rate": 3e-3,
     "auxk": 8, "dead_after": 1500, "eval_tokens": 500, "checkpoint_tokens": 2048, "log_every": 1,
@@ -127,7 +128,6 @@ def test_two_processes_end_as_one(alone, together, name):
     compare(alone / name, together / name)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data=2,latents=1", "data=2,latents=2", "latents=3"])
 def test_meshes_end_as_one_process(data, alone, tmp_path, mesh):
     runs = {**RUNS, **MORE_RUNS}
@@ -199,7 +199,6 @@ def test_only_a_restart_of_torchrun_goes_on_with_the_same_command(data, tmp_path
     assert main(words) == 2
 
 
-@pytest.mark.slow
 def test_an_error_is_said_once(data, tmp_path):
     """Of a wrong setting, of a file of one process, and of a disk of the first."""
     process = torchrun(2, "-m", *command(data, tmp_path / "a", latents=-1)[1:])
@@ -215,7 +214,6 @@ def test_an_error_is_said_once(data, tmp_path):
     assert code and "No space left on device" in errors and "lost" not in errors
 
 
-@pytest.mark.slow
 def test_kills_cost_nothing_but_time(data, tmp_path):
     """Random processes are killed at random moments; torchrun's restarts go on, and end with the
     same bits as two processes that were left alone."""

@@ -184,7 +184,11 @@ LAYERS = [
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: layer.__name__)
-@pytest.mark.parametrize("shape", [(ROWS, WIDE), (256, 17000), (2, 8)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(ROWS, WIDE), pytest.param((256, 17000), marks=pytest.mark.slow), (2, 8)],
+    ids=str,
+)
 def test_layers(layer, shape):
     """Bit for bit; the second shape is so large that what is scattered is late, the third small."""
     slow, fast = pair(layer())

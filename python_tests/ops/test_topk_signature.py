@@ -44,6 +44,7 @@ def samples(device, dtype, **options):
 # -- PyTorch's own sample inputs -------------------------------------------------------------------
 
 
+@pytest.mark.slow_on("triton-interpreter", *FLOATS[1:], *INTEGERS)
 @pytest.mark.parametrize("dtype", (*FLOATS, torch.float64, *INTEGERS), ids=str)
 def test_sample_inputs_of_torch(target, counted, dtype):
     if dtype in (torch.float64, torch.int32):
@@ -117,7 +118,7 @@ def test_the_smallest_of_float64(target, counted):
         counted()
 
 
-@pytest.mark.slow_on("triton-interpreter", torch.bfloat16, torch.float16)
+@pytest.mark.slow_on("triton-interpreter")
 @pytest.mark.parametrize("dtype", (*FLOATS, torch.float64), ids=str)
 @pytest.mark.parametrize("magnitude", [False, True])
 def test_every_class_of_numbers_in_its_place(target, dtype, magnitude):
