@@ -167,7 +167,7 @@ def gather_codes(
     width = max(1, int(shards.latents.largest(_fullest(selected))))
     if k is not None and selected.shape[:-1].numel() == 0:  # no row says how wide it is
         width = k
-    values, indices, selected = _first(width, values, indices, selected)
+    selected, values, indices = _first(width, selected, values, indices)
     values = torch.where(selected, values, 0)
     indices = torch.where(selected, shards.layout.of_all(indices), NO_INDEX)
     missing = (0, width - indices.shape[-1])
@@ -192,12 +192,10 @@ def _fullest(selected: Tensor) -> Tensor:
     return counts.amax() if len(counts) else torch.zeros_like(counts.sum())
 
 
-def _first(
-    width: int, values: Tensor, indices: Tensor, selected: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return so many places of each row, the selected ones first."""
+def _first(width: int, selected: Tensor, *others: Tensor) -> list[Tensor]:
+    """Return so many places of each row in all tensors [..., m], the selected ones first."""
     order = (~selected).byte().argsort(dim=-1, stable=True)[..., :width]
-    return values.gather(-1, order), indices.gather(-1, order), selected.gather(-1, order)
+    return [tensor.gather(-1, order) for tensor in (selected, *others)]
 
 
 def _narrowed(indices: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,4 +214,5 @@ def _narrowed(indices: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
     width = max(1, int(_fullest(selected)))
     if width >= selected.shape[-1]:
         return indices, selected
-    return _first(width, indices, indices, selected)[1:]
+    selected, indices = _first(width, selected, indices)
+    return indices, selected

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..nn.batch_topk import largest_of_parts
-from ..sae.statistics import at_least_float32
+from ..sae.statistics import at_least_float32, divisor
 from ..sae.statistics import total_variance as total_variance_here
 from .collectives import Group
 from .sharding import Shards
@@ -31,10 +31,7 @@ def total_variance(x: Tensor, group: Group) -> Tensor:
         rest = group.sum((rows - near - mean).sum(0)).square().sum() / count
     centred = rows - near - mean
     sums = group.total(torch.stack((centred.square().sum(), rows.square().sum())))
-    variance, energy = sums[0] - rest, sums[1]
-    rounding = (2 * torch.finfo(rows.dtype).eps) ** 2 * energy
-    scale = torch.where(variance > rounding, variance, energy)
-    return torch.where(scale == 0, 1.0, scale)
+    return divisor(sums[0] - rest, sums[1])
 
 
 @torch.no_grad()

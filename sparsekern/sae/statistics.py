@@ -33,7 +33,12 @@ def total_variance(x: Tensor) -> Tensor:
     centred = centred - centred.mean(0)
     variance = centred.square().sum() - centred.sum(0).square().sum() / max(1, len(rows))
     energy = rows.square().sum()
-    rounding = (2 * torch.finfo(rows.dtype).eps) ** 2 * energy
+    return divisor(variance, energy)
+
+
+def divisor(variance: Tensor, energy: Tensor) -> Tensor:
+    """Return what errors are divided by, from sum |x - mean|^2 and sum |x|^2 of rows x, 0-d."""
+    rounding = (2 * torch.finfo(energy.dtype).eps) ** 2 * energy
     scale = torch.where(variance > rounding, variance, energy)
     return torch.where(scale == 0, 1.0, scale)
 
