@@ -13,7 +13,10 @@ Every collective of this package is called here, so that `count_traffic` sees al
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -52,6 +55,10 @@ class Traffic:
 
 
 _counting: list[Traffic] = []
+# Seconds in which a thread of gloo lets go of what it reduced last.
+_LETTING_GO = 0.1
+# torch 2.13 renamed it.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @contextlib.contextmanager
@@ -84,6 +91,8 @@ class Group:
         self._group = group
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
+        if self.size > 1:
+            _let_go_at_exit()
 
     def __deepcopy__(self, memo: Any) -> Group:
         return self
@@ -146,7 +155,7 @@ class Group:
             return tensor.unsqueeze(0)
         result = tensor.new_empty(self.size * tensor.numel())
         self._note("all_gather", tensor)
-        dist.all_gather_into_tensor(result, tensor.contiguous().view(-1), group=self._group)
+        _all_gather(result, tensor.contiguous().view(-1), group=self._group)
         return result.view(self.size, *tensor.shape)
 
     def _note(self, kind: str, tensor: Tensor) -> None:
@@ -154,6 +163,17 @@ class Group:
             traffic.transfers.append(
                 Transfer(kind, tensor.numel() * tensor.element_size(), self.size)
             )
+
+
+@functools.cache
+def _let_go_at_exit() -> None:
+    """Give the threads of process groups time before the interpreter ends.
+
+    Such a thread drops its last tensor, for which it needs the interpreter, after the process that
+    waited for the result has gone on. In torch 2.13 a mesh keeps the threads alive beyond
+    destroy_process_group, and one that finds the interpreter gone aborts the process.
+    """
+    atexit.register(time.sleep, _LETTING_GO)
 
 
 class _Total(torch.autograd.Function):
