@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from one_thread import one_thread
-from processes import spawn
+from processes import Forked, run_command, spawn
 
 import sparsekern
 from sparsekern.cli.command import main
@@ -103,7 +103,7 @@ def test_started_processes_import_the_package_under_test():
 
 def test_a_process_interrupted_by_the_user_resumes_to_the_same_metrics(complete, tmp_path, capsys):
     folder = tmp_path / "run"
-    process = spawn("-m", "sparsekern", "train", "vae-sae", *TINY, "--out", str(folder))
+    process = Forked(run_command, ["train", "vae-sae", *TINY, "--out", str(folder)])
     while not (folder / "checkpoint.json").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)

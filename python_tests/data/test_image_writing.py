@@ -12,7 +12,7 @@ import time
 import zlib
 
 import pytest
-from processes import spawn
+from processes import Forked, run_command, spawn
 
 from sparsekern._system import lock_file
 from sparsekern.cli.command import main
@@ -121,7 +121,7 @@ def test_a_kill_between_any_two_steps_on_the_disk(tmp_path, monkeypatch):
 def test_a_signal_ends_the_command_with_how_to_go_on(number, tmp_path):
     path = tmp_path / "d.h5"
     command = ["data", "dsprites", "--out", str(path)]
-    process = spawn("-m", "sparsekern", *command)
+    process = Forked(run_command, command)
     while not parts(path).exists() or not list(parts(path).glob("*.z")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)

@@ -11,15 +11,13 @@ import datetime
 import inspect
 import json
 import pickle
-import sys
 import traceback
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from processes import spawn
+from processes import run_together
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
@@ -31,8 +29,8 @@ from sparsekern.models import SparseAutoencoder
 from sparsekern.optim import Adam
 
 D, N, B = 16, 240, 12
-# Meshes: processes along data and along latents. A checkpoint is written by one of the first two.
-MESHES = ((1, 2), (2, 2), (1, 1), (1, 3), (1, 4), (2, 1))
+# Meshes: processes along data and along latents. Each reads checkpoints of those before it.
+SMALL_MESH, MESHES = (1, 2), ((2, 2), (2, 1), (1, 1), (1, 3), (1, 4))
 # After which a process gives up waiting for one whose check has failed.
 TIMEOUT = datetime.timedelta(seconds=60)
 MODELS = {
@@ -412,18 +410,13 @@ def _name(shape):
 def _outcomes(folder, meshes):
     """What each check says in each process of each mesh: '' where it holds."""
     count = max(data * latents for data, latents in meshes)
-    script = str(Path(__file__).resolve())
-    arguments = [str(count), json.dumps(meshes), str(folder)]
-    processes = [spawn(script, str(rank), *arguments) for rank in range(count)]
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    run_together(_main, count, count, meshes, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    return _outcomes(tmp_path_factory.mktemp("processes"), MESHES[:1])
+    return _outcomes(tmp_path_factory.mktemp("processes"), [SMALL_MESH])
 
 
 @pytest.fixture(scope="module")
@@ -433,7 +426,7 @@ def four_processes(tmp_path_factory):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes(two_processes, name):
-    assert [of_rank[_name((1, 2))][name] for of_rank in two_processes] == ["", ""]
+    assert [of_rank[_name(SMALL_MESH)][name] for of_rank in two_processes] == ["", ""]
 
 
 @pytest.mark.slow
@@ -456,7 +449,6 @@ def _mesh(data, latents, names=("data", "latents")):
 
 
 def _main(rank, count, meshes, folder):
-    torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=count,
         timeout=TIMEOUT,
@@ -491,7 +483,3 @@ def _said_by(check, available):
         return traceback.format_exc()
     finally:
         torch.distributed.barrier(available["group"])
-
-
-if __name__ == "__main__":
-    _main(int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3]), Path(sys.argv[4]))

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import random
 import signal
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from one_thread import one_thread
-from processes import spawn
+from processes import Forked, run_together, spawn
 
 from sparsekern.cli.command import main
 from sparsekern.data import synthetic, write_activations
@@ -71,10 +71,8 @@ def end_of(process, timeout=240):
 
 def run_in(count, data, folder, runs, mesh=None):
     """Runs by name, in subfolders of a folder."""
-    code, out, errors = end_of(
-        torchrun(count, __file__, data, folder, json.dumps(runs), json.dumps(mesh))
-    )
-    assert code == 0, out + errors
+    with job_of(count) as environment:
+        run_together(_in_job, count, environment, data, folder, runs, mesh)
 
 
 def compare(one, other, **close):
@@ -199,6 +197,15 @@ def test_only_a_restart_of_torchrun_goes_on_with_the_same_command(data, tmp_path
     assert main(words) == 2
 
 
+def errors_of_two(*arguments):
+    """What the first of two processes says, both of which must fail."""
+    with job_of(2) as environment:
+        processes = [Forked(_in_job, rank, environment, *arguments) for rank in range(2)]
+        errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert all(process.returncode == 1 for process in processes), errors
+    return errors[0]
+
+
 def test_an_error_is_said_once(data, tmp_path):
     """Of a wrong setting, of a file of one process, and of a disk of the first."""
     process = torchrun(2, "-m", *command(data, tmp_path / "a", latents=-1)[1:])
@@ -206,18 +213,16 @@ def test_an_error_is_said_once(data, tmp_path):
     assert code and len(said(errors)) == 1 and "latents must be at least 0" in errors
     other = tmp_path / "other.h5"
     write_activations(other, [torch.randn(2500, 16)])
-    process = torchrun(2, __file__, data, tmp_path, json.dumps({"other": {}}), "null", other)
-    code, _, errors = end_of(process)
-    assert code and "process 1: all processes must have the same activations' digest" in errors
-    process = torchrun(2, __file__, data, tmp_path, json.dumps({"full": {}}), "null")
-    code, _, errors = end_of(process)
-    assert code and "No space left on device" in errors and "lost" not in errors
+    errors = errors_of_two(data, tmp_path, {"other": {}}, None, other)
+    assert "process 1: all processes must have the same activations' digest" in errors
+    errors = errors_of_two(data, tmp_path, {"full": {}}, None)
+    assert "No space left on device" in errors and "lost" not in errors
 
 
 def test_kills_cost_nothing_but_time(data, tmp_path):
     """Random processes are killed at random moments; torchrun's restarts go on, and end with the
     same bits as two processes that were left alone."""
-    long, chance = {"epochs": 60}, random.Random(3)
+    long, chance = {"epochs": 30}, random.Random(3)
     run_in(2, data, tmp_path, {"whole": long})
     folder = tmp_path / "killed"
     job = torchrun(2, *command(data, folder, **long), restarts=KILLS)
@@ -244,9 +249,16 @@ def children(pid):
     return [int(child) for child in found]
 
 
-def _main(data, folder, runs, mesh, other=None):
-    torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
+@contextlib.contextmanager
+def job_of(count):
+    """What torchrun tells the processes that it starts; the store that they meet at is here."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    yield {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+           "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
+
+
+def _in_job(rank, environment, data, folder, runs, mesh, other=None):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), **environment}
     for name, changes in runs.items():
         mine = other if other and rank == 1 else data
         if name == "stopped":
@@ -272,7 +284,3 @@ def _fill_disk():
         raise OSError(28, "No space left on device")
 
     checkpoints.write_tensors = full
-
-
-if __name__ == "__main__":
-    _main(sys.argv[1], sys.argv[2], *map(json.loads, sys.argv[3:5]), *sys.argv[5:])

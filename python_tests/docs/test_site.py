@@ -18,6 +18,7 @@ def run(*command: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
     built = run("-m", "sphinx", "-W", "-n", "-q", "--keep-going", "-d", tmp_path / "trees",
                 "docs", tmp_path / "site")  # fmt: skip

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 import traceback
-from pathlib import Path
 
 import pytest
 import torch
-from processes import spawn
+from processes import run_together
 from torch import nn
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
@@ -171,10 +168,7 @@ CHECKS = (
 def outcomes(tmp_path_factory):
     """What each check says in each of two processes: '' where it holds."""
     folder = tmp_path_factory.mktemp("processes")
-    processes = [spawn(str(Path(__file__).resolve()), str(rank), str(folder)) for rank in range(2)]
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    run_together(_main, 2, folder)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
@@ -184,7 +178,6 @@ def test_two_processes(outcomes, name):
 
 
 def _main(rank, folder):
-    torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2
     )
@@ -198,10 +191,3 @@ def _main(rank, folder):
         torch.distributed.barrier()
     (folder / f"{rank}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
-    # Threads of torch's groups that still run now and then abort the interpreter's end.
-    sys.stderr.flush()
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    _main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from processes import run_together
 
 import sparsekern
 from sparsekern.ops.adam_step import adam_step
@@ -275,7 +276,7 @@ def test_rows_along_the_last_of_several_dimensions():
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="gloo between processes: run on POSIX")
 def test_sharded_parameters_step_as_whole_ones(tmp_path):
-    torch.multiprocessing.spawn(_step_in_a_process, (str(tmp_path),), nprocs=2)
+    run_together(_step_in_a_process, 2, str(tmp_path))
     torch.manual_seed(0)
     start = torch.nn.functional.normalize(torch.randn(5, 4))
     grads = [torch.randn(5, 4) for _ in range(3)]

@@ -9,7 +9,7 @@ import pathlib
 
 import pytest
 import torch
-import torch.multiprocessing
+from processes import run_together
 
 import sparsekern
 from sparsekern import DeadNeuronCounter, testing
@@ -152,7 +152,7 @@ def _count_in_a_process(rank: int, folder: str) -> None:
 def test_dead_latents_are_counted_over_all_processes(tmp_path):
     """Counted by each process alone, latents die later by the number of processes, and of what
     fires elsewhere nothing is known."""
-    torch.multiprocessing.spawn(_count_in_a_process, (str(tmp_path),), nprocs=2)
+    run_together(_count_in_a_process, 2, str(tmp_path))
     for rank in range(2):
         together, alone = torch.load(tmp_path / f"{rank}.pt")
         assert together.tolist() == [0, 0, 22, 33]

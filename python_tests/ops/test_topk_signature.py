@@ -171,7 +171,7 @@ def test_counts_and_relu_of_the_smallest(target):
 def test_any_dimension(target, largest):
     x = torch.randn(3, 4, 5, 6, device=target.device)
     for layout in (x, x.transpose(0, 2), x[:, ::2], x[:1].expand(3, 4, 5, 6)):
-        for dim in range(-4, 4):
+        for dim in range(-4, 4) if target.thorough else (-4, -2, 1, 3):
             k = min(3, layout.shape[dim])
             for sort in (True, False):
                 wanted = of_definition(layout, k, dim, largest, sort)
@@ -219,9 +219,8 @@ def test_integers(target, dtype):
     limits = torch.iinfo(dtype)
     ends = [limits.min, limits.min + 1, limits.max - 1, limits.max, 0, 1, 2, limits.max // 3]
     drawn = torch.tensor(ends, dtype=dtype)[torch.randint(8, (4, 90))].to(target.device)
-    for x, k, largest, sort in itertools.product(
-        (drawn, drawn.t()), (1, 3), (True, False), (True, False)
-    ):
+    sorts = (True, False) if target.thorough else (True,)
+    for x, k, largest, sort in itertools.product((drawn, drawn.t()), (1, 3), (True, False), sorts):
         for dim in (0, 1):
             codes = sparsekern.topk(x, k, dim, largest, sort)
             assert_codes("integers", codes, of_definition(x, k, dim, largest, sort))

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from processes import spawn
+from processes import Forked, run_command
 from reproductions import command_of, results
 
 from sparsekern._system import lock_file
@@ -300,7 +300,7 @@ def test_killed_and_started_again_it_ends_with_the_same_results(complete, tmp_pa
     folder = tmp_path / "report"
     words = command(folder, *SMALL)
     for epochs in (1, 3):  # once in the middle of the cells, once further on
-        process = spawn("-m", "sparsekern", *words)
+        process = Forked(run_command, words)
         places = [folder / "cells" / f"shapes3d-{arm}-0" for arm in ("topk", "fixed")]
         while sum(map(epochs_done, places)) < epochs and process.poll() is None:
             time.sleep(0.005)

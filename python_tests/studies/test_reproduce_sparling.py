@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from processes import spawn
+from processes import Forked, run_command
 from reproductions import command_of, results
 
 from sparsekern.cli.command import main
@@ -130,7 +130,7 @@ def test_killed_and_started_again_it_ends_with_the_same_results(complete, tmp_pa
     """Interruptions by other signals are those of test_reproduce.py."""
     folder = tmp_path / "report"
     words = command(folder, *WANTED)
-    process = spawn("-m", "sparsekern", *words)
+    process = Forked(run_command, words)
     places = [folder / "cells" / name for name in ("sparling-0", "l1-3-0")]
     while sum(map(epochs_done, places)) < 1 and process.poll() is None:
         time.sleep(0.005)

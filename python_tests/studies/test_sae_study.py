@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from processes import Forked, run_command
 
 import sparsekern
 from sparsekern.cli.command import main
@@ -156,7 +155,7 @@ def command(activations, folder, resume):
     start = ["--resume", str(folder), "--no-progress"]
     if not resume:
         start = ["--activations", activations, "--out", str(folder), *flags, "--no-progress"]
-    return [sys.executable, "-m", "sparsekern", "train", "sae", *start]
+    return ["train", "sae", *start]
 
 
 def wait_for_steps(process, metrics):
@@ -173,15 +172,14 @@ def test_kills_at_random_moments_cost_nothing_but_time(activations, tmp_path):
     """A chain of runs, each killed at a random moment and resumed, ends with the same bits as one
     that was left alone; in between, every file opens."""
     # in a process of its own, too: the sums that are logged depend on the thread count
-    whole = subprocess.run(command(activations, tmp_path / "whole", False), capture_output=True)
-    assert whole.returncode == 0, whole.stderr.decode()
+    whole = Forked(run_command, command(activations, tmp_path / "whole", False))
+    assert whole.wait() == 0, whole.communicate()
     folder, chance = tmp_path / "killed", random.Random(3)
     for kill in range(KILLS):
-        process = subprocess.Popen(
-            command(activations, folder, (folder / "config.json").exists()), stderr=subprocess.PIPE
-        )
+        words = command(activations, folder, (folder / "config.json").exists())
+        process = Forked(run_command, words)
         if kill % 5 == 0:  # at any moment of its start, which is most of a short run
-            time.sleep(chance.uniform(0, 4))
+            time.sleep(chance.uniform(0, 0.5))
         else:
             wait_for_steps(process, folder / "metrics.jsonl")
             time.sleep(chance.uniform(0, 0.1))
@@ -191,10 +189,8 @@ def test_kills_at_random_moments_cost_nothing_but_time(activations, tmp_path):
         if (folder / "checkpoint.json").exists():
             tensors, facts = checkpoints.read_checkpoint(folder)
             assert facts["step"] > 0 and tensors
-    done = subprocess.run(
-        command(activations, folder, (folder / "config.json").exists()), capture_output=True
-    )
-    assert done.returncode == 0, done.stderr.decode()
+    done = Forked(run_command, command(activations, folder, (folder / "config.json").exists()))
+    assert done.wait() == 0, done.communicate()
     assert_same_outcome(outcome(folder), outcome(tmp_path / "whole"))
 
 

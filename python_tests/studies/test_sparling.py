@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from one_thread import one_thread
-from processes import spawn
+from processes import Forked, run_command
 
 from sparsekern import SpatialSparsity
 from sparsekern.cli.command import main
@@ -227,9 +227,8 @@ def test_a_run_anneals_and_measures(complete):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_killed_and_resumed_it_ends_with_the_same_bits(complete, tmp_path, number):
     folder = tmp_path / "run"
-    process = spawn(
-        "-m", "sparsekern", "train", "sparling", "--no-progress", *TINY, "--out", str(folder)
-    )
+    words = ["train", "sparling", "--no-progress", *TINY, "--out", str(folder)]
+    process = Forked(run_command, words)
     while not (folder / "checkpoint.json").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.002)

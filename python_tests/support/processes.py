@@ -1,11 +1,24 @@
 """Processes that tests start, and kill."""
 
+import contextlib
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import sparsekern
+
+# Of what a process needs, what takes longest to import.
+_IMPORTS = [
+    "torch.distributed.tensor", "sparsekern.cli.command", "sparsekern.studies.registry",
+    "sparsekern.distributed", "matplotlib.figure", "matplotlib.backends.backend_agg", "h5py",
+]  # fmt: skip
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(_IMPORTS)
 
 
 def spawn(*arguments: str, threads: int = 1) -> subprocess.Popen[str]:
@@ -22,3 +35,89 @@ def spawn(*arguments: str, threads: int = 1) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+class Forked:
+    """A process of one thread that calls a function, and ends with what it returns.
+
+    It begins with the package imported, which takes a process of `spawn` seconds: a server, which
+    does nothing but import it, forks. Otherwise like subprocess.Popen.
+
+    Args:
+        function: at the top of a module; what it returns is the exit code, None for 0.
+        environment: variables of this process.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., int | None],
+        *arguments: object,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._outputs = [Path(self._folder.name, name) for name in ("out", "err")]
+        self._process = _server.Process(
+            target=_call, args=(self._outputs, dict(environment or {}), function, arguments)
+        )
+        self._process.start()
+        self.pid: int = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit code; negative: the signal that ended it; None while it runs."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(str(self._process), timeout)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Waits for the end; what the process wrote to standard output and standard error."""
+        self.wait(timeout)
+        out, err = (
+            path.read_text(errors="replace") if path.exists() else "" for path in self._outputs
+        )
+        return out, err
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def run_together(function: Callable[..., None], count: int, *arguments: object) -> None:
+    """Calls a function in so many processes, with the number of each, and waits for all."""
+    processes = [Forked(function, rank, *arguments) for rank in range(count)]
+    ends = [(process.communicate(timeout=300)[1], process.returncode) for process in processes]
+    assert all(code == 0 for _, code in ends), ends
+
+
+def run_command(words: list[str]) -> int:
+    """What `sparsekern WORDS` does, for `Forked`."""
+    from sparsekern.cli.command import main
+
+    return main(words)
+
+
+def _call(outputs, environment, function, arguments):
+    import torch
+
+    for number, path in enumerate(outputs, start=1):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT)
+        os.dup2(file, number)
+        os.close(file)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(function(*arguments))

@@ -7,14 +7,12 @@ import dataclasses
 import json
 import os
 import signal
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from processes import spawn
+from processes import Forked
 from torch import nn
 
 from sparsekern.training import (
@@ -335,7 +333,7 @@ def test_resuming_a_complete_run_leaves_the_task_as_the_last_epoch_did(complete)
 
 
 def launch(folder):
-    return spawn(__file__, str(folder))
+    return Forked(_start_or_resume, folder)
 
 
 def wait_for_step(process, folder, step):
@@ -373,7 +371,6 @@ def test_training_works_in_a_thread(complete, tmp_path):
     assert_same_run(tmp_path / "run", complete)
 
 
-if __name__ == "__main__":
-    place = Path(sys.argv[1])
-    function = resume if (place / "config.json").exists() else start
-    print(function(place, Noisy(pause=0.05)).step)
+def _start_or_resume(folder):
+    function = resume if (folder / "config.json").exists() else start
+    print(function(folder, Noisy(pause=0.05)).step, flush=True)
