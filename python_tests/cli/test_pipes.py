@@ -67,6 +67,7 @@ def test_output_that_nobody_reads_ends_quietly(name, place, monkeypatch, capfd):
         assert (place / "new" / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_a_process_says_nothing_of_it_either(place):
     command = [sys.executable, "-m", "sparsekern", "info"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -209,6 +209,7 @@ def test_chunks_are_looked_up_in_a_table_made_at_opening(folder):
 # -- damage ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_randomly_corrupted_files_are_read_or_refused(tmp_path):
     script = Path(corrupted_files.__file__)
     run = subprocess.run(

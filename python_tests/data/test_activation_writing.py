@@ -62,6 +62,7 @@ except DataError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [100, 9 << 20, 13_000_000])
 def test_a_limit_of_the_system_neither_crashes_nor_garbles(limit, tmp_path):
     run = subprocess.run(

@@ -117,6 +117,7 @@ def test_a_kill_between_any_two_steps_on_the_disk(tmp_path, monkeypatch):
     assert limit > 20, "that many steps were tried"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_command_with_how_to_go_on(number, tmp_path):
     path = tmp_path / "d.h5"
@@ -254,6 +255,7 @@ except DataError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_limit_of_the_system_does_not_crash_hdf5(tmp_path):
     path = tmp_path / "s.h5"
     command = [sys.executable, "-c", LIMITED, path, "1000000"]

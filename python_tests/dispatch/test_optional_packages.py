@@ -33,6 +33,7 @@ for module in pkgutil.walk_packages(sparsekern.__path__, "sparsekern."):
 """
 
 
+@pytest.mark.slow
 def test_every_module_is_imported_without_compilers_and_optional_packages():
     """Triton's kernels alone are written in triton."""
     out, errors = spawn("-c", IMPORT_ALL.format(hidden=OPTIONAL + BUILDING)).communicate()

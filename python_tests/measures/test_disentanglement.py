@@ -93,6 +93,7 @@ def test_selectivity_names_the_factor():
     assert abs(found.value[2]) < 1e-12 and found.value[3] < 0.1
 
 
+@pytest.mark.slow
 def test_monte_carlo_agrees_with_what_is_known():
     """Narrow posteriors at a factor's values carry log(size); wide ones nothing."""
     mean = torch.cat((GRID.double(), torch.zeros(len(GRID), 1)), 1)

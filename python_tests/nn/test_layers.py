@@ -218,6 +218,7 @@ def test_k_of_batch_topk_changes_during_training():
         layer(x[:, :8])
 
 
+@pytest.mark.slow
 def test_a_schedule_of_batch_topk_does_not_compile_for_every_k():
     x = torch.randn(7, 60)
     schedules = [float(k) for k in range(1, 51)], [k + 0.3 for k in range(1, 51)], range(50, 0, -1)

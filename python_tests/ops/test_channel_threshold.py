@@ -85,7 +85,7 @@ def check(name, x, rank, dim):
     testing.assert_same("the input", x, before)
 
 
-@pytest.mark.slow_on("triton-interpreter", torch.bfloat16, torch.float16)
+@pytest.mark.slow_on("triton-interpreter")
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_thresholds_equal_a_sort(target, counted, dtype):
     cases = [
