@@ -7,8 +7,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import torch
 
 import sparsekern
 
@@ -61,6 +64,8 @@ class Forked:
         )
         self._process.start()
         self.pid: int = self._process.pid
+        while not self._outputs[-1].exists() and self.returncode is None:
+            time.sleep(0.001)  # until a signal meets what it would meet in any process
 
     @property
     def returncode(self) -> int | None:
@@ -111,13 +116,14 @@ def run_command(words: list[str]) -> int:
 
 
 def _call(outputs, environment, function, arguments):
-    import torch
-
-    for number, path in enumerate(outputs, start=1):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT)
-        os.dup2(file, number)
-        os.close(file)
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(function(*arguments))
+    try:
+        for number, path in enumerate(outputs, start=1):
+            file = os.open(path, os.O_WRONLY | os.O_CREAT)
+            os.dup2(file, number)
+            os.close(file)
+        os.environ.update(environment)
+        torch.set_num_threads(1)
+        sys.exit(function(*arguments))
+    except KeyboardInterrupt:  # as the interpreter ends
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
