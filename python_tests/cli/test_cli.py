@@ -97,8 +97,16 @@ def test_the_same_seed_gives_the_same_run_and_another_another(complete, tmp_path
 
 
 def test_started_processes_import_the_package_under_test():
-    out, err = spawn("-c", "import sparsekern; print(sparsekern.__file__)").communicate()
-    assert out.strip() == str(Path(sparsekern.__file__).resolve()), err
+    for process in (
+        spawn("-c", "import sparsekern; print(sparsekern.__file__)"),
+        Forked(_print_place),
+    ):
+        out, err = process.communicate()
+        assert out.strip() == str(Path(sparsekern.__file__).resolve()), err
+
+
+def _print_place():
+    print(sparsekern.__file__, flush=True)
 
 
 def test_a_process_interrupted_by_the_user_resumes_to_the_same_metrics(complete, tmp_path, capsys):

@@ -42,7 +42,7 @@ MORE_RUNS = {
 # Losses of 16 steps whose sums are rounded in another order.
 CLOSE = {"rtol": 2e-4, "atol": 2e-5}
 STOPPED = 9  # steps, after which one process gets a signal
-KILLS = 20
+LONG, KILLS = {"epochs": 30}, 3
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +69,10 @@ def end_of(process, timeout=240):
     return process.returncode, out, errors
 
 
-def run_in(count, data, folder, runs, mesh=None):
+def run_in(count, data, folder, runs, mesh=None, resume=False):
     """Runs by name, in subfolders of a folder."""
     with job_of(count) as environment:
-        run_together(_in_job, count, environment, data, folder, runs, mesh)
+        run_together(_in_job, count, environment, data, folder, runs, mesh, None, resume)
 
 
 def compare(one, other, **close):
@@ -219,19 +219,28 @@ def test_an_error_is_said_once(data, tmp_path):
     assert "No space left on device" in errors and "lost" not in errors
 
 
-def test_kills_cost_nothing_but_time(data, tmp_path):
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """A run of two processes that takes seconds."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_in(2, data, folder, {"run": LONG})
+    return folder / "run"
+
+
+def wait_for_steps(job, metrics):
+    """Returns when metrics have been written once more, or the job has ended."""
+    size = metrics.stat().st_size if metrics.exists() else 0
+    while job.poll() is None and (not metrics.exists() or metrics.stat().st_size == size):
+        time.sleep(0.02)
+
+
+def test_kills_cost_nothing_but_time(data, whole, tmp_path):
     """Random processes are killed at random moments; torchrun's restarts go on, and end with the
     same bits as two processes that were left alone."""
-    long, chance = {"epochs": 30}, random.Random(3)
-    run_in(2, data, tmp_path, {"whole": long})
-    folder = tmp_path / "killed"
-    job = torchrun(2, *command(data, folder, **long), restarts=KILLS)
-    kills = 0
-    while job.poll() is None and kills < 3:
-        metrics = folder / "metrics.jsonl"
-        size = metrics.stat().st_size if metrics.exists() else 0
-        while job.poll() is None and (not metrics.exists() or metrics.stat().st_size == size):
-            time.sleep(0.02)
+    folder, chance, kills = tmp_path / "killed", random.Random(3), 0
+    job = torchrun(2, *command(data, folder, **LONG), restarts=KILLS)
+    while job.poll() is None and kills < KILLS:
+        wait_for_steps(job, folder / "metrics.jsonl")
         time.sleep(chance.uniform(0, 0.3))
         workers = children(job.pid)
         if len(workers) == 2:
@@ -240,8 +249,22 @@ def test_kills_cost_nothing_but_time(data, tmp_path):
             time.sleep(1)
     code, _, errors = end_of(job, timeout=90)
     assert code == 0, errors
-    assert kills == 3
-    compare(tmp_path / "whole", folder, rtol=0, atol=0)
+    assert kills == KILLS
+    compare(whole, folder, rtol=0, atol=0)
+
+
+def test_without_restarts_a_lost_process_is_told_and_more_of_them_go_on(data, whole, tmp_path):
+    folder = tmp_path / "lost"
+    job = torchrun(2, *command(data, folder, **LONG))
+    while not (folder / "checkpoint.json").exists() and job.poll() is None:
+        time.sleep(0.02)
+    os.kill(children(job.pid)[1], signal.SIGKILL)
+    code, _, errors = end_of(job)
+    assert code and len(said(errors)) == 1, errors
+    assert "process 1 of 2 was lost" in errors and "--resume goes on from it" in errors
+    run_in(3, data, tmp_path, {"lost": LONG}, resume=True)
+    results, wanted = (json.loads((f / "results.json").read_text()) for f in (folder, whole))
+    assert results["fvu"] == pytest.approx(wanted["fvu"], rel=0.1)
 
 
 def children(pid):
@@ -257,7 +280,7 @@ def job_of(count):
            "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
 
 
-def _in_job(rank, environment, data, folder, runs, mesh, other=None):
+def _in_job(rank, environment, data, folder, runs, mesh, other=None, resume=False):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), **environment}
     for name, changes in runs.items():
         mine = other if other and rank == 1 else data
@@ -265,7 +288,7 @@ def _in_job(rank, environment, data, folder, runs, mesh, other=None):
             _interrupt(rank)
         if name == "full" and rank == 0:
             _fill_disk()
-        sae.run(config(mine, **changes), Path(folder) / name, mesh=mesh)
+        sae.run(config(mine, **changes), Path(folder) / name, mesh=mesh, resume=resume)
 
 
 def _interrupt(rank):

@@ -87,6 +87,8 @@ def test_the_arguments_are_those_of_torch():
         assert_codes(str(args), sparsekern.topk(x, *args), wanted)
         named = dict(zip(names[1:5], args, strict=True))
         assert_codes(str(named), sparsekern.topk(x, **named), wanted)
+        k, *rest = args
+        assert_codes("k a tensor", sparsekern.topk(x, torch.tensor(k), *rest), wanted)
 
 
 # -- the smallest ----------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from multiprocessing import forkserver
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ def spawn(*arguments: str, threads: int = 1) -> subprocess.Popen[str]:
     """A Python process that imports the package that these tests import (not the source tree of the
     current folder, which may have no compiled code), finds what tests share, and uses so many
     threads."""
-    here = str(Path(sparsekern.__file__).resolve().parent.parent)
+    here = _place()
     folders = os.pathsep.join([here, str(Path(__file__).resolve().parent)])
     return subprocess.Popen(
         [sys.executable, *arguments],
@@ -38,6 +39,21 @@ def spawn(*arguments: str, threads: int = 1) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def _place() -> str:
+    """The folder with the package that these tests import."""
+    return str(Path(sparsekern.__file__).resolve().parent.parent)
+
+
+@contextlib.contextmanager
+def _in_folder(folder: str) -> Iterator[None]:
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 class Forked:
@@ -62,6 +78,8 @@ class Forked:
         self._process = _server.Process(
             target=_call, args=(self._outputs, dict(environment or {}), function, arguments)
         )
+        with _in_folder(_place()):  # the first one starts the server
+            forkserver.ensure_running()
         self._process.start()
         self.pid: int = self._process.pid
         while not self._outputs[-1].exists() and self.returncode is None:

@@ -15,7 +15,7 @@ def add_convert(commands: Any) -> None:
         "convert",
         help="a sparse autoencoder's checkpoint in another library's format",
         description="Read a checkpoint of any known format, and write it in another; weights stay "
-        "bit for bit.",
+        "bit for bit, unless --fold changes them.",
         allow_abbrev=False,
     )
     parser.add_argument("source", metavar="SRC", help="folder (or file) of the checkpoint")
@@ -26,6 +26,13 @@ def add_convert(commands: Any) -> None:
         type=int,
         help="active latents, for formats that do not say it (qwen_scope, overcomplete)",
     )
+    parser.add_argument(
+        "--fold",
+        action="store_true",
+        help="first move into the weights what a format may lack: the norms of the dictionary's "
+        "rows (scale_scores) and the bias that is subtracted (subtract_bias); codes and "
+        "reconstructions stay, up to rounding",
+    )
     parser.set_defaults(function=_convert, command="convert")
 
 
@@ -33,8 +40,11 @@ def _convert(options: argparse.Namespace) -> int:
     """Read one format and write the other."""
     from .. import TopK
     from ..integrations.checkpoints import read, write
+    from ..sae.model import folded
 
     checkpoint = read(options.source, None if options.k is None else TopK(options.k))
+    if options.fold:
+        checkpoint = folded(checkpoint, options.source)
     write(checkpoint, options.target, options.to)
     layer = type(checkpoint.activation).__name__
     sys.stdout.write(

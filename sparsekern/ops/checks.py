@@ -14,6 +14,7 @@ import torch
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDICES = (torch.int64, torch.int32)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 LONGEST_ROW = 2**31 - 1  # on any device
 
 
@@ -82,13 +83,18 @@ def check_above_zero(op: str, name: str, value: float) -> None:
 
 
 def _to_index(op: str, name: str, value: Any) -> Any:
-    """Return a number of another integer type (as numpy's) as an int, a symbolic one as it is."""
+    """Return a number of another integer type (as numpy's) as an int, a symbolic one as it is.
+
+    Of a 0-d tensor of integers its value, for which the host waits.
+    """
     if isinstance(value, torch.SymInt):
         return value
-    if isinstance(value, torch.Tensor) and torch.jit.is_tracing():
-        return int(value)  # sizes are tensors there
     try:
-        if isinstance(value, (bool, torch.Tensor)):
+        if isinstance(value, torch.Tensor):
+            if value.dim() or value.dtype not in _INTEGERS:
+                raise TypeError
+            return int(value)
+        if isinstance(value, bool):
             raise TypeError
         return operator.index(value)
     except TypeError:

@@ -30,6 +30,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -58,6 +59,8 @@ from .wrappers import Wrapper
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from ..integrations.checkpoints import Checkpoint
 
 # Lower bound for squared norms in denominators.
 SMALLEST_NORM = 1e-30
@@ -251,7 +254,11 @@ class SparseAutoencoder(nn.Module):
             raise ValueError(
                 f"from_pretrained: k must be None with an activation, got k = {k} and {activation}"
             )
-        saved = read(path, activation if k is None else TopK(k))
+        return cls._of_checkpoint(read(path, activation if k is None else TopK(k)), path)
+
+    @classmethod
+    def _of_checkpoint(cls, saved: Checkpoint, path: str | os.PathLike[str]) -> Self:
+        """Make the model that a checkpoint holds; `path` is for errors."""
         layer = saved.activation
         try:
             with torch.device("meta"):  # the first weights would only be replaced
@@ -279,12 +286,18 @@ class SparseAutoencoder(nn.Module):
                 not empty.
             OSError: the folder cannot be written.
         """
-        from ..integrations.checkpoints import Checkpoint, write
+        from ..integrations.checkpoints import write
+
+        write(self._to_checkpoint(), path, to)
+
+    def _to_checkpoint(self) -> Checkpoint:
+        """Return what a checkpoint of this model holds; it shares the weights."""
+        from ..integrations.checkpoints import Checkpoint
         from ..integrations.checkpoints.own import OPTIONS
 
         values = {name: getattr(self, name) for name in OPTIONS if name != "distributed"}
         options = values | {"distributed": self.counter.distributed}
-        write(Checkpoint(self.activation, self.state_dict(), options), path, to)
+        return Checkpoint(self.activation, self.state_dict(), options)
 
     @property
     def k(self) -> int | float:
@@ -698,6 +711,24 @@ class SparseAutoencoder(nn.Module):
             layer.calibrate_parts(parts, rows, l0, self._value_at_rank)
         elif isinstance(layer, JumpReLU) and (target := l0 or self.target_l0) is not None:
             layer.calibrate_parts(parts, rows, target, self._value_at_rank)
+
+
+def folded(saved: Checkpoint, path: str | os.PathLike[str]) -> Checkpoint:
+    """Return a checkpoint without scale_scores and subtract_bias: `fold_norms` and `fold_bias`.
+
+    Args:
+        saved: as it was read; its weights are changed in place.
+        path: where from, for errors.
+
+    Raises:
+        ValueError: no model can be made of it, or it is tied and has scale_scores.
+    """
+    model = SparseAutoencoder._of_checkpoint(saved, path)
+    model.requires_grad_(False)
+    if model.scale_scores:
+        model.fold_norms()
+    model.fold_bias()
+    return replace(model._to_checkpoint(), metadata=saved.metadata)
 
 
 def _check_target(target: float | None, activation: nn.Module, latents: int) -> int | float | None:

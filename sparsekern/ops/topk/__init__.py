@@ -48,7 +48,8 @@ def topk(
     Args:
         x: [..., n] float32, bfloat16, float16 or float64, or integers (no bool, nothing unsigned
             but uint8); any strides, any number of dimensions.
-        k: how many to keep, 0..n; may differ from call to call.
+        k: how many to keep, 0..n; may differ from call to call. A 0-d tensor of integers is read
+            first, for which the host waits for its device.
         dim: the dimension of n elements. Another than the last costs a copy of x.
         largest: False gives the smallest.
         sorted: True gives the largest (or smallest) first; False gives ascending indices, which is
