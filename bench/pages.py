@@ -3,8 +3,8 @@
     python bench/pages.py           after new rows; bench/run.py does it, too
     python bench/pages.py --check   change nothing; exit code 1 where something is out of date
 
-The tables stand between marks in README.md, docs/benchmarks.md and docs/studies.md, the figures in
-docs/figures.
+The tables stand between marks in README.md and in docs/benchmarks.md, distributed.md and
+studies.md, the figures in docs/figures.
 """
 
 from __future__ import annotations
@@ -82,6 +82,15 @@ FEATURE_MEASURES = (
     ("dead_latents", "dead", 1),
     ("seconds", "seconds", 0),
 )
+
+
+# Kinds of steps of bench/several_processes.py that the page shows.
+PROCESS_KINDS = {
+    "one": "one process",
+    "latents": "latents shared out",
+    "replicas": "replicas (DistributedDataParallel)",
+    "dense replicas": "replicas of torch's dense layers",
+}
 
 
 # -- tables ----------------------------------------------------------------------------------------
@@ -229,6 +238,37 @@ def features_table(results: Path) -> str:
     return "\n".join(text)
 
 
+def processes_table(results: Path) -> str:
+    """Steps of several processes on one machine, and what the model says of them."""
+    written = json.loads((results / "several-processes.json").read_text())
+    problem, steps = written["problem"], written["steps"]
+    (whole,) = (s for s in steps if (s["kind"], s["processes"], s["threads"]) == ("one", 1, 2))
+    text = [
+        "| step | processes | threads of each | ms | modelled | speed | each sends, MB |",
+        "| --- " * 7 + "|",
+    ]
+    for step in steps:
+        if step["kind"] in PROCESS_KINDS:
+            share = whole["milliseconds"] / step["milliseconds"]
+            modelled = "" if step["modelled"] is None else f"{step['modelled']:.0f}"
+            text.append(
+                f"| {PROCESS_KINDS[step['kind']]} | {step['processes']} | {step['threads']} | "
+                f"{step['milliseconds']:.0f} | {modelled} | {share:.2f}x | "
+                f"{step['sent'] / 1e6:.1f} |"
+            )
+    size = "B = {rows}, D = {features}, N = {latents}, k = {k}".format(**problem)
+    links = "; ".join(
+        f"{count} processes: " + ", ".join(
+            f"{kind} {1e3 * link['alpha']:.1f} ms and {link['beta'] / 1e9:.2f} GB/s"
+            for kind, link in kinds.items()
+        )
+        for count, kinds in written["links"].items()
+    )  # fmt: skip
+    beside = "Speed: rows per second beside one process with two threads"
+    text += ["", f"{size}; gloo, two cores, torch {written['torch']}. {beside}. {links}."]
+    return "\n".join(text)
+
+
 # -- files -----------------------------------------------------------------------------------------
 
 
@@ -249,6 +289,7 @@ def pages(root: Path = ROOT, results: Path = RESULTS) -> dict[Path, str]:
     vae_sae, sparling = cells_of(results, "vae-sae-small"), cells_of(results, "sparling-tiny")
     docs = root / "docs"
     readme, benchmarks, studies = root / "README.md", docs / "benchmarks.md", docs / "studies.md"
+    distributed = docs / "distributed.md"
     return {
         readme: between_marks(
             between_marks(readme.read_text(), "headlines", headlines(cpu)),
@@ -259,6 +300,9 @@ def pages(root: Path = ROOT, results: Path = RESULTS) -> dict[Path, str]:
             between_marks(benchmarks.read_text(), "speed", speed(cpu, gpu)),
             "known features",
             features_table(results),
+        ),
+        distributed: between_marks(
+            distributed.read_text(), "several processes", processes_table(results)
         ),
         studies: between_marks(studies.read_text(), "dead units", dead_table(vae_sae)),
         docs / "figures" / "training-step.svg": training_step(cpu),

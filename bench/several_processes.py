@@ -230,13 +230,13 @@ def run(job: Job, problem: Problem, seconds: float) -> dict[str, Any]:
     return result
 
 
-def modelled(job: Job, steps: dict[Job, dict[str, Any]], links: dict[str, Any]) -> float | None:
+def modelled(job: Job, steps: dict[Job, dict[str, Any]], links: Any) -> float | None:
     """Compute the seconds of a step of a job of 2 processes; None where its parts are unknown.
 
     Gradients of replicas are reduced as one message; dense replicas are not modelled.
     """
     alone = {"latents": Job("latents of one", 1, 1, 2), "replicas": Job("rows of one", 1, 1, 2)}
-    if job.processes != 2 or job.kind not in alone:
+    if job.processes != 2 or alone.get(job.kind) not in steps:
         return None
     collectives = steps[job]["collectives"] or [["all_reduce", steps[job]["sent"]]]
     costs = (links[kind]["alpha"] + sent / links[kind]["beta"] for kind, sent in collectives)
@@ -249,22 +249,24 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    problem, seconds = (QUICK, 0.1) if options.quick else (FULL, 6.0)
-    every: dict[Job, list[dict[str, Any]]] = {job: [] for job in JOBS}
+    problem, seconds = (QUICK, 0.1) if options.quick else (FULL, 3.0)
+    jobs = [Job("one", 1, 2), Job("latents", 2, 1)] if options.quick else JOBS
+    every: dict[Job, list[dict[str, Any]]] = {job: [] for job in jobs}
     for number in range(1 if options.quick else ROUNDS):
-        for job in JOBS:
+        for job in jobs:
             every[job].append(run(job, problem, seconds))
             print(number, job, f"{every[job][-1]['seconds'] * 1e3:.1f} ms", flush=True)
     steps = {
         job: {**found[0], "seconds": statistics.median(one["seconds"] for one in found)}
         for job, found in every.items()
     }
-    links = {n: run(Job("collectives", n, 1), problem, seconds) for n in (2, 4)}
+    counts = () if options.quick else (2, 4)
+    links = {n: run(Job("collectives", n, 1), problem, seconds) for n in counts}
     rows = [
         {
             **job._asdict(), "milliseconds": 1e3 * one["seconds"], "sent": one["sent"],
             "rows_per_second": problem.rows / one["seconds"],
-            "modelled": None if (m := modelled(job, steps, links[2])) is None else 1e3 * m,
+            "modelled": None if (m := modelled(job, steps, links.get(2))) is None else 1e3 * m,
         }
         for job, one in steps.items()
     ]  # fmt: skip

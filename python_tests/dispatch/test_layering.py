@@ -57,6 +57,7 @@ ALLOWED = {
         "integrations",
         "measures",
         "models",
+        "sae",
         "studies",
         "training",
     },

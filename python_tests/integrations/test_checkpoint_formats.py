@@ -841,19 +841,27 @@ def test_command_converts(tmp_path, capsys):
     assert SparseAutoencoder.from_pretrained(tmp_path / "b").k == K
 
 
-@pytest.mark.parametrize("to", ["dictionary_learning", "sparsify", "openai"])
-def test_command_folds_what_a_format_lacks(tmp_path, capsys, to):
-    model = SparseAutoencoder(D, N, k=K, scale_scores=True).eval()
+@pytest.mark.parametrize(
+    "to, options, fold",
+    [
+        ("dictionary_learning", {"scale_scores": True}, "norms"),
+        ("sparsify", {"scale_scores": True}, "norms"),
+        ("openmoss", {}, "bias"),
+    ],
+)
+def test_command_folds_what_a_format_lacks(tmp_path, capsys, to, options, fold):
+    model = SparseAutoencoder(D, N, k=K, **options)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape))
     model.save_pretrained(tmp_path / "a")
     words = ["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", to]
     assert main(words) == 2
-    assert "scale_scores must be False" in capsys.readouterr().err
-    assert main([*words, "--fold"]) == 0
+    assert f"or convert --fold {fold})" in capsys.readouterr().err
+    assert main([*words, "--fold", fold]) == 0
     x = torch.randn(9, D)
-    found, wanted = SparseAutoencoder.from_pretrained(tmp_path / "b").eval()(x), model(x)
+    found = SparseAutoencoder.from_pretrained(tmp_path / "b")(x)
+    wanted = model(x)
     torch.testing.assert_close(found.reconstruction, wanted.reconstruction, rtol=1e-4, atol=1e-4)
     assert torch.equal(found.indices, wanted.indices)
 

@@ -28,10 +28,12 @@ def add_convert(commands: Any) -> None:
     )
     parser.add_argument(
         "--fold",
-        action="store_true",
-        help="first move into the weights what a format may lack: the norms of the dictionary's "
-        "rows (scale_scores) and the bias that is subtracted (subtract_bias); codes and "
-        "reconstructions stay, up to rounding",
+        action="append",
+        choices=("norms", "bias"),
+        default=[],
+        help="first move into the weights what the format lacks: norms of the dictionary's rows "
+        "(scale_scores), or the bias that is subtracted (subtract_bias); may be given twice; codes "
+        "and reconstructions stay, up to rounding",
     )
     parser.set_defaults(function=_convert, command="convert")
 
@@ -44,7 +46,7 @@ def _convert(options: argparse.Namespace) -> int:
 
     checkpoint = read(options.source, None if options.k is None else TopK(options.k))
     if options.fold:
-        checkpoint = folded(checkpoint, options.source)
+        checkpoint = folded(checkpoint, options.source, options.fold)
     write(checkpoint, options.target, options.to)
     layer = type(checkpoint.activation).__name__
     sys.stdout.write(

@@ -29,7 +29,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -713,21 +713,22 @@ class SparseAutoencoder(nn.Module):
             layer.calibrate_parts(parts, rows, target, self._value_at_rank)
 
 
-def folded(saved: Checkpoint, path: str | os.PathLike[str]) -> Checkpoint:
-    """Return a checkpoint without scale_scores and subtract_bias: `fold_norms` and `fold_bias`.
+def folded(saved: Checkpoint, path: str | os.PathLike[str], what: Collection[str]) -> Checkpoint:
+    """Return a checkpoint whose weights hold what options did.
 
     Args:
-        saved: as it was read; its weights are changed in place.
+        saved: as it was read.
         path: where from, for errors.
+        what: "norms" (`SparseAutoencoder.fold_norms`), "bias" (`fold_bias`).
 
     Raises:
-        ValueError: no model can be made of it, or it is tied and has scale_scores.
+        ValueError: no model can be made of it, or norms shall be folded and it is tied.
     """
     model = SparseAutoencoder._of_checkpoint(saved, path)
-    model.requires_grad_(False)
-    if model.scale_scores:
+    if "norms" in what:
         model.fold_norms()
-    model.fold_bias()
+    if "bias" in what:
+        model.fold_bias()
     return replace(model._to_checkpoint(), metadata=saved.metadata)
 
 

@@ -57,5 +57,8 @@ def check_flags(checkpoint: Checkpoint, name: str, needed: Mapping[str, bool]) -
     """Check that options which a format lacks are what its library does."""
     for key, value in needed.items():
         if checkpoint.options.get(key, _DEFAULTS[key]) != value:
-            how = f" (see SparseAutoencoder.{_FOLDS[key]})" if key in _FOLDS and not value else ""
+            how = ""
+            if key in _FOLDS and not value:
+                fold = _FOLDS[key]
+                how = f" (see SparseAutoencoder.{fold}, or convert --{fold.replace('_', ' ')})"
             raise ValueError(f"{name}: {key} must be {value}, the format has no such option{how}")
