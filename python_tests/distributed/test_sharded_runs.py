@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from one_thread import one_thread
-from processes import Forked, run_together, spawn
+from processes import Forked, run_together, spawn, wait_for_growth
 
 from sparsekern.cli.command import main
 from sparsekern.data import synthetic, write_activations
@@ -208,7 +208,7 @@ def errors_of_two(*arguments):
 
 def test_an_error_is_said_once(data, tmp_path):
     """Of a wrong setting, of a file of one process, and of a disk of the first."""
-    process = torchrun(2, "-m", *command(data, tmp_path / "a", latents=-1)[1:])
+    process = torchrun(2, *command(data, tmp_path / "a", latents=-1))
     code, _, errors = end_of(process)
     assert code and len(said(errors)) == 1 and "latents must be at least 0" in errors
     other = tmp_path / "other.h5"
@@ -227,20 +227,13 @@ def whole(data, tmp_path_factory):
     return folder / "run"
 
 
-def wait_for_steps(job, metrics):
-    """Returns when metrics have been written once more, or the job has ended."""
-    size = metrics.stat().st_size if metrics.exists() else 0
-    while job.poll() is None and (not metrics.exists() or metrics.stat().st_size == size):
-        time.sleep(0.02)
-
-
 def test_kills_cost_nothing_but_time(data, whole, tmp_path):
     """Random processes are killed at random moments; torchrun's restarts go on, and end with the
     same bits as two processes that were left alone."""
     folder, chance, kills = tmp_path / "killed", random.Random(3), 0
     job = torchrun(2, *command(data, folder, **LONG), restarts=KILLS)
     while job.poll() is None and kills < KILLS:
-        wait_for_steps(job, folder / "metrics.jsonl")
+        wait_for_growth(job, folder / "metrics.jsonl")
         time.sleep(chance.uniform(0, 0.3))
         workers = children(job.pid)
         if len(workers) == 2:

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from processes import Forked, run_command
+from processes import Forked, run_command, wait_for_growth
 
 import sparsekern
 from sparsekern.cli.command import main
@@ -158,14 +158,6 @@ def command(activations, folder, resume):
     return ["train", "sae", *start]
 
 
-def wait_for_steps(process, metrics):
-    """Returns when the process has written metrics twice, or has ended."""
-    sizes = {metrics.stat().st_size if metrics.exists() else 0}
-    while process.poll() is None and len(sizes) < 3:
-        time.sleep(0.02)
-        sizes.add(metrics.stat().st_size if metrics.exists() else 0)
-
-
 @pytest.mark.slow
 @pytest.mark.study
 def test_kills_at_random_moments_cost_nothing_but_time(activations, tmp_path):
@@ -181,7 +173,7 @@ def test_kills_at_random_moments_cost_nothing_but_time(activations, tmp_path):
         if kill % 5 == 0:  # at any moment of its start, which is most of a short run
             time.sleep(chance.uniform(0, 0.5))
         else:
-            wait_for_steps(process, folder / "metrics.jsonl")
+            wait_for_growth(process, folder / "metrics.jsonl", 2)
             time.sleep(chance.uniform(0, 0.1))
         assert process.poll() is None, f"the run ended before kill {kill}"
         process.send_signal(signal.SIGKILL)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -64,20 +64,12 @@ class Forked:
 
     Args:
         function: at the top of a module; what it returns is the exit code, None for 0.
-        environment: variables of this process.
     """
 
-    def __init__(
-        self,
-        function: Callable[..., int | None],
-        *arguments: object,
-        environment: Mapping[str, str] | None = None,
-    ) -> None:
+    def __init__(self, function: Callable[..., int | None], *arguments: object) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self._outputs = [Path(self._folder.name, name) for name in ("out", "err")]
-        self._process = _server.Process(
-            target=_call, args=(self._outputs, dict(environment or {}), function, arguments)
-        )
+        self._process = _server.Process(target=_call, args=(self._outputs, function, arguments))
         with _in_folder(_place()):  # the first one starts the server
             forkserver.ensure_running()
         self._process.start()
@@ -112,18 +104,20 @@ class Forked:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
 
 def run_together(function: Callable[..., None], count: int, *arguments: object) -> None:
     """Calls a function in so many processes, with the number of each, and waits for all."""
     processes = [Forked(function, rank, *arguments) for rank in range(count)]
     ends = [(process.communicate(timeout=300)[1], process.returncode) for process in processes]
     assert all(code == 0 for _, code in ends), ends
+
+
+def wait_for_growth(process: Forked | subprocess.Popen[str], file: Path, times: int = 1) -> None:
+    """Returns when the process has written so often to a file, or has ended."""
+    sizes = {file.stat().st_size if file.exists() else 0}
+    while process.poll() is None and len(sizes) <= times:
+        time.sleep(0.02)
+        sizes.add(file.stat().st_size if file.exists() else 0)
 
 
 def run_command(words: list[str]) -> int:
@@ -133,13 +127,12 @@ def run_command(words: list[str]) -> int:
     return main(words)
 
 
-def _call(outputs, environment, function, arguments):
+def _call(outputs, function, arguments):
     try:
         for number, path in enumerate(outputs, start=1):
             file = os.open(path, os.O_WRONLY | os.O_CREAT)
             os.dup2(file, number)
             os.close(file)
-        os.environ.update(environment)
         torch.set_num_threads(1)
         sys.exit(function(*arguments))
     except KeyboardInterrupt:  # as the interpreter ends

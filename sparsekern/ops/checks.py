@@ -14,7 +14,7 @@ import torch
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDICES = (torch.int64, torch.int32)
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 LONGEST_ROW = 2**31 - 1  # on any device
 
 
@@ -91,7 +91,7 @@ def _to_index(op: str, name: str, value: Any) -> Any:
         return value
     try:
         if isinstance(value, torch.Tensor):
-            if value.dim() or value.dtype not in _INTEGERS:
+            if value.dim() or value.dtype not in INTEGERS:
                 raise TypeError
             return int(value)
         if isinstance(value, bool):

@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import torch
 
-from ..checks import FLOATING, check_count, check_dense, check_dim, check_floating
+from ..checks import FLOATING, INTEGERS, check_count, check_dense, check_dim, check_floating
 from ..codes import Codes
 from . import operation
-from .integers import INTEGERS, integer_topk
+from .integers import integer_topk
 
 __all__ = ["Codes", "mask_with_codes", "topk", "topk_counts", "topk_mask"]
 

@@ -13,7 +13,6 @@ EXACT_IN = {
     torch.int16: torch.float32,
     torch.int32: torch.float64,
 }
-INTEGERS = (*EXACT_IN, torch.int64)
 
 
 def integer_topk(
