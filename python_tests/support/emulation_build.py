@@ -50,7 +50,7 @@ def build_driver(sanitizer: str, folder: pathlib.Path = FOLDER) -> pathlib.Path:
     flags = SANITIZERS[sanitizer].split()
     _require_sanitizer(sanitizer, folder)
     sources = _emulation() + _kernels()
-    _build(folder / sanitizer, "driver", ["-O1", "-g", *flags], flags, sources)
+    _build(folder / sanitizer, "driver", ["-O1", "-g1", *flags], flags, sources)
     return folder / sanitizer / "driver"
 
 

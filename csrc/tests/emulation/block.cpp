@@ -212,9 +212,13 @@ SPARSEKERN_NO_TSAN Operands exchange(Together kind, uint64_t mine, Where where) 
   Operands all;
   all.present = warp.present[side];
   all.self = self;
+#if defined(__SANITIZE_THREAD__)
   // Volatile: as a call of memcpy this copy would be seen by ThreadSanitizer.
   const volatile uint64_t* operand = warp.operand[side];
   for (unsigned i = 0; i < kWarpLanes; ++i) all.lane[i] = operand[i];
+#else
+  std::memcpy(all.lane, warp.operand[side], sizeof(all.lane));
+#endif
   return all;
 }
 

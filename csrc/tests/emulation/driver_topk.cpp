@@ -1,14 +1,13 @@
-// Top-k and dense codes under the emulation, against a stable sort.
+// Top-k and dense codes under the emulation, against a sort by value and index.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <limits>
-#include <numeric>
 #include <random>
 #include <string>
-#include <utility>
+#include <tuple>
 #include <vector>
 
 #include "cuda/common/packs.cuh"
@@ -149,24 +148,28 @@ struct Output {
         counts(c.counts ? c.n : 0, 0) {}
 };
 
+// The columns that a row's codes name. NaN stands before +infinity; the first of equals wins.
+std::vector<int64_t> selected(const Case& c, Input& input, int64_t b) {
+  std::vector<std::tuple<bool, float, int64_t>> row(c.n);
+  for (int64_t i = 0; i < c.n; ++i) {
+    const float x = read(input.at(c, b, i), c.dtype);
+    const bool nan = std::isnan(x);
+    const float value = nan ? 0 : c.abs ? std::fabs(x) : x;
+    row[i] = c.smallest ? std::make_tuple(nan, value, i) : std::make_tuple(!nan, -value, i);
+  }
+  std::partial_sort(row.begin(), row.begin() + c.k, row.end());
+  std::vector<int64_t> order;
+  for (int64_t j = 0; j < c.k; ++j) order.push_back(std::get<2>(row[j]));
+  if (!c.sorted) std::sort(order.begin(), order.end());
+  return order;
+}
+
 Output expected(const Case& c, Input& input) {
   Output out(c);
   std::fill(out.masked.begin(), out.masked.end(), 0);
   const int64_t bytes = kBytes[c.dtype];
   for (int64_t b = 0; b < c.rows; ++b) {
-    std::vector<float> x(c.n);
-    for (int64_t i = 0; i < c.n; ++i) {
-      x[i] = read(input.at(c, b, i), c.dtype);
-      if (c.abs) x[i] = std::fabs(x[i]);
-    }
-    std::vector<int64_t> order(c.n);
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int64_t i, int64_t j) {
-      if (c.smallest) std::swap(i, j);
-      return std::isnan(x[i]) ? !std::isnan(x[j]) : x[i] > x[j];
-    });
-    order.resize(c.k);
-    if (!c.sorted) std::sort(order.begin(), order.end());
+    const std::vector<int64_t> order = selected(c, input, b);
     for (int64_t j = 0; j < c.k; ++j) {
       const int64_t i = order[j];
       unsigned char stored[4] = {};
