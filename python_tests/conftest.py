@@ -29,8 +29,8 @@ from sparsekern.dispatch import backends, modules, operations
 interpreter.install()
 CHECKOUT = pathlib.Path(__file__).parents[1]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-# Folders with files whose slow tests take minutes.
-LONGEST = ("native", "studies")
+# Folders whose slow tests are few and take longest.
+LONGEST = ("cli", "distributed", "docs", "native", "studies")
 _cases: collections.Counter[str] = collections.Counter()
 
 
@@ -222,6 +222,11 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(owner, name, poison)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Have pytest-xdist keep the order of files, which it would sort by their number of tests."""
+    config.option.loadscopereorder = False
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Refuse to test an installed copy of other code than that of this checkout."""
     installed = pathlib.Path(sparsekern.__file__).parent
@@ -240,12 +245,20 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as slow what compiles, and what is slow on its target; files with slow tests come first,
-    those of minutes before the others, so that none of them is what a last worker is left with."""
+    those of LONGEST before the others, then those with the most tests, so that no long one is what
+    a last worker is left with."""
     for item in items:
         if item.get_closest_marker("compiles") or _slow_on_its_target(item):
             item.add_marker(pytest.mark.slow)
     files = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.path not in files, item.path.parent.name not in LONGEST))
+    counts = collections.Counter(item.path for item in items)
+    items.sort(
+        key=lambda item: (
+            item.path not in files,
+            item.path.parent.name not in LONGEST,
+            -counts[item.path],
+        )
+    )
 
 
 def _slow_on_its_target(item: pytest.Item) -> bool:

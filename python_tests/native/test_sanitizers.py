@@ -71,8 +71,8 @@ def driver(tmp_path_factory) -> pathlib.Path:
 
 
 def test_driver_agrees_with_plain_loops(driver):
-    # libgomp keeps its threads until the process ends, which would be reported as a leak. Those that
-    # wait give way: the driver has more of them than there may be cores.
+    # libgomp keeps its threads until the process ends, which would be reported as a leak. Those
+    # that wait give way: there may be fewer cores.
     options = {"ASAN_OPTIONS": "detect_leaks=0", "OMP_WAIT_POLICY": "passive"}
     out = run([str(driver)], env={**os.environ, **options}, timeout=900)
     counted = dict(re.findall(r"^(\w+): (\d+) cases$", out, re.MULTILINE))
