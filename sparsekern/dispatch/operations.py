@@ -25,6 +25,7 @@ from .autograd import (
     without_views,
 )
 from .backends import PREFERRED, BackendUnavailableError, forced_backend, new_choices
+from .dtensors import Rows, call_on_parts, has_dtensors
 from .fast_path import NOTHING, RECORDING, device_type_of, left_to_torch
 from .modules import native_module, stand_ins, why_no_triton
 
@@ -130,6 +131,7 @@ def define(
     check: Callable[..., object] | None = None,
     cpu_only: bool = False,
     owned: bool = False,
+    rows: Rows | None = None,
 ) -> Callable[Arguments, Result]:
     """Register one operation with torch and return it.
 
@@ -148,6 +150,7 @@ def define(
         cpu_only: there is no kernel for GPUs.
         owned: no output of the native implementation is a view. Otherwise each output is tested,
             and detached if it is one, which takes time in small calls.
+        rows: how it works on DTensors whose rows are cut; None: these are refused.
     """
     arguments = schema[1 : schema.index(") ->")].split(", ")
     mutated = [i for i, argument in enumerate(arguments) if "!" in argument]
@@ -164,7 +167,8 @@ def define(
     record = None
     if backward is not None and CAN_RECORD and not mutated:
         record = recording_call(name, operation, backward, setup_context)
-    call = _entrance(operation, overload, record)
+    names = [argument.split(" ")[1].partition("=")[0] for argument in arguments]
+    call = _entrance(operation, overload, record, names, rows)
     if vmap is not None:
         rule = functools.partial(vmap, call)
         torch.library.register_vmap(qualified, rule, lib=_definitions)
@@ -217,12 +221,17 @@ def unknown_size() -> Any:
 
 
 def _entrance(
-    operation: Operation, overload: Callable[..., Any], record: Callable[..., Any] | None
+    operation: Operation,
+    overload: Callable[..., Any],
+    record: Callable[..., Any] | None,
+    names: list[str],
+    rows: Rows | None,
 ) -> Callable[..., Any]:
     """Make the function that public functions call.
 
     It calls the implementation itself where torch's dispatcher has nothing to do, `record`, if
-    there is one, where a gradient is all that it would record, else the overload.
+    there is one, where a gradient is all that it would record, else the overload. Of DTensors,
+    which torch knows no rule for, it takes the parts; names and rows: see `call_on_parts`.
     """
 
     @functools.wraps(overload)
@@ -231,6 +240,8 @@ def _entrance(
         if left == RECORDING and record is not None:
             return record(*args)
         if left != NOTHING:
+            if not torch.compiler.is_compiling() and has_dtensors(args):
+                return call_on_parts(operation.name, names, rows, call, args)
             return overload(*args)
         outputs = operation(*args)
         if operation.mutated:

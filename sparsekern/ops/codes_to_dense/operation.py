@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ...dispatch.dtensors import ROWS, Rows
 from ...dispatch.operations import define
 from ..batching import leading_dimensions
 from ..checks import check_codes, check_range, check_size, places_in_range
@@ -70,4 +71,5 @@ codes_to_dense = define(
     setup_context=_setup,
     backward=_backward,
     vmap=leading_dimensions(2),
+    rows=Rows((0, 1), (ROWS,)),
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ...dispatch.dtensors import SUM, Rows
 from ...dispatch.operations import define
 from ..checks import check_codes, check_range, check_size
 from ..codes import shift_by_entry
@@ -69,4 +70,5 @@ count_active = define(
     fake=_fake,
     check=_check,
     vmap=_vmap,
+    rows=Rows((0, 2), (SUM,), whole_dim=None),
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ...dispatch.dtensors import ROWS, Rows
 from ...dispatch.operations import define
 from ..checks import check_range
 from ..codes import shift_by_entry
@@ -115,4 +116,5 @@ gather_dot = define(
     backward=_backward,
     vmap=_vmap,
     autocast=_autocast,
+    rows=Rows((0, 2), (ROWS,), groupings=(3, 4)),
 )

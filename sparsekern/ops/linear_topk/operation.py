@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ...dispatch.dtensors import GROUPING, ROWS, Rows
 from ...dispatch.operations import define
 from ..batching import one_by_one
 from ..checks import check_count
@@ -195,4 +196,5 @@ linear_topk = define(
     backward=_backward,
     vmap=one_by_one,
     autocast=autocast_layer,
+    rows=Rows((0,), (ROWS, ROWS, GROUPING, GROUPING)),
 )

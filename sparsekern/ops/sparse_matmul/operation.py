@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ...dispatch.dtensors import ROWS, SUM, Rows
 from ...dispatch.fast_path import NOTHING, left_to_torch
 from ...dispatch.launch import INDEX_TAGS
 from ...dispatch.operations import define, operations
@@ -248,6 +249,7 @@ sparse_matmul = define(
     vmap=_vmap,
     autocast=_autocast,
     owned=True,
+    rows=Rows((0, 1), (ROWS,), groupings=(4, 5)),
 )
 _operation = operations["sparse_matmul"]
 
@@ -295,4 +297,5 @@ sparse_matmul_backward = define(
     setup_context=_setup_backward,
     backward=_double_backward,
     vmap=_backward_vmap,
+    rows=Rows((0, 1, 2), (ROWS, SUM), groupings=(6, 7)),
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ...dispatch.dtensors import ROWS, SUM, Rows
 from ...dispatch.operations import define, unknown_size
 from ..batching import apply_to_entries, one_by_one
 from ..channels import across, channel_sum, constants, layout
@@ -148,6 +149,7 @@ threshold_relu = define(
     setup_context=_setup_relu,
     backward=_relu_backward,
     vmap=one_by_one,
+    rows=Rows((0,), (ROWS, SUM), whole_dim=4),
 )
 threshold_codes = define(
     "threshold_codes",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...dispatch.autograd import CAN_RECORD, recording_call
+from ...dispatch.dtensors import ROWS, SUM, Rows
 from ...dispatch.fast_path import MORE, NOTHING, left_to_torch_of
 from ...dispatch.operations import define, operations
 from ..batching import counted_rows
@@ -151,6 +152,7 @@ topk = define(
     backward=_topk_backward,
     vmap=_topk_vmap,
     owned=True,
+    rows=Rows((0,), (ROWS, ROWS, SUM)),
 )
 _operation = operations["topk"]
 _recorded_codes = None
@@ -202,4 +204,5 @@ topk_mask = define(
     backward=_topk_mask_backward,
     vmap=counted_rows,
     owned=True,
+    rows=Rows((0,), (ROWS, ROWS, ROWS, SUM)),
 )
