@@ -51,6 +51,12 @@ def has_dtensors(args: tuple[Any, ...]) -> bool:
     return module is not None and any(isinstance(arg, module.DTensor) for arg in args)
 
 
+def check_alike(name: str, **tensors: Any) -> None:
+    """Raise TypeError if some tensors are DTensors and some are not."""
+    if has_dtensors(tuple(tensors.values())) and not torch.compiler.is_compiling():
+        _check_kinds(name, list(tensors), dict(enumerate(tensors.values())))
+
+
 def call_on_parts(
     name: str, names: list[str], rows: Rows | None, call: Callable[..., Any], args: tuple[Any, ...]
 ) -> Any:
@@ -75,7 +81,7 @@ def call_on_parts(
     tensors: dict[int, Any] = {
         i: arg for i, arg in enumerate(args) if isinstance(arg, torch.Tensor)
     }
-    _check_kinds(name, names, tensors, DTensor)
+    _check_kinds(name, names, tensors)
     cut = _cut_dimensions(name, names, rows, args, tensors)
     if rows is not None and any(d is not None for d in cut):
         for i in rows.groupings:
@@ -120,10 +126,10 @@ def call_on_parts(
     return None if outputs is None else wrap(0, outputs)
 
 
-def _check_kinds(name: str, names: list[str], tensors: dict[int, Any], dtensor: Any) -> None:
+def _check_kinds(name: str, names: list[str], tensors: dict[int, Any]) -> None:
     """Raise unless all tensors are DTensors of one mesh."""
-    plain = [names[i] for i, tensor in tensors.items() if not isinstance(tensor, dtensor)]
-    placed = {names[i]: tensor for i, tensor in tensors.items() if isinstance(tensor, dtensor)}
+    placed = {names[i]: tensor for i, tensor in tensors.items() if has_dtensors((tensor,))}
+    plain = [names[i] for i in tensors if names[i] not in placed]
     if plain:
         raise TypeError(
             f"{name}: all tensors must be DTensors or none, got plain {', '.join(plain)} and "

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..dispatch.transforms import unwrapped
-from ..ops.batch_topk import batch_mask, check_share, kept_in_all
+from ..ops.batch_topk import batch_mask, batch_mask_of, check_share, kept_in_all
 from ..ops.checks import check_floating
 from ..ops.codes import Codes
 from ..ops.count_active import count_active
@@ -18,7 +18,9 @@ from .averages import keep_dtype
 from .codes import codes_where
 from .counter import DeadNeuronCounter, check_counter
 from .recomputation import recomputing, take
+from .rows_of_all import gather_from_all, rows_of_all, select_among_all
 from .saved_k import SavedK
+from .wrappers import has_other_processes, in_join
 
 # The threshold of the next batch is extrapolated from a line through those of the last batches. The
 # line's memory is as many batches as hold 2000 kept entries, which leaves 3 % of noise in L0, and
@@ -60,6 +62,8 @@ class BatchTopK(SavedK):
             0..1 and below 1 takes their running average instead: the share of the old threshold in
             the new one. It lags behind scores or a k that fall.
         counter: a `DeadNeuronCounter` that is updated by each forward pass in training mode.
+        distributed: select among the rows of all processes of torch.distributed's default group,
+            which must call the layer together; the threshold is then the same in all of them.
         device: where the threshold lives.
 
     Attributes:
@@ -86,8 +90,9 @@ class BatchTopK(SavedK):
         A line is fitted to the smallest kept entries of the last batches, older ones with less
         weight, and the threshold is its value for the next batch. So it follows falling scores and
         a schedule of k without a lag, from the first batch on. `calibrate` computes it from given
-        rows; use it at the end of training. In data-parallel training, a batch and its threshold
-        are those of one process.
+        rows; use it at the end of training. In data-parallel training without `distributed`, a
+        batch and its threshold are those of one process (DistributedDataParallel keeps that of the
+        first). With it, each process sends as many values as all keep together, and the host waits.
 
     Source: Bussmann, Leask and Nanda 2024, BatchTopK sparse autoencoders (arXiv 2412.06410),
     section 3; the line through the batches stands for the expectation in its equation for theta.
@@ -101,6 +106,7 @@ class BatchTopK(SavedK):
         [[3.0, 0.0, 2.5]]
     """
 
+    distributed = False  # of layers that a version without it pickled
     threshold: torch.Tensor
     trend: torch.Tensor | None
 
@@ -110,9 +116,11 @@ class BatchTopK(SavedK):
         *,
         momentum: float | None = None,
         counter: DeadNeuronCounter | None = None,
+        distributed: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        self.distributed = distributed
         _check_momentum(momentum)
         self.k = k
         self.momentum = momentum
@@ -137,18 +145,38 @@ class BatchTopK(SavedK):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return y [..., n], dense, for x [..., n]."""
+        masked: torch.Tensor
         if not self.training:
             check_floating("BatchTopK", "x", x)
             return torch.where(at_most(x, self.known_threshold()), 0, x)
         if self.counter is not None:
             self.counter.check_columns("BatchTopK", x)
-        masked, values, positions = batch_mask(x, self.k, relu=True)
-        self.observe(values.detach())
+        if self.distributed and has_other_processes():
+            select = self._mask_among_all
+            if torch.compiler.is_compiling():
+                select = torch.compiler.disable(select)  # sizes follow from what is selected
+            masked, values, positions = select(x)
+        else:
+            masked, values, positions = batch_mask(x, self.k, relu=True)
+            self.observe(values.detach())
         if self.counter is not None:
             n = x.shape[-1]
             counts = count_active(positions % n, n, values.detach())
             self.counter.update(counts=counts, rows=math.prod(x.shape[:-1]))
         return masked
+
+    def _mask_among_all(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return what `batch_mask` does, with what is kept in the rows of all processes."""
+        check_floating("BatchTopK", "x", x)
+        if in_join():
+            raise RuntimeError(
+                "BatchTopK: distributed must be False under torch's Join, where processes have "
+                "different numbers of batches"
+            )
+        k = check_share("BatchTopK", "k", self.k, x.shape[-1], "the size of the last dimension")
+        here, kept = select_among_all(x.detach(), k)
+        self.observe(kept)
+        return batch_mask_of(x, here, relu=True)
 
     def codes(self, x: torch.Tensor) -> Codes:
         """Return the codes of x [..., n]: values [..., K], indices int64 [..., K], ascending.
@@ -189,7 +217,12 @@ class BatchTopK(SavedK):
             ValueError: x has no rows.
         """
         check_floating("BatchTopK.calibrate", "x", x)
-        self.calibrate_parts([x], math.prod(x.shape[:-1]))
+        rows = math.prod(x.shape[:-1])
+        if self.distributed and has_other_processes():
+            rows = rows_of_all(rows, x.device)
+            self.calibrate_parts([x], rows, value_at_rank=_value_at_rank_of_all)
+        else:
+            self.calibrate_parts([x], rows)
 
     @torch.no_grad()
     def calibrate_parts(
@@ -250,7 +283,10 @@ class BatchTopK(SavedK):
 
     def extra_repr(self) -> str:
         """Return the arguments for repr."""
-        return f"k={self.k}" + ("" if self.momentum is None else f", momentum={self.momentum}")
+        shared = ", distributed=True" if self.distributed else ""
+        return f"k={self.k}{shared}" + (
+            "" if self.momentum is None else f", momentum={self.momentum}"
+        )
 
 
 def _check_momentum(momentum: float | None) -> None:
@@ -298,6 +334,14 @@ def value_at_rank_of_parts(parts: Iterable[torch.Tensor], rank: int) -> torch.Te
         0-d float32 (float64 for float64); the smallest entry where there are fewer.
     """
     return largest_of_parts(parts, rank)[-1]
+
+
+def _value_at_rank_of_all(parts: Iterable[torch.Tensor], rank: int) -> torch.Tensor:
+    """Return what `value_at_rank_of_parts` does, of the parts of all processes."""
+    largest = largest_of_parts(parts, rank)
+    padded = torch.nn.functional.pad(largest, (0, rank - len(largest)), value=torch.nan)
+    every = torch.cat(gather_from_all(padded))
+    return value_at_rank_of_parts([every[~every.isnan()]], rank)
 
 
 def largest_of_parts(parts: Iterable[torch.Tensor], count: int) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from torch import nn
 from ..ops.checks import check_codes, check_count, check_floating
 from ..ops.count_active import count_active
 from .recomputation import recomputing, take
-from .wrappers import in_join
+from .wrappers import active_wrapper, has_other_processes, in_join
 
 
 class _Alone(NamedTuple):
@@ -64,6 +65,7 @@ class DeadNeuronCounter(nn.Module):
     """
 
     rows_since_fired: torch.Tensor
+    _warned = False
 
     def __init__(
         self,
@@ -133,6 +135,8 @@ class DeadNeuronCounter(nn.Module):
         if recomputing():
             return
         if not (self.distributed and _in_process_group()):
+            if active_wrapper() is not None:
+                self.warn_alone()
             take(self.rows_since_fired, torch.where(fired, 0, self.rows_since_fired + rows))
         elif self._alone is None and not self._counts_alone():
             self._exchange(self.rows_since_fired, torch.where(fired, 0, rows), rows)
@@ -140,6 +144,19 @@ class DeadNeuronCounter(nn.Module):
             self._count_alone(fired, rows)
             if not self._counts_alone():
                 self.synchronize()
+
+    def warn_alone(self) -> None:
+        """Warn, once, that this process counts its own rows in training of several."""
+        if self.distributed or self._warned or torch.compiler.is_compiling():
+            return
+        self._warned = True
+        if has_other_processes():
+            warnings.warn(
+                "DeadNeuronCounter: it counts the rows of this process alone, while several train "
+                "the model (DistributedDataParallel keeps the counts of the first): "
+                "distributed=True counts those of all",
+                stacklevel=2,
+            )
 
     # -- several processes -------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from ..dispatch.dtensors import check_alike
 from ..ops.batch_topk import check_share, kept_in_all
 from ..ops.checks import check_above_zero, check_count, check_floating
 from ..ops.codes import Codes
@@ -148,6 +149,7 @@ class JumpReLU(nn.Module):
         gradients are those of the dense layer. K is the largest number of these in a row, for which
         the host waits for the device; shorter rows are filled with other latents and their zeros.
         """
+        check_alike("JumpReLU.codes", x=x, log_threshold=self.log_threshold)
         y = self(x)
         with torch.no_grad():
             theta = self.threshold

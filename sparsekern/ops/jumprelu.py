@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from ..dispatch.dtensors import check_alike
 from .checks import check_above_zero, check_floating, check_same_device
 
 
@@ -107,6 +108,7 @@ def _check(op: str, x: torch.Tensor, theta: torch.Tensor, bandwidth: float) -> N
     check_floating(op, "x", x)
     if not isinstance(theta, torch.Tensor) or not theta.is_floating_point():
         raise TypeError(f"{op}: theta must be a floating point tensor, got {theta!r}")
+    check_alike(op, x=x, theta=theta)
     # Not `in`, for which equal symbolic sizes are different.
     if theta.dim() > 0 and theta.shape != x.shape[-1:] and theta.shape != x.shape:
         raise ValueError(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..nn import BatchTopK, JumpReLU, TopK
 from ..nn.hooks import has_hooks
 from ..nn.scores import Scores, Width, select_above, select_largest_of_batch, sizes_are_fixed
+from ..nn.wrappers import is_cut
 from ..ops.codes import Transposition
 from ..ops.jumprelu import at_most, jumprelu, step
 from ..ops.linear_at import vector_at
@@ -82,6 +83,11 @@ def check_activation(layer: nn.Module, latents: int) -> None:
     if isinstance(layer, (TopK, BatchTopK)):
         if layer.counter is not None:
             raise ValueError(f"{op}: activation must have no counter, since the model has one")
+        if isinstance(layer, BatchTopK) and layer.distributed:
+            raise ValueError(
+                f"{op}: activation must not be distributed, got {layer}: sparsekern.distributed's "
+                "ShardedAutoencoder, on a mesh with a dimension 'data', selects in all rows"
+            )
         if layer.k > latents:
             raise ValueError(f"{op}: k must be at most {latents}, the latents, got {layer.k}")
     if isinstance(layer, JumpReLU) and layer.log_threshold.shape != (latents,):
@@ -111,6 +117,11 @@ def _relu(_: nn.ReLU, scores: Scores, width: Width) -> Encoding:
 def _jumprelu(layer: JumpReLU, scores: Scores, width: Width) -> Encoding:
     # The pseudo-derivative reaches half a bandwidth below the threshold.
     theta, (bandwidth, relative) = layer.threshold, layer.band
+    if is_cut(theta):
+        raise RuntimeError(
+            "SparseAutoencoder: the activation must not be given to fully_shard by itself, since "
+            "its parameters are used without a call of it: give fully_shard the model alone"
+        )
     lowest = theta.detach() * (1 - bandwidth / 2) if relative else theta.detach() - bandwidth / 2
     selected = select_above(scores, 0.0, width, lowest)
     if isinstance(selected, Tensor):

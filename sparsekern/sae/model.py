@@ -35,11 +35,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..nn import BatchTopK, DeadNeuronCounter, JumpReLU, TopK
 from ..nn.batch_topk import value_at_rank_of_parts
 from ..nn.recomputation import RecentStates, recomputing
 from ..nn.scores import Scores, Width, sizes_are_fixed
+from ..nn.wrappers import has_other_processes, is_cut, is_fully_sharded
 from ..ops.batch_topk import check_share
 from ..ops.checks import check_above_zero, check_count, check_floating
 from ..ops.codes import Codes, Transposition
@@ -50,12 +52,13 @@ from .encoding import check_activation, encode
 from .statistics import (
     Rows,
     at_least_float32,
+    gather_rows,
     geometric_median,
     normalized_rows,
     squared_error,
     total_variance,
 )
-from .wrappers import Wrapper
+from .wrappers import ASKED_BY_WRAPPER, Wrapper
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -295,6 +298,12 @@ class SparseAutoencoder(nn.Module):
         from ..integrations.checkpoints import Checkpoint
         from ..integrations.checkpoints.own import OPTIONS
 
+        if is_cut(self.decoder_bias):
+            raise RuntimeError(
+                "save_pretrained: parameters must be whole, got some that fully_shard has cut: "
+                "load torch.distributed.checkpoint.state_dict.get_model_state_dict with "
+                "full_state_dict=True into a model of one process"
+            )
         values = {name: getattr(self, name) for name in OPTIONS if name != "distributed"}
         options = values | {"distributed": self.counter.distributed}
         return Checkpoint(self.activation, self.state_dict(), options)
@@ -333,6 +342,8 @@ class SparseAutoencoder(nn.Module):
         # would separate from the first.
         if name == "encoder" and self.__dict__.get("_tied"):
             return self.dictionary
+        if name == ASKED_BY_WRAPPER and "_wrapper" in self.__dict__:
+            self._wrapper.search_again()
         if name == "k":  # its property has raised AttributeError, as hasattr expects
             raise AttributeError(self._message_without_k())
         return super().__getattr__(name)
@@ -365,6 +376,21 @@ class SparseAutoencoder(nn.Module):
         super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
 
     # -- what an autoencoder in several processes does otherwise -----------------------------------
+
+    def _rows_of_replicas(self, x: Tensor, method: str) -> Tensor:
+        """Return the rows of all processes that have the same weights and other rows."""
+        if is_cut(self.decoder_bias) or is_fully_sharded(self):
+            raise RuntimeError(
+                f"SparseAutoencoder.{method}: it must be called before fully_shard, or on a model "
+                "with the whole state (torch.distributed.checkpoint.state_dict.get_model_state_dict"
+                " with full_state_dict=True), since it needs all parameters"
+            )
+        if not has_other_processes():
+            return x
+        wrapper = self._wrapper.found(self)
+        if isinstance(wrapper, DistributedDataParallel):
+            return gather_rows(x, wrapper.process_group)
+        return gather_rows(x, None) if self.counter.distributed else x
 
     def _own(self, tensor: Tensor) -> Tensor:
         """Return the part of a parameter, or of its gradient, that this process computes with."""
@@ -452,16 +478,18 @@ class SparseAutoencoder(nn.Module):
             first, and rows with fewer active latents end in zeros.
         """
         if k is not None:
-            return Codes(*self._scores(self._rows(x).values).topk(k)[:2])
-        encoding = encode(self.activation, self._scores(self._rows(x).values), self._width)
-        return Codes(encoding.values, encoding.indices)
+            codes = Codes(*self._scores(self._rows(x).values).topk(k)[:2])
+        else:
+            encoding = encode(self.activation, self._scores(self._rows(x).values), self._width)
+            codes = Codes(encoding.values, encoding.indices)
+        return self._wrapper.guard(self, "encode", codes)
 
     def decode(self, values: Tensor, indices: Tensor) -> Tensor:
         """Return the reconstruction [..., D] of codes [..., k].
 
         With normalize_rows it is one of normalized rows, since codes do not tell the others.
         """
-        return self._decode(values, indices)
+        return self._wrapper.guard(self, "decode", self._decode(values, indices))
 
     def forward(
         self,
@@ -476,14 +504,17 @@ class SparseAutoencoder(nn.Module):
         A wrapper that only knows the forward pass can thus train the model:
         ``output, loss = DistributedDataParallel(model)(x, return_loss=True)``.
         """
+        result: SAEOutput | tuple[SAEOutput, SAELoss]
         if return_loss:
-            return self._output_and_loss(x, variance, rows)
-        return self._reconstruct(x)[0]
+            result = self._output_and_loss(x, variance, rows)
+        else:
+            result = self._reconstruct(x)[0]
+        return self._wrapper.guard(self, "forward", result)
 
     def reconstruct(self, x: Tensor) -> tuple[SAEOutput, list[Tensor]]:
         """Reconstruct x [..., D]; return the output and one reconstruction [..., D] a prefix."""
         output, _, prefixes = self._reconstruct(x)
-        return output, prefixes
+        return self._wrapper.guard(self, "reconstruct", (output, prefixes))
 
     def _reconstruct(self, x: Tensor) -> tuple[SAEOutput, Tensor, list[Tensor]]:
         """Return the output, the activation's penalty, and the prefixes' reconstructions."""
@@ -492,6 +523,8 @@ class SparseAutoencoder(nn.Module):
         values, indices = encoding.values, encoding.indices
         decoded = self._decoder()(encoding, self.prefixes)
         *prefixes, reconstruction = [rows.restore(part) for part in decoded]
+        if self.training and is_fully_sharded(self):
+            self.counter.warn_alone()
         if self.training and encoding.dense:
             self.counter.update(values.detach())
         elif self.training:
@@ -595,12 +628,14 @@ class SparseAutoencoder(nn.Module):
     @torch.no_grad()
     def normalize_dictionary(self) -> None:
         """Give every row of the dictionary norm 1."""
+        self._wrapper.cut_again(self, "normalize_dictionary")
         rows = self._own(self.dictionary)
         rows.copy_(nn.functional.normalize(rows, dim=1))
 
     @torch.no_grad()
     def remove_parallel_gradient(self) -> None:
         """Subtract the part of the dictionary's gradient that is parallel to its rows."""
+        self._wrapper.cut_again(self, "remove_parallel_gradient")
         gradient, rows = self.dictionary.grad, self._own(self.dictionary)
         if gradient is not None:
             gradient = self._own(gradient)
@@ -610,7 +645,13 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def initialize_bias(self, x: Tensor) -> None:
-        """Set decoder_bias to the geometric median of activations x [rows, D]."""
+        """Set decoder_bias to the geometric median of activations x [rows, D].
+
+        Several processes: see `initialize`.
+        """
+        self._initialize_bias(self._rows_of_replicas(x, "initialize_bias"))
+
+    def _initialize_bias(self, x: Tensor) -> None:
         self._own(self.decoder_bias).copy_(geometric_median(self._all_rows(self._rows(x).values)))
 
     @torch.no_grad()
@@ -619,11 +660,18 @@ class SparseAutoencoder(nn.Module):
 
         decoder_bias becomes their geometric median. Thresholds of BatchTopK and JumpReLU are
         calibrated (see `calibrate`). An encoder that is not tied is scaled to reconstruct them.
+
+        With distributed=True, or where DistributedDataParallel wraps the model, all processes must
+        call it, and the rows of all of them count, which each then holds.
+
+        Raises:
+            RuntimeError: fully_shard was given the model.
         """
-        self.initialize_bias(x)
+        x = self._rows_of_replicas(x, "initialize")
+        self._initialize_bias(x)
         training = self.training
         self.eval()
-        self.calibrate(x)
+        self._calibrate(x)
         if not self.tied:
             product = square = at_least_float32(x.new_zeros(()))
             for part in x.split(FORWARD_ROWS):
@@ -636,7 +684,7 @@ class SparseAutoencoder(nn.Module):
             best = self._total(product) / self._total(square)
             if best > 0:  # else no latent is active, or x is not finite
                 self._own(self.encoder).mul_(SHARE_OF_BEST * best)
-                self.calibrate(x)
+                self._calibrate(x)
         self.train(training)
 
     @torch.no_grad()
@@ -651,6 +699,7 @@ class SparseAutoencoder(nn.Module):
             TypeError, ValueError: scale is not a number above 0.
         """
         check_above_zero("fold_normalization", "scale", scale)
+        self._wrapper.cut_again(self, "fold_normalization")
         if self.normalize_rows:
             return
         self.encoder_bias.div_(scale)
@@ -667,6 +716,7 @@ class SparseAutoencoder(nn.Module):
         Codes and reconstructions stay, up to rounding. Formats of some libraries have no such
         subtraction.
         """
+        self._wrapper.cut_again(self, "fold_bias")
         if self.subtract_bias:
             shift = self._own(self.encoder) @ self._own(self.decoder_bias)
             self._own(self.encoder_bias).sub_(shift)
@@ -683,6 +733,7 @@ class SparseAutoencoder(nn.Module):
         """
         if self.tied:
             raise ValueError("fold_norms: tied must be False, the encoder becomes another matrix")
+        self._wrapper.cut_again(self, "fold_norms")
         norms = self._norms()
         if norms is not None:
             self._own(self.encoder).mul_(norms[:, None])
@@ -700,7 +751,12 @@ class SparseAutoencoder(nn.Module):
             x: [rows, D], thousands of rows from the training data.
             l0: active latents per row; None takes k of BatchTopK and target_l0 of JumpReLU, without
                 which its thresholds do not change.
+
+        Several processes: see `initialize`.
         """
+        self._calibrate(self._rows_of_replicas(x, "calibrate"), l0)
+
+    def _calibrate(self, x: Tensor, l0: float | None = None) -> None:
         layer, rows = self.activation, x.numel() // x.shape[-1]
         step = max(1, CALIBRATED_SCORES // len(self._own(self.dictionary)))
         parts = (

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 MEDIAN_STEPS = 100
@@ -77,6 +78,18 @@ def geometric_median(
         if done:
             break
     return point.to(x.dtype)
+
+
+def gather_rows(x: Tensor, group: Any) -> Tensor:
+    """Return the rows [..., D] of all processes of a group (None: of all), as [rows, D]."""
+    rows = x.reshape(-1, x.shape[-1])
+    counts = [torch.tensor([0], device=x.device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=x.device), group=group)
+    most = max(map(int, counts))
+    padded = nn.functional.pad(rows, (0, 0, 0, most - len(rows))).contiguous()
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
 
 
 class Rows(NamedTuple):

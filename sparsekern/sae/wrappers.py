@@ -7,30 +7,46 @@ from __future__ import annotations
 
 import gc
 import weakref
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..nn.recomputation import recomputing
-from ..nn.wrappers import active_wrapper
+from ..nn.wrappers import (
+    active_wrapper,
+    has_other_processes,
+    in_fully_sharded_forward,
+    is_cut,
+    is_fully_sharded,
+)
 
 # Each of the first calls searches for a wrapper, then each whose number is a power of two.
 SEARCHES = 16
+# torch asks the module for it where DistributedDataParallel wraps it.
+ASKED_BY_WRAPPER = "_ddp_params_and_buffers_to_ignore"
+
+Outputs = TypeVar("Outputs")
 
 
 class Wrapper:
     """A search for the wrapper of a module.
 
-    torch leaves no trace of a wrapper in the wrapped module, so the objects of this process are
-    searched: at the first calls, and then ever more rarely. A wrapper that is made after more than
-    16 training calls without it is found late: wrap the model before training it.
+    torch leaves no trace of DistributedDataParallel in the wrapped module, nor of fully_shard in
+    the parts of one, so the objects of this process are searched: at the first calls, when torch
+    wraps the module itself, and then ever more rarely. A wrapper of a model around it, made after
+    more than 16 training calls without it, is found late: wrap a model before training it.
     """
 
     def __init__(self) -> None:
         self._asked = 0
-        self._known: weakref.ref[DistributedDataParallel] | None = None
+        self._known: weakref.ref[nn.Module] | None = None
+
+    def search_again(self) -> None:
+        """Search at the next calls: the module was wrapped."""
+        self._asked = 0
 
     def around(self, module: nn.Module, method: str) -> nn.Module | None:
         """Return the wrapper to call instead of a module's own method.
@@ -43,48 +59,122 @@ class Wrapper:
                 can call the method.
         """
         if torch.compiler.is_compiling():
+            if not has_other_processes() or active_wrapper() is not None:
+                return None
+            found: nn.Module | None = torch.compiler.disable(self.around)(module, method)
+            return found
+        wrapper = self._outside(module)
+        if wrapper is None or wrapper is module or _wraps_just(wrapper, module):
+            return wrapper
+        name = "fully_shard" if is_fully_sharded(wrapper) else "DistributedDataParallel"
+        inner = wrapper.module if isinstance(wrapper, DistributedDataParallel) else wrapper
+        raise RuntimeError(
+            f"{type(module).__name__}.{method}: in training it must be called in the forward pass "
+            f"of the model around it that {name} wraps, since its gradients are not averaged "
+            f"otherwise, got a call from outside of {type(inner).__name__}"
+        )
+
+    def guard(self, module: nn.Module, method: str, outputs: Outputs) -> Outputs:
+        """Return the outputs of a method; their gradients raise where no wrapper averages them.
+
+        So it is where the method was called on the wrapped module, in training, outside of the
+        wrapper's forward pass.
+        """
+        if torch.compiler.is_compiling():
+            if has_other_processes() and active_wrapper() is None:
+                torch.compiler.disable(self.guard)(module, method, outputs)
+            return outputs
+        if self._outside(module) is None:
+            return outputs
+
+        def refuse(_: Tensor) -> None:
+            raise RuntimeError(
+                f"{type(module).__name__}.{method}: gradients that are to be averaged over "
+                "processes must come from the wrapper's forward pass or from loss, got some of a "
+                f"call to the wrapped model: call {method} in the forward pass of a module that "
+                "is wrapped, give it to register_fsdp_forward_method after fully_shard, or call "
+                "it under torch.no_grad()"
+            )
+
+        for tensor in _tensors(outputs):
+            if tensor.requires_grad:
+                tensor.register_hook(refuse)
+        return outputs
+
+    def cut_again(self, module: nn.Module, method: str) -> None:
+        """Let a module that was given to fully_shard hold its own part, where changes stay.
+
+        Raises:
+            RuntimeError: in its forward pass, after which changes are lost.
+        """
+        wrapper = self._wrapper_of(module)
+        if wrapper is None or not is_fully_sharded(wrapper):
+            return
+        if in_fully_sharded_forward(wrapper):
+            raise RuntimeError(
+                f"{type(module).__name__}.{method}: it must be called outside of forward passes "
+                "of what fully_shard was given (and not be registered as one), since changes of "
+                "parameters that are gathered for a pass are lost"
+            )
+        wrapper.reshard()  # type: ignore[operator]
+
+    def found(self, module: nn.Module) -> nn.Module | None:
+        """Search for the wrapper of a module, or of a model around it."""
+        self.search_again()
+        return self._wrapper_of(module)
+
+    def _outside(self, module: nn.Module) -> nn.Module | None:
+        """Return the wrapper outside of whose forward pass a call in training is made, or None."""
+        if is_fully_sharded(module):
+            return None if in_fully_sharded_forward(module) else module
+        if not (module.training and torch.is_grad_enabled() and has_other_processes()):
             return None
-        if hasattr(next(module.parameters()), "device_mesh"):  # sharded: gathered by its call
+        if recomputing() or active_wrapper() is not None:
+            return None
+        wrapper = self._wrapper_of(module)
+        if wrapper is not None and is_fully_sharded(wrapper):
+            return None if in_fully_sharded_forward(wrapper) else wrapper
+        return wrapper
+
+    def _wrapper_of(self, module: nn.Module) -> nn.Module | None:
+        """Return the wrapper, as far as it is known or it is time to search for it."""
+        if is_fully_sharded(module):
             return module
-        if (
-            not (module.training and torch.is_grad_enabled() and _has_other_processes())
-            or recomputing()
-        ):
-            return None
-        if active_wrapper() is not None:
+        if not has_other_processes() or is_cut(next(module.parameters())):
             return None
         wrapper = self._known() if self._known is not None else None
         self._asked += 1
         if wrapper is None and (self._asked <= SEARCHES or self._asked & (self._asked - 1) == 0):
             wrapper = _find_wrapper(module)
             self._known = None if wrapper is None else weakref.ref(wrapper)
-        if wrapper is None or wrapper.module is module:
-            return wrapper
-        raise RuntimeError(
-            f"{type(module).__name__}.{method}: in training it must be called in the forward pass "
-            "of the model around it that DistributedDataParallel wraps, since its gradients are "
-            f"not averaged otherwise, got a call from outside of {type(wrapper.module).__name__}"
-        )
+        return wrapper
 
     def __reduce__(self) -> Any:
         return Wrapper, ()
 
 
-def _has_other_processes() -> bool:
-    """Return True if there are other processes."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return False
-    return distributed.get_world_size() > 1
+def _wraps_just(wrapper: nn.Module, module: nn.Module) -> bool:
+    """Return True if a wrapper's forward pass is that of the module, compiled or not."""
+    inner = wrapper.module if isinstance(wrapper, DistributedDataParallel) else None
+    return inner is module or getattr(inner, "_orig_mod", None) is module
 
 
-def _find_wrapper(module: nn.Module) -> DistributedDataParallel | None:
-    wrappers: list[DistributedDataParallel] = [
+def _tensors(outputs: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested tuples and lists."""
+    if isinstance(outputs, Tensor):
+        yield outputs
+    elif isinstance(outputs, tuple | list):
+        for part in outputs:
+            yield from _tensors(part)
+
+
+def _find_wrapper(module: nn.Module) -> nn.Module | None:
+    """Return the innermost wrapper of a module, or of a model around it."""
+    wrappers = [
         candidate
         for candidate in gc.get_objects()
         if issubclass(type(candidate), DistributedDataParallel)
+        or (issubclass(type(candidate), nn.Module) and is_fully_sharded(candidate))
     ]
-    for wrapper in wrappers:
-        if any(part is module for part in wrapper.modules()):
-            return wrapper
-    return None
+    around = [w for w in wrappers if any(part is module for part in w.modules())]
+    return min(around, key=lambda wrapper: sum(1 for _ in wrapper.modules()), default=None)

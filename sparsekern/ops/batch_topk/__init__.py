@@ -82,6 +82,17 @@ def batch_mask(
     return operation.batch_topk(x, total, relu)
 
 
+def batch_mask_of(
+    x: torch.Tensor, total: int, *, relu: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what `batch_mask` does, of the `total` largest elements; there may be none."""
+    if total == 0:
+        nothing = x.new_zeros(0)
+        masked = x.masked_fill(torch.ones_like(x, dtype=torch.bool), 0)
+        return masked, nothing, nothing.to(torch.int64)
+    return operation.batch_topk(x, total, relu)
+
+
 def kept_in_all(op: str, k: int | float, rows: int) -> int:
     """Return k * rows, rounded down; check that it is at least 1."""
     total = int(k * rows)
