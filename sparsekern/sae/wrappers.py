@@ -170,11 +170,15 @@ def _tensors(outputs: Any) -> Iterator[Tensor]:
 
 def _find_wrapper(module: nn.Module) -> nn.Module | None:
     """Return the innermost wrapper of a module, or of a model around it."""
-    wrappers = [
-        candidate
-        for candidate in gc.get_objects()
-        if issubclass(type(candidate), DistributedDataParallel)
-        or (issubclass(type(candidate), nn.Module) and is_fully_sharded(candidate))
-    ]
+    kinds: dict[type, bool] = {}
+    wrappers = []
+    for candidate in gc.get_objects():
+        kind = type(candidate)
+        if kind not in kinds:  # an own table: most objects are of few types
+            kinds[kind] = issubclass(kind, DistributedDataParallel) or (
+                issubclass(kind, nn.Module) and is_fully_sharded(candidate)
+            )
+        if kinds[kind]:
+            wrappers.append(candidate)
     around = [w for w in wrappers if any(part is module for part in w.modules())]
     return min(around, key=lambda wrapper: sum(1 for _ in wrapper.modules()), default=None)
