@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sparsekern import BatchTopK, JumpReLU, TopK
 from sparsekern.distributed import ShardedAutoencoder, count_traffic
+from sparsekern.distributed.layout import Layout
 from sparsekern.distributed.state import gather_value
 from sparsekern.models import SparseAutoencoder
 from sparsekern.optim import Adam
@@ -174,6 +175,17 @@ def losses_and_their_gradients(mesh):
         gradients = _gradients(sharded)
         for parameter, grad in _gradients(one).items():
             _assert_close(gradients[parameter], grad, f"{name}, {parameter}")
+
+
+def one_row_takes_all_of_a_batch(mesh):
+    """No cap on the codes of a row, nor on those of a process."""
+    one, sharded = _pair(mesh, lambda: {"activation": BatchTopK(2)})
+    x = torch.zeros(B, D)
+    x[-1] = 100 * _integers(1, D)[0]
+    whole, part = one(x), sharded(_own_rows(mesh, x))
+    assert int((whole.values[-1] > 0).sum()) == 2 * B, "all in the last row"
+    assert torch.equal(part.reconstruction, _own_rows(mesh, whole.reconstruction))
+    assert torch.equal(sharded.activation.threshold, one.activation.threshold)
 
 
 def _assert_close(actual, expected, name):
@@ -389,6 +401,7 @@ def compiled_code_calls_it_as_it_is(mesh):
 CHECKS = (
     first_weights_are_those_of_one_process,
     integers_give_equal_bits,
+    one_row_takes_all_of_a_batch,
     a_process_without_a_code,
     losses_and_their_gradients,
     codes_of_all_latents,
@@ -424,6 +437,17 @@ def two_processes(tmp_path_factory):
 @pytest.fixture(scope="module")
 def four_processes(tmp_path_factory):
     return _outcomes(tmp_path_factory.mktemp("processes"), MESHES)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8, 64])
+def test_prefixes_are_shared_out(processes):
+    """As evenly as columns are: no process has all of a Matryoshka prefix of at least V latents."""
+    shares = [Layout(1 << 17, 64, processes, rank) for rank in range(processes)]
+    for prefix in (64, 1000, 4096, 1 << 17):
+        counts = [share.below(prefix) for share in shares]
+        assert sum(counts) == prefix
+        for count, share in zip(counts, shares, strict=True):
+            assert abs(count - prefix * share.width / 64) <= share.width
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -405,12 +405,22 @@ def first_weights_fit_the_rows_of_all(rank):
 def batches_of_all_processes(rank):
     """BatchTopK over the rows of all is that of one process which has them all."""
     generator = torch.Generator().manual_seed(3)
-    for case in ("normal", "equal values", "one process has all", "NaN", "bfloat16", "none"):
+    for case in (
+        "normal",
+        "equal values",
+        "one process has all",
+        "one row",
+        "NaN",
+        "bfloat16",
+        "none",
+    ):
         x = torch.randn(9, 32, generator=generator)
         if case == "equal values":
             x = x.round()
         if case in ("one process has all", "none"):
             x[:6] -= 100
+        if case == "one row":
+            x[7] += 100
         if case == "NaN":
             x[2, 3] = x[7, 1] = torch.nan
         if case == "bfloat16":
