@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from figures import dead_units, motif_errors, ratios, training_step
+from prediction import predicted_steps, prediction_table
 from rows import load
 from table import Line, newest, origins, provenance
 from targets import CPU_TARGETS, GPU_TARGETS
@@ -283,7 +284,8 @@ def between_marks(text: str, name: str, content: str) -> str:
 
 def pages(root: Path = ROOT, results: Path = RESULTS) -> dict[Path, str]:
     """Every file that shows rows, with the content that it should have."""
-    found = newest(load(results))
+    rows = load(results)
+    found, one_gpu = newest(rows), [row for row in rows if row["machine"] == "nvidia-h200"]
     cpu = [Line(target, found.get(target.key)) for target in CPU_TARGETS]
     gpu = [Line(target, found.get(target.key)) for target in GPU_TARGETS]
     vae_sae, sparling = cells_of(results, "vae-sae-small"), cells_of(results, "sparling-tiny")
@@ -302,11 +304,14 @@ def pages(root: Path = ROOT, results: Path = RESULTS) -> dict[Path, str]:
             features_table(results),
         ),
         distributed: between_marks(
-            distributed.read_text(), "several processes", processes_table(results)
+            between_marks(distributed.read_text(), "several processes", processes_table(results)),
+            "prediction",
+            prediction_table(one_gpu),
         ),
         studies: between_marks(studies.read_text(), "dead units", dead_table(vae_sae)),
         docs / "figures" / "training-step.svg": training_step(cpu),
         docs / "figures" / "ratios.svg": ratios(cpu),
+        docs / "figures" / "predicted-steps.svg": predicted_steps(one_gpu),
         docs / "figures" / "dead-units.svg": dead_units(VAE_SAE_ARMS, vae_sae),
         docs / "figures" / "motif-errors.svg": motif_errors(SPARLING_ARMS, sparling),
     }
