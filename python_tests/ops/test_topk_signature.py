@@ -3,6 +3,7 @@ dimensions, and the inputs with which PyTorch tests its own."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import io
 import itertools
@@ -16,9 +17,6 @@ from sparsekern import testing
 from sparsekern.ops.topk.reference import topk_reference
 
 pytest.importorskip("expecttest", reason="PyTorch's sample inputs: pip install expecttest")
-from torch.testing._internal.common_methods_invocations import op_db
-
-TORCHS_OWN = next(operator for operator in op_db if operator.name == "topk")
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 THINNING = {"cuda-emulation": 7, "triton-interpreter": 9}
 
@@ -37,8 +35,16 @@ def assert_codes(what, codes, wanted):
         assert actual.is_contiguous()
 
 
+@functools.cache
+def torchs_own():
+    """What PyTorch tests its topk with; the import takes seconds, which other tests do without."""
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    return next(operator for operator in op_db if operator.name == "topk")
+
+
 def samples(device, dtype, **options):
-    return TORCHS_OWN.reference_inputs(device, dtype, **options)
+    return torchs_own().reference_inputs(device, dtype, **options)
 
 
 # -- PyTorch's own sample inputs -------------------------------------------------------------------
@@ -49,7 +55,7 @@ def samples(device, dtype, **options):
 def test_sample_inputs_of_torch(target, counted, dtype):
     if dtype in (torch.float64, torch.int32):
         target.require_float64()
-    assert dtype in TORCHS_OWN.dtypes
+    assert dtype in torchs_own().dtypes
     for sample in samples(target.device, dtype):
         codes = sparsekern.topk(sample.input, *sample.args, **sample.kwargs)
         wanted = torch.topk(sample.input, *sample.args, **sample.kwargs)
