@@ -443,6 +443,24 @@ def batches_of_all_processes(rank):
             assert torch.equal(layer.threshold, one.threshold), case
 
 
+def standardized_over_all_processes(rank):
+    """Statistics, activity and gradients are those of one process with all rows."""
+    torch.manual_seed(0)
+    one, model = (_Bottleneck() for _ in range(2))
+    model.layer = SparseBottleneck(16, 64, 16, k=4, standardize=True, distributed=True)
+    model.load_state_dict(one.state_dict())
+    ddp = DistributedDataParallel(model)
+    batches = _batches()
+    for at in range(3):
+        for each, rows in ((one, batches[:, at].flatten(0, 1)), (ddp, batches[rank, at])):
+            each.zero_grad()
+            each(rows).backward()
+    torch.testing.assert_close(dict(model.state_dict()), dict(one.state_dict()))
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, one.get_parameter(name).grad, msg=name)
+    ddp(batches[rank, 0, : 1 + rank])  # of one row here: the others have more
+
+
 def a_counter_alone_warns(rank):
     ddp = DistributedDataParallel(_model(distributed=False))
     for model in (ddp, _cut(_model(distributed=False))):
@@ -464,6 +482,7 @@ CHECKS = (
     counters_alone,
     a_counter_alone_warns,
     batches_of_all_processes,
+    standardized_over_all_processes,
 )
 # Of seconds.
 LONG_CHECKS = (

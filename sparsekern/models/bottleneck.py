@@ -50,14 +50,16 @@ class Standardize(BatchNorm1d):
     """Zero mean and unit variance of each feature, without weights to learn.
 
     In training of the batch, in evaluation (and for a batch of one row) of the running estimates.
+    distributed: the batch is that of all processes, which must call the layer together.
     """
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, *, distributed: bool = False) -> None:
         super().__init__(features, affine=False)
+        self.distributed = distributed
 
     def forward(self, x: Tensor) -> Tensor:
         """Standardize x [B, D] -> [B, D]."""
-        if self.training and len(x) == 1:
+        if self.training and len(x) == 1 and not self.distributed:
             return nn.functional.batch_norm(x, self.running_mean, self.running_var, eps=self.eps)
         return super().forward(x)
 
@@ -76,6 +78,7 @@ class SparseBottleneck(nn.Module):
         standardize: give the inputs zero mean and unit variance first.
         tied: start the dictionary as the transposed first layer, scaled so that the output of
             random weights has the size of the input; E must be D.
+        distributed: standardize with, and count activity over, the rows of all processes.
 
     In training mode each forward pass tells :attr:`activity` which units fired.
 
@@ -97,6 +100,7 @@ class SparseBottleneck(nn.Module):
         sparsifier: str = "topk",
         standardize: bool = False,
         tied: bool = False,
+        distributed: bool = False,
     ) -> None:
         super().__init__()
         op = "SparseBottleneck"
@@ -109,12 +113,14 @@ class SparseBottleneck(nn.Module):
             )
         self.sparsifier = sparsifier
         self.tied = tied
-        self.standardize = Standardize(inputs) if standardize else nn.Identity()
+        self.standardize: nn.Module = nn.Identity()
+        if standardize:
+            self.standardize = Standardize(inputs, distributed=distributed)
         self.to_units = nn.Linear(inputs, units)
         magnitude = sparsifier == "magnitude"
         self.sparsity = TopK(k, abs=magnitude)
         self.k = k  # set, so that it is in every state_dict
-        self.activity = DeadNeuronCounter(units)
+        self.activity = DeadNeuronCounter(units, distributed=distributed)
         self.dictionary = nn.Parameter(torch.empty(units, outputs))
         self.dictionary_bias = nn.Parameter(torch.zeros(outputs))
         self.reset_parameters()
