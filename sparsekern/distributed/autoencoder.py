@@ -252,7 +252,7 @@ class ShardedAutoencoder(SparseAutoencoder):
     ) -> tuple[Tensor, Tensor, Transposition | None]:
         scores = self._scores(x)
         some = None if latents is None or most is None else Latents(latents, most)
-        encoding = codes_of(scores, *select_largest(scores, k, self.shards, latents=some))
+        encoding = codes_of(scores, select_largest(scores, k, self.shards, latents=some))
         return encoding.values, encoding.indices, encoding.transposition
 
     def _decode(
@@ -295,8 +295,8 @@ class ShardedAutoencoder(SparseAutoencoder):
             k, groups = (layer.k, layer.groups) if isinstance(layer, TopK) and k is None else (k, 1)
             scores = self._scores(rows)
             selection = select_largest(scores, k or 0, self.shards, groups=groups)
-            values, indices, *_ = codes_of(scores, *selection)
-            return gather_codes(values, indices, selection[1], self.shards, k)
+            values, indices, *_ = codes_of(scores, selection)
+            return gather_codes(values, indices, selection.chosen, self.shards, k)
         values, indices, *_ = self._encode_own(rows)
         codes = gather_codes(values, indices, values.detach() != 0, self.shards)
         order = key_of(codes.values).argsort(dim=-1, descending=True, stable=True)
@@ -349,7 +349,7 @@ class ShardedAutoencoder(SparseAutoencoder):
         layer, scores = self.activation, self._scores(x)
         if isinstance(layer, TopK):
             selection = select_largest(scores, layer.k, self.shards, groups=layer.groups)
-            return codes_of(scores, *selection)
+            return codes_of(scores, selection)
         if isinstance(layer, BatchTopK) and self.training:
             return batch_topk(layer, scores, self._width, self.shards, self._count_rows)
         return encode(layer, scores, self._width)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +37,24 @@ class Latents:
     most: int
 
 
+class Selection(NamedTuple):
+    """Own latents, some of which are selected.
+
+    Attributes:
+        values: [..., m], their scores.
+        indices: int64 [..., m].
+        chosen: bool [..., m], True for those that are selected.
+    """
+
+    values: Tensor
+    indices: Tensor
+    chosen: Tensor
+
+
 @torch.no_grad()
 def select_largest(
     scores: Scores, k: int, shards: Shards, *, groups: int = 1, latents: Latents | None = None
-) -> tuple[Tensor, Tensor]:
+) -> Selection:
     """Select the k largest scores of each row.
 
     Args:
@@ -48,9 +63,6 @@ def select_largest(
         shards: the processes.
         groups: select k / groups of each group of consecutive latents.
         latents: select from these alone.
-
-    Returns:
-        Own latents, int64 [..., m], and bool [..., m]: True for those that are selected.
     """
     layout, x = shards.layout, scores.x
     count, most = (layout.own, layout.largest) if latents is None else (
@@ -60,7 +72,7 @@ def select_largest(
     candidates = min(of_group, count // groups)
     shape = (*x.shape[:-1], groups, candidates)
     if candidates == 0:
-        values = x.new_empty(shape)
+        values = x.new_empty(shape, dtype=scores.dtype)
         indices = values.new_empty(shape, dtype=torch.int64)
     else:
         values, indices = linear_topk(
@@ -71,14 +83,14 @@ def select_largest(
     values, indices = values.view(shape), indices.view(shape)
     width = min(of_group, most // groups)
     selected = select_in_rows(values, layout.of_all(indices), of_group, width, shards.latents)
-    return _narrowed(indices.flatten(-2), selected.flatten(-2))
+    return _narrowed(*(t.flatten(-2) for t in (values, indices, selected)))
 
 
-def codes_of(scores: Scores, indices: Tensor, selected: Tensor) -> Encoding:
-    """Return the codes of selected own latents, as `select_largest` does, with their gradients."""
-    transposition = transpose_codes(indices, scores.latents)
-    values = torch.where(selected, scores.at(indices, transposition).relu(), 0)
-    return Encoding(values, indices, transposition, _zero(values))
+def codes_of(scores: Scores, selection: Selection) -> Encoding:
+    """Return the codes of selected own latents with their gradients."""
+    transposition = transpose_codes(selection.indices, scores.latents)
+    values = scores.codes(selection.values, selection.chosen, selection.indices, transposition)
+    return Encoding(values, selection.indices, transposition, _zero(values))
 
 
 def batch_topk(
@@ -109,7 +121,7 @@ def batch_topk(
         values, indices, kept = found
         places = _places(indices, own)[kept]
         in_all = _select_in_batch(layer, values[kept], places, rows, total, shards)
-        return codes_of(scores, *_narrowed(indices, kept.masked_scatter(kept, in_all)))
+        return codes_of(scores, _narrowed(values, indices, kept.masked_scatter(kept, in_all)))
     z = scores.all(unscaled)
     _, values, places = batch_mask(z.detach(), share, relu=True)
     positive = ~(values <= 0)
@@ -198,21 +210,21 @@ def _first(width: int, selected: Tensor, *others: Tensor) -> list[Tensor]:
     return [tensor.gather(-1, order) for tensor in (selected, *others)]
 
 
-def _narrowed(indices: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
+def _narrowed(values: Tensor, indices: Tensor, chosen: Tensor) -> Selection:
     """Leave out places that no row needs; on a CPU, since the host has to know their number.
 
     Args:
+        values: [..., m].
         indices: [..., m].
-        selected: bool [..., m].
+        chosen: bool [..., m].
 
     Returns:
-        Both as wide as the fullest row needs, and at least 1, if there are candidates. Shorter rows
+        All as wide as the fullest row needs, and at least 1, if there are candidates. Shorter rows
         end in places that are not selected.
     """
-    if selected.is_cuda:
-        return indices, selected
-    width = max(1, int(_fullest(selected)))
-    if width >= selected.shape[-1]:
-        return indices, selected
-    selected, indices = _first(width, selected, indices)
-    return indices, selected
+    if chosen.is_cuda:
+        return Selection(values, indices, chosen)
+    width = max(1, int(_fullest(chosen)))
+    if width < chosen.shape[-1]:
+        chosen, values, indices = _first(width, chosen, values, indices)
+    return Selection(values, indices, chosen)

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from ..dispatch.transforms import is_fake, traced_or_vmapped
 from ..ops.batch_topk import batch_topk, kept_in_all
 from ..ops.batch_topk.candidates import largest_of_list
+from ..ops.checks import autocasting
 from ..ops.codes import Codes, Transposition
 from ..ops.jumprelu import at_most
-from ..ops.linear_at import linear_at
+from ..ops.linear_at import codes_at, linear_at
 from ..ops.linear_topk import linear_topk, linear_topk_transposed
 from ..ops.transpose_codes import transpose_codes
 
@@ -48,6 +49,14 @@ class Scores:
     def latents(self) -> int:
         """Number of scores of a row."""
         return len(self.weight)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of scores that are computed as far as needed: in an autocast region its own."""
+        x = self.x
+        if not autocasting(x) or x.dtype == torch.float64:
+            return x.dtype
+        return torch.get_autocast_dtype(x.device.type)
 
     def topk(
         self, k: int, *, groups: int = 1, latents: Tensor | None = None, relu: bool = True
@@ -75,6 +84,22 @@ class Scores:
         return linear_at(
             self.x, self.weight, self.bias, indices, pre_bias=self.pre_bias, scale=self.scale,
             transposition=transposition,
+        )  # fmt: skip
+
+    def codes(
+        self, values: Tensor, chosen: Tensor, indices: Tensor, transposition: Transposition
+    ) -> Tensor:
+        """Return the codes of some latents of each row, whose scores are given; zero unless chosen.
+
+        Args:
+            values: [..., m], scores that a search has found.
+            chosen: bool [..., m].
+            indices: [..., m].
+            transposition: of the indices.
+        """
+        return codes_at(
+            values, chosen, self.x, self.weight, self.bias, indices, transposition,
+            pre_bias=self.pre_bias, scale=self.scale,
         )  # fmt: skip
 
     def all(self, unscaled: Tensor | None = None) -> Tensor:

@@ -13,14 +13,17 @@ Written with the products of sparse_matmul, so that every backend shares it, no 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .checks import autocasting, check_codes
 from .codes import Transposition
 from .gather_dot.operation import gather_dot
 from .linear_topk.checks import check_layer
-from .linear_topk.operation import autocast_layer
+from .linear_topk.operation import autocast_layer, layer_gradients
 from .linear_topk.reference import centred
+from .topk.operation import passed_by_relu
 from .transpose_codes.checks import check_transposition
 
 
@@ -100,6 +103,77 @@ def _scores_at(
     if scale is not None:
         scores = scores * vector_at(scale.to(x.dtype), indices, transposition)
     return scores
+
+
+def codes_at(
+    values: torch.Tensor,
+    chosen: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    indices: torch.Tensor,
+    transposition: Transposition,
+    *,
+    pre_bias: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the codes of latents whose scores a search has found, with their gradients.
+
+    Equivalent PyTorch, but for the rounding of what is computed again::
+
+        torch.where(chosen, linear_at(x, weight, bias, indices, ...).relu(), 0)
+
+    Args:
+        values: [..., k], the scores.
+        chosen: bool [..., k]; codes that are not chosen are zero.
+        x: [..., D], as the other arguments and dtypes those of `linear_at`.
+        weight: [N, D].
+        bias: [N] or None.
+        indices: [..., k].
+        transposition: of the indices.
+        pre_bias: [D] or None.
+        scale: [N] or None.
+
+    Returns:
+        [..., k] of values' dtype.
+    """
+    layer: tuple[Any, ...] = (x, weight, bias, pre_bias, scale)
+    if autocasting(x) and x.dtype != torch.float64:
+        x, weight, bias, _, pre_bias, scale = autocast_layer(
+            (x, weight, bias, None, pre_bias, scale), torch.get_autocast_dtype(x.device.type)
+        )
+        layer = (x, weight, bias, pre_bias, scale)
+    codes: torch.Tensor = _CodesAt.apply(values, chosen, indices, *transposition, *layer)  # type: ignore[no-untyped-call]
+    return codes
+
+
+class _CodesAt(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        values: torch.Tensor,
+        chosen: torch.Tensor,
+        indices: Any,
+        offsets: Any,
+        positions: Any,
+        *_: Any,
+    ) -> torch.Tensor:
+        return torch.where(chosen, values.relu(), 0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, _, *codes_and_layer = inputs
+        needs_scale = ctx.needs_input_grad[-1]
+        ctx.save_for_backward(
+            output if needs_scale else None, passed_by_relu(output), *codes_and_layer
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        values, passed, indices, offsets, positions, *layer = ctx.saved_tensors
+        gradients = layer_gradients(
+            grad, layer, values, passed, indices, (offsets, positions), ctx.needs_input_grad[5:]
+        )
+        return *[None] * 5, *gradients
 
 
 def vector_at(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -119,23 +119,49 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
-    x, weight, bias, pre_bias, scale, values, passed, indices, *transposition = ctx.saved_tensors
-    need_x, need_weight, need_bias, _, need_pre_bias, need_scale, *_ = ctx.needs_input_grad
+    *layer, values, passed, indices, offsets, positions = ctx.saved_tensors
+    needed = [ctx.needs_input_grad[place] for place in (0, 1, 2, 4, 5)]
+    transposition = (offsets, positions) if ctx.transposed else None
+    d_x, d_weight, d_bias, d_pre_bias, d_scale = layer_gradients(
+        grad, layer, values, passed, indices, transposition, needed
+    )
+    return d_x, d_weight, d_bias, None, d_pre_bias, d_scale, *[None] * 5
+
+
+def layer_gradients(
+    grad: torch.Tensor,
+    layer: Sequence[Any],
+    values: torch.Tensor | None,
+    passed: torch.Tensor | None,
+    indices: torch.Tensor,
+    transposition: tuple[torch.Tensor, torch.Tensor] | None,
+    needed: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    """Compute the gradients of a linear layer from those of its codes.
+
+    Args:
+        grad: [..., k], of the codes.
+        layer: x, weight, bias, pre_bias, scale, the last three maybe None.
+        values: the codes, for the gradient of scale.
+        passed: bool [..., k], the codes that have a gradient; None stands for all of them.
+        indices: [..., k].
+        transposition: of the indices, where it is known.
+        needed: for each tensor of the layer, whether it needs a gradient.
+    """
+    x, weight, bias, pre_bias, scale = layer
+    need_x, need_weight, need_bias, need_pre_bias, need_scale = needed
     d_x = d_weight = d_bias = d_pre_bias = d_scale = None
     # Without d_x, whose rows would only be summed, and with so many codes, each row of weight is
     # read once, not once for each of its codes.
     by_latent = need_pre_bias and not need_x and indices.numel() >= weight.shape[0]
-    if not ctx.transposed and (need_weight or need_bias or need_scale or by_latent):
-        transposition = list(transpose_codes(indices, weight.shape[0]))
-    elif not ctx.transposed:
-        transposition = [None, None]
+    if transposition is None and (need_weight or need_bias or need_scale or by_latent):
+        transposition = transpose_codes(indices, weight.shape[0])
+    grouping = (None, None) if transposition is None else transposition
 
     def sum_per_latent(
         terms: torch.Tensor, features: torch.Tensor, like: torch.Tensor
     ) -> torch.Tensor:
-        _, sums = sparse_matmul_backward(
-            features, terms, indices, like, False, True, *transposition
-        )
+        _, sums = sparse_matmul_backward(features, terms, indices, like, False, True, *grouping)
         return sums
 
     def sum_scalars_per_latent(terms: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -158,10 +184,10 @@ def _backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
         sums = sum_scalars_per_latent(g, weight[:, 0]) if d_bias is None else d_bias
         d_pre_bias = -torch.mv(weight.t(), sums).to(pre_bias.dtype)
     elif need_x or need_pre_bias:
-        d_x = sparse_matmul(g, indices, weight, None, *transposition)
+        d_x = sparse_matmul(g, indices, weight, None, *grouping)
         if need_pre_bias:
             d_pre_bias = -matrix_of(d_x).sum(0, dtype=pre_bias.dtype)
-    return d_x if need_x else None, d_weight, d_bias, None, d_pre_bias, d_scale, *[None] * 5
+    return [d_x if need_x else None, d_weight, d_bias, d_pre_bias, d_scale]
 
 
 def autocast_layer(args: Any, dtype: torch.dtype) -> Any:
