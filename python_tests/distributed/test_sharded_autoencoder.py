@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from sparsekern import BatchTopK, JumpReLU, TopK
-from sparsekern.distributed import ShardedAutoencoder, count_traffic
+from sparsekern.distributed import ShardedAutoencoder, collectives, count_traffic
 from sparsekern.distributed.layout import Layout
 from sparsekern.distributed.state import gather_value
 from sparsekern.models import SparseAutoencoder
@@ -273,8 +273,10 @@ def what_is_sent_is_what_the_page_says(mesh):
     data, latents = (mesh.size() // mesh["latents"].size(), mesh["latents"].size())
     k, rows = 7, B // data
     model = ShardedAutoencoder(D, N, k=k, mesh=mesh)
+    small, collectives.GATHERED = collectives.GATHERED, rows * D * 4  # as if these were many bytes
     with count_traffic() as traffic:
         model.loss(_integers(rows, D))[1].total.backward()
+    collectives.GATHERED = small
     sent = {}
     for transfer in traffic.transfers:
         if transfer.given > 64:  # not a few numbers
@@ -290,6 +292,10 @@ def what_is_sent_is_what_the_page_says(mesh):
     for key, sizes in expected.items():
         for size in sizes:
             assert size in sent.get(key, []), (key, size, sent)
+    if data == 1:
+        share = (latents - 1) / latents
+        summed = 8 * share * rows * D
+        assert traffic.sent == (latents - 1) * (8 * rows * k + 4 * D + 32) + summed
     largest = max([t.given for t in traffic.transfers], default=0)
     assert largest <= max([s for sizes in expected.values() for s in sizes], default=0)
 

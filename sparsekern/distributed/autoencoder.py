@@ -369,7 +369,8 @@ class ShardedAutoencoder(SparseAutoencoder):
         """Raise unless the processes that share the latents make the same call.
 
         Their sums would be wrong, and other sizes would wait forever. On a GPU, where the host has
-        to wait, only the first calls are checked.
+        to wait, only the first calls are checked. Where nothing is sent along "data" in between,
+        processes go on, and this raises before they next send something to each other.
         """
         if has_hooks(self.activation):
             raise RuntimeError(
@@ -396,14 +397,21 @@ class ShardedAutoencoder(SparseAutoencoder):
         facts = [x.numel(), self.training, hash(k), 0]
         own = torch.tensor(facts, dtype=torch.int64, device=x.device)
         own[-1] = x.detach().contiguous().view(bits).sum(dtype=torch.int64) if x.dim() else 0
-        largest, smallest = processes.largest(torch.stack((own, ~own))).unbind()
-        if not torch.equal(largest, ~smallest):
-            names = ("the size of x", "its mode (training or evaluation)", "k", "x")
-            which = names[int((largest != ~smallest).nonzero()[0])]
-            raise RuntimeError(
-                f"ShardedAutoencoder: {which} must be the same in all processes that share the "
-                "latents (give each all rows of the batch), got different ones"
-            )
+        if self.shards.data.size == 1:
+            processes.look_later(own, _check_same_call)
+        else:
+            _check_same_call(processes.gather_bytes(own)[0])
+
+
+def _check_same_call(facts: Tensor) -> None:
+    """Raise unless the facts of a call, [processes, 4], are the same in all processes."""
+    differ = (facts != facts[0]).any(0).tolist()
+    if any(differ):
+        names = ("the size of x", "its mode (training or evaluation)", "k", "x")
+        raise RuntimeError(
+            f"ShardedAutoencoder: {names[differ.index(True)]} must be the same in all processes "
+            "that share the latents (give each all rows of the batch), got different ones"
+        )
 
 
 class _ShardedJumpReLU(JumpReLU):

@@ -17,7 +17,7 @@ import atexit
 import contextlib
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -55,6 +55,9 @@ class Traffic:
 
 
 _counting: list[Traffic] = []
+# On a CPU what all processes give is gathered and added up, if it has no more bytes: gloo takes
+# longer to reduce it.
+GATHERED = 65_536
 # Seconds in which a thread of gloo lets go of what it reduced last.
 _LETTING_GO = 0.1
 # torch 2.13 renamed it.
@@ -91,6 +94,7 @@ class Group:
         self._group = group
         self.size = 1 if group is None else dist.get_world_size(group)
         self.rank = 0 if group is None else dist.get_rank(group)
+        self._looking: tuple[Any, Callable[[], None]] | None = None
         if self.size > 1:
             _let_go_at_exit()
 
@@ -120,18 +124,23 @@ class Group:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Return the sum over all processes, without a gradient."""
-        return self._reduce(tensor, dist.ReduceOp.SUM)
+        return self._reduce(tensor, dist.ReduceOp.SUM, torch.sum)
 
     def largest(self, tensor: Tensor) -> Tensor:
         """Return the largest of all processes, element by element, without a gradient."""
-        return self._reduce(tensor, dist.ReduceOp.MAX)
+        return self._reduce(tensor, dist.ReduceOp.MAX, torch.amax)
 
-    def _reduce(self, tensor: Tensor, operation: Any) -> Tensor:
+    def _reduce(
+        self, tensor: Tensor, operation: Any, of_gathered: Callable[[Tensor, int], Tensor]
+    ) -> Tensor:
         if self.size == 1:
             return tensor
         # Sums of 16-bit parts would round once for each process.
         wide = tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+        if tensor.is_cpu and self.size * wide.numel() * wide.element_size() <= GATHERED:
+            return of_gathered(self._gather(wide.detach()), 0).to(tensor.dtype)
         result = wide.detach().clone(memory_format=torch.contiguous_format)
+        self._look_first()
         self._note("all_reduce", result)
         dist.all_reduce(result, operation, group=self._group)
         return result.to(tensor.dtype)
@@ -150,9 +159,32 @@ class Group:
             begin += len(part)
         return results
 
+    def look_later(self, numbers: Tensor, look: Callable[[Tensor], None]) -> None:
+        """Gather some numbers while this process works on, and look at them before it sends more.
+
+        Args:
+            numbers: [count], the same count in all processes.
+            look: called with those of all processes, [size, count]; it may raise. Not called if
+                this is called again first, after an error.
+        """
+        self._look_first(forget=True)
+        result = numbers.new_empty(self.size * numbers.numel())
+        self._note("all_gather", numbers)
+        work = _all_gather(result, numbers, group=self._group, async_op=True)
+        self._looking = (work, lambda: look(result.view(self.size, -1)))
+
+    def _look_first(self, *, forget: bool = False) -> None:
+        looking, self._looking = self._looking, None
+        if looking is not None:
+            work, look = looking
+            work.wait()
+            if not forget:
+                look()
+
     def _gather(self, tensor: Tensor) -> Tensor:
         if self.size == 1:
             return tensor.unsqueeze(0)
+        self._look_first()
         result = tensor.new_empty(self.size * tensor.numel())
         self._note("all_gather", tensor)
         _all_gather(result, tensor.contiguous().view(-1), group=self._group)
