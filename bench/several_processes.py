@@ -11,11 +11,13 @@ A step is loss, gradients and Adam with dictionary rows of norm 1, on the same B
     dense replicas DistributedDataParallel of torch's own layers, top-k as a masked dense matrix,
                    with torch's fused Adam
 
-Processes meet over gloo on this machine. The jobs take turns, `ROUNDS` times; the time of a step
-is the median of the rounds' medians. Collectives alone are measured, too: alpha is the time of one
-of 4 bytes, 1 / beta the time of each further byte that a process sends in a ring. The model's step
-is the one of a process alone with its share of the work, and alpha + sent / beta for each
-collective.
+Processes meet over gloo on this machine. The jobs take turns, `ROUNDS` times. Machines that are
+lent give less at times (two cores become the halves of one), so each process does a product of
+fixed size before each step: the time of a step is the median of those steps, of all rounds, whose
+product took at most `AT_REST` times the least of the job. Collectives alone are measured, too:
+alpha is the time of one of 4 bytes, 1 / beta the time of each further byte that a process sends in
+a ring. The model's step is the one of a process alone with its share of the work, and
+alpha + sent / beta for each collective.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ from sparsekern.models import SparseAutoencoder
 from sparsekern.optim import Adam
 
 NAME = "several-processes.json"
-ROUNDS = 3
+ROUNDS = 4
+AT_REST = 1.2
+PRODUCT = 512  # rows, columns and terms of the product before a step
 SIZES = (4, 65_536, 1_048_576, 8_388_608)  # bytes that each process gives
 
 
@@ -151,18 +155,36 @@ def step_of(job: Job, problem: Problem) -> Callable[[], None]:
     return step
 
 
-def timed(function: Callable[[], object], seconds: float) -> list[float]:
+class Timed(NamedTuple):
+    """Seconds of a call, and of the product before it."""
+
+    call: float
+    product: float
+
+
+def timed(function: Callable[[], object], seconds: float) -> list[Timed]:
     """Call for so many seconds, as the first process counts them; return the times of the calls."""
-    times: list[float] = []
+    times: list[Timed] = []
     going = torch.ones(1)
+    factor = torch.ones(PRODUCT, PRODUCT)
+    product = torch.empty_like(factor)
     while going.item():
+        before = time.perf_counter()
+        torch.mm(factor, factor, out=product)
         begin = time.perf_counter()
         function()
-        times.append(time.perf_counter() - begin)
-        going[0] = float(sum(times) < seconds or len(times) < 3)
+        end = time.perf_counter()
+        times.append(Timed(end - begin, begin - before))
+        going[0] = float(sum(one.call for one in times) < seconds or len(times) < 3)
         if dist.is_initialized():
             dist.broadcast(going, 0)
     return times
+
+
+def at_rest(times: list[Timed]) -> list[float]:
+    """Return the seconds of the calls before which the machine gave what it can."""
+    least = min(one.product for one in times)
+    return [one.call for one in times if one.product <= AT_REST * least]
 
 
 def measured_step(job: Job, problem: Problem, seconds: float) -> dict[str, Any]:
@@ -178,7 +200,7 @@ def measured_step(job: Job, problem: Problem, seconds: float) -> dict[str, Any]:
         parameters = 2 * problem.latents * problem.features + problem.latents + problem.features
         sent = 2 * (job.processes - 1) / job.processes * 4 * parameters
     return {
-        "seconds": statistics.median(times), "sent": sent,
+        "times": times, "sent": sent,
         "collectives": [[t.kind, t.sent] for t in traffic.transfers],
     }  # fmt: skip
 
@@ -197,7 +219,7 @@ def measured_collectives(count: int, seconds: float) -> dict[str, Any]:
             }[kind]
             call()
             sent = (count - 1) * size * (2 / count if kind == "all_reduce" else 1)
-            lines.append([sent, statistics.median(timed(call, seconds / len(SIZES)))])
+            lines.append([sent, statistics.median(at_rest(timed(call, seconds / len(SIZES))))])
         alpha = lines[0][1]
         (sent, slowest) = lines[-1]
         found[kind] = {"alpha": alpha, "beta": sent / max(slowest - alpha, 1e-9), "lines": lines}
@@ -249,22 +271,26 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    problem, seconds = (QUICK, 0.1) if options.quick else (FULL, 3.0)
+    problem, seconds = (QUICK, 0.1) if options.quick else (FULL, 1.5)
     jobs = [Job("one", 1, 2), Job("latents", 2, 1)] if options.quick else JOBS
     every: dict[Job, list[dict[str, Any]]] = {job: [] for job in jobs}
     for number in range(1 if options.quick else ROUNDS):
         for job in jobs:
             every[job].append(run(job, problem, seconds))
-            print(number, job, f"{every[job][-1]['seconds'] * 1e3:.1f} ms", flush=True)
-    steps = {
-        job: {**found[0], "seconds": statistics.median(one["seconds"] for one in found)}
-        for job, found in every.items()
-    }
+            one = statistics.median(call for call, _ in every[job][-1]["times"])
+            print(number, job, f"{one * 1e3:.1f} ms", flush=True)
+    steps: dict[Job, dict[str, Any]] = {}
+    for job, found in every.items():
+        times = [Timed(*pair) for one in found for pair in one["times"]]
+        kept = at_rest(times)
+        facts = {"seconds": statistics.median(kept), "steps": len(times), "at_rest": len(kept)}
+        steps[job] = {**found[0], **facts}
     counts = () if options.quick else (2, 4)
     links = {n: run(Job("collectives", n, 1), problem, seconds) for n in counts}
     rows = [
         {
             **job._asdict(), "milliseconds": 1e3 * one["seconds"], "sent": one["sent"],
+            "steps": one["steps"], "at_rest": one["at_rest"],
             "rows_per_second": problem.rows / one["seconds"],
             "modelled": None if (m := modelled(job, steps, links.get(2))) is None else 1e3 * m,
         }

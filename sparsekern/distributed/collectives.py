@@ -150,6 +150,8 @@ class Group:
 
         Shapes and dtypes must be the same in all processes.
         """
+        if self.size == 1:
+            return [tensor.detach().unsqueeze(0) for tensor in tensors]
         flat = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in tensors]
         everything = self._gather(flat[0] if len(flat) == 1 else torch.cat(flat))
         results, begin = [], 0

@@ -87,22 +87,24 @@ class JobProcesses(Processes):
     """
 
     def __init__(self, mesh: Mapping[str, int], store: Any) -> None:
-        from ..distributed import state
+        from ..distributed import collectives, state
 
         self._state, self._store = state, store
+        self._everyone = collectives.Group(dist.group.WORLD)
         self.sizes = mesh
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         self.first = self.rank == 0
-        self._group: dist.ProcessGroup | None = None
 
     def device_mesh(self, device: torch.device) -> Any:
         """Make the mesh of these processes on a type of device; all must call it."""
         from torch.distributed.device_mesh import init_device_mesh
 
+        from ..distributed import collectives
+
         names = tuple(name for name in (DATA, LATENTS) if self.sizes[name] > 1 or name == LATENTS)
         shape = tuple(self.sizes[name] for name in names)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-        self._group = mesh[LATENTS].get_group()
+        self._sharing = collectives.Group(mesh[LATENTS].get_group())
         return mesh
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
@@ -122,24 +124,37 @@ class JobProcesses(Processes):
     def largest(self, *numbers: int) -> tuple[int, ...]:
         """Return the largest that any process gave, for each of the numbers."""
         # On the CPU, so that no process waits for its GPU.
-        result = torch.tensor(numbers, device="cpu")
-        dist.all_reduce(result, dist.ReduceOp.MAX)
-        return tuple(result.tolist())
+        given = torch.tensor(numbers, device="cpu")
+        return tuple(self._everyone.largest(given).tolist())
 
     def flags(self, flags: Tensor) -> Tensor:
         """Return True where any process has True, of bool tensors of one shape."""
         return torch.tensor(self.largest(*flags.int().tolist()), device="cpu").bool()
 
-    def norm(self, tensors: list[Tensor]) -> Tensor:
-        """Compute the norm of all tensors, 0-d."""
+    def share_of_norm(self, tensors: list[Tensor]) -> Tensor:
+        """Compute the squares of the norms of what all processes have alike, and of the own parts.
+
+        Returns:
+            float64 [2]: squares overflow in float32 before their root would.
+        """
         parts: list[list[Tensor]] = [[], []]
         for tensor in tensors:
             parts[self._state.is_cut(tensor)].append(self._state.local_part(tensor))
-        alike, own = (torch.nn.utils.get_total_norm(part) for part in parts)
-        # Sums of squares of norms, which overflow in float32 before their root would.
-        square = own.double().square()
-        dist.all_reduce(square, group=self._group)
-        return (square + alike.double().square()).sqrt().to(own.dtype)
+        return torch.stack([torch.nn.utils.get_total_norm(p).double().square() for p in parts])
+
+    def norms(self, shares: list[Tensor], *numbers: int) -> tuple[Tensor, tuple[int, ...]]:
+        """Compute norms of all tensors, and the largest of numbers; on a CPU in one message."""
+        squares = torch.stack(shares)  # [norms, 2]
+        if squares.is_cuda:
+            own, largest = self._sharing.sum(squares[:, 1]), self.largest(*numbers)
+        else:
+            own, others = squares[:, 1], squares.new_tensor(numbers)
+            everything = self._everyone.gather_bytes(torch.cat((own, others)))[0]
+            largest = tuple(map(int, everything[:, len(own) :].amax(0).tolist()))
+            # Those that have the same rows and other latents.
+            first = self.rank - self.rank % self.sizes[LATENTS]
+            own = everything[first : first + self.sizes[LATENTS], : len(own)].sum(0)
+        return (own + squares[:, 0]).sqrt().float(), largest
 
     def local(self, tensor: Tensor) -> Tensor:
         """Return what this process holds of a tensor."""

@@ -36,37 +36,43 @@ class FiniteSteps:
         self._waiting: tuple[int, Tensor, torch.cuda.Event | None] | None = None
 
     def gradients(self) -> Tensor:
-        """Compute the norm of all gradients; before the step, which may change them."""
-        return self.processes.norm(
+        """Compute this process's share of their norm; before the step, which may change them."""
+        return self.processes.share_of_norm(
             [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         )
 
     @torch.no_grad()
-    def watch(self, step: int, loss: Tensor, gradients: Tensor) -> None:
+    def watch(self, step: int, loss: Tensor, gradients: Tensor, *numbers: int) -> tuple[int, ...]:
         """Take in a step.
 
         Args:
             step: its number, from 1.
             loss: scalar.
             gradients: what :meth:`gradients` returned before the optimizer's step.
+            numbers: to be compared among processes in the same message.
+
+        Returns:
+            The largest that any process gave, for each of the numbers.
 
         Raises:
             TrainingError: loss, gradients or parameters of this step (on a GPU: of the one before)
                 are not finite.
         """
-        parameters = self.processes.norm([parameter.detach() for parameter in self.parameters])
-        device = parameters.device
-        norms = torch.stack([
-            value.detach().to(device, torch.float64) for value in (loss, gradients, parameters)
-        ])  # fmt: skip
+        parameters = self.processes.share_of_norm(
+            [parameter.detach() for parameter in self.parameters]
+        )
+        norms, largest = self.processes.norms([gradients, parameters], *numbers)
+        device = norms.device
+        checked = torch.cat((loss.detach().reshape(1).to(device, torch.float64), norms.double()))
         if device.type != "cuda":
-            self._check(step, norms)
-            return
-        host = torch.empty(norms.shape, dtype=norms.dtype, pin_memory=True)
-        host.copy_(norms, non_blocking=True)
+            self._check(step, checked)
+            return largest
+        host = torch.empty(checked.shape, dtype=checked.dtype, pin_memory=True)
+        host.copy_(checked, non_blocking=True)
         event = torch.cuda.current_stream(device).record_event()
         before, self._waiting = self._waiting, (step, host, event)
         self._check_waiting(before)
+        return largest
 
     def settle(self) -> None:
         """Wait for the last step and check it; raises as :meth:`watch`."""

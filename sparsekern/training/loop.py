@@ -215,8 +215,14 @@ class _Loop:
 
         stop: signals that this process got.
         """
-        failed = int(self.run.failed is not None)
-        signal, failed = self.processes.largest(stop[0] if stop else 0, failed)
+        return self._noted(*self.processes.largest(*self._reasons(stop)))
+
+    def _reasons(self, stop: list[int]) -> tuple[int, int]:
+        """Return this process's reasons to end: a signal, and that the metrics' function failed."""
+        return stop[0] if stop else 0, int(self.run.failed is not None)
+
+    def _noted(self, signal: int, failed: int) -> bool:
+        """Tell whether training must end, from the reasons of all; note the signal, if any."""
         self.signal = signal or None
         return bool(signal or failed)
 
@@ -243,11 +249,10 @@ class _Loop:
         with _closing_if_possible(self.task.batches(position.epoch, position.batch)) as batches:
             while position.batch < self.batches_per_epoch:
                 batch = self._next_batch(batches)
-                self._train_batch(batch, bar)
+                ends = self._train_batch(batch, stop, bar)
                 bar.update(len(batch))
                 if position.batch == self.batches_per_epoch:
                     break
-                ends = self.told_to_end(stop)
                 if ends or position.batch % config.checkpoint_every == 0:
                     position.seconds += time.perf_counter() - self.clock
                     self.save()
@@ -273,14 +278,17 @@ class _Loop:
             )
         return batch
 
-    def _train_batch(self, batch: Any, bar: Any) -> None:
-        """Train on a batch; add up its scalars and log them."""
+    def _train_batch(self, batch: Any, stop: list[int], bar: Any) -> bool:
+        """Train on a batch; add up its scalars and log them; tell whether training must end."""
         position = self.position
         self.task.optimizer.zero_grad(set_to_none=True)
         scalars = self.task.backward(batch)
         gradients = self.finite.gradients()
         self.task.optimizer.step()
-        self.finite.watch(position.step + 1, scalars["loss"], gradients)
+        # What ends training is asked in the same message, so that processes wait once.
+        reasons = self.finite.watch(
+            position.step + 1, scalars["loss"], gradients, *self._reasons(stop)
+        )
         for name, value in scalars.items():
             share = value.double() * len(batch)
             position.totals[name] = (
@@ -297,6 +305,7 @@ class _Loop:
                 {"kind": "step", "step": position.step, "epoch": position.epoch, **numbers}
             )
             bar.set_postfix(loss=f"{numbers['loss']:.4g}", refresh=False)
+        return self._noted(*reasons)
 
     def _require_finite(self, name: str, value: float) -> float:
         """Return a value; raise TrainingError where it is not finite."""

@@ -26,9 +26,21 @@ class Processes:
         """Return True where any process has True, of bool tensors of one shape."""
         return flags
 
-    def norm(self, tensors: list[Tensor]) -> Tensor:
-        """Compute the norm of all tensors, 0-d: not finite where one is not, or overflows."""
+    def share_of_norm(self, tensors: list[Tensor]) -> Tensor:
+        """Compute what :meth:`norms` needs of the norm of all tensors; sends nothing."""
         return torch.nn.utils.get_total_norm(tensors)
+
+    def norms(self, shares: list[Tensor], *numbers: int) -> tuple[Tensor, tuple[int, ...]]:
+        """Compute norms of all tensors; return with them the largest of some numbers.
+
+        Args:
+            shares: of each norm, from :meth:`share_of_norm`.
+            numbers: as of :meth:`largest`.
+
+        Returns:
+            [norms], not finite where a tensor is not, or where it overflows; and the largest.
+        """
+        return torch.stack(shares), numbers
 
     def local(self, tensor: Tensor) -> Tensor:
         """Return what this process holds of a tensor."""

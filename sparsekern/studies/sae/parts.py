@@ -32,9 +32,17 @@ class Parts:
         """Return a sum over all rows from that over this process's."""
         return part
 
-    def smallest(self, values: Tensor) -> Tensor:
-        """Return the smallest of each row [rows] of its codes' values [rows, w]."""
-        return values.amin(-1)
+    def of_latents(self, values: Tensor, *sums: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return what all latents are needed for, from what this process knows of its own.
+
+        Args:
+            values: [rows, w], codes of these latents; w may be 0.
+            sums: 0-d, over these latents.
+
+        Returns:
+            The smallest value of each row [rows], inf where there is none, and the sums.
+        """
+        return _smallest(values), list(sums)
 
     def largest_of_latents(self, part: Tensor) -> Tensor:
         """Return the largest over all latents from that over this process's, for each element."""
@@ -68,10 +76,10 @@ class SharedParts(Parts):
         """Return a sum over all rows from that over this process's."""
         return self.shards.data.sum(part)
 
-    def smallest(self, values: Tensor) -> Tensor:
-        """Return the smallest of each row [rows] of its codes' values [rows, w]; w may be 0."""
-        nothing = values.new_full((len(values), 1), torch.inf)
-        return -self.largest_of_latents(-torch.cat((values, nothing), dim=1).amin(-1))
+    def of_latents(self, values: Tensor, *sums: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return what all latents are needed for, from what this process knows; one message."""
+        smallest, *others = self.shards.latents.gather_bytes(_smallest(values), *sums)
+        return smallest.amin(0), [one.sum(0) for one in others]
 
     def largest_of_latents(self, part: Tensor) -> Tensor:
         """Return the largest over all latents from that over this process's, for each element."""
@@ -81,6 +89,11 @@ class SharedParts(Parts):
         """Return the share of dead latents: 0-d float32."""
         count = model.counter.dead(model.dead_after).sum()
         return self.shards.latents.sum(count).float() / self.shards.layout.latents
+
+
+def _smallest(values: Tensor) -> Tensor:
+    nothing = values.new_full((len(values), 1), torch.inf)
+    return torch.cat((values, nothing), dim=1).amin(-1)
 
 
 def parts_of(model: SparseAutoencoder) -> Parts:

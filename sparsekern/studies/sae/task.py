@@ -100,17 +100,25 @@ class SAETask:
             }
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach()
-        self._revive(output.values)
-        sums["l0"] = self.parts.sum_of_all(sums["l0"])
+        dead = self.model.counter.dead(self.model.dead_after)
+        values = output.values.detach()
+        smallest, (l0, count) = self.parts.of_latents(
+            torch.where(values > 0, values, torch.inf), sums["l0"], dead.sum()
+        )
+        self._revive(smallest.float(), dead)
+        sums["l0"] = self.parts.sum_of_rows(l0)
         sums["cosine"] = self.parts.sum_of_rows(sums["cosine"])
-        sums["dead"] = self.parts.dead(self.model)
+        sums["dead"] = count.float() / self.model.encoder_bias.numel()
         if self.config.has_k:
             sums["k"] = torch.tensor(float(self.model.k))
         return sums
 
     @torch.no_grad()
-    def _revive(self, values: Tensor) -> None:
+    def _revive(self, active: Tensor, dead: Tensor) -> None:
         """Raise the bias of dead latents until they fire; less while the learning rate falls.
+
+        active: [rows], what a latent has to exceed in a row, inf where none is active; dead: bool
+        of this process's latents.
 
         In each step by a share of what a latent has to exceed to be active.
 
@@ -121,14 +129,12 @@ class SAETask:
         """
         if not self.config.revival:
             return
-        active = self.parts.smallest(torch.where(values > 0, values, torch.inf)).float()
         rows = active < torch.inf
         level = self.parts.sum_of_rows(torch.where(rows, active, 0).sum())
         level = level / self.parts.sum_of_rows(rows.sum()).clamp_min(1)
         falling = self.optimizer.param_groups[0]["lr"] / self.config.learning_rate
         steps = max(1, self.config.epochs * self.steps_per_epoch)
         rise = self.config.revival / steps * falling * level
-        dead = self.model.counter.dead(self.model.dead_after)
         self.parts.local(self.model.encoder_bias).add_(torch.where(dead, rise, 0))
 
     def _schedule(self, step: int) -> None:
