@@ -305,6 +305,7 @@ class _Loop:
                 {"kind": "step", "step": position.step, "epoch": position.epoch, **numbers}
             )
             bar.set_postfix(loss=f"{numbers['loss']:.4g}", refresh=False)
+            return self.told_to_end(stop)  # the metrics' function may have failed just now
         return self._noted(*reasons)
 
     def _require_finite(self, name: str, value: float) -> float:
