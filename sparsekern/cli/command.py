@@ -24,8 +24,10 @@ class _Parser(argparse.ArgumentParser):
     """Reports a wrong flag in the same single line as any other bad input."""
 
     def error(self, message: str) -> NoReturn:
+        from ..studies.processes import should_report
+
         command = self.prog.removeprefix("sparsekern").strip()
-        self.exit(2, _error_line(command, message))
+        self.exit(2, _error_line(command, message) if should_report() else None)
 
 
 def _error_line(command: str, message: str) -> str:
@@ -73,12 +75,14 @@ def _open_closed_streams() -> None:
 
 def _run(arguments: Sequence[str] | None) -> int:
     """Run the command that the arguments name."""
-    from ..studies.processes import FirstProcessLostError, is_first_process
+    from ..studies.processes import FirstProcessLostError, should_report
     from ..studies.runs import EXPECTED_ERRORS
 
     options, unknown = _parser().parse_known_args(arguments)
     if unknown:
-        sys.stderr.write(_error_line(options.command, f"unknown arguments: {' '.join(unknown)}"))
+        if should_report():
+            message = f"unknown arguments: {' '.join(unknown)}"
+            sys.stderr.write(_error_line(options.command, message))
         return 2
     try:
         code: int = options.function(options)
@@ -87,7 +91,7 @@ def _run(arguments: Sequence[str] | None) -> int:
         raise
     except EXPECTED_ERRORS as error:
         # Of several processes, the first says it, for all.
-        if is_first_process() or isinstance(error, FirstProcessLostError):
+        if isinstance(error, FirstProcessLostError) or should_report():
             message = _message_with_flags(error, options.command)
             sys.stderr.write(_error_line(options.command, message))
         return 2

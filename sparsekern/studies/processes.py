@@ -50,6 +50,20 @@ def is_first_process() -> bool:
     return process_count() == 1 or os.environ.get("RANK", "0") == "0"
 
 
+def should_report() -> bool:
+    """Tell whether this process should say why it ends; wait in one that leaves it to the first.
+
+    torchrun ends all processes when one has ended, so the others wait until the first has spoken.
+    Where it does not within some seconds, it knows nothing of this error.
+    """
+    if is_first_process():
+        return True
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_IGN:  # `job` has told the first
+        return False
+    time.sleep(REPORT)
+    return True
+
+
 def was_restarted() -> bool:
     """Tell whether torchrun started this process anew, after one of them failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
