@@ -266,7 +266,20 @@ def processes_table(results: Path) -> str:
         for count, kinds in written["links"].items()
     )  # fmt: skip
     beside = "Speed: rows per second beside one process with two threads"
+    beside += ". Of the steps, those count before which both cores were free"
     text += ["", f"{size}; gloo, two cores, torch {written['torch']}. {beside}. {links}."]
+    return "\n".join(text)
+
+
+def recoveries_table(results: Path) -> str:
+    """What the synthetic preset recovers in one, two and four processes."""
+    written = json.loads((results / "several-recoveries.json").read_text())
+    text = ["| processes | recovered | FVU | dead | steps |", "| --- " * 5 + "|"]
+    for run in written["runs"]:
+        text.append(
+            f"| {run['processes']} | {run['recovered']:.1%} | {run['fvu']:.4f} | "
+            f"{run['dead']:.1%} | {run['steps']} |"
+        )
     return "\n".join(text)
 
 
@@ -304,9 +317,15 @@ def pages(root: Path = ROOT, results: Path = RESULTS) -> dict[Path, str]:
             features_table(results),
         ),
         distributed: between_marks(
-            between_marks(distributed.read_text(), "several processes", processes_table(results)),
-            "prediction",
-            prediction_table(one_gpu),
+            between_marks(
+                between_marks(
+                    distributed.read_text(), "several processes", processes_table(results)
+                ),
+                "prediction",
+                prediction_table(one_gpu),
+            ),
+            "several recoveries",
+            recoveries_table(results),
         ),
         studies: between_marks(studies.read_text(), "dead units", dead_table(vae_sae)),
         docs / "figures" / "training-step.svg": training_step(cpu),

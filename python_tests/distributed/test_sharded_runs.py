@@ -18,7 +18,8 @@ from processes import Forked, run_together, spawn, wait_for_growth
 
 from sparsekern.cli.command import main
 from sparsekern.data import synthetic, write_activations
-from sparsekern.studies import sae
+from sparsekern.models import SparseAutoencoder
+from sparsekern.studies import processes, sae
 from sparsekern.training import checkpoints
 
 __all__ = ["one_thread"]  # a fixture
@@ -135,7 +136,7 @@ def test_meshes_end_as_one_process(data, alone, tmp_path, mesh):
         compare(alone / name, tmp_path / name)
 
 
-def test_a_run_of_two_processes_is_one_like_any_other(data, alone, together, capsys):
+def test_a_run_of_two_processes_is_one_like_any_other(alone, together, tmp_path, capsys):
     folder = together / "topk"
     results = json.loads((folder / "results.json").read_text())
     measured = sae.evaluate_run(folder)
@@ -144,6 +145,12 @@ def test_a_run_of_two_processes_is_one_like_any_other(data, alone, together, cap
     assert trained.step == expected.step
     assert trained.model.dictionary.shape == (48, 16)
     assert main(["eval", str(folder), str(alone / "topk")]) == 0
+    assert main(["convert", str(folder), str(tmp_path / "written"), "--to", "saelens"]) == 0
+    written = SparseAutoencoder.from_pretrained(tmp_path / "written")
+    assert torch.equal(written.dictionary, trained.model.dictionary)
+    flags = ["--to", "saelens", "--k", "2"]
+    assert main(["convert", str(folder), str(tmp_path / "other"), *flags]) == 2
+    assert "--k must be left out for a run" in capsys.readouterr().err
 
 
 def test_a_signal_to_one_process_ends_both_at_the_same_step_and_one_goes_on(
@@ -168,6 +175,23 @@ def test_a_wrong_mesh_is_refused(data, tmp_path, capsys, flags, message):
     assert main(list(map(str, words))) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("words", [["--nonsense"], ["--k"], ["--k=-1"]], ids=str)
+def test_wrong_flags_are_left_to_the_first_process(data, tmp_path, capsys, monkeypatch, words):
+    """The others speak if they are still there after some seconds, in which it has not."""
+    silences = []
+    monkeypatch.setattr(processes.time, "sleep", lambda _: silences.append(capsys.readouterr().err))
+    command = ["train", "sae", "--activations", str(data), "--out", str(tmp_path / "run"), *words]
+    for rank, expected in (("0", []), ("1", [""])):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", rank)
+        try:
+            code = main(command)
+        except SystemExit as end:
+            code = end.code
+        assert code == 2 and silences == expected
+        assert len(said(capsys.readouterr().err)) == 1
 
 
 def test_several_processes_need_a_name_for_their_folder(data, capsys, monkeypatch):

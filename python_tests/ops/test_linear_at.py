@@ -7,6 +7,7 @@ import torch
 
 import sparsekern
 from sparsekern import testing
+from sparsekern.ops.linear_at import codes_at
 
 F = torch.nn.functional
 
@@ -73,6 +74,38 @@ def test_it_continues_a_selection(target):
     torch.testing.assert_close(again, codes.values)
     pairs = (torch.autograd.grad(t.square().sum(), weight)[0] for t in (again, codes.values))
     torch.testing.assert_close(*pairs)
+
+
+@pytest.mark.parametrize("of_x", [True, False], ids=["gradient of x", "none of x"])
+def test_codes_of_found_scores_are_those_computed_again(target, of_x):
+    """Values and gradients equal bit for bit: all numbers are small integers, scales 1, 2 and 0."""
+    torch.manual_seed(1)
+    rows, d, n, k = 9, 6, 8, 4
+    shapes = ((rows, d), (n, d), (n,), (d,))
+    x, weight, bias, pre_bias = (torch.randint(-3, 4, shape).float() for shape in shapes)
+    scale, indices = (torch.arange(n) % 3).float(), torch.rand(rows, n).argsort(-1)[:, :k]
+    chosen = torch.rand(rows, k) < 0.7
+    indices, chosen = indices.to(target.device), chosen.to(target.device)
+    grouped = sparsekern.transpose_codes(indices, n)
+    upstream = torch.randint(-3, 4, (rows, k)).float().to(target.device)
+    found = []
+    for again in (True, False):
+        leaves = [t.to(target.device).requires_grad_() for t in (x, weight, bias, pre_bias, scale)]
+        leaves[0].requires_grad_(of_x)
+        ours, (weights, biases, shift, factors) = leaves[0], leaves[1:]
+        scores = sparsekern.linear_at(
+            ours, weights, biases, indices, pre_bias=shift, scale=factors, transposition=grouped
+        )
+        if again:
+            codes = torch.where(chosen, scores.relu(), 0)
+        else:
+            codes = codes_at(
+                scores.detach(), chosen, ours, weights, biases, indices, grouped,
+                pre_bias=shift, scale=factors,
+            )  # fmt: skip
+        wanted = leaves if of_x else leaves[1:]
+        found.append((codes.detach(), *torch.autograd.grad(codes, wanted, upstream)))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
 def test_autocast_and_empty_batches(target):
