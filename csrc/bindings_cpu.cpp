@@ -91,6 +91,7 @@ PYBIND11_MODULE(_native, m) {
   m.attr("topk_of_keywords") =
       py::reinterpret_steal<py::object>(PyCFunction_NewEx(&of_keywords, nullptr, nullptr));
   m.def("instruction_sets", &instruction_sets);
+  m.def("multiplies_bfloat16", &sparsekern::cpu::multiplies_bfloat16);
   m.def("use_instruction_set", &sparsekern::cpu::use_instruction_set);
   m.def("useful_threads", &sparsekern::cpu::useful_threads);
   m.def("set_nanoseconds_per_thread", &sparsekern::cpu::set_nanoseconds_per_thread);

@@ -1,5 +1,9 @@
 #include "cpu/dispatch.h"
 
+#if defined(SPARSEKERN_X86)
+#include <cpuid.h>
+#endif
+
 #include <atomic>
 #include <cstring>
 #include <stdexcept>
@@ -78,6 +82,20 @@ const Kernels* runnable_kernels(int* count) {
 }
 
 const Kernels& kernels() { return sets().list[chosen.load(std::memory_order_relaxed)]; }
+
+bool multiplies_bfloat16() {
+#if defined(SPARSEKERN_X86)
+  // By the instruction itself: compilers learned the names of these features late.
+  constexpr unsigned kAvx512Bfloat16 = 1u << 5, kAmxBfloat16 = 1u << 22;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx512f")) return false;  // which the system must have enabled
+  if (__get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & kAvx512Bfloat16) != 0) return true;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kAmxBfloat16) != 0;
+#else
+  return false;
+#endif
+}
 
 void use_instruction_set(const char* name) {
   for (int i = 0; i < sets().count; ++i) {

@@ -23,4 +23,7 @@ const Kernels& kernels();
 // Uses another runnable set from now on (tests and benchmarks); throws when it is not there.
 void use_instruction_set(const char* name);
 
+// Whether this CPU has instructions that multiply vectors or tiles of bfloat16.
+bool multiplies_bfloat16();
+
 }  // namespace sparsekern::cpu

@@ -24,6 +24,37 @@ def gather_dot(
     checked = offsets is not None and indices.is_cpu  # a GPU's module would have to wait to tell
     if offsets is None or positions is None:
         offsets, positions = transpose_codes(indices, weight.shape[0], "gather_dot")
+    products, fits = _launch(x, weight, indices, offsets, positions, checked)
+    if not fits:
+        raise not_grouped("gather_dot")
+    return products
+
+
+def dots_of_listed(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    indices: torch.Tensor,
+    offsets: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    """Return the products [rows, k] of those codes alone that `positions` lists; see `gather_dot`.
+
+    offsets [n + 1] and positions (int32): the flat places in indices of the codes of each latent,
+    as in a transposition, with some left out. What they leave out is not initialised.
+    """
+    products, _ = _launch(x, weight, indices, offsets, positions, False)
+    return products
+
+
+def _launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    indices: torch.Tensor,
+    offsets: torch.Tensor,
+    positions: torch.Tensor,
+    checked: bool,
+) -> tuple[torch.Tensor, bool]:
+    """Return the products, and False where the codes were checked and are not so grouped."""
     products = x.new_empty(indices.shape)
     fits = launch(
         "sparse_matmul_backward",
@@ -36,6 +67,4 @@ def gather_dot(
         grad_values=products.data_ptr(),
         grad_weight=NO_MATRIX,
     )
-    if not fits:
-        raise not_grouped("gather_dot")
-    return products
+    return products, fits

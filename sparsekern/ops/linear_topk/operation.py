@@ -18,6 +18,7 @@ from ..topk.operation import passed_by_relu
 from ..transpose_codes.operation import transpose_codes
 from .checks import check_groups, check_latents, check_layer
 from .reference import centred, linear_topk_reference, transposed
+from . import screening
 from .slices import Layer, Selection, rows_at_once, select_rows
 
 
@@ -77,7 +78,9 @@ def _slice_by_slice(
         step = rows_at_once(rows.device, k)
         for first in range(0, len(rows), step):
             part = slice(first, first + step)
-            select_rows(layer, rows[part], selection, values[part], indices[part])
+            screened = screening.serves(layer, rows[part], selection)
+            write_codes = screening.select_rows if screened else select_rows
+            write_codes(layer, rows[part], selection, values[part], indices[part])
         if latents is not None:
             indices = latents[indices]
         if x.dim() != 2:
