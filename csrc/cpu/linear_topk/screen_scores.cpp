@@ -22,6 +22,11 @@ namespace {
 constexpr double kNanosecondsPerScore = 0.25;
 // Scores that are compared before their candidates are taken.
 constexpr int64_t kBlock = 64;
+// Room that a list needs for these, and for what is written beyond the last.
+constexpr int64_t kRoom = kBlock + kFloatLanes;
+// Groups of scores for each of the k, whose maxima prove a first threshold. With four, some
+// 1.15 k scores reach it.
+constexpr int64_t kGroupsPerCode = 4;
 // |bias| beyond which its own rounding is bounded by this: -inf + inf would be NaN.
 constexpr float kLargestBiasError = 1e38f;
 
@@ -75,14 +80,20 @@ inline Bounds bounds_at(const Slice& p, const LoadAt& load_at, const Stored* sco
   return {a - r, a + r};
 }
 
+// The k-th largest of `count` numbers, which it reorders.
+inline float kth_largest(float* numbers, int64_t count, int64_t k) {
+  std::nth_element(numbers, numbers + (k - 1), numbers + count, std::greater<float>());
+  return numbers[k - 1];
+}
+
 // Raises the threshold to the k-th largest lower bound and drops what cannot reach it any more.
 void tighten(List* list, int64_t k, float* scratch) {
   if (list->count < k) return;
   for (int64_t j = 0; j < list->count; ++j) {
     scratch[j] = list->lower[j] == list->lower[j] ? list->lower[j] : -INFINITY;
   }
-  std::nth_element(scratch, scratch + (k - 1), scratch + list->count, std::greater<float>());
-  const float threshold = scratch[k - 1];
+  const float proved = kth_largest(scratch, list->count, k);
+  const float threshold = proved < list->threshold ? list->threshold : proved;
   int64_t reaching = 0, kept = 0;
   for (int64_t j = 0; j < list->count; ++j) {
     // k latents before this one reach the threshold: with no more than it, this one comes after
@@ -99,31 +110,57 @@ void tighten(List* list, int64_t k, float* scratch) {
   list->threshold = threshold;
 }
 
+// A threshold for the first slice of a row: the k-th largest of the maxima of groups of lower
+// bounds is reached by k latents. What equals it may come before them, so it is a step less.
+template <bool kAffine, class Stored>
+void prove_threshold(const Slice& p, const Stored* scores, FloatLanes x_error, FloatLanes x_length,
+                     List* list, float* scratch) {
+  const int64_t vectors = (kGroupsPerCode * p.k + kFloatLanes - 1) / kFloatLanes;
+  if (2 * vectors * kFloatLanes > p.width) return;
+  const auto whole = [](auto* x) { return load(x); };
+  for (int64_t v = 0; v < vectors; ++v) {
+    store(scratch + v * kFloatLanes, broadcast(-INFINITY));
+  }
+  float* maxima = scratch;
+  for (int64_t i = 0; i + kFloatLanes <= p.width; i += kFloatLanes) {
+    const Bounds bounds = bounds_at<kAffine>(p, whole, scores, x_error, x_length, i);
+    store(maxima, larger(bounds.lower, load(maxima)));  // the second where the first is NaN
+    maxima += kFloatLanes;
+    if (maxima == scratch + vectors * kFloatLanes) maxima = scratch;
+  }
+  const float proved = kth_largest(scratch, vectors * kFloatLanes, p.k);
+  if (proved > -INFINITY) list->threshold = std::nextafter(proved, -INFINITY);
+}
+
 // One row of a slice; false when there are too many candidates.
 template <bool kAffine, class Stored>
 bool screen_row(const Slice& p, const Stored* scores, float x_error, float x_length, List* list,
                 float* scratch) {
   const FloatLanes error = broadcast(x_error), length = broadcast(x_length);
   const auto whole = [](auto* x) { return load(x); };
+  IntLanes lanes;
+  for (int lane = 0; lane < kFloatLanes; ++lane) lanes[lane] = lane;
   const auto take = [&](const Bounds& bounds, uint32_t hits, int64_t i) {
-    float lower[kFloatLanes], upper[kFloatLanes];
-    store(lower, bounds.lower);
-    store(upper, bounds.upper);
-    for (; hits != 0; hits &= hits - 1) {
-      const int lane = __builtin_ctz(hits);
-      list->latents[list->count] = static_cast<int32_t>(p.first + i + lane);
-      list->lower[list->count] = lower[lane];
-      list->upper[list->count] = upper[lane];
-      ++list->count;
-    }
+    if (hits == 0) return;
+    const int64_t count = list->count;
+    const IntLanes latents = lanes + broadcast(static_cast<int32_t>(p.first + i));
+    store_chosen(reinterpret_cast<int32_t*>(list->lower + count), (IntLanes)bounds.lower, hits);
+    store_chosen(reinterpret_cast<int32_t*>(list->upper + count), (IntLanes)bounds.upper, hits);
+    list->count += store_chosen(list->latents + count, latents, hits);
   };
-  int64_t full = std::min(p.capacity - kBlock, std::max(4 * p.k, 2 * list->count));
+  const auto next_tightening = [&] {
+    return std::min(p.capacity - kRoom, std::max(4 * p.k, 2 * list->count));
+  };
+  int64_t full = next_tightening();
   const auto make_room = [&] {
     if (list->count <= full) return true;
     tighten(list, p.k, scratch);
-    full = std::min(p.capacity - kBlock, std::max(4 * p.k, 2 * list->count));
+    full = next_tightening();
     return 4 * list->count <= 3 * p.capacity;
   };
+  if (list->threshold != list->threshold) {
+    prove_threshold<kAffine>(p, scores, error, length, list, scratch);
+  }
   int64_t i = 0;
   for (; i + kBlock <= p.width; i += kBlock) {
     const FloatLanes threshold = broadcast(list->threshold);

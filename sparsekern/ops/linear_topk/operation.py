@@ -16,10 +16,10 @@ from ..sparse_matmul.operation import sparse_matmul, sparse_matmul_backward
 from ..topk import native
 from ..topk.operation import passed_by_relu
 from ..transpose_codes.operation import transpose_codes
+from . import screening
 from .checks import check_groups, check_latents, check_layer
 from .reference import centred, linear_topk_reference, transposed
-from . import screening
-from .slices import Layer, Selection, rows_at_once, select_rows
+from .slices import Layer, Selection, is_small, rows_at_once, select_at_once, select_rows
 
 
 def _check(
@@ -46,9 +46,14 @@ def _triton_topk(*args: Any) -> Any:
 
 
 def _slice_by_slice(
-    select: Callable[..., Any], running: type[native.RunningTopk] | None = None
+    select: Callable[..., Any],
+    running: type[native.RunningTopk] | None = None,
+    screens: bool = False,
 ) -> Callable[..., Any]:
-    """Make the operation of a backend from its top-k of matrices, and of matrices in parts."""
+    """Make the operation of a backend from its top-k of matrices, and of matrices in parts.
+
+    screens: the backend has the kernels of screening.py.
+    """
 
     def run(
         x: torch.Tensor,
@@ -71,16 +76,12 @@ def _slice_by_slice(
         rows = matrix_of(x).contiguous()
         if pre_bias is not None:  # `centred`, rounded on the way out
             rows = torch.sub(rows, pre_bias, out=torch.empty_like(rows))
-        values = rows.new_empty(len(rows), k)
-        indices = rows.new_empty(len(rows), k, dtype=torch.int64)
         layer = Layer(weight, bias, scale, latents, rows.dtype)
         selection = Selection(k, groups, relu, sorted, select, running)
-        step = rows_at_once(rows.device, k)
-        for first in range(0, len(rows), step):
-            part = slice(first, first + step)
-            screened = screening.serves(layer, rows[part], selection)
-            write_codes = screening.select_rows if screened else select_rows
-            write_codes(layer, rows[part], selection, values[part], indices[part])
+        if is_small(layer, rows, groups):
+            values, indices = select_at_once(layer, rows, selection)
+        else:
+            values, indices = _select_in_parts(layer, rows, selection, screens)
         if latents is not None:
             indices = latents[indices]
         if x.dim() != 2:
@@ -89,6 +90,21 @@ def _slice_by_slice(
         return values, indices, *transposed(indices, weight.shape[0], transpose)
 
     return run
+
+
+def _select_in_parts(
+    layer: Layer, rows: torch.Tensor, selection: Selection, screens: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the codes of rows [count, d], as many at a time as share a buffer."""
+    values = rows.new_empty(len(rows), selection.k)
+    indices = rows.new_empty(len(rows), selection.k, dtype=torch.int64)
+    step = rows_at_once(rows.device, selection.k)
+    for first in range(0, len(rows), step):
+        part = slice(first, first + step)
+        codes = rows[part], selection, values[part], indices[part]
+        if not (screens and screening.select_rows(layer, *codes)):
+            select_rows(layer, *codes)
+    return values, indices
 
 
 def _fake(
@@ -216,7 +232,7 @@ linear_topk = define(
     " -> (Tensor values, Tensor indices, Tensor offsets, Tensor positions)",
     reference=linear_topk_reference,
     implementations={
-        "native": _slice_by_slice(native.topk, native.RunningTopk),
+        "native": _slice_by_slice(native.topk, native.RunningTopk, screens=True),
         "triton": _slice_by_slice(_triton_topk),
     },
     fake=_fake,

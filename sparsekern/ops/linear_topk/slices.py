@@ -21,6 +21,8 @@ from ..block_sizes import cdiv
 # GPU is filled by products of 8192 rows and latents.
 BUFFER_ELEMENTS = {"cpu": 7 << 20, "cuda": 64 << 20}
 SMALLEST_SLICE = 4096
+# Terms of all scores below which everything is done at once: a third of a millisecond's.
+SMALL_TERMS = 30_000_000
 CACHE_LINE_ELEMENTS = 64
 
 
@@ -47,7 +49,8 @@ class Layer:
 
         def slice_of(tensor: torch.Tensor) -> torch.Tensor:
             if self.latents is None:
-                return tensor[first:last].to(self.dtype)
+                whole = first == 0 and last == self.width
+                return (tensor if whole else tensor[first:last]).to(self.dtype)
             return tensor[self.latents[first:last]].to(self.dtype)
 
         columns = slice_of(self.weight).t()
@@ -72,6 +75,24 @@ class Selection(NamedTuple):
     sorted: bool
     select: Any
     running: Any
+
+
+def is_small(layer: Layer, rows: torch.Tensor, groups: int) -> bool:
+    """Return True if a call does so little that slices and screening would only take time."""
+    terms = rows.numel() * layer.width
+    return groups == 1 and layer.copied == 0 and terms < SMALL_TERMS
+
+
+def select_at_once(
+    layer: Layer, rows: torch.Tensor, selection: Selection
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the codes of rows [count, d] from all their scores."""
+    scores = rows.new_empty(len(rows), layer.width)
+    layer.scores(rows, 0, layer.width, scores)
+    values, indices, _ = selection.select(
+        scores, selection.k, selection.sorted, selection.relu, False, False
+    )
+    return values, indices
 
 
 def rows_at_once(device: torch.device, k: int) -> int:
