@@ -18,7 +18,13 @@ from .count_active import count_active
 from .gather_dot import gather_dot
 from .jumprelu import jumprelu, step
 from .linear_at import linear_at
-from .linear_topk import linear_topk, linear_topk_transposed
+from .linear_topk import (
+    RoundedWeight,
+    keep_rounded,
+    linear_topk,
+    linear_topk_transposed,
+    screening,
+)
 from .pointwise_conv import pointwise_conv
 from .sparse_matmul import sparse_matmul
 from .threshold_relu import ChannelCodes, threshold_codes, threshold_relu
@@ -28,6 +34,7 @@ from .transpose_codes import transpose_codes
 __all__ = [
     "ChannelCodes",
     "Codes",
+    "RoundedWeight",
     "Transposition",
     "adam_step",
     "batch_norm",
@@ -37,10 +44,12 @@ __all__ = [
     "count_active",
     "gather_dot",
     "jumprelu",
+    "keep_rounded",
     "linear_at",
     "linear_topk",
     "linear_topk_transposed",
     "pointwise_conv",
+    "screening",
     "sparse_matmul",
     "step",
     "threshold_codes",

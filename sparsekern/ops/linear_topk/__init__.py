@@ -27,8 +27,16 @@ from ..checks import check_count
 from ..codes import Codes, Transposition
 from . import operation
 from .checks import check_groups, check_layer
+from .rounded import RoundedWeight, keep_rounded
+from .screen import screening
 
-__all__ = ["linear_topk", "linear_topk_transposed"]
+__all__ = [
+    "RoundedWeight",
+    "keep_rounded",
+    "linear_topk",
+    "linear_topk_transposed",
+    "screening",
+]
 
 
 def linear_topk(
@@ -85,6 +93,13 @@ def linear_topk(
         ordered by index. Memory: buffers of at most 7 Mi scores (and as many weights, where they
         have to be converted or gathered), and k codes per slice of latents; never [B, N], and
         never [B, k, D] in the backward pass.
+
+        On a CPU that multiplies bfloat16 numbers, float32 rows are screened by a product in
+        bfloat16 where that pays: latents that a bound of its error excludes are left out, and the
+        scores of the others are computed in float32, as `linear_at` computes them. The codes are
+        those of all latents' float32 scores in that order of additions, whatever the number of
+        threads (see the page "How the encoder is exact"). `screening` turns it off, `keep_rounded`
+        makes it pay for a few rows.
 
     Example:
         >>> import torch, sparsekern

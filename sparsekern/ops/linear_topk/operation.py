@@ -16,7 +16,7 @@ from ..sparse_matmul.operation import sparse_matmul, sparse_matmul_backward
 from ..topk import native
 from ..topk.operation import passed_by_relu
 from ..transpose_codes.operation import transpose_codes
-from . import screening
+from . import screen
 from .checks import check_groups, check_latents, check_layer
 from .reference import centred, linear_topk_reference, transposed
 from .slices import Layer, Selection, is_small, rows_at_once, select_at_once, select_rows
@@ -52,7 +52,7 @@ def _slice_by_slice(
 ) -> Callable[..., Any]:
     """Make the operation of a backend from its top-k of matrices, and of matrices in parts.
 
-    screens: the backend has the kernels of screening.py.
+    screens: the backend has the kernels of screen.py.
     """
 
     def run(
@@ -102,7 +102,7 @@ def _select_in_parts(
     for first in range(0, len(rows), step):
         part = slice(first, first + step)
         codes = rows[part], selection, values[part], indices[part]
-        if not (screens and screening.select_rows(layer, *codes)):
+        if not (screens and screen.select_rows(layer, *codes)):
             select_rows(layer, *codes)
     return values, indices
 

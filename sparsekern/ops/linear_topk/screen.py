@@ -16,10 +16,13 @@ scores computed. docs/exact-encoding.md derives the bounds.
 
 from __future__ import annotations
 
-import functools
+import contextlib
+import os
+from collections.abc import Iterator
 
 import torch
 
+from ...dispatch.backends import new_choices
 from ...dispatch.launch import launch, matrix, pointer
 from ...dispatch.modules import native_module
 from ..gather_dot.native import dots_of_listed
@@ -98,14 +101,56 @@ def _serves(layer: Layer, rows: torch.Tensor, k: int, width: int) -> bool:
         and 1 in layer.weight.stride()
         and CANDIDATES_PER_CODE * k <= width < MOST_LATENTS
         and is_quick_here()
+        and _is_enabled()
     )
 
 
-@functools.cache
 def is_quick_here() -> bool:
     """Return True if this CPU multiplies bfloat16 numbers by instructions of its own."""
-    module, _ = native_module("cpu")
-    return bool(getattr(module, "multiplies_bfloat16", lambda: False)())
+    if not _quick:
+        module, _ = native_module("cpu")
+        _quick["cpu"] = bool(getattr(module, "multiplies_bfloat16", lambda: False)())
+    return _quick["cpu"]
+
+
+_quick: dict[str, bool] = new_choices()
+_asked: list[bool] = []
+
+
+def screening(enabled: bool) -> contextlib.AbstractContextManager[None]:
+    """Let `linear_topk` screen float32 layers inside the `with` block, or not.
+
+    By default it does where that is measured to pay, and the environment variable
+    SPARSEKERN_SCREENING=0 turns it off. With and without it, the k largest scores are selected; the
+    last bits of the values, and the order of scores that differ by no more, are those of another
+    order of additions. The choice holds for the whole process.
+
+    Raises:
+        TypeError: enabled is no bool.
+
+    Example:
+        >>> import torch, sparsekern
+        >>> with sparsekern.screening(False):
+        ...     codes = sparsekern.linear_topk(torch.randn(9, 64), torch.randn(99, 64), None, 8)
+    """
+    if not isinstance(enabled, bool):
+        raise TypeError(f"screening: enabled must be a bool, got {enabled!r}")
+    return _asked_for(enabled)
+
+
+@contextlib.contextmanager
+def _asked_for(enabled: bool) -> Iterator[None]:
+    _asked.append(enabled)
+    try:
+        yield
+    finally:
+        _asked.pop()
+
+
+def _is_enabled() -> bool:
+    if _asked:
+        return _asked[-1]
+    return os.environ.get("SPARSEKERN_SCREENING", "1") != "0"
 
 
 def pays(rows: int, depth: int, width: int, k: int, kept: bool) -> bool:
