@@ -7,12 +7,22 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from sparsekern.benchmarks import peers
+from sparsekern.benchmarks.cases.autoencoder import COPY_KEPT
 from sparsekern.benchmarks.cases.topk import ITSELF
 from sparsekern.benchmarks.workload import BY_CHANNEL, Workload
 
 TOPK_SIZES = ((512, 4096, 32), (256, 32768, 32), (64, 131072, 64), (16, 1048576, 32))
 PRODUCT_SIZES = ((1024, 32, 16384, 768), (1024, 64, 32768, 2048))
-ENCODER_SIZES = ((512, 768, 16384, 32), (128, 768, 131072, 64), (512, 4096, 32768, 64))
+ENCODER_SIZES = (
+    (1024, 768, 16384, 32),
+    (128, 768, 131072, 64),
+    (512, 2048, 32768, 64),
+    (512, 4096, 32768, 64),
+)
+STEP_PEERS = ("eai-sparsify", "dictionary-learning", "sae-lens")
+# Rows that are encoded a few at a time: bound by reading the weight, and by the call itself.
+FEW_ROWS = ((1, 768, 65536, 64), (8, 768, 65536, 64), (32, 768, 65536, 64))
+SMALL_ENCODERS = ((1, 384, 3072, 32), (8, 384, 3072, 32))
 # Inputs that selection algorithms stumble over, and the dtype in which they do.
 HARD = (
     ("ascending", "float32"),
@@ -145,15 +155,21 @@ def _cpu() -> Iterable[Target]:
 def _autoencoder() -> Iterable[Target]:
     for rows, d, n, k in ENCODER_SIZES:
         encoder = Workload("linear_topk", rows, n, k, d)
-        yield Target(encoder, "F.linear", 1 / 1.1, at_most=True)
+        yield Target(encoder, "F.linear", 1 / 0.6, at_most=True)
         yield Target(encoder, "F.linear, torch.topk", 1)
+    for rows, d, n, k in FEW_ROWS:
+        encoder = Workload("linear_topk", rows, n, k, d, fill=COPY_KEPT)
+        yield Target(encoder, "F.linear, torch.topk", 2)
+    for rows, d, n, k in SMALL_ENCODERS:
+        yield Target(Workload("linear_topk", rows, n, k, d), "F.linear, torch.topk", 1)
     step = Workload("SparseAutoencoder", 1024, 16384, 32, 768, mode="forward+backward")
-    yield Target(step, "F.linear forward", 1 / 1.35, at_most=True)
-    for autocast, sparse_bar in (("", 1.4), ("bfloat16", 1.5)):
+    yield Target(step, "F.linear forward", 1 / 0.7, at_most=True)
+    whole = replace(step, mode="forward+backward+optimizer")
+    yield Target(whole, "F.linear forward", 1 / 0.8, at_most=True)
+    for autocast, bars in (("", (4, 9, 9)), ("bfloat16", (1.5, 5, 5))):
         cast = replace(step, autocast=autocast)
-        yield Target(cast, "eai-sparsify", sparse_bar)
-        yield Target(cast, "sae-lens", 5)
-        yield Target(cast, "dictionary-learning", 5)
+        for peer, bar in zip(STEP_PEERS, bars, strict=True):
+            yield Target(cast, peer, bar)
     wide = replace(step, n=131072, k=64)
     yield Target(wide, "F.linear forward", beyond_gradients=128 * MIB)
     adam = Workload("adam_step", n=16384, d=768)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from ... import testing
 from ...models import SparseAutoencoder
 from ...ops.adam_step import adam_step
 from ...ops.adam_step.reference import adam_step_reference
+from ...optim import Adam
 from ...sae.statistics import total_variance
 from .. import peers
 from ..problem import Problem, Tensors, region, worst_ratio
@@ -26,6 +28,8 @@ from ..timing import forced
 from ..workload import Workload
 
 OPS = ("linear_topk", "SparseAutoencoder", "adam_step")
+# A workload's fill: `keep_rounded` of the weight.
+COPY_KEPT = "rounded copy kept"
 F = torch.nn.functional
 LARGEST_CHECKED = 2**30
 
@@ -56,6 +60,10 @@ def _layer(workload: Workload) -> Tensors:
 def _encoder(workload: Workload) -> Problem:
     x, weight, bias = _layer(workload)
     k = workload.k
+    kept = sparsekern.keep_rounded(weight) if workload.fill == COPY_KEPT else None
+
+    def ours() -> object:
+        return sparsekern.linear_topk(x, weight, bias, k), kept  # which lives as long as this
 
     def check(backend: str) -> float:
         """Compare sorted values with a float64 truth: products differ in their last bits."""
@@ -68,7 +76,7 @@ def _encoder(workload: Workload) -> Problem:
         return testing.error_ratio(values[rows], truth, plain, scale)
 
     return Problem(
-        ours=lambda: sparsekern.linear_topk(x, weight, bias, k),
+        ours=ours,
         peers={
             "F.linear": lambda: F.linear(x, weight, bias),
             "F.linear, torch.topk": lambda: F.linear(x, weight, bias).topk(k),
@@ -91,6 +99,8 @@ def _step(workload: Workload) -> Problem:
         model.decoder_bias.copy_(x[0] / 10)
     leaves = [model.encoder, model.encoder_bias, model.dictionary, model.decoder_bias]
     ours = _gradients(workload, lambda: model.loss(x)[1].total, leaves)
+    if workload.mode.endswith("optimizer"):
+        ours = _with_optimizer(ours, leaves, model.dictionary)
     others: dict[str, peers.Peer] = {}
 
     def prepare(names: Sequence[str]) -> None:
@@ -135,6 +145,28 @@ def _gradients(
         with region(workload):
             value = loss()
         return torch.autograd.grad(value, parameters)
+
+    return step
+
+
+def _with_optimizer(
+    gradients: Callable[[], Tensors],
+    parameters: Sequence[torch.Tensor],
+    dictionary: torch.Tensor,
+) -> Callable[[], Tensors]:
+    """Make a step that ends with the optimizer's, of so small a rate that the model stays."""
+    others = [parameter for parameter in parameters if parameter is not dictionary]
+    groups: list[dict[str, Any]] = [
+        {"params": [dictionary], "unit_rows": True},
+        {"params": others},
+    ]
+    optimizer = Adam(groups, lr=1e-12)
+
+    def step() -> Tensors:
+        for parameter, gradient in zip(parameters, gradients(), strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        return parameters
 
     return step
 

@@ -11,7 +11,7 @@
 So the selection is that of all latents' float32 scores in that order, whatever was screened. Rows
 with too many candidates (their scores lie closer than bfloat16 can tell) are screened again by a
 product in float32, and those that are left (their scores are equal, or not numbers) have all their
-scores computed. docs/exact-encoding.md derives the bounds.
+scores computed. docs/how-encoding-is-exact.md derives the bounds.
 """
 
 from __future__ import annotations
