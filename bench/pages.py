@@ -283,6 +283,32 @@ def recoveries_table(results: Path) -> str:
     return "\n".join(text)
 
 
+def screening_table(results: Path) -> str:
+    """How many candidates rows have, and what was compared with the truth."""
+    written = json.loads((results / "screening.json").read_text())
+    text = ["| encoder | D | latents | k | candidates a row | most |", "| --- " * 6 + "|"]
+    for row in written["candidates"]:
+        crowded = f", {row['crowded']} of {row['rows']} rows have no room" * bool(row["crowded"])
+        text.append(
+            f"| {row['name']} | {row['d']} | {row['n']} | {row['k']} | {row['mean']:.0f} | "
+            f"{row['most']}{crowded} |"
+        )
+    search, truths = written["search"], written["double precision"]
+    compared = " and ".join(f"{row['rows']:,} rows ({row['name']})" for row in truths)
+    lost = sum(row["lost"] for row in truths)
+    close = sum(row["closer than float32 tells"] for row in truths)
+    beside = (
+        f"Selections of {compared} beside those of double precision: {lost} latents differ by "
+        f"more than float32 can tell, {close} by less."
+    )
+    searched = (
+        f"Codes of {search['rows']:,} rows, half of them random and half made to deceive the "
+        f"bound, beside those of all float32 scores: {search['lost']} rows differ."
+    )
+    text += ["", beside, searched]
+    return "\n".join(text)
+
+
 # -- files -----------------------------------------------------------------------------------------
 
 
@@ -304,7 +330,7 @@ def pages(root: Path = ROOT, results: Path = RESULTS) -> dict[Path, str]:
     vae_sae, sparling = cells_of(results, "vae-sae-small"), cells_of(results, "sparling-tiny")
     docs = root / "docs"
     readme, benchmarks, studies = root / "README.md", docs / "benchmarks.md", docs / "studies.md"
-    distributed = docs / "distributed.md"
+    distributed, exact = docs / "distributed.md", docs / "how-encoding-is-exact.md"
     return {
         readme: between_marks(
             between_marks(readme.read_text(), "headlines", headlines(cpu)),
@@ -327,6 +353,7 @@ def pages(root: Path = ROOT, results: Path = RESULTS) -> dict[Path, str]:
             "several recoveries",
             recoveries_table(results),
         ),
+        exact: between_marks(exact.read_text(), "screening", screening_table(results)),
         studies: between_marks(studies.read_text(), "dead units", dead_table(vae_sae)),
         docs / "figures" / "training-step.svg": training_step(cpu),
         docs / "figures" / "ratios.svg": ratios(cpu),

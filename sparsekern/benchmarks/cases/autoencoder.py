@@ -166,7 +166,7 @@ def _with_optimizer(
         for parameter, gradient in zip(parameters, gradients(), strict=True):
             parameter.grad = gradient
         optimizer.step()
-        return parameters
+        return tuple(parameters)
 
     return step
 
