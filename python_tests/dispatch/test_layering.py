@@ -28,7 +28,7 @@ ALLOWED = {
     "models": {"models", "nn", "ops", "sae"},
     "distributed": {"dispatch", "distributed", "integrations", "nn", "ops", "sae"},
     "measures": {"_system", "data", "measures", "ops"},
-    "benchmarks": {"__init__", "_system", "benchmarks", "models", "ops", "sae", "testing"},
+    "benchmarks": {"__init__", "_system", "benchmarks", "models", "ops", "optim", "sae", "testing"},
     "testing": set(),
     "data": {"_system", "_tensor_files", "data"},
     "training": {"_system", "_tensor_files", "data", "measures", "nn", "training"},

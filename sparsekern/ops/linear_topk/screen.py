@@ -39,6 +39,9 @@ LEAST_WIDTH = 1024
 CANDIDATES_PER_CODE = 16
 LEAST_CANDIDATES = 512
 MOST_LATENTS = 2**31
+# Share of rows with too many candidates after the first slice, from which on all rows are done in
+# full precision.
+MOST_CROWDED = 0.25
 # Scores held at a time where all scores of some rows are computed.
 EXHAUSTIVE_ELEMENTS = 4 << 20
 
@@ -240,6 +243,10 @@ class Candidates:
         self.counts = torch.zeros(rows, dtype=torch.int32)
         self.thresholds = torch.full((rows,), torch.nan, dtype=torch.float32)
 
+    def share_crowded(self) -> float:
+        """Return the share of rows that had too many candidates."""
+        return float((self.counts < 0).float().mean())
+
     def update(
         self,
         scores: torch.Tensor,
@@ -307,6 +314,9 @@ def find_candidates(product: Product, k: int, latents: range) -> Candidates:
         candidates.update(
             out, first, bias, scale, product.factors, weight, last == latents.stop
         )  # fmt: skip
+        if first == latents.start and candidates.share_crowded() > MOST_CROWDED:
+            candidates.counts.fill_(-1)  # the other slices would be in vain
+            break
     return candidates
 
 
