@@ -32,13 +32,12 @@ def dense(x, weight, bias, k, *, pre_bias=None, scale=None, latents=None, relu=T
     return (values.relu() if relu else values), indices
 
 
-@pytest.fixture(params=["at once", "one slice", "slices", "slices and row parts"])
+@pytest.fixture(params=["one slice", "slices", "slices and row parts"])
 def sliced(request, monkeypatch):
     """Buffers so small that a few dozen latents make several slices, and a few rows several
     parts."""
-    if request.param != "at once":
-        monkeypatch.setattr(linear_slices, "SMALL_TERMS", 0)
-    if request.param not in ("at once", "one slice"):
+    monkeypatch.setattr(linear_slices, "SMALL_TERMS", 0)
+    if request.param != "one slice":
         elements = 16 if request.param == "slices" else 5 * 8
         monkeypatch.setattr(linear_slices, "SMALLEST_SLICE", 8)
         monkeypatch.setattr(

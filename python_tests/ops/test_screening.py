@@ -258,7 +258,6 @@ def test_no_input_found_that_loses_a_winner(d, n, k, seed, exponent, spread):
     check_equal(x, weight, k)
 
 
-@pytest.mark.slow
 def test_inputs_made_to_deceive_the_bound_lose_nothing():
     """Gradient ascent on what rounding takes: rows and latents whose errors all point one way."""
     d, n, k = 48, 600, 4
@@ -277,7 +276,6 @@ def test_inputs_made_to_deceive_the_bound_lose_nothing():
         assert lost(x, weight, k) == 0
 
 
-@pytest.mark.slow
 def test_sets_are_those_of_double_precision():
     cases = 0
     for seed in range(40):
