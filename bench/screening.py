@@ -1,12 +1,12 @@
 """What screening of the encoder finds and keeps, as results/screening.json.
 
-    python bench/screening.py [--activations FILE --dictionary CHECKPOINT] [--tries 100000]
+    python bench/screening.py [--activations FILE --run RUN] [--tries 100000]
 
 Counts, for random and for trained dictionaries, the candidates of a row (see
 docs/how-encoding-is-exact.md), compares selections with those of double precision, and searches for
 inputs that lose a latent: random ones of every size and range, and some that were made for it by
-ascent on what rounding takes away. FILE is a file of the activation store, CHECKPOINT a folder of
-`SparseAutoencoder.save_pretrained` or of a run (see real_activations.py).
+ascent on what rounding takes away. RUN is the folder of a run of `sparsekern train sae` on FILE, a
+file of the activation store (real_activations.py makes one).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from measuring.checkout import RESULTS, sparsekern
 from sparsekern._system import replaced
 from sparsekern.data import ActivationStore
 from sparsekern.ops.linear_topk import screen, slices
+from sparsekern.studies.sae import load_run
 
 SIZES = ((768, 16384, 32), (768, 65536, 64), (2048, 32768, 64), (4096, 65536, 64))
 ROWS = 256
@@ -35,8 +36,7 @@ ROUNDOFF = 2.0**-24
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--activations", type=Path, help="file of activations")
-    parser.add_argument("--dictionary", type=Path, help="checkpoint trained on them")
-    parser.add_argument("--k", type=int, default=32, help="of the trained dictionary")
+    parser.add_argument("--run", type=Path, help="folder of a run on them")
     parser.add_argument("--tries", type=int, default=100_000)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
@@ -72,16 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def trained(options: argparse.Namespace) -> tuple:
     """A trained encoder and the activations it was trained on."""
-    model = sparsekern.sae.SparseAutoencoder.from_pretrained(options.dictionary)
-    store = ActivationStore(options.activations, batch_size=TRUE_ROWS, seed=0)
-    x = next(iter(store)).float() - model.decoder_bias.detach()
-    return (
-        "trained, a sentence model's layer",
-        x,
-        model.encoder.detach(),
-        model.encoder_bias.detach(),
-        options.k,
-    )
+    model = load_run(options.run).model
+    store = ActivationStore(options.activations)
+    x = store.stored_rows(0, TRUE_ROWS).float() - model.decoder_bias.detach()
+    weight, bias = model.encoder.detach(), model.encoder_bias.detach()
+    return "trained on a sentence model's layer", x, weight, bias, int(model.k)
 
 
 def candidates(

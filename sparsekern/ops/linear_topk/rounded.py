@@ -60,6 +60,12 @@ class RoundedWeight:
 
     Attributes:
         weight: [N, D] float32, the tensor that was given.
+
+    Example:
+        >>> import torch, sparsekern
+        >>> kept = sparsekern.keep_rounded(torch.randn(4096, 64))
+        >>> kept.nbytes  # made at the first call that uses it
+        0
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
