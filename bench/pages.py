@@ -306,6 +306,14 @@ def screening_table(results: Path) -> str:
         f"bound, beside those of all float32 scores: {search['lost']} rows differ."
     )
     text += ["", beside, searched]
+    if run := written["training"]:
+        far, time = run["distance"], run["milliseconds"]
+        text.append(
+            f"The loss of {run['steps']} steps on that layer's activations ({run['rows']} rows, "
+            f"{run['latents']} latents) is {far['with']:.1e} from the loss in float64 at most, "
+            f"{far['without']:.1e} without screening; a step, with torch's Adam, takes "
+            f"{time['with']:.0f} ms, {time['without']:.0f} without."
+        )
     return "\n".join(text)
 
 

@@ -34,6 +34,12 @@ LONGEST = ("cli", "distributed", "docs", "native", "studies")
 _cases: collections.Counter[str] = collections.Counter()
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Random numbers are the same in every run, whatever ran before in the process."""
+    torch.manual_seed(0)
+
+
 @dataclass(frozen=True)
 class Target:
     """A backend on a device; `thorough` where a case takes microseconds and the full sweep is

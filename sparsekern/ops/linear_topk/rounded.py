@@ -158,7 +158,7 @@ def keep_rounded(weight: torch.Tensor) -> RoundedWeight:
 
     Note:
         The copy is made at the first call that uses it, and again after a change that torch counts:
-        in place, by an optimizer, by load_state_dict, by set_. Changes that torch does not count
+        in place, by an optimizer, by load_state_dict, by `set_`. Changes that torch does not count
         (through `Tensor.data`, numpy or other aliases) are noticed where they reach the sixteen
         elements in each of about a thousand rows, other ones each time, that every call compares;
         a change of single elements may not: call `refresh` after one.
