@@ -7,7 +7,9 @@
 // never drops a candidate and never raises a threshold.
 #include <algorithm>
 #include <cmath>
-#include <limits>
+#include <functional>
+#include <stdexcept>
+#include <string>
 
 #include "cpu/common/buffer.h"
 #include "cpu/common/dtypes.h"
@@ -217,7 +219,9 @@ void screen_scores(const ScreenScoresArguments& call, int threads) {
                     call.bias,        call.scale,          call.lengths,    call.errors,
                     call.score_error, call.bias_error,     call.least_error};
   if (call.scores.dtype == kBFloat16) return screen<BFloat16>(call, slice, threads);
-  screen<float>(call, slice, threads);
+  if (call.scores.dtype == kFloat32) return screen<float>(call, slice, threads);
+  throw std::runtime_error("screen_scores: scores must be float32 or bfloat16, got dtype number " +
+                           std::to_string(static_cast<int>(call.scores.dtype)));
 }
 
 }  // namespace sparsekern::cpu::SPARSEKERN_ISA
