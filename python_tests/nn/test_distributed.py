@@ -75,9 +75,8 @@ def no_sync_averages_at_its_end(rank):
 
 def a_wrapper_that_comes_late_is_found(rank):
     model = _model()
-    for at in range(3):
-        model.loss(_batches()[rank, at])[1].total.backward()
-    model._wrapper._asked = 100  # of 128, where the next search would be
+    for at in range(20):
+        model.loss(_batches()[rank, at % 3])[1].total.backward()
     ddp = DistributedDataParallel(model)
     model.zero_grad()
     model.loss(_batches()[rank, 0])[1].total.backward()
@@ -96,7 +95,10 @@ class _Around(nn.Module):
 
 def a_model_around_it_must_call_the_loss(rank):
     x = _batches()[rank, 0]
-    ddp = DistributedDataParallel(_Around())
+    around = _Around()
+    for _ in range(20):
+        around(x)
+    ddp = copy.deepcopy(DistributedDataParallel(around))
     with pytest.raises(RuntimeError, match=r"SparseAutoencoder.loss: .* outside of _Around"):
         ddp.module.model.loss(x)
     with torch.no_grad():

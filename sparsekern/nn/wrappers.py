@@ -46,6 +46,17 @@ def is_fully_sharded(module: nn.Module) -> bool:
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
+def kinds_of(kind: type) -> set[type]:
+    """Return a type with those derived from it."""
+    return {kind}.union(*map(kinds_of, kind.__subclasses__()))
+
+
+def fully_sharded_kinds() -> set[type]:
+    """Return the types of the modules that fully_shard was given, which it makes for them."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return set() if fsdp is None else kinds_of(fsdp.FSDPModule) - {fsdp.FSDPModule}
+
+
 def is_cut(tensor: torch.Tensor) -> bool:
     """Return True if a process holds a part of a tensor (a DTensor)."""
     return hasattr(tensor, "device_mesh")

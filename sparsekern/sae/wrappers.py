@@ -12,18 +12,22 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from ..nn.recomputation import recomputing
 from ..nn.wrappers import (
     active_wrapper,
+    fully_sharded_kinds,
     has_other_processes,
     in_fully_sharded_forward,
     is_cut,
     is_fully_sharded,
+    kinds_of,
 )
 
-# Each of the first calls searches for a wrapper, then each whose number is a power of two.
+# Where fully_shard was used, each of the first calls searches for a wrapper, then each whose number
+# is a power of two.
 SEARCHES = 16
 # torch asks the module for it where DistributedDataParallel wraps it.
 ASKED_BY_WRAPPER = "_ddp_params_and_buffers_to_ignore"
@@ -31,22 +35,46 @@ ASKED_BY_WRAPPER = "_ddp_params_and_buffers_to_ignore"
 Outputs = TypeVar("Outputs")
 
 
+class _Made:
+    """How many wrappers of DistributedDataParallel were made since the first search was prepared.
+
+    torch tells of every module that becomes part of another one.
+    """
+
+    count = 0
+    _handle: Any = None
+
+    @classmethod
+    def notice(cls) -> None:
+        """Count from now on."""
+        if cls._handle is None:
+            cls._handle = register_module_module_registration_hook(cls._count)
+
+    @classmethod
+    def _count(cls, module: nn.Module, *_: object) -> None:
+        if isinstance(module, DistributedDataParallel):
+            cls.count += 1
+
+
 class Wrapper:
     """A search for the wrapper of a module.
 
     torch leaves no trace of DistributedDataParallel in the wrapped module, nor of fully_shard in
-    the parts of one, so the objects of this process are searched: at the first calls, when torch
-    wraps the module itself, and then ever more rarely. A wrapper of a model around it, made after
-    more than 16 training calls without it, is found late: wrap a model before training it.
+    the parts of one, so the objects of this process are searched: once after any wrapper was made,
+    of which torch tells, and where fully_shard was used, of which it does not, at the first calls
+    and then ever more rarely.
     """
 
     def __init__(self) -> None:
+        _Made.notice()
         self._asked = 0
+        self._searched_when = 0
         self._known: weakref.ref[nn.Module] | None = None
 
     def search_again(self) -> None:
         """Search at the next calls: the module was wrapped."""
         self._asked = 0
+        self._searched_when = -1
 
     def around(self, module: nn.Module, method: str) -> nn.Module | None:
         """Return the wrapper to call instead of a module's own method.
@@ -143,14 +171,26 @@ class Wrapper:
         if not has_other_processes() or is_cut(next(module.parameters())):
             return None
         wrapper = self._known() if self._known is not None else None
-        self._asked += 1
-        if wrapper is None and (self._asked <= SEARCHES or self._asked & (self._asked - 1) == 0):
+        if wrapper is None and self._is_time_to_search():
             wrapper = _find_wrapper(module)
             self._known = None if wrapper is None else weakref.ref(wrapper)
         return wrapper
 
+    def _is_time_to_search(self) -> bool:
+        self._asked += 1
+        made, self._searched_when = self._searched_when != _Made.count, _Made.count
+        early = self._asked <= SEARCHES or self._asked & (self._asked - 1) == 0
+        return made or (early and bool(fully_sharded_kinds()))
+
     def __reduce__(self) -> Any:
-        return Wrapper, ()
+        return _copied, ()
+
+
+def _copied() -> Wrapper:
+    """Return the search of a module that was copied or unpickled, its wrapper perhaps with it."""
+    wrapper = Wrapper()
+    wrapper.search_again()
+    return wrapper
 
 
 def _wraps_just(wrapper: nn.Module, module: nn.Module) -> bool:
@@ -170,15 +210,7 @@ def _tensors(outputs: Any) -> Iterator[Tensor]:
 
 def _find_wrapper(module: nn.Module) -> nn.Module | None:
     """Return the innermost wrapper of a module, or of a model around it."""
-    kinds: dict[type, bool] = {}
-    wrappers = []
-    for candidate in gc.get_objects():
-        kind = type(candidate)
-        if kind not in kinds:  # an own table: most objects are of few types
-            kinds[kind] = issubclass(kind, DistributedDataParallel) or (
-                issubclass(kind, nn.Module) and is_fully_sharded(candidate)
-            )
-        if kinds[kind]:
-            wrappers.append(candidate)
+    kinds = {*kinds_of(DistributedDataParallel), *fully_sharded_kinds()}
+    wrappers = [candidate for candidate in gc.get_objects() if type(candidate) in kinds]
     around = [w for w in wrappers if any(part is module for part in w.modules())]
     return min(around, key=lambda wrapper: sum(1 for _ in wrapper.modules()), default=None)
