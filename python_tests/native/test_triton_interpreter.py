@@ -1,6 +1,8 @@
-"""The tests' quick reductions of Triton's interpreter beside those of the interpreter itself."""
+"""The tests' quick interpreter of Triton beside the interpreter itself."""
 
 from __future__ import annotations
+
+import contextlib
 
 import pytest
 import torch
@@ -53,3 +55,18 @@ def test_by_halves_equals_by_elements(axis: int, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ReduceOps, "generic_reduce", interpreter.by_elements)
     for quickly, slowly in zip((best, place), results(), strict=True):
         assert torch.equal(quickly, slowly)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_language_is_as_before_when_a_kernel_has_ended(fails: bool) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("kernels are compiled here: run on a machine without a GPU")
+    owners = tl, tl.core, tl.math, tl.tensor, tl.dtype
+    before = [dict(vars(owner)) for owner in owners]
+    seen = []
+    given = [torch.ones(64), torch.empty(8), torch.empty(8, dtype=torch.int32)]
+    grid = (1,) if not fails else lambda sizes: seen.append(vars(tl)["load"]) or 1 / 0
+    with pytest.raises(ZeroDivisionError) if fails else contextlib.nullcontext():
+        reduce_kernel[grid](*given, rows=8, cols=8, axis=0)
+    assert [vars(owner) for owner in owners] == before
+    assert all(load is not before[0]["load"] for load in seen) and len(seen) == fails
