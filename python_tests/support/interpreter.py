@@ -7,6 +7,7 @@
   change, about 2 ms; here this is found once, and changed once for a kernel.
 * Sums and products of 32-bit integers are computed in 64 bits, too, for an assertion that follows
   only where its debug option is set. Here they are computed where it is.
+* Types are made and translated anew for each operation; here each is once.
 
 Kernels, functions and everything else of the interpreter stay as they are.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ try:
     by_elements = tritons.ReduceOps.generic_reduce
     change_for = tritons._patch_lang
     builder = tritons.interpreter_builder
+    tritons._get_np_dtype, language.block_type.with_element_ty  # noqa: B018
     options = dataclasses.replace(builder.options, sanitize_overflow=builder.options.debug)
 except (ImportError, AttributeError, TypeError):
     language = tritons = by_elements = None
@@ -38,6 +41,22 @@ def install() -> None:
         tritons.ReduceOps.generic_reduce = _reduce
         tritons._patch_lang = lambda function: _changes().made()
         builder.options = options
+        tritons._get_np_dtype = _once_by_name(tritons._get_np_dtype)
+        language.block_type.with_element_ty = _once_by_name(language.block_type.with_element_ty)
+
+
+def _once_by_name(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Call a function of types once for each of them, which their names tell apart."""
+    results: dict[tuple[str, ...], Any] = {}
+
+    @functools.wraps(function)
+    def call(*types: Any) -> Any:
+        names = tuple([each.name for each in types])
+        if names not in results:
+            results[names] = function(*types)
+        return results[names]
+
+    return call
 
 
 def _reduce(operation: Any, inputs: Any) -> list[Any]:
