@@ -77,6 +77,19 @@ class TeamReduce<BlockTeam> {
     return static_cast<int>(before);
   }
 
+  // The sum over the threads before this one; *total over all of them.
+  __device__ int before(int x, int* total) {
+    const int upto = warp_sum_upto(x);
+    const unsigned* slots = share(static_cast<unsigned>(__shfl_sync(kFullMask, upto, kWarp - 1)));
+    unsigned before = 0, sum = 0;
+    for (int w = 0; w < kBlockWarps; ++w) {
+      if (w < static_cast<int>(threadIdx.x) / kWarp) before += slots[w];
+      sum += slots[w];
+    }
+    *total = static_cast<int>(sum);
+    return static_cast<int>(before) + upto - x;
+  }
+
  private:
   __device__ const unsigned* share(unsigned x) {
     __shared__ unsigned slots[2][kBlockWarps];

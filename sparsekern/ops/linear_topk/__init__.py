@@ -27,7 +27,7 @@ from ..checks import check_count
 from ..codes import Codes, Transposition
 from . import operation
 from .checks import check_groups, check_layer
-from .rounded import RoundedWeight, keep_rounded
+from .kept import RoundedWeight, keep_rounded
 from .screen import screening
 
 __all__ = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from ..batching import one_by_one
 from ..checks import check_count
 from ..layout import matrix_of
 from ..sparse_matmul.operation import sparse_matmul, sparse_matmul_backward
-from ..topk import native
+from ..topk import native as topk_native
 from ..topk.operation import passed_by_relu
 from ..transpose_codes.operation import transpose_codes
-from . import screen
+from . import native, screen
 from .checks import check_groups, check_latents, check_layer
 from .reference import centred, linear_topk_reference, transposed
 from .slices import Layer, Selection, is_small, rows_at_once, select_at_once, select_rows
@@ -47,12 +48,12 @@ def _triton_topk(*args: Any) -> Any:
 
 def _slice_by_slice(
     select: Callable[..., Any],
-    running: type[native.RunningTopk] | None = None,
-    screens: bool = False,
+    running: type[topk_native.RunningTopk] | None = None,
+    screening_kernels: ModuleType | None = None,
 ) -> Callable[..., Any]:
     """Make the operation of a backend from its top-k of matrices, and of matrices in parts.
 
-    screens: the backend has the kernels of screen.py.
+    screening_kernels: the backend's kernels of screen.py, if it has them.
     """
 
     def run(
@@ -81,7 +82,7 @@ def _slice_by_slice(
         if is_small(layer, rows, groups):
             values, indices = select_at_once(layer, rows, selection)
         else:
-            values, indices = _select_in_parts(layer, rows, selection, screens)
+            values, indices = _select_in_parts(layer, rows, selection, screening_kernels)
         if latents is not None:
             indices = latents[indices]
         if x.dim() != 2:
@@ -93,7 +94,7 @@ def _slice_by_slice(
 
 
 def _select_in_parts(
-    layer: Layer, rows: torch.Tensor, selection: Selection, screens: bool
+    layer: Layer, rows: torch.Tensor, selection: Selection, kernels: ModuleType | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the codes of rows [count, d], as many at a time as share a buffer."""
     values = rows.new_empty(len(rows), selection.k)
@@ -102,7 +103,7 @@ def _select_in_parts(
     for first in range(0, len(rows), step):
         part = slice(first, first + step)
         codes = rows[part], selection, values[part], indices[part]
-        if not (screens and screen.select_rows(layer, *codes)):
+        if kernels is None or not screen.select_rows(kernels, layer, *codes):
             select_rows(layer, *codes)
     return values, indices
 
@@ -232,7 +233,7 @@ linear_topk = define(
     " -> (Tensor values, Tensor indices, Tensor offsets, Tensor positions)",
     reference=linear_topk_reference,
     implementations={
-        "native": _slice_by_slice(native.topk, native.RunningTopk, screens=True),
+        "native": _slice_by_slice(topk_native.topk, topk_native.RunningTopk, native),
         "triton": _slice_by_slice(_triton_topk),
     },
     fake=_fake,

@@ -19,39 +19,28 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
 
 import torch
 
 from ...dispatch.backends import new_choices
-from ...dispatch.launch import launch, matrix, pointer
 from ...dispatch.modules import native_module
-from ..gather_dot.native import dots_of_listed
-from ..topk import native as topk_native
-from ..transpose_codes.native import transpose_codes
-from .rounded import Rounded, kept_copy, round_rows
-from .slices import Layer, Selection
+from .candidates import CANDIDATES_PER_CODE, Candidates, error_bound, factors_of_bounds
+from .kept import kept_copy
+from .rounded import Rounded, room_for
+from .slices import Layer, Selection, buffer_elements
 
-# Elements of the scores of a slice, and of the rounded weights it is made from: they share the
-# caches.
+# Elements of the scores of a slice on a CPU, and of the rounded weights it is made from: they share
+# the caches.
 SLICE_ELEMENTS = 2 << 20
 LEAST_WIDTH = 1024
-# Candidates of a row that there is room for, as multiples of k; at least so many.
-CANDIDATES_PER_CODE = 16
-LEAST_CANDIDATES = 512
 MOST_LATENTS = 2**31
 # Share of rows with too many candidates after the first slice, from which on all rows are done in
 # full precision.
 MOST_CROWDED = 0.25
 # Scores held at a time where all scores of some rows are computed.
 EXHAUSTIVE_ELEMENTS = 4 << 20
-
-ROUNDOFF = 2.0**-24  # of float32
-SMALLEST = 2.0**-126  # the smallest normal number, also of bfloat16
-# bfloat16 has 8 bits: a result is off by at most half a unit in the last place.
-SCORE_ERRORS = {torch.bfloat16: 2.0**-8 / (1 - 2.0**-8), torch.float32: 0.0}
-# For the bounds' own arithmetic: of factors, and of the sum of a score, its bias and its bound.
-SLACK = 1 + 2.0**-16
-OWN_ERROR = 2.0**-20
 
 # What both ways take, in nanoseconds of two threads of an EPYC of 2023; only ratios matter.
 NANOSECONDS = {
@@ -70,6 +59,7 @@ CANDIDATES_EXPECTED = 2.5  # as multiples of k
 
 
 def select_rows(
+    kernels: ModuleType,
     layer: Layer,
     rows: torch.Tensor,
     selection: Selection,
@@ -78,6 +68,14 @@ def select_rows(
 ) -> bool:
     """Write the codes of some rows [count, d] to values and indices [count, k].
 
+    Args:
+        kernels: native.py or triton.py.
+        layer: a linear layer.
+        rows: [count, d].
+        selection: what to select.
+        values: [count, k] of the rows' dtype.
+        indices: [count, k] int64.
+
     Returns:
         False, with nothing written, where screening cannot serve or does not pay.
     """
@@ -85,10 +83,10 @@ def select_rows(
     width = layer.width // groups
     if not _serves(layer, rows, k, width):
         return False
-    kept = kept_copy(layer.weight)
-    if not pays(len(rows), rows.shape[1], width, k, kept is not None):
+    kept = kept_copy(layer.weight) if rows.is_cpu else None
+    if not (rows.is_cuda or pays(len(rows), rows.shape[1], width, k, kept is not None)):
         return False
-    product = Product(layer, rows, torch.bfloat16, kept)
+    product = Product(kernels, layer, rows, torch.bfloat16, kept)
     for group in range(groups):
         latents = range(group * width, (group + 1) * width)
         codes = slice(group * k, (group + 1) * k)
@@ -98,14 +96,26 @@ def select_rows(
 
 def _serves(layer: Layer, rows: torch.Tensor, k: int, width: int) -> bool:
     return (
-        rows.is_cpu
-        and rows.dtype == torch.float32 == layer.weight.dtype
+        rows.dtype == torch.float32 == layer.weight.dtype
         and layer.latents is None
         and 1 in layer.weight.stride()
         and CANDIDATES_PER_CODE * k <= width < MOST_LATENTS
-        and is_quick_here()
-        and _is_enabled()
+        and _is_wanted(rows.device)
     )
+
+
+def _is_wanted(device: torch.device) -> bool:
+    """Return whether products on a device are screened: unless asked, where that is measured."""
+    if device.type == "cuda":
+        return _asked_for(False) and not torch.cuda.is_current_stream_capturing()
+    return _asked_for(True) and device.type == "cpu" and is_quick_here()
+
+
+def _asked_for(default: bool) -> bool:
+    if _asked:
+        return _asked[-1]
+    said = os.environ.get("SPARSEKERN_SCREENING")
+    return default if said is None else said != "0"
 
 
 def is_quick_here() -> bool:
@@ -123,10 +133,12 @@ _asked: list[bool] = []
 def screening(enabled: bool) -> contextlib.AbstractContextManager[None]:
     """Let `linear_topk` screen float32 layers inside the `with` block, or not.
 
-    By default it does where that is measured to pay, and the environment variable
-    SPARSEKERN_SCREENING=0 turns it off. With and without it, the k largest scores are selected; the
-    last bits of the values, and the order of scores that differ by no more, are those of another
-    order of additions. The choice holds for the whole process.
+    By default it does on a CPU where that is measured to pay, and not on a GPU, where it has not
+    been measured; the environment variable SPARSEKERN_SCREENING, 0 or 1, changes that. With and
+    without it, the k largest scores are selected; the last bits of the values, and the order of
+    scores that differ by no more, are those of another order of additions. On a GPU the host waits
+    to learn which rows have too many candidates, so the capture of a graph goes without screening.
+    The choice holds for the whole process.
 
     Raises:
         TypeError: enabled is no bool.
@@ -138,22 +150,16 @@ def screening(enabled: bool) -> contextlib.AbstractContextManager[None]:
     """
     if not isinstance(enabled, bool):
         raise TypeError(f"screening: enabled must be a bool, got {enabled!r}")
-    return _asked_for(enabled)
+    return _asking_for(enabled)
 
 
 @contextlib.contextmanager
-def _asked_for(enabled: bool) -> Iterator[None]:
+def _asking_for(enabled: bool) -> Iterator[None]:
     _asked.append(enabled)
     try:
         yield
     finally:
         _asked.pop()
-
-
-def _is_enabled() -> bool:
-    if _asked:
-        return _asked[-1]
-    return os.environ.get("SPARSEKERN_SCREENING", "1") != "0"
 
 
 def pays(rows: int, depth: int, width: int, k: int, kept: bool) -> bool:
@@ -179,6 +185,7 @@ class Product:
     """Scores of some rows without bias and scale, known up to an error.
 
     Args:
+        kernels: native.py or triton.py.
         layer: its weight is float32.
         rows: [count, d] float32.
         dtype: bfloat16, in which both are rounded first, or float32.
@@ -190,10 +197,18 @@ class Product:
     """
 
     def __init__(
-        self, layer: Layer, rows: torch.Tensor, dtype: torch.dtype, kept: Rounded | None = None
+        self,
+        kernels: ModuleType,
+        layer: Layer,
+        rows: torch.Tensor,
+        dtype: torch.dtype,
+        kept: Rounded | None = None,
     ) -> None:
+        self.kernels: Any = kernels
         self.layer, self.rows, self.dtype, self.kept = layer, rows, dtype, kept
-        self._left = self._operand(rows, round_rows(rows))
+        # A GPU's product of bfloat16 rows can be had in float32, a CPU's cannot.
+        self.score_dtype = torch.float32 if rows.is_cuda else dtype
+        self._left = self._operand(rows, self.kernels.round_rows(rows, room_for(rows)))
         self.factors = factors_of_bounds(self._left, rows.shape[1])
 
     def _operand(self, rows: torch.Tensor, rounded: Rounded) -> Rounded:
@@ -204,105 +219,32 @@ class Product:
     def write(self, latents: range, out: torch.Tensor, buffer: torch.Tensor) -> Rounded:
         """Write the scores of some latents; return their rows of the weight as they were used.
 
-        out: [count, latents] of the dtype. buffer: for their rounded rows.
+        out: [count, latents] of score_dtype. buffer: for their rounded rows.
         """
         weight = self.layer.weight[latents.start : latents.stop]
         if self.kept is None:
-            rounded = round_rows(weight, buffer)
+            rounded = self.kernels.round_rows(weight, room_for(weight, buffer))
         else:
             rounded = self.kept.part(latents.start, latents.stop)
         right = self._operand(weight, rounded)
-        torch.mm(self._left.rows, right.rows.t(), out=out)
+        if self.dtype == self.score_dtype:
+            torch.mm(self._left.rows, right.rows.t(), out=out)
+        else:
+            torch.mm(self._left.rows, right.rows.t(), self.score_dtype, out=out)
         return right
-
-
-def factors_of_bounds(x: Rounded, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the factors [rows] of the lengths and of the errors of the weight in the bound.
-
-    The sums of both products, the screening one and the float32 one it is compared with, are off by
-    at most depth roundings of the sum of magnitudes, in whatever order they are made.
-    """
-    sums = 2 * (depth + 16) * ROUNDOFF * SLACK
-    longest = x.lengths + x.errors
-    return (x.errors + sums * longest) * SLACK, longest * ((1 + sums) * SLACK)
-
-
-class Candidates:
-    """The latents that may be among the k largest of each row, brought up to date by slices.
-
-    Attributes:
-        latents: [rows, capacity] int32, ascending; the first ones are valid.
-        counts: [rows] int32, how many; -1 where there were too many.
-    """
-
-    def __init__(self, rows: int, k: int) -> None:
-        self.k = k
-        self.capacity = max(LEAST_CANDIDATES, CANDIDATES_PER_CODE * k)
-        self.latents = torch.empty(rows, self.capacity, dtype=torch.int32)
-        self.lower, self.upper = torch.empty(2, rows, self.capacity, dtype=torch.float32)
-        self.counts = torch.zeros(rows, dtype=torch.int32)
-        self.thresholds = torch.full((rows,), torch.nan, dtype=torch.float32)
-
-    def share_crowded(self) -> float:
-        """Return the share of rows that had too many candidates."""
-        return float((self.counts < 0).float().mean())
-
-    def update(
-        self,
-        scores: torch.Tensor,
-        first: int,
-        bias: torch.Tensor | None,
-        scale: torch.Tensor | None,
-        factors: tuple[torch.Tensor, torch.Tensor],
-        weight: Rounded,
-        last: bool,
-    ) -> None:
-        """Take the scores of the next latents.
-
-        Args:
-            scores: [rows, width] bfloat16 or float32, without bias and scale.
-            first: latent of the first column.
-            bias: [width] float32, or None.
-            scale: [width] float32, or None.
-            factors: see `factors_of_bounds`.
-            weight: the rows of these latents.
-            last: there are no others.
-        """
-        launch(
-            "screen_scores",
-            scores,
-            scores=matrix(scores),
-            first=first,
-            k=self.k,
-            bias=pointer(bias),
-            scale=pointer(scale),
-            x_errors=factors[0].data_ptr(),
-            x_lengths=factors[1].data_ptr(),
-            lengths=weight.lengths.data_ptr(),
-            errors=weight.errors.data_ptr(),
-            score_error=SLACK * (SCORE_ERRORS[scores.dtype] + OWN_ERROR),
-            bias_error=OWN_ERROR,
-            least_error=(4 * weight.rows.shape[1] + 16) * SMALLEST,
-            last=last,
-            capacity=self.capacity,
-            latents=self.latents.data_ptr(),
-            lower=self.lower.data_ptr(),
-            upper=self.upper.data_ptr(),
-            counts=self.counts.data_ptr(),
-            thresholds=self.thresholds.data_ptr(),
-        )
 
 
 def find_candidates(product: Product, k: int, latents: range) -> Candidates:
     """Return the latents of a range that may be among the k largest of each row."""
-    count, depth = product.rows.shape
-    candidates = Candidates(count, k)
+    rows, layer = product.rows, product.layer
+    count, depth = rows.shape
+    candidates = Candidates(count, k, rows.device)
     rounded_depth = depth if product.kept is None else 1
-    width = max(LEAST_WIDTH, SLICE_ELEMENTS // max(count, rounded_depth))
+    elements = SLICE_ELEMENTS if rows.is_cpu else buffer_elements(rows.device)
+    width = max(LEAST_WIDTH, elements // max(count, rounded_depth))
     width = min(width, len(latents))
-    scores = torch.empty(count * width, dtype=product.dtype)
-    buffer = torch.empty(width * rounded_depth, dtype=torch.bfloat16)
-    layer = product.layer
+    scores = rows.new_empty(count * width, dtype=product.score_dtype)
+    buffer = rows.new_empty(width * rounded_depth, dtype=torch.bfloat16)
     for first in range(latents.start, latents.stop, width):
         last = min(first + width, latents.stop)
         out = scores[: count * (last - first)].view(count, last - first)
@@ -311,9 +253,10 @@ def find_candidates(product: Product, k: int, latents: range) -> Candidates:
             None if vector is None else vector[first:last].contiguous()
             for vector in (layer.bias, layer.scale)
         )
-        candidates.update(
-            out, first, bias, scale, product.factors, weight, last == latents.stop
-        )  # fmt: skip
+        bound = error_bound(product.factors, weight, out.dtype)
+        product.kernels.screen_scores(
+            candidates, out, first, bias, scale, bound, last == latents.stop
+        )
         if first == latents.start and candidates.share_crowded() > MOST_CROWDED:
             candidates.counts.fill_(-1)  # the other slices would be in vain
             break
@@ -328,59 +271,57 @@ def _select(
     indices: torch.Tensor,
 ) -> None:
     """Write the codes of a range of latents."""
-    layer, rows = product.layer, product.rows
+    kernels, layer, rows = product.kernels, product.layer, product.rows
     candidates = find_candidates(product, selection.k, latents)
     crowded = (candidates.counts < 0).nonzero().squeeze(1)
     if len(crowded) < len(rows):
         used = int(candidates.counts.max())
-        listed = torch.arange(used) < candidates.counts.unsqueeze(1)
-        chosen = candidates.latents[:, :used].masked_fill(~listed, 0)
-        _select_listed(layer, rows, selection, chosen, listed, values, indices)
+        chosen = candidates.latents[:, :used]
+        found = _select_listed(kernels, layer, rows, selection, chosen, candidates.counts)
+        if len(crowded) == 0:
+            values.copy_(found[0])
+            indices.copy_(found[1])
+        else:
+            listed = candidates.counts > 0
+            values[listed], indices[listed] = found[0][listed], found[1][listed]
     if len(crowded) == 0:
         return
     codes = values[crowded], indices[crowded]
-    if product.dtype == torch.bfloat16:
-        exact = Product(layer, rows[crowded], torch.float32)
+    if product.dtype == torch.bfloat16 and is_float32_exact(rows.device):
+        exact = Product(kernels, layer, rows[crowded], torch.float32)
         _select(exact, selection, latents, *codes)
     else:
-        _select_among_all(layer, rows[crowded], selection, latents, *codes)
+        _select_among_all(kernels, layer, rows[crowded], selection, latents, *codes)
     values[crowded], indices[crowded] = codes
 
 
+def is_float32_exact(device: torch.device) -> bool:
+    """Return False if torch may round what a float32 product multiplies, as its user asked."""
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    return backend.matmul.fp32_precision in ("none", "ieee")
+
+
 def _select_listed(
+    kernels: Any,
     layer: Layer,
     rows: torch.Tensor,
     selection: Selection,
     latents: torch.Tensor,
-    listed: torch.Tensor,
-    values: torch.Tensor,
-    indices: torch.Tensor,
-) -> None:
-    """Write the codes among some latents [count, used] of each row, those that are `listed`.
+    counts: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the codes among the first counts[b] latents [count, used] of each row, ascending.
 
-    In a row they ascend, the listed ones first. A row without any is left alone.
+    Those of a row without any mean nothing.
     """
-    places = listed.view(-1).nonzero().squeeze(1).to(torch.int32)
-    offsets, order = transpose_codes(latents[listed], len(layer.weight), "linear_topk")
-    scores = dots_of_listed(rows, layer.weight, latents, offsets, places[order])
-    if layer.bias is not None:
-        scores.add_(layer.bias[latents])
-    if layer.scale is not None:
-        scores.mul_(layer.scale[latents])
-    scores.masked_fill_(~listed, -torch.inf)
-    top_values, columns, _ = topk_native.topk(
+    scores = kernels.score_candidates(layer, rows, latents, counts)
+    values, columns, _ = selection.select(
         scores, selection.k, selection.sorted, selection.relu, False, False
     )
-    top_indices = latents.gather(1, columns).long()
-    if bool(listed[:, 0].all()):
-        values.copy_(top_values)
-        indices.copy_(top_indices)
-    else:
-        written = listed[:, 0]
-        values[written], indices[written] = top_values[written], top_indices[written]
+    return values, latents.gather(1, columns).long()
 
 
 def _select_among_all(
+    kernels: Any,
     layer: Layer,
     rows: torch.Tensor,
     selection: Selection,
@@ -389,10 +330,11 @@ def _select_among_all(
     indices: torch.Tensor,
 ) -> None:
     """Write the codes of rows whose scores of all latents of a range are computed one by one."""
-    every = torch.arange(latents.start, latents.stop, dtype=torch.int32)
+    every = torch.arange(latents.start, latents.stop, dtype=torch.int32, device=rows.device)
     step = max(1, EXHAUSTIVE_ELEMENTS // len(every))
     for first in range(0, len(rows), step):
         part = slice(first, first + step)
         chosen = every.repeat(len(rows[part]), 1)
-        listed = torch.ones_like(chosen, dtype=torch.bool)
-        _select_listed(layer, rows[part], selection, chosen, listed, values[part], indices[part])
+        counts = chosen.new_full((len(chosen),), len(every))
+        found = _select_listed(kernels, layer, rows[part], selection, chosen, counts)
+        values[part], indices[part] = found

@@ -97,10 +97,11 @@ def select_at_once(
 
 def rows_at_once(device: torch.device, k: int) -> int:
     """Return how many rows share a buffer."""
-    return max(1, _buffer_elements(device) // max(SMALLEST_SLICE, 4 * k))
+    return max(1, buffer_elements(device) // max(SMALLEST_SLICE, 4 * k))
 
 
-def _buffer_elements(device: torch.device) -> int:
+def buffer_elements(device: torch.device) -> int:
+    """Return how many scores are held at a time."""
     return BUFFER_ELEMENTS.get(device.type, BUFFER_ELEMENTS["cpu"])
 
 
@@ -114,7 +115,7 @@ def select_rows(
     """Write the codes of some rows to values and indices [rows, k]."""
     count, k = len(rows), selection.k // selection.groups
     group_width = layer.width // selection.groups
-    fitting = _buffer_elements(rows.device) // max(count, layer.copied)
+    fitting = buffer_elements(rows.device) // max(count, layer.copied)
     widest = max(SMALLEST_SLICE, 4 * selection.k, fitting)
     width = _slice_width(layer.width, widest)
     buffer = rows.new_empty(count * width)
