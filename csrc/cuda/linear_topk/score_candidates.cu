@@ -21,8 +21,8 @@ struct Scoring {
   float* scores;
 };
 
-// The sum of a lane's products, in the order of the features; four neighbouring ones at a time where
-// the rows can be read so.
+// The sum of a lane's products, in the order of the features; four neighbouring ones at a time
+// where the rows can be read so.
 template <bool kVector>
 __device__ float dot_of_lane(const Scoring& p, const float* x, const float* weight, int lane) {
   float sum = 0;
@@ -43,9 +43,9 @@ __device__ float dot_of_lane(const Scoring& p, const float* x, const float* weig
   return sum;
 }
 
-// A block owns a row of x, which stays in the first cache, and a warp one candidate after the other.
-// Every dot product is added in the same order, wherever its candidate stands. Bound by reading the
-// candidates' rows of the weight, d numbers each, from the L2 cache.
+// A block owns a row of x, which stays in the first cache, and a warp one candidate after the
+// other. Every dot product is added in the same order, wherever its candidate stands. Bound by
+// reading the candidates' rows of the weight, d numbers each, from the L2 cache.
 template <bool kVector>
 __global__ void __launch_bounds__(kBlockThreads) score_candidates_kernel(Scoring p) {
   const int64_t b = blockIdx.x;
@@ -57,7 +57,8 @@ __global__ void __launch_bounds__(kBlockThreads) score_candidates_kernel(Scoring
     float score = -INFINITY;
     if (j < count) {
       const int64_t latent = latents[j];
-      score = warp_sum(dot_of_lane<kVector>(p, p.x + b * p.d, p.weight + latent * p.stride_n, lane));
+      score =
+          warp_sum(dot_of_lane<kVector>(p, p.x + b * p.d, p.weight + latent * p.stride_n, lane));
       if (p.bias != nullptr) score += p.bias[latent];
       if (p.scale != nullptr) score *= p.scale[latent];
     }

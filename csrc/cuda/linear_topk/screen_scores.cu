@@ -146,37 +146,43 @@ __device__ void prove_threshold(const Row<Stored>& row, List* list, BlockReduce&
 // Appends what may matter of a chunk of scores; false when there are too many candidates.
 template <class Stored>
 __device__ bool take_chunk(const Row<Stored>& row, int base, List* list, BlockReduce& reduce) {
-  Bounds bounds[kHeld];
+  const int k = row.p.k, capacity = row.p.capacity;
   const int first = base + static_cast<int>(threadIdx.x) * kHeld;
+  Bounds bounds[kHeld];
+  unsigned waiting = 0;  // a bit for each score
 #pragma unroll
   for (int u = 0; u < kHeld; ++u) {
-    bounds[u] = first + u < row.p.width ? row.bounds(first + u) : Bounds{0.0f, 0.0f};
+    if (first + u >= row.p.width) continue;
+    bounds[u] = row.bounds(first + u);
+    waiting |= 1u << u;
   }
-  for (int round = 0;; ++round) {
+  while (true) {
     unsigned hits = 0;
 #pragma unroll
     for (int u = 0; u < kHeld; ++u) {
-      const bool there = first + u < row.p.width;
-      hits |= static_cast<unsigned>(there && !(bounds[u].upper <= list->threshold)) << u;
+      if ((waiting >> u & 1) == 0) continue;
+      hits |= static_cast<unsigned>(!(bounds[u].upper <= list->threshold)) << u;
     }
     int total = 0;
     int place = list->count + reduce.before(__popc(hits), &total);
-    if (list->count + total > row.p.capacity) {
-      const int before = list->count;
-      if (round == 0) tighten(list, row.p.k, reduce);
-      if (round == 0 && 4 * list->count <= 3 * before) continue;
-      return false;
-    }
+    waiting = 0;
 #pragma unroll
     for (int u = 0; u < kHeld; ++u) {
       if ((hits >> u & 1) == 0) continue;
-      list->latents[place] = row.p.first + first + u;
-      list->lower[place] = bounds[u].lower;
-      list->upper[place] = bounds[u].upper;
+      if (place < capacity) {
+        list->latents[place] = row.p.first + first + u;
+        list->lower[place] = bounds[u].lower;
+        list->upper[place] = bounds[u].upper;
+      } else {
+        waiting |= 1u << u;
+      }
       ++place;
     }
-    list->count += total;
-    return true;
+    const bool all = list->count + total <= capacity;
+    list->count = all ? list->count + total : capacity;
+    if (all) return true;
+    tighten(list, k, reduce);
+    if (4 * list->count > 3 * capacity) return false;
   }
 }
 
