@@ -95,7 +95,8 @@ __device__ __noinline__ void tighten(List* list, int k, BlockReduce& reduce) {
     }
     return reduce.sum(own);
   };
-  const float proved = number_of<float>(bisect(0, kNoKey, k, 0, count_to).key);
+  // Slack -1: down to the k-th bound itself, not only to a key between it and the next one.
+  const float proved = number_of<float>(bisect(0, kNoKey, k, -1, count_to).key);
   const float threshold = proved < list->threshold ? list->threshold : proved;
   int reaching = 0, kept = 0;
   for (int base = 0; base < count; base += kBlockThreads) {
