@@ -30,6 +30,7 @@ from sparsekern.ops.adam_step import triton as adam  # noqa: E402
 from sparsekern.ops.channel_threshold import triton as channel_threshold  # noqa: E402
 from sparsekern.ops.codes_to_dense import triton as codes_to_dense  # noqa: E402
 from sparsekern.ops.count_active import triton as count_active  # noqa: E402
+from sparsekern.ops.linear_topk import triton as linear_topk  # noqa: E402
 from sparsekern.ops.sparse_matmul import triton as sparse_matmul  # noqa: E402
 from sparsekern.ops.threshold_relu import triton as threshold_relu  # noqa: E402
 from sparsekern.ops.topk import triton as topk  # noqa: E402
@@ -50,7 +51,7 @@ SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, 
 # Sizes and strides that a typical call passes as multiples of 16, which Triton then knows.
 ALIGNED = (
     "n", "d", "length", "width", "row_stride", "weight_stride_n", "grad_weight_stride_n",
-    "columns", "inner", "part", "size",
+    "columns", "inner", "part", "size", "first", "capacity", "x_stride_n", "rounded_stride_n",
 )  # fmt: skip
 
 
@@ -201,6 +202,52 @@ def backward_case(d: int, values: str, weight: str, row_major: bool = True) -> C
     return Case(sparse_matmul.backward_kernel, pointers, constants, 1)
 
 
+def round_case(row_major: bool) -> Case:
+    rows, columns = linear_topk.round_tile(768, row_major)
+    constants = {"ROWS": rows, "COLUMNS": columns}
+    for matrix in ("x", "rounded"):
+        constants[f"{matrix}_stride_{'d' if row_major else 'n'}"] = 1
+    pointers = {"x": "*fp32", "rounded": "*i16", "lengths": "*fp32", "errors": "*fp32"}
+    return Case(linear_topk.round_kernel, pointers, constants, linear_topk.WARPS)
+
+
+def screening_pointers(scores: str) -> dict[str, str]:
+    vectors = ("bias", "scale", "lengths", "errors", "x_errors", "x_lengths", "thresholds", "upper")
+    numbers = ("score_error", "bias_error", "least_error")
+    return {
+        "scores": f"*{scores}", "latents": "*i32", "counts": "*i32", "maxima": "*fp32",
+        **dict.fromkeys(vectors, "*fp32"), **dict.fromkeys(numbers, "fp32"),
+    }  # fmt: skip
+
+
+def bound_maxima_case(scores: str, affine: bool, span: int) -> Case:
+    constants = {
+        "HAS_BIAS": affine, "HAS_SCALE": affine, "SPAN": span, "ROWS": linear_topk.MAXIMA_ROWS,
+        "BLOCK": linear_topk.MAXIMA_BLOCK,
+    }  # fmt: skip
+    pointers = screening_pointers(scores)
+    return Case(linear_topk.maxima_kernel, pointers, constants, linear_topk.WARPS)
+
+
+def append_case(scores: str, affine: bool) -> Case:
+    constants = {"HAS_BIAS": affine, "HAS_SCALE": affine, "BLOCK": linear_topk.APPEND_BLOCK}
+    pointers = screening_pointers(scores)
+    return Case(linear_topk.append_kernel, pointers, constants, linear_topk.WARPS, registers=120)
+
+
+def score_case(d: int, row_major: bool = True) -> Case:
+    listed, features = linear_topk.score_tile(d)
+    constants = {
+        "HAS_BIAS": True, "HAS_SCALE": True, "LISTED": listed, "BLOCK": features,
+        "weight_stride_d" if row_major else "weight_stride_n": 1,
+    }  # fmt: skip
+    matrices = dict.fromkeys(("x", "weight", "bias", "scale", "scores"), "*fp32")
+    pointers = {**matrices, "latents": "*i32", "counts": "*i32"}
+    # Without neighbours in memory every factor has an address of its own.
+    registers = 96 if row_major else 144
+    return Case(linear_topk.score_kernel, pointers, constants, linear_topk.WARPS, registers)
+
+
 CASES = {
     "select 16, several rows, bfloat16": select_case(16, torch.bfloat16),
     "select 512 float16": select_case(512, torch.float16),
@@ -249,6 +296,14 @@ CASES = {
     "threshold_relu bfloat16": threshold_relu_case(10000, "bf16", True, True),
     "threshold_relu float32, 49": threshold_relu_case(49, "fp32", True, False),
     "threshold_relu float32, rows": threshold_relu_case(64, "fp32", False, True),
+    "round rows": round_case(True),
+    "round columns": round_case(False),
+    "bound maxima 16 float32": bound_maxima_case("fp32", False, 16),
+    "bound maxima 1 bfloat16, affine": bound_maxima_case("i16", True, 1),
+    "append float32": append_case("fp32", False),
+    "append bfloat16, affine": append_case("i16", True),
+    "score candidates": score_case(768),
+    "score candidates, column-major": score_case(64, row_major=False),
     "count_active bfloat16": Case(
         count_active.count_active_kernel,
         {"indices": "*i64", "values": "*bf16", "counts": "*i64"},
@@ -276,7 +331,12 @@ def compile_case(case: Case, target: tuple[str, Any, int]) -> Any:
         name: "constexpr" if name in case.constants else case.pointers.get(name, "i32")
         for name in names
     }
-    aligned = [name for name in names if name in case.pointers or name in ALIGNED]
+    aligned = [
+        name
+        for name in names
+        if (name in case.pointers or name in ALIGNED)
+        and name not in case.kernel.do_not_specialize_on_alignment
+    ]
     source = ASTSource(
         case.kernel,
         signature,

@@ -86,7 +86,11 @@ class Candidates:
         upper: [rows, capacity] float32.
         counts: [rows] int32, how many; -1 where there were too many.
         thresholds: [rows] float32, which k exact scores reach; NaN before there are so many.
+        best: [rows, at most k] float32, the largest lower bounds of different latents, for kernels
+            that keep these instead of `lower` (triton.py); None before the first slice.
     """
+
+    best: torch.Tensor | None = None
 
     def __init__(self, rows: int, k: int, device: torch.device) -> None:
         self.k = k

@@ -46,14 +46,24 @@ def _triton_topk(*args: Any) -> Any:
     return triton.topk(*args)
 
 
+def _native_kernels() -> ModuleType:
+    return native
+
+
+def _triton_kernels() -> ModuleType:
+    from . import triton  # as above
+
+    return triton
+
+
 def _slice_by_slice(
     select: Callable[..., Any],
-    running: type[topk_native.RunningTopk] | None = None,
-    screening_kernels: ModuleType | None = None,
+    running: type[topk_native.RunningTopk] | None,
+    screening_kernels: Callable[[], ModuleType],
 ) -> Callable[..., Any]:
     """Make the operation of a backend from its top-k of matrices, and of matrices in parts.
 
-    screening_kernels: the backend's kernels of screen.py, if it has them.
+    screening_kernels: returns the backend's kernels of screen.py.
     """
 
     def run(
@@ -82,7 +92,7 @@ def _slice_by_slice(
         if is_small(layer, rows, groups):
             values, indices = select_at_once(layer, rows, selection)
         else:
-            values, indices = _select_in_parts(layer, rows, selection, screening_kernels)
+            values, indices = _select_in_parts(layer, rows, selection, screening_kernels())
         if latents is not None:
             indices = latents[indices]
         if x.dim() != 2:
@@ -94,7 +104,7 @@ def _slice_by_slice(
 
 
 def _select_in_parts(
-    layer: Layer, rows: torch.Tensor, selection: Selection, kernels: ModuleType | None
+    layer: Layer, rows: torch.Tensor, selection: Selection, kernels: ModuleType
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the codes of rows [count, d], as many at a time as share a buffer."""
     values = rows.new_empty(len(rows), selection.k)
@@ -103,7 +113,7 @@ def _select_in_parts(
     for first in range(0, len(rows), step):
         part = slice(first, first + step)
         codes = rows[part], selection, values[part], indices[part]
-        if kernels is None or not screen.select_rows(kernels, layer, *codes):
+        if not screen.select_rows(kernels, layer, *codes):
             select_rows(layer, *codes)
     return values, indices
 
@@ -233,8 +243,8 @@ linear_topk = define(
     " -> (Tensor values, Tensor indices, Tensor offsets, Tensor positions)",
     reference=linear_topk_reference,
     implementations={
-        "native": _slice_by_slice(topk_native.topk, topk_native.RunningTopk, native),
-        "triton": _slice_by_slice(_triton_topk),
+        "native": _slice_by_slice(topk_native.topk, topk_native.RunningTopk, _native_kernels),
+        "triton": _slice_by_slice(_triton_topk, None, _triton_kernels),
     },
     fake=_fake,
     check=_check,

@@ -81,7 +81,7 @@ def select_rows(
     """
     groups, k = selection.groups, selection.k // selection.groups
     width = layer.width // groups
-    if not _serves(layer, rows, k, width):
+    if not _serves(kernels, layer, rows, k, width):
         return False
     kept = kept_copy(layer.weight) if rows.is_cpu else None
     if not (rows.is_cuda or pays(len(rows), rows.shape[1], width, k, kept is not None)):
@@ -94,20 +94,22 @@ def select_rows(
     return True
 
 
-def _serves(layer: Layer, rows: torch.Tensor, k: int, width: int) -> bool:
+def _serves(kernels: ModuleType, layer: Layer, rows: torch.Tensor, k: int, width: int) -> bool:
     return (
         rows.dtype == torch.float32 == layer.weight.dtype
         and layer.latents is None
         and 1 in layer.weight.stride()
         and CANDIDATES_PER_CODE * k <= width < MOST_LATENTS
-        and _is_wanted(rows.device)
+        and _is_wanted(kernels, rows.device)
     )
 
 
-def _is_wanted(device: torch.device) -> bool:
+def _is_wanted(kernels: ModuleType, device: torch.device) -> bool:
     """Return whether products on a device are screened: unless asked, where that is measured."""
     if device.type == "cuda":
         return _asked_for(False) and not torch.cuda.is_current_stream_capturing()
+    if getattr(kernels, "ONLY_IF_ASKED", False):  # Triton's interpreter
+        return _asked_for(False) and device.type == "cpu"
     return _asked_for(True) and device.type == "cpu" and is_quick_here()
 
 
