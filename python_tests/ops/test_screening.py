@@ -1,6 +1,7 @@
 """Float32 layers encoded through a bfloat16 product: the codes of all float32 scores, bit for bit.
 
-The definition is here the selection from `gather_dot` of every latent, which adds in one order."""
+The definition is here the selection from the scores of every latent, computed one by one in the
+backend's one order of additions: `gather_dot`'s, or that of Triton's kernel."""
 
 from __future__ import annotations
 
@@ -10,16 +11,32 @@ import threading
 import hypothesis
 import pytest
 import torch
+from conftest import TARGETS, activated
 from hypothesis import strategies
 
 import sparsekern
 from sparsekern.dispatch.modules import native_module
-from sparsekern.ops.linear_topk import rounded, screen, slices
+from sparsekern.ops.linear_topk import candidates, native, rounded, screen, slices
+from sparsekern.ops.linear_topk import kept as kept_copies
 
 pytestmark = pytest.mark.skipif(
     native_module("cpu")[0] is None,
     reason="the compiled CPU module is not there: install a C++ compiler and install again",
 )
+
+SCREENING = [t for t in TARGETS if t.backend == "triton" or t.name == "native-cpu"]
+ON_CPU = next(t for t in TARGETS if t.name == "native-cpu")
+
+
+@pytest.fixture(params=SCREENING, ids=lambda target: target.name)
+def target(request):
+    """Backends that screen; the target is active, and screens, during the test."""
+    with sparsekern.screening(True):
+        yield from activated(request.param)
+
+
+def triton_kernels():
+    return pytest.importorskip("sparsekern.ops.linear_topk.triton")
 
 
 @pytest.fixture(autouse=True)
@@ -42,21 +59,28 @@ def screened(monkeypatch):
     return products
 
 
-def all_scores(x, weight, bias=None, scale=None, pre_bias=None):
+def all_scores(target, x, weight, bias=None, scale=None, pre_bias=None):
     rows = x if pre_bias is None else x - pre_bias
-    every = torch.arange(len(weight)).repeat(len(rows), 1)
+    every = torch.arange(len(weight), device=x.device).repeat(len(rows), 1)
+    if target.backend == "triton":
+        layer = slices.Layer(weight, bias, scale, None, x.dtype)
+        counts = torch.full((len(rows),), len(weight), dtype=torch.int32, device=x.device)
+        return triton_kernels().score_candidates(layer, rows, every.int(), counts)
     scores = sparsekern.gather_dot(rows, weight, every)
     scores = scores if bias is None else scores + bias
     return scores if scale is None else scores * scale
 
 
-def check_equal(x, weight, k, *, groups=1, relu=False, sorted=True, **vectors):
-    scores = all_scores(x, weight, **vectors).view(len(x), groups, -1)
+def check_equal(x, weight, k, *, groups=1, relu=False, sorted=True, target=ON_CPU, **vectors):
+    x, weight = x.to(target.device), weight.to(target.device)
+    vectors = {name: vector.to(target.device) for name, vector in vectors.items()}
+    scores = all_scores(target, x, weight, **vectors).view(len(x), groups, -1)
     values, indices = sparsekern.topk(scores, k // groups)
     if not sorted:
         indices, order = indices.sort(-1)
         values = values.gather(-1, order)
-    indices = (indices + torch.arange(groups).unsqueeze(1) * scores.shape[-1]).view(len(x), k)
+    starts = torch.arange(groups, device=x.device).unsqueeze(1) * scores.shape[-1]
+    indices = (indices + starts).view(len(x), k)
     values = (values.relu() if relu else values).view(len(x), k)
     bias = vectors.pop("bias", None)
     codes = sparsekern.linear_topk(
@@ -67,31 +91,39 @@ def check_equal(x, weight, k, *, groups=1, relu=False, sorted=True, **vectors):
     assert torch.equal(codes.indices, indices)
 
 
+def sized(target, rows, d, n, k):
+    """Sizes of a case: a part of them where every program of a kernel takes milliseconds."""
+    return (rows, d, n, k) if target.thorough else (max(1, rows // 8), d, n // 2, max(1, k // 4))
+
+
 def layer(rows, d, n, columns=False):
     x, weight = torch.randn(rows, d), torch.randn(n, d)
     return x, weight.t().contiguous().t() if columns else weight
 
 
+SIZES = [(1, 48, 900, 5), (9, 100, 2100, 32), (40, 17, 1024, 64)]
+
+
+@pytest.mark.slow_on("triton-interpreter")
 @pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
-@pytest.mark.parametrize("size", [(1, 48, 900, 5), (9, 100, 2100, 32), (40, 17, 1024, 64)], ids=str)
-def test_codes_are_those_of_all_scores(screened, size, columns):
-    rows, d, n, k = size
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_codes_are_those_of_all_scores(target, screened, size, columns):
+    rows, d, n, k = sized(target, *size)
     x, weight = layer(rows, d, n, columns)
-    bias, scale, pre_bias = torch.randn(n), torch.rand(n) + 0.5, torch.randn(d)
-    for vectors in (
-        {},
-        {"bias": bias},
-        {"scale": scale},
-        {"bias": bias, "scale": scale, "pre_bias": pre_bias},
-    ):
-        check_equal(x, weight, k, **vectors)
-        check_equal(x, weight, k, relu=True, sorted=False, **vectors)
+    all_vectors = {"bias": torch.randn(n), "scale": torch.rand(n) + 0.5, "pre_bias": torch.randn(d)}
+    choices = [(), ("bias",), ("scale",)] if target.thorough else []
+    for names in [*choices, all_vectors]:
+        vectors = {name: all_vectors[name] for name in names}
+        check_equal(x, weight, k, target=target, **vectors)
+        check_equal(x, weight, k, relu=True, sorted=False, target=target, **vectors)
     assert torch.bfloat16 in screened
 
 
-def test_groups_are_screened_one_by_one(screened):
-    x, weight = layer(6, 40, 4 * 700)
-    check_equal(x, weight, 4 * 9, groups=4, bias=torch.randn(4 * 700))
+@pytest.mark.slow_on("triton-interpreter")
+def test_groups_are_screened_one_by_one(target, screened):
+    rows, d, n, k = sized(target, 16, 40, 4 * 700, 4 * 9)
+    x, weight = layer(rows, d, n)
+    check_equal(x, weight, k // 4 * 4, groups=4, bias=torch.randn(n), target=target)
     assert screened.count(torch.bfloat16) == 4
 
 
@@ -121,7 +153,7 @@ def odd_layers():
         tensor[where] = value
         return tensor
 
-    duplicates = weight.repeat(3, 1)[:1500].contiguous()
+    duplicates = weight[:100].repeat(15, 1)
     near = weight[:1].repeat(1500, 1) + 1e-7 * torch.randn(1500, 64)
     return {
         "near ties": (x, near),
@@ -148,29 +180,34 @@ def odd_layers():
     }
 
 
+@pytest.mark.slow_on("triton-interpreter")
 @pytest.mark.parametrize("name", list(odd_layers()))
-def test_odd_numbers_lose_nothing(name):
+def test_odd_numbers_lose_nothing(target, name):
     x, weight = odd_layers()[name]
-    for k in (1, 20):
-        check_equal(x, weight, k)
-        check_equal(x, weight, k, bias=torch.randn(len(weight)), sorted=False)
+    if not target.thorough:
+        x, weight = x[:3], weight[:160]
+    for k in (1, 20) if target.thorough else (5,):
+        check_equal(x, weight, k, target=target)
+        check_equal(x, weight, k, bias=torch.randn(len(weight)), sorted=False, target=target)
 
 
-def test_a_bias_of_minus_infinity_rules_a_latent_out(screened):
-    x, weight = layer(4, 32, 2000)
-    bias = torch.where(torch.rand(2000) < 0.9, -torch.inf, 0.0)
-    check_equal(x, weight, 16, bias=bias)
+def test_a_bias_of_minus_infinity_rules_a_latent_out(target, screened):
+    rows, d, n, k = sized(target, 4, 32, 2000, 16)
+    x, weight = layer(rows, d, n)
+    bias = torch.where(torch.rand(n) < 0.9, -torch.inf, 0.0)
+    check_equal(x, weight, k, bias=bias, target=target)
     assert screened == [torch.bfloat16]  # no row had too many candidates
 
 
-def test_crowded_rows_are_done_in_full_precision(screened):
-    x, weight = layer(4, 64, 3000)
+@pytest.mark.slow_on("triton-interpreter")
+def test_crowded_rows_are_done_in_full_precision(target, screened):
+    x, weight = layer(*(4, 64, 3000) if target.thorough else (2, 64, 600))
     weight = weight[:1] + 1e-4 * weight  # closer than bfloat16 can tell, not float32
     x[1] = 0  # with this row all scores are equal, which is certain
-    check_equal(x, weight, 3)
+    check_equal(x, weight, 3, target=target)
     assert screened == [torch.bfloat16, torch.float32]
     screened.clear()
-    check_equal(x, torch.full_like(weight, 0.1), 3)  # and none can tell these
+    check_equal(x, torch.full_like(weight, 0.1), 3, target=target)  # and none can tell these
     assert screened == [torch.bfloat16, torch.float32]
 
 
@@ -189,13 +226,14 @@ def test_threads_do_not_change_a_bit(one_or_more_threads=(1, 2, 3)):
         assert torch.equal(codes.indices, found[0].indices)
 
 
-def test_slices_do_not_change_a_bit(monkeypatch):
-    x, weight = layer(20, 70, 2500)
+def test_slices_do_not_change_a_bit(target, monkeypatch):
+    rows, d, n, k = sized(target, 20, 70, 2500, 20)
+    x, weight = (tensor.to(target.device) for tensor in layer(rows, d, n))
     found = []
     for width in (256, 640, 4096):
         monkeypatch.setattr(screen, "LEAST_WIDTH", width)
         monkeypatch.setattr(screen, "SLICE_ELEMENTS", 1)
-        found.append(sparsekern.linear_topk(x, weight, None, 20))
+        found.append(sparsekern.linear_topk(x, weight, None, k))
     for codes in found[1:]:
         assert torch.equal(codes.values, found[0].values)
         assert torch.equal(codes.indices, found[0].indices)
@@ -224,6 +262,94 @@ def test_one_switch_turns_it_off(screened):
     assert len(screened) == 1
     with pytest.raises(TypeError, match="screening: enabled must be a bool, got 1"):
         sparsekern.screening(1)
+
+
+# ---- the kernels one by one ----
+
+
+def kernels_of(target):
+    return triton_kernels() if target.backend == "triton" else native
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+def test_rounding_is_torchs_and_its_errors_are_bounded(target, columns):
+    """Ties, infinities, NaN and what is rounded to infinity too; results below 2^-126 are zero."""
+    rows = torch.randn(70, 37) * 2.0 ** torch.randint(-140, 120, (70, 1))
+    rows[1] = 1 + torch.arange(37) * 2.0**-9
+    rows[2] = -(2.0**-126) * (1 - 2.0 ** -torch.arange(1.0, 38))
+    rows[3:6, 5] = torch.tensor([torch.nan, -torch.inf, 3.402e38])
+    rows = rows.to(target.device)
+    rows = rows.t().contiguous().t() if columns else rows
+    found = kernels_of(target).round_rows(rows, rounded.room_for(rows))
+    nearest = rows.bfloat16()
+    nearest[nearest.abs() < 2.0**-126] = 0
+    torch.testing.assert_close(found.rows, nearest, rtol=0, atol=0, equal_nan=True)
+    exact = rows.double()
+    for bound, numbers in [
+        (found.lengths, exact),
+        (found.errors, exact - nearest.double()),
+    ]:
+        norms = numbers.norm(dim=1).nan_to_num(torch.inf)
+        assert bool((bound >= norms).all())
+        close = bound <= norms * (1 + 1e-4) + 37 * 2.0**-62
+        assert bool((close | (norms > 2.0**63)).all())  # squares beyond that are infinite
+
+
+def bounds_in_double(scores, bias, scale, bound):
+    """Lower and upper bounds of the exact scores, of a few rows at least."""
+    a, r = scores.double(), scores.double().abs() * bound.of_score + bound.least
+    r += bound.x_errors.unsqueeze(1) * bound.lengths.double()
+    r += bound.x_lengths.unsqueeze(1) * bound.errors.double()
+    if bias is not None:
+        a, r = a + bias, r + bias.abs().double() * bound.of_bias
+    if scale is not None:
+        a, r = a * scale, r * scale.abs().double() + bound.least
+    return a - r, a + r
+
+
+@pytest.mark.parametrize("affine", [False, True], ids=["plain", "affine"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_candidates_are_what_the_bounds_leave(target, dtype, affine):
+    """By slices of several widths, the first narrower than k; with numbers that are none. A row
+    with too many for its room is given up."""
+    rows, k, widths = 3, 40, (17, 300, 1, 700)
+    n = sum(widths)
+    given = {
+        "scores": torch.randn(rows, n).to(dtype),
+        "bias": torch.randn(n) if affine else None,
+        "scale": torch.rand(n) + 0.5 if affine else None,
+    }
+    given["scores"][1, ::7] = torch.nan
+    given["scores"][2] = torch.nan
+    given["lengths"], given["errors"] = torch.rand(2, n)
+    given = {name: v if v is None else v.to(target.device) for name, v in given.items()}
+    factors = (1e-2 * torch.rand(2, rows)).to(target.device)
+    found = candidates.Candidates(rows, k, factors.device)
+    lower, upper = [], []
+    for first, width in zip([0, 17, 317, 318], widths, strict=True):
+        part = {
+            name: v if v is None else v[..., first : first + width].contiguous()
+            for name, v in given.items()
+        }
+        bound = candidates.ErrorBound(
+            *factors, part.pop("lengths"), part.pop("errors"), 2.0**-8, 2.0**-20, 1e-36
+        )
+        kernels_of(target).screen_scores(
+            found, part["scores"], first, part["bias"], part["scale"], bound, first == 318
+        )
+        for bounds, kind in zip((lower, upper), bounds_in_double(**part, bound=bound), strict=True):
+            bounds.append(kind)
+    lower, upper = torch.cat(lower, 1), torch.cat(upper, 1)
+    threshold = lower.nan_to_num(-torch.inf).topk(k).values[:, -1:]
+    assert int(found.counts[2]) == -1
+    for row in range(2):
+        count = int(found.counts[row])
+        listed = found.latents[row, :count].long()
+        assert listed.tolist() == sorted(set(listed.tolist()))
+        # one that is too near to the threshold may or may not be listed
+        certain = (~(upper[row] < threshold[row] + 1e-5)).nonzero().squeeze(1)
+        assert set(certain.tolist()) <= set(listed.tolist())
+        assert count < 4 * k + int(upper[row].isnan().sum())
 
 
 # ---- against truth ----
@@ -350,14 +476,14 @@ def test_a_kept_copy_is_never_stale(name):
 def test_a_kept_copy_is_used_and_released(monkeypatch):
     x, weight = layer(2, 40, 1500)
     made = []
-    original = rounded.round_rows
+    original = native.round_rows
 
-    def counting(rows, buffer=None):
+    def counting(rows, into):
         if rows.shape == weight.shape:
             made.append(rows)
-        return original(rows, buffer)
+        return original(rows, into)
 
-    monkeypatch.setattr(rounded, "round_rows", counting)
+    monkeypatch.setattr(native, "round_rows", counting)
     kept = sparsekern.keep_rounded(weight)
     assert kept.nbytes == 0  # nothing is kept for a weight that is not used
     for _ in range(3):
@@ -367,10 +493,10 @@ def test_a_kept_copy_is_used_and_released(monkeypatch):
     check_equal(x, weight, 8)
     assert len(made) == 2
     kept.release()
-    assert kept.nbytes == 0 and rounded.kept_copy(weight) is None
+    assert kept.nbytes == 0 and kept_copies.kept_copy(weight) is None
     kept = sparsekern.keep_rounded(weight)
     del kept
-    assert rounded.kept_copy(weight) is None
+    assert kept_copies.kept_copy(weight) is None
 
 
 def test_a_changed_element_is_found_within_the_calls_that_compare_it():

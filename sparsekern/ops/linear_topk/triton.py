@@ -37,8 +37,8 @@ from .slices import Layer
 # On no device has it been measured that screening by these kernels pays.
 ONLY_IF_ASKED = True
 WARPS = 4
-# Elements that a program rounds at a time, 16 a thread, and the most neighbours of a row among
-# them; rows and columns where columns are contiguous, which need an address for every four.
+# Elements that a program rounds at a time, 16 a thread, and the most of one row; rows and columns
+# of a tile where columns are contiguous.
 ROUND_TILE = 2048
 ROUND_COLUMNS = 512
 COLUMN_MAJOR_TILE = (64, 16)
