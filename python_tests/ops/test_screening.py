@@ -226,6 +226,7 @@ def test_threads_do_not_change_a_bit(one_or_more_threads=(1, 2, 3)):
         assert torch.equal(codes.indices, found[0].indices)
 
 
+@pytest.mark.slow_on("triton-interpreter")
 def test_slices_do_not_change_a_bit(target, monkeypatch):
     rows, d, n, k = sized(target, 20, 70, 2500, 20)
     x, weight = (tensor.to(target.device) for tensor in layer(rows, d, n))
@@ -262,6 +263,19 @@ def test_one_switch_turns_it_off(screened):
     assert len(screened) == 1
     with pytest.raises(TypeError, match="screening: enabled must be a bool, got 1"):
         sparsekern.screening(1)
+
+
+@pytest.mark.parametrize(
+    "chosen", [t for t in TARGETS if t.backend == "triton"], ids=lambda target: target.name
+)
+def test_triton_screens_only_if_asked(chosen, screened):
+    x, weight = (tensor.to(chosen.device) for tensor in layer(2, 16, 64))
+    with chosen.active():
+        sparsekern.linear_topk(x, weight, None, 2)
+        assert screened == []
+        with sparsekern.screening(True):
+            sparsekern.linear_topk(x, weight, None, 2)
+    assert screened == [torch.bfloat16]
 
 
 # ---- the kernels one by one ----
