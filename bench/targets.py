@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from sparsekern.benchmarks import peers
-from sparsekern.benchmarks.cases.autoencoder import COPY_KEPT
+from sparsekern.benchmarks.cases.autoencoder import COPY_KEPT, SCREENED
 from sparsekern.benchmarks.cases.topk import ITSELF
 from sparsekern.benchmarks.workload import BY_CHANNEL, Workload
 
@@ -244,6 +244,8 @@ def _gpu() -> Iterable[Target]:
         yield Target(backward, "two dense products", 4, backend=backend)
         encoder = Workload("linear_topk", 8192, 131072, 64, 4096, dtype="bfloat16", device="cuda")
         yield Target(encoder, "F.linear", 1 / 1.15, at_most=True, backend=backend)
+        screened = Workload("linear_topk", 8192, 32768, 64, 2048, fill=SCREENED, device="cuda")
+        yield Target(screened, "F.linear", backend=backend)
     step = Workload(
         "training step", 8192, 131072, 64, 4096,
         mode="forward+backward+optimizer", device="cuda", autocast="bfloat16",

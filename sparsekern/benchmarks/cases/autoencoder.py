@@ -8,6 +8,7 @@ against torch's fused Adam with the projection and the normalization as separate
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -28,8 +29,9 @@ from ..timing import forced
 from ..workload import Workload
 
 OPS = ("linear_topk", "SparseAutoencoder", "adam_step")
-# A workload's fill: `keep_rounded` of the weight.
+# A workload's fill: `keep_rounded` of the weight; inside `screening(True)`, which a GPU waits for.
 COPY_KEPT = "rounded copy kept"
+SCREENED = "screened"
 F = torch.nn.functional
 LARGEST_CHECKED = 2**30
 
@@ -62,12 +64,18 @@ def _encoder(workload: Workload) -> Problem:
     k = workload.k
     kept = sparsekern.keep_rounded(weight) if workload.fill == COPY_KEPT else None
 
+    asked = workload.fill == SCREENED
+
     def ours() -> object:
         return sparsekern.linear_topk(x, weight, bias, k), kept  # which lives as long as this
 
+    def ours_screened() -> object:
+        with sparsekern.screening(True):
+            return ours()
+
     def check(backend: str) -> float:
         """Compare sorted values with a float64 truth: products differ in their last bits."""
-        with forced(backend):
+        with forced(backend), sparsekern.screening(True) if asked else contextlib.nullcontext():
             values = sparsekern.linear_topk(x, weight, bias, k, sorted=True, relu=False).values
         rows = slice(0, 64)
         truth = F.linear(x[rows].double(), weight.double(), bias.double()).topk(k).values
@@ -76,7 +84,7 @@ def _encoder(workload: Workload) -> Problem:
         return testing.error_ratio(values[rows], truth, plain, scale)
 
     return Problem(
-        ours=ours,
+        ours=ours_screened if asked else ours,
         peers={
             "F.linear": lambda: F.linear(x, weight, bias),
             "F.linear, torch.topk": lambda: F.linear(x, weight, bias).topk(k),
