@@ -38,13 +38,17 @@ struct Slice {
   float* thresholds;
 };
 
-// The candidates of a row: all threads know how many there are.
+// What all threads know of a row's candidates. In registers: nothing takes its address.
+struct State {
+  int count;
+  float threshold;  // NaN: there are fewer than k
+};
+
+// The candidates of a row.
 struct List {
   int32_t* latents;
   float* lower;
   float* upper;
-  int count;
-  float threshold;  // NaN: there are fewer than k
 };
 
 struct Bounds {
@@ -84,26 +88,27 @@ __device__ inline unsigned key_of_bound(float lower) {
 
 // Raises the threshold to the k-th largest lower bound and drops what cannot reach it any more. The
 // list is in memory, of which each of some 30 steps reads the bounds: a few thousand at most.
-__device__ __noinline__ void tighten(List* list, int k, BlockReduce& reduce) {
-  __syncthreads();  // ends the writes
-  const int count = list->count;
-  if (count < k) return;
+__device__ __noinline__ State tighten(List list, State state, int k) {
+  BlockReduce reduce;
+  __syncthreads();  // ends the writes, and the reads of another reduction's slots
+  const int count = state.count;
+  if (count < k) return state;
   const auto count_to = [&](unsigned v) {
     int own = 0;
     for (int j = threadIdx.x; j < count; j += kBlockThreads) {
-      own += key_of_bound(list->lower[j]) <= v;
+      own += key_of_bound(list.lower[j]) <= v;
     }
     return reduce.sum(own);
   };
   // Slack -1: down to the k-th bound itself, not only to a key between it and the next one.
   const float proved = number_of<float>(bisect(0, kNoKey, k, -1, count_to).key);
-  const float threshold = proved < list->threshold ? list->threshold : proved;
+  const float threshold = proved < state.threshold ? state.threshold : proved;
   int reaching = 0, kept = 0;
   for (int base = 0; base < count; base += kBlockThreads) {
     const int j = base + static_cast<int>(threadIdx.x);
     const bool there = j < count;
-    const int32_t latent = there ? list->latents[j] : 0;
-    const float lower = there ? list->lower[j] : 0.0f, upper = there ? list->upper[j] : 0.0f;
+    const int32_t latent = there ? list.latents[j] : 0;
+    const float lower = there ? list.lower[j] : 0.0f, upper = there ? list.upper[j] : 0.0f;
     int total = 0;
     const int before = reaching + reduce.before(there && lower >= threshold, &total);
     reaching += total;
@@ -115,22 +120,23 @@ __device__ __noinline__ void tighten(List* list, int k, BlockReduce& reduce) {
     const int place = kept + reduce.before(keep, &total);
     kept += total;
     if (keep) {
-      list->latents[place] = latent;
-      list->lower[place] = lower;
-      list->upper[place] = upper;
+      list.latents[place] = latent;
+      list.lower[place] = lower;
+      list.upper[place] = upper;
     }
   }
-  list->count = kept;
-  list->threshold = threshold;
   __syncthreads();
+  return {kept, threshold};
 }
 
 // A threshold for a row without one: the k-th largest of the maxima of groups of lower bounds is
-// reached by k latents. What equals it may come before them, so it is a step less.
+// reached by k latents. What equals it may come before them, so it is a step less. NaN: none was
+// proved.
 template <class Stored>
-__device__ void prove_threshold(const Row<Stored>& row, List* list, BlockReduce& reduce) {
+__device__ float proved_threshold(const Row<Stored>& row, BlockReduce& reduce) {
   const int width = row.p.width, k = row.p.k;
-  if (k > kGroups || k > width) return;
+  const float none = __int_as_float(0x7fc00000);
+  if (k > kGroups || k > width) return none;
   unsigned best[kGroupsHeld];
 #pragma unroll
   for (int g = 0; g < kGroupsHeld; ++g) {
@@ -141,12 +147,13 @@ __device__ void prove_threshold(const Row<Stored>& row, List* list, BlockReduce&
     }
   }
   const float proved = number_of<float>(bound_of(reduce, best, k, k / 8).key);
-  if (proved > -INFINITY) list->threshold = nextafterf(proved, -INFINITY);
+  return proved > -INFINITY ? nextafterf(proved, -INFINITY) : none;
 }
 
 // Appends what may matter of a chunk of scores; false when there are too many candidates.
 template <class Stored>
-__device__ bool take_chunk(const Row<Stored>& row, int base, List* list, BlockReduce& reduce) {
+__device__ bool take_chunk(const Row<Stored>& row, int base, const List& list, State& state,
+                           BlockReduce& reduce) {
   const int k = row.p.k, capacity = row.p.capacity;
   const int first = base + static_cast<int>(threadIdx.x) * kHeld;
   Bounds bounds[kHeld];
@@ -162,28 +169,28 @@ __device__ bool take_chunk(const Row<Stored>& row, int base, List* list, BlockRe
 #pragma unroll
     for (int u = 0; u < kHeld; ++u) {
       if ((waiting >> u & 1) == 0) continue;
-      hits |= static_cast<unsigned>(!(bounds[u].upper <= list->threshold)) << u;
+      hits |= static_cast<unsigned>(!(bounds[u].upper <= state.threshold)) << u;
     }
     int total = 0;
-    int place = list->count + reduce.before(__popc(hits), &total);
+    int place = state.count + reduce.before(__popc(hits), &total);
     waiting = 0;
 #pragma unroll
     for (int u = 0; u < kHeld; ++u) {
       if ((hits >> u & 1) == 0) continue;
       if (place < capacity) {
-        list->latents[place] = row.p.first + first + u;
-        list->lower[place] = bounds[u].lower;
-        list->upper[place] = bounds[u].upper;
+        list.latents[place] = row.p.first + first + u;
+        list.lower[place] = bounds[u].lower;
+        list.upper[place] = bounds[u].upper;
       } else {
         waiting |= 1u << u;
       }
       ++place;
     }
-    const bool all = list->count + total <= capacity;
-    list->count = all ? list->count + total : capacity;
+    const bool all = state.count + total <= capacity;
+    state.count = all ? state.count + total : capacity;
     if (all) return true;
-    tighten(list, k, reduce);
-    if (4 * list->count > 3 * capacity) return false;
+    state = tighten(list, state, k);
+    if (4 * state.count > 3 * capacity) return false;
   }
 }
 
@@ -194,28 +201,28 @@ __global__ void __launch_bounds__(kBlockThreads) screen_scores_kernel(Slice<Stor
   const int64_t b = blockIdx.x;
   const int found = p.counts[b];
   if (found < 0) return;
-  List list{p.latents + b * p.capacity, p.lower + b * p.capacity, p.upper + b * p.capacity, found,
-            p.thresholds[b]};
+  const List list{p.latents + b * p.capacity, p.lower + b * p.capacity, p.upper + b * p.capacity};
+  State state{found, p.thresholds[b]};
   const Row<Stored> row{p, p.scores + b * p.row_stride, p.x_errors[b], p.x_lengths[b]};
   BlockReduce reduce;
-  if (list.threshold != list.threshold) prove_threshold(row, &list, reduce);
+  if (state.threshold != state.threshold) state.threshold = proved_threshold(row, reduce);
   const auto next_tightening = [&] {
-    const int wished = 4 * p.k > 2 * list.count ? 4 * p.k : 2 * list.count;
+    const int wished = 4 * p.k > 2 * state.count ? 4 * p.k : 2 * state.count;
     return wished < p.capacity ? wished : p.capacity;
   };
   int full = next_tightening();
   bool fits = true;
   for (int base = 0; fits && base < p.width; base += kChunk) {
-    fits = take_chunk(row, base, &list, reduce);
-    if (!fits || list.count <= full) continue;
-    tighten(&list, p.k, reduce);
+    fits = take_chunk(row, base, list, state, reduce);
+    if (!fits || state.count <= full) continue;
+    state = tighten(list, state, p.k);
     full = next_tightening();
-    fits = 4 * list.count <= 3 * p.capacity;
+    fits = 4 * state.count <= 3 * p.capacity;
   }
-  if (fits && p.last) tighten(&list, p.k, reduce);
+  if (fits && p.last) state = tighten(list, state, p.k);
   if (threadIdx.x == 0) {
-    p.counts[b] = fits ? list.count : -1;
-    p.thresholds[b] = list.threshold;
+    p.counts[b] = fits ? state.count : -1;
+    p.thresholds[b] = state.threshold;
   }
 }
 
