@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from one_thread import one_thread
 from processes import Forked, run_command, spawn
+from quick_pictures import quick_pictures
 
 import sparsekern
 from sparsekern.cli.command import main
@@ -22,7 +23,7 @@ TINY = [
     "--log-every", "1",
 ]  # fmt: skip
 
-__all__ = ["one_thread"]  # a fixture
+__all__ = ["one_thread", "quick_pictures"]  # fixtures
 
 
 def train(*flags):

@@ -12,6 +12,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from one_thread import one_thread
+from quick_pictures import quick_pictures
 
 from sparsekern.cli.command import main
 from sparsekern.data import write_activations
@@ -20,7 +21,7 @@ from sparsekern.training import CheckpointError, RunError, checkpoints
 
 sae_runs = importlib.import_module("sparsekern.studies.sae.run")  # the package has a function run
 
-__all__ = ["one_thread"]  # a fixture
+__all__ = ["one_thread", "quick_pictures"]  # fixtures
 SMALL = {
     "latents": 24, "k": 2, "batch_size": 256, "auxk": 4, "dead_after": 5000, "eval_tokens": 500,
     "learning_rate": 3e-3, "progress": False,

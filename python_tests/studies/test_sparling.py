@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from one_thread import one_thread
 from processes import Forked, run_command
+from quick_pictures import quick_pictures
 
 from sparsekern import SpatialSparsity
 from sparsekern.cli.command import main
@@ -28,7 +29,7 @@ from sparsekern.studies.sparling.config import SparlingConfig
 from sparsekern.studies.sparling.cost import cost_of
 from sparsekern.studies.sparling.run import domain_of
 
-__all__ = ["one_thread"]  # a fixture
+__all__ = ["one_thread", "quick_pictures"]  # fixtures
 
 # -- the domain ------------------------------------------------------------------------------------
 

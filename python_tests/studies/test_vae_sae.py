@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from one_thread import one_thread
+from quick_pictures import quick_pictures
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
 import sparsekern
@@ -17,7 +18,7 @@ from sparsekern.studies.vae_sae.images import mean_pixel, shrunk
 from sparsekern.studies.vae_sae.task import CheckpointedModel
 from sparsekern.training import checkpoints
 
-__all__ = ["one_thread"]  # a fixture
+__all__ = ["one_thread", "quick_pictures"]  # fixtures
 
 
 def small(dtype=torch.float32, **sizes):
