@@ -1,8 +1,6 @@
 """The activation store: order, resuming, prefetching, formats, and bad files."""
 
 import pickle
-import subprocess
-import sys
 import threading
 
 import h5py
@@ -10,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch_alone import run_after_torch
 
 from sparsekern.data import ActivationStore, DataError
 from sparsekern.data.activations import order as activation_order
@@ -342,7 +341,7 @@ def test_reading_needs_the_data_extra(tmp_path):
         "from sparsekern.data import ActivationStore\n"
         f"ActivationStore({str(tmp_path / 'a.h5')!r})"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    run = run_after_torch(code)
     last = run.stderr.strip().splitlines()[-1]
     assert "needs h5py; install it with: pip install 'sparsekern[data]'" in last
 

@@ -7,29 +7,17 @@ import inspect
 import pathlib
 import pydoc
 import re
-import subprocess
 import sys
 
 import pytest
 import torch
+from torch_alone import run_after_torch
 
 import sparsekern
 from sparsekern._renamed import RENAMED
 from sparsekern.dispatch import backends, modules, operations
 
 PACKAGE = pathlib.Path(sparsekern.__file__).parent
-
-
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    import os
-
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        cwd=PACKAGE.parent if (PACKAGE.parent / "setup.py").exists() else None,
-    )
 
 
 # -- choice of a backend ---------------------------------------------------------------------------
@@ -52,7 +40,7 @@ def test_unknown_backend():
     with pytest.raises(ValueError, match=r"backend: name must be one of auto, .*got 'cuda'"):
         with sparsekern.backend("cuda"):
             pass
-    wrong = run_python(
+    wrong = run_after_torch(
         "import torch, sparsekern; sparsekern.topk(torch.ones(3), 1)", SPARSEKERN_BACKEND="fast"
     )
     assert "SPARSEKERN_BACKEND: name must be one of" in wrong.stderr
@@ -60,7 +48,7 @@ def test_unknown_backend():
 
 def test_environment_forces_a_backend():
     code = "import torch, sparsekern; print(sparsekern.describe()['implementations'][0]['backend'])"
-    assert run_python(code, SPARSEKERN_BACKEND="reference").stdout.strip() == "reference"
+    assert run_after_torch(code, SPARSEKERN_BACKEND="reference").stdout.strip() == "reference"
 
 
 def test_forced_triton_on_a_cpu_says_what_is_missing():
@@ -69,7 +57,7 @@ def test_forced_triton_on_a_cpu_says_what_is_missing():
         "with sparsekern.backend('triton'):\n"
         "    sparsekern.topk(torch.ones(3), 1)\n"
     )
-    run = run_python(code, TRITON_INTERPRET="0")
+    run = run_after_torch(code, TRITON_INTERPRET="0")
     assert run.returncode == 1
     last = run.stderr.strip().splitlines()[-1]
     assert "topk: backend 'triton' was asked for but cannot run on cpu: triton" in last
@@ -88,7 +76,7 @@ def test_description_is_complete():
 
 
 def test_import_is_silent_and_light():
-    run = run_python(
+    run = run_after_torch(
         "import sys, torch; before = set(sys.modules); import sparsekern\n"
         "added = {name.split('.')[0] for name in set(sys.modules) - before}\n"
         "heavy = added & {'triton', 'h5py', 'matplotlib', 'safetensors', 'scipy', 'tqdm'}\n"
@@ -116,7 +104,7 @@ def test_the_changelog_lists_the_renamed_modules():
 
 
 def test_parts_of_the_package_are_imported_when_first_used():
-    run = run_python(
+    run = run_after_torch(
         "import sys, sparsekern\n"
         "parts = set(sparsekern._SUBMODULES)\n"
         "assert parts <= set(dir(sparsekern)) and 'optim' in parts\n"
@@ -154,7 +142,7 @@ HIDE = "import sys; sys.modules.update(dict.fromkeys({hidden!r}))\n"  # None mea
     [("sparsekern._native", "sparsekern._cuda"), ("triton",), ("sparsekern._cuda", "triton")],
 )
 def test_works_without_native_modules_or_triton(hidden):
-    run = run_python(
+    run = run_after_torch(
         HIDE.format(hidden=hidden)
         + "import torch, sparsekern\n"
         + "x = torch.randn(3, 9, requires_grad=True)\n"

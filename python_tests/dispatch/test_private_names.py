@@ -13,6 +13,7 @@ import subprocess
 import sys
 
 import pytest
+from torch_alone import run_after_torch
 
 import sparsekern
 
@@ -151,7 +152,5 @@ torch._C._dispatch_keys = {told}
 from sparsekern.dispatch.fast_path import dispatcher_has_nothing_to_do
 assert not dispatcher_has_nothing_to_do((torch.ones(2),))
 """
-    run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent
-    )
+    run = run_after_torch(code)
     assert run.returncode == 0, run.stderr

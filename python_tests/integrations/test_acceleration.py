@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 
 import openai_stand_in
@@ -11,6 +9,7 @@ import pytest
 import torch
 from accelerated import D, K, N, batch, randomize
 from torch import nn
+from torch_alone import run_after_torch
 
 import sparsekern
 from sparsekern.integrations.acceleration import peers as known_peers
@@ -37,7 +36,8 @@ def test_importing_sparsekern_imports_no_other_library():
         "known = {p.module for p in sparsekern.integrations.acceleration.peers.PEERS}\n"
         "assert len(known) == 5 and not roots & known, roots\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run = run_after_torch(code)
+    assert run.returncode == 0, run.stderr
 
 
 def test_nothing_to_replace():
