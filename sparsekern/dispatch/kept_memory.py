@@ -93,7 +93,7 @@ def kept_bytes() -> int:
 def empty_cache() -> None:
     """Give the memory of freed large outputs on the CPU back to the system.
 
-    Outputs of 32 MiB and more leave theirs, up to 2 GiB, to the next ones of the same sizes.
+    Outputs of 4 MiB and more leave theirs, up to 2 GiB, to the next ones of the same sizes.
     torch.cuda.empty_cache() is the same for GPUs.
 
     Example:
