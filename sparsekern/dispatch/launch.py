@@ -26,8 +26,8 @@ _raw_stream = getattr(_C, "_cuda_getCurrentRawStream", None)
 # The numbers of interface/dtypes.h.
 DTYPE_TAGS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 INDEX_TAGS = {torch.int64: 0, torch.int32: 1}
-# Sizes that glibc's malloc maps anew: from 32 MiB on each time, smaller ones where blocks come and go
-# in another order than before.
+# Sizes that glibc's malloc maps anew: from 32 MiB on each time, smaller ones where blocks come and
+# go in another order than before.
 KEPT_FROM = 4 << 20
 
 
