@@ -34,7 +34,7 @@ def build_module(folder: pathlib.Path = FOLDER) -> types.ModuleType:
     """The CUDA kernels as a Python module that takes addresses of host memory."""
     setup = setup_file()
     target = setup.module_file(MODULE)
-    flags = ["-O2", "-fPIC", "-fvisibility=hidden"]
+    flags = ["-O1", "-fPIC", "-fvisibility=hidden"]
     sources = [source for source in _emulation() if not source.name.startswith("driver")]
     sources += [*_kernels(), CSRC / "bindings_cuda.cpp"]
     flags += setup.NinjaFile(folder / "module").include_flags()
