@@ -317,6 +317,36 @@ def screening_table(results: Path) -> str:
     return "\n".join(text)
 
 
+def screening_speed_table(results: Path) -> str:
+    """Encoders beside torch's and beside the product alone, and training runs."""
+    written = json.loads((results / "screening-speed.json").read_text())
+    head = ("rows", "D", "latents", "k", "F.linear, ms", "with topk, ms", "product alone, ms")
+    text = [f"| {' | '.join(head)} | linear_topk, ms |", "| --- " * 8 + "|"]
+    for row in written["encoders"]:
+        times = row["milliseconds"]
+        kept = ", copy kept" * row["kept copy"]
+        numbers = " | ".join(f"{times[name]:.3g}" for name in times)
+        text.append(f"| {row['rows']}{kept} | {row['d']} | {row['n']} | {row['k']} | {numbers} |")
+    text += ["", f"{written['threads']} threads, medians, in turn.", ""]
+    for run in written["training"] or ():
+        speeds, fvu = run["tokens_per_second"], run["fvu"]
+        ratio = statistics.median(
+            a / b for a, b in zip(speeds["with"], speeds["without"], strict=True)
+        )
+        least, most = (
+            [f"{pick(fvu[name]):.4f}" for name in ("with", "without")] for pick in (min, max)
+        )
+        text.append(
+            f"* `train sae` on a sentence model's layer, {run['latents']:,} latents, "
+            f"k = {run['k']}, batches of {run['rows']}, {len(fvu['with'])} seeds: "
+            f"{statistics.median(speeds['with']):,.0f} tokens/s, "
+            f"{statistics.median(speeds['without']):,.0f} without screening, {ratio:.2f}x; "
+            "fraction of variance unexplained "
+            f"{least[0]} to {most[0]}, {least[1]} to {most[1]} without."
+        )
+    return "\n".join(text)
+
+
 # -- files -----------------------------------------------------------------------------------------
 
 
@@ -361,7 +391,11 @@ def pages(root: Path = ROOT, results: Path = RESULTS) -> dict[Path, str]:
             "several recoveries",
             recoveries_table(results),
         ),
-        exact: between_marks(exact.read_text(), "screening", screening_table(results)),
+        exact: between_marks(
+            between_marks(exact.read_text(), "screening", screening_table(results)),
+            "screening speed",
+            screening_speed_table(results),
+        ),
         studies: between_marks(studies.read_text(), "dead units", dead_table(vae_sae)),
         docs / "figures" / "training-step.svg": training_step(cpu),
         docs / "figures" / "ratios.svg": ratios(cpu),

@@ -29,7 +29,7 @@ from measuring.checkout import RESULTS, sparsekern
 
 from sparsekern._system import replaced
 from sparsekern.data import ActivationStore
-from sparsekern.ops.linear_topk import screen, slices
+from sparsekern.ops.linear_topk import native, screen, slices
 from sparsekern.studies.sae import load_run
 
 SIZES = ((768, 16384, 32), (768, 65536, 64), (2048, 32768, 64), (4096, 65536, 64))
@@ -94,7 +94,7 @@ def candidates(
 ) -> dict:
     """How many candidates rows have, on average and at most."""
     layer = slices.Layer(weight, bias, None, None, torch.float32)
-    product = screen.Product(layer, x[:2048], torch.bfloat16)
+    product = screen.Product(native, layer, x[:2048], torch.bfloat16)
     counts = screen.find_candidates(product, k, range(len(weight))).counts
     fitting = counts[counts >= 0].float()
     return {
