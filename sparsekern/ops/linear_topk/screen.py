@@ -31,9 +31,9 @@ from .kept import kept_copy
 from .rounded import Rounded, room_for
 from .slices import Layer, Selection, buffer_elements
 
-# Elements of the scores of a slice on a CPU, and of the rounded weights it is made from: they share
-# the caches.
-SLICE_ELEMENTS = 2 << 20
+# Elements of the scores of a slice on a CPU, and of the rounded weights it is made from: both fit
+# its last cache, and what a slice costs beside them counts little.
+SLICE_ELEMENTS = 8 << 20
 LEAST_WIDTH = 1024
 MOST_LATENTS = 2**31
 # Share of rows with too many candidates after the first slice, from which on all rows are done in
