@@ -553,7 +553,8 @@ REFUSED = {
     TwoInputs: "forward takes other arguments than one tensor",
     Smallest: "topk of the smallest is not faster",
     Integers: "topk of torch.int64 is not faster",
-    ByNumbers: "forward cannot be followed: RuntimeError: Tensor.item() cannot be called on meta",
+    ByNumbers: "forward cannot be followed: RuntimeError: Tensor.item() cannot be called on meta "
+    "tensors; it reads numbers of tensors: call sparsekern.topk in it instead",
     Fails: "forward cannot be followed: KeyError: torch.Size([8, 6])",
     NotAlways: "forward calls no topk",
     Wrapped: "forward fails on random rows: TypeError: the result holds a Result",

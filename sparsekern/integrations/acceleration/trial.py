@@ -87,7 +87,7 @@ def _shape_that_works(tried: nn.Module, name: str) -> tuple[tuple[int, ...] | No
             with torch.no_grad(), torch.device("meta"), Selecting() as selecting:
                 getattr(tried, name)(torch.empty(shape, device="meta"))
         except Exception as error:
-            failure = failure or f"{name} cannot be followed: {_first_line(error)}"
+            failure = failure or f"{name} cannot be followed: {_first_line(error)}{_remedy(error)}"
             continue
         if selecting.taken:
             return shape, ""
@@ -105,6 +105,11 @@ def _on_meta(tensor: Tensor) -> Tensor:
         return tensor.clone()  # a number such as k, which the code reads
     dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
     return torch.empty(tensor.shape, dtype=dtype, device="meta")
+
+
+def _remedy(error: Exception) -> str:
+    reads = isinstance(error, RuntimeError | NotImplementedError) and "meta tensor" in str(error)
+    return "; it reads numbers of tensors: call sparsekern.topk in it instead" if reads else ""
 
 
 def _first_line(error: Exception) -> str:
