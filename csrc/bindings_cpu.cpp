@@ -40,20 +40,22 @@ std::map<std::string, std::string> build_info() {
 #endif
 }
 
-// topk(threads, x=..., k=..., ...), the fields of kernels.def in their order: a small selection
-// takes less time than a dict of them and pybind11 do.
-PyObject* topk_of_keywords(PyObject*, PyObject* const* values, Py_ssize_t positional,
-                           PyObject* names) {
+// kernel(threads, x=..., k=..., ...), the fields of kernels.def in their order: a small selection
+// takes less time than a dict of them and pybind11 do. `name` is the kernel's, a str.
+template <class Arguments, void (*sparsekern::cpu::Kernels::*kKernel)(const Arguments&, int)>
+PyObject* of_keywords(PyObject* name, PyObject* const* values, Py_ssize_t positional,
+                      PyObject* names) {
   try {
+    const char* kernel = PyUnicode_AsUTF8(name);
     if (positional != 1 || names == nullptr) {
-      throw py::type_error("topk_of_keywords: takes the threads, and keywords");
+      throw py::type_error(std::string(kernel) + "_of_keywords: takes the threads, and keywords");
     }
-    sparsekern::TopkArguments call;
-    sparsekern::KeywordReader reader("topk", values + 1, names);
+    Arguments call;
+    sparsekern::KeywordReader reader(kernel, values + 1, names);
     sparsekern::read_fields(reader, &call);
     const int threads = static_cast<int>(sparsekern::integer_of(values[0]));
     const py::gil_scoped_release released;
-    kernels().topk(call, threads);
+    (kernels().*kKernel)(call, threads);
   } catch (py::error_already_set& error) {
     error.restore();
     return nullptr;
@@ -69,10 +71,15 @@ PyObject* topk_of_keywords(PyObject*, PyObject* const* values, Py_ssize_t positi
   Py_RETURN_NONE;
 }
 
-PyMethodDef of_keywords = {
-    "topk_of_keywords",
-    reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&topk_of_keywords)),
-    METH_FASTCALL | METH_KEYWORDS, nullptr};
+template <class Arguments, void (*sparsekern::cpu::Kernels::*kKernel)(const Arguments&, int)>
+void export_of_keywords(py::module_& m, const char* kernel, const char* name) {
+  static PyMethodDef method = {
+      name,
+      reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&of_keywords<Arguments, kKernel>)),
+      METH_FASTCALL | METH_KEYWORDS, nullptr};
+  m.attr(name) =
+      py::reinterpret_steal<py::object>(PyCFunction_NewEx(&method, py::str(kernel).ptr(), nullptr));
+}
 
 }  // namespace
 
@@ -88,8 +95,10 @@ PYBIND11_MODULE(_native, m) {
 #define SPARSEKERN_CUDA_KERNEL(...)
 #include "interface/kernels.def"
   sparsekern::export_dtypes(m);
-  m.attr("topk_of_keywords") =
-      py::reinterpret_steal<py::object>(PyCFunction_NewEx(&of_keywords, nullptr, nullptr));
+  using sparsekern::cpu::Kernels;
+  export_of_keywords<sparsekern::TopkArguments, &Kernels::topk>(m, "topk", "topk_of_keywords");
+  export_of_keywords<sparsekern::LinearTopkArguments, &Kernels::linear_topk>(
+      m, "linear_topk", "linear_topk_of_keywords");
   m.def("instruction_sets", &instruction_sets);
   m.def("multiplies_bfloat16", &sparsekern::cpu::multiplies_bfloat16);
   m.def("use_instruction_set", &sparsekern::cpu::use_instruction_set);

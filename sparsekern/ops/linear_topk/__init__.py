@@ -109,6 +109,16 @@ def linear_topk(
         >>> values.tolist(), indices.tolist()
         ([[1.0, 0.0]], [[0, 2]])
     """
+    if (
+        latents is None
+        and pre_bias is None
+        and scale is None
+        and type(groups) is int
+        and groups == 1
+    ):
+        quick = operation.quick_linear_topk(x, weight, bias, k, relu, sorted)
+        if quick is not None:
+            return Codes(*quick)
     values, indices, _, _ = operation.linear_topk(
         *_check("linear_topk", x, weight, bias, k, pre_bias, scale, latents, groups),
         relu, sorted, False,

@@ -1,15 +1,67 @@
-"""Calls of the native kernels that screen latents, for the CPU and for CUDA."""
+"""Calls of the native kernels of few rows, for the CPU, and that screen latents, also for CUDA."""
 
 from __future__ import annotations
 
 import torch
 
-from ...dispatch.launch import launch, matrix, module_for, pointer
+from ...dispatch.launch import keyword_kernel, launch, matrix, module_for, pointer
 from ..gather_dot.native import dots_of_listed
 from ..transpose_codes.native import transpose_codes
 from .candidates import Candidates, ErrorBound
 from .rounded import Rounded
 from .slices import Layer
+
+
+def has_few_rows(x: torch.Tensor) -> bool:
+    """Return whether the module of x's device has the kernel of `few_rows`."""
+    return keyword_kernel("linear_topk", x) is not None
+
+
+def few_rows(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    k: int,
+    sorted: bool,
+    relu: bool,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return values and indices int64 [..., k] of the k largest scores of few rows.
+
+    Each score's products are added in the order of `gather_dot`, wherever row and latent stand.
+
+    Args:
+        x: [rows, d] or contiguous [..., d], float32.
+        weight: [n, d] float32, column stride 1.
+        bias: [n] float32, contiguous, or None.
+        scale: [n] float32, contiguous, or None.
+        k: 1..n.
+        sorted: the largest first; else by ascending index.
+        relu: selected values <= 0 become 0.
+
+    Returns:
+        None where the module has no such kernel.
+    """
+    kernel = keyword_kernel("linear_topk", x)
+    if kernel is None:
+        return None
+    shape = x.shape
+    # a tuple takes longer to read
+    values = x.new_empty(shape[0], k) if len(shape) == 2 else x.new_empty(*shape[:-1], k)
+    indices = torch.empty_like(values, dtype=torch.int64)
+    kernel(
+        torch.get_num_threads(),
+        x=matrix(x),
+        weight=matrix(weight),
+        bias=0 if bias is None else bias.data_ptr(),
+        scale=0 if scale is None else scale.data_ptr(),
+        k=k,
+        sorted=sorted,
+        relu=relu,
+        values=values.data_ptr(),
+        indices=indices.data_ptr(),
+    )
+    return values, indices
 
 
 def round_rows(rows: torch.Tensor, rounded: torch.Tensor) -> Rounded:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from ...dispatch.dtensors import GROUPING, ROWS, Rows
-from ...dispatch.operations import define
+from ...dispatch.fast_path import NOTHING, left_to_torch
+from ...dispatch.operations import define, operations
 from ..batching import one_by_one
 from ..checks import check_count
 from ..layout import matrix_of
@@ -17,10 +18,18 @@ from ..sparse_matmul.operation import sparse_matmul, sparse_matmul_backward
 from ..topk import native as topk_native
 from ..topk.operation import passed_by_relu
 from ..transpose_codes.operation import transpose_codes
-from . import native, screen
+from . import native, screen, slices
 from .checks import check_groups, check_latents, check_layer
 from .reference import centred, linear_topk_reference, transposed
-from .slices import Layer, Selection, is_small, rows_at_once, select_at_once, select_rows
+from .slices import (
+    Layer,
+    Selection,
+    is_few,
+    is_small,
+    rows_at_once,
+    select_at_once,
+    select_rows,
+)
 
 
 def _check(
@@ -60,10 +69,12 @@ def _slice_by_slice(
     select: Callable[..., Any],
     running: type[topk_native.RunningTopk] | None,
     screening_kernels: Callable[[], ModuleType],
+    natively: bool,
 ) -> Callable[..., Any]:
     """Make the operation of a backend from its top-k of matrices, and of matrices in parts.
 
-    screening_kernels: returns the backend's kernels of screen.py.
+    screening_kernels: returns the backend's kernels of screen.py. natively: with the native kernel
+    of few rows.
     """
 
     def run(
@@ -80,40 +91,65 @@ def _slice_by_slice(
         transpose: bool,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         if x.numel() == 0:
-            return linear_topk_reference(
+            values, indices, offsets, positions = linear_topk_reference(
                 x, weight, bias, k, pre_bias, scale, latents, groups, relu, sorted, transpose
             )
+            return values.detach(), indices.detach(), offsets, positions
         check_latents(latents, weight.shape[0])
         rows = matrix_of(x).contiguous()
         if pre_bias is not None:  # `centred`, rounded on the way out
             rows = torch.sub(rows, pre_bias, out=torch.empty_like(rows))
         layer = Layer(weight, bias, scale, latents, rows.dtype)
         selection = Selection(k, groups, relu, sorted, select, running)
-        if is_small(layer, rows, groups):
-            values, indices = select_at_once(layer, rows, selection)
+        few = natively and is_few(layer, rows, groups) and native.has_few_rows(rows)
+        if not is_small(layer, rows, groups):
+            values, indices = _select_in_parts(layer, rows, selection, screening_kernels(), few)
+        elif few:
+            values, indices = _select_few(layer, rows, selection)
         else:
-            values, indices = _select_in_parts(layer, rows, selection, screening_kernels())
+            values, indices = select_at_once(layer, rows, selection)
         if latents is not None:
             indices = latents[indices]
         if x.dim() != 2:
             shape = (*x.shape[:-1], k)
-            values, indices = values.view(shape), indices.view(shape)
+            values, indices = values.view(shape).detach(), indices.view(shape).detach()
         return values, indices, *transposed(indices, weight.shape[0], transpose)
 
     return run
 
 
-def _select_in_parts(
-    layer: Layer, rows: torch.Tensor, selection: Selection, kernels: ModuleType
+def _select_few(
+    layer: Layer, rows: torch.Tensor, selection: Selection
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the codes of rows [count, d], as many at a time as share a buffer."""
+    """Return the codes of few rows [count, d], where their kernel serves."""
+    bias, scale = (
+        None if vector is None else vector.contiguous() for vector in (layer.bias, layer.scale)
+    )
+    codes = native.few_rows(
+        rows, layer.weight, bias, scale, selection.k, selection.sorted, selection.relu
+    )
+    assert codes is not None
+    return codes
+
+
+def _select_in_parts(
+    layer: Layer, rows: torch.Tensor, selection: Selection, kernels: ModuleType, few: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the codes of rows [count, d], as many at a time as share a buffer.
+
+    few: the kernel of few rows serves all of them.
+    """
     values = rows.new_empty(len(rows), selection.k)
     indices = rows.new_empty(len(rows), selection.k, dtype=torch.int64)
     step = rows_at_once(rows.device, selection.k)
     for first in range(0, len(rows), step):
         part = slice(first, first + step)
         codes = rows[part], selection, values[part], indices[part]
-        if not screen.select_rows(kernels, layer, *codes):
+        if screen.select_rows(kernels, layer, *codes, few):
+            continue
+        if few:
+            values[part], indices[part] = _select_few(layer, rows[part], selection)
+        else:
             select_rows(layer, *codes)
     return values, indices
 
@@ -243,8 +279,8 @@ linear_topk = define(
     " -> (Tensor values, Tensor indices, Tensor offsets, Tensor positions)",
     reference=linear_topk_reference,
     implementations={
-        "native": _slice_by_slice(topk_native.topk, topk_native.RunningTopk, _native_kernels),
-        "triton": _slice_by_slice(_triton_topk, None, _triton_kernels),
+        "native": _slice_by_slice(topk_native.topk, topk_native.RunningTopk, _native_kernels, True),
+        "triton": _slice_by_slice(_triton_topk, None, _triton_kernels, False),
     },
     fake=_fake,
     check=_check,
@@ -252,5 +288,46 @@ linear_topk = define(
     backward=_backward,
     vmap=one_by_one,
     autocast=autocast_layer,
+    owned=True,
     rows=Rows((0,), (ROWS, ROWS, GROUPING, GROUPING)),
 )
+_operation = operations["linear_topk"]
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+
+
+def quick_linear_topk(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    k: int,
+    relu: bool,
+    sorted: bool,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return values and indices where nothing but the kernel of few rows is needed; else None.
+
+    The arguments need not be checked: what is not right is left to other ways. All of a small call
+    takes some microseconds, of which each check here is a few hundredths.
+    """
+    if bias is None:
+        if left_to_torch((x, weight)) != NOTHING:
+            return None
+    elif left_to_torch((x, weight, bias)) != NOTHING or type(bias) not in _PLAIN:
+        return None
+    if not (type(k) is int and type(x) in _PLAIN and type(weight) in _PLAIN):
+        return None
+    if not (x.is_cpu and weight.is_cpu and _operation.runs_natively(x)):
+        return None
+    shape = weight.shape
+    if len(shape) != 2 or not (x.dtype == torch.float32 == weight.dtype):
+        return None
+    n, d = shape
+    elements = x.numel()
+    if not (0 < k <= n and x.dim() and x.shape[-1] == d and 0 < elements <= slices.FEW_ROWS * d):
+        return None
+    if not (elements * n < slices.SMALL_TERMS and x.is_contiguous() and weight.is_contiguous()):
+        return None
+    if bias is not None and not (
+        bias.is_cpu and bias.dtype == torch.float32 and bias.shape == (n,) and bias.is_contiguous()
+    ):
+        return None
+    return native.few_rows(x, weight, bias, None, k, sorted, relu)

@@ -47,6 +47,7 @@ NANOSECONDS = {
     "weight": 0.27,  # an element that is read from memory, and rounded
     "cached weight": 0.06,  # the same of a weight that fits the caches
     "float32": 0.0115,  # a term of a product
+    "kernel": 0.009,  # the same in the kernel of few rows
     "bfloat16": 0.005,
     "score": 0.7,
     "candidate": 26,
@@ -54,7 +55,8 @@ NANOSECONDS = {
     "call": 350e3,  # beyond what one in float32 takes
 }
 CACHED_ELEMENTS = 4 << 20
-KEPT_READING = 0.4  # reading a rounded copy, of the time of reading and rounding the weight
+KEPT_READING = 0.55  # reading a rounded copy, of the time of reading and rounding the weight
+KERNEL_READING = 0.5  # reading the weight in the kernel of few rows
 CANDIDATES_EXPECTED = 2.5  # as multiples of k
 
 
@@ -65,6 +67,7 @@ def select_rows(
     selection: Selection,
     values: torch.Tensor,
     indices: torch.Tensor,
+    few: bool = False,
 ) -> bool:
     """Write the codes of some rows [count, d] to values and indices [count, k].
 
@@ -75,6 +78,7 @@ def select_rows(
         selection: what to select.
         values: [count, k] of the rows' dtype.
         indices: [count, k] int64.
+        few: the kernel of few rows could serve instead.
 
     Returns:
         False, with nothing written, where screening cannot serve or does not pay.
@@ -84,7 +88,7 @@ def select_rows(
     if not _serves(kernels, layer, rows, k, width):
         return False
     kept = kept_copy(layer.weight) if rows.is_cpu else None
-    if not (rows.is_cuda or pays(len(rows), rows.shape[1], width, k, kept is not None)):
+    if not (rows.is_cuda or pays(len(rows), rows.shape[1], width, k, kept is not None, few)):
         return False
     product = Product(kernels, layer, rows, torch.bfloat16, kept)
     for group in range(groups):
@@ -164,15 +168,19 @@ def _asking_for(enabled: bool) -> Iterator[None]:
         _asked.pop()
 
 
-def pays(rows: int, depth: int, width: int, k: int, kept: bool) -> bool:
+def pays(rows: int, depth: int, width: int, k: int, kept: bool, few: bool) -> bool:
     """Return True if screening takes less time than a product in float32, by a model of both.
 
-    kept: the weight is rounded already.
+    kept: the weight is rounded already. few: the kernel of few rows makes the product.
     """
     weights = width * depth
     cached = weights <= CACHED_ELEMENTS
     reading = NANOSECONDS["cached weight" if cached else "weight"] * weights
-    exact = reading * min(rows, 2) + NANOSECONDS["float32"] * rows * weights
+    if few:
+        exact = KERNEL_READING * reading + NANOSECONDS["kernel"] * rows * weights
+        exact += NANOSECONDS["score"] * rows * width
+    else:
+        exact = reading * min(rows, 2) + NANOSECONDS["float32"] * rows * weights
     screened = (
         reading * (KEPT_READING if kept else 1)
         + NANOSECONDS["bfloat16"] * rows * weights

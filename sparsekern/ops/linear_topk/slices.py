@@ -6,6 +6,8 @@ kernel brings the k largest so far up to date with the next slice: it knows thei
 hardly any score reaches, and so reads the slice once and does little else. Selections are exact and
 order equal scores by latent, and slices come in ascending order of latents, so the result is that
 of a selection from all scores at once.
+
+Of few rows a CPU kernel (native.py, `few_rows`) computes all scores and selects from them.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ BUFFER_ELEMENTS = {"cpu": 7 << 20, "cuda": 64 << 20}
 SMALLEST_SLICE = 4096
 # Terms of all scores below which everything is done at once: a third of a millisecond's.
 SMALL_TERMS = 30_000_000
+# Float32 rows up to which the kernel of few rows is quicker than torch's product and a selection:
+# it reads the weight once for all of them. With more, it depends on the sizes.
+FEW_ROWS = 32
 CACHE_LINE_ELEMENTS = 64
 
 
@@ -81,6 +86,19 @@ def is_small(layer: Layer, rows: torch.Tensor, groups: int) -> bool:
     """Return True if a call does so little that slices and screening would only take time."""
     terms = rows.numel() * layer.width
     return groups == 1 and layer.copied == 0 and terms < SMALL_TERMS
+
+
+def is_few(layer: Layer, rows: torch.Tensor, groups: int) -> bool:
+    """Return True if the kernel of few rows serves a call, where its module has it."""
+    weight = layer.weight
+    return (
+        len(rows) <= FEW_ROWS
+        and groups == 1
+        and layer.copied == 0
+        and rows.dtype == torch.float32
+        and (weight.stride(1) == 1 or weight.shape[1] == 1)
+        and len(rows) * layer.width <= buffer_elements(rows.device)
+    )
 
 
 def select_at_once(

@@ -40,7 +40,8 @@ def topk_codes(
         values, indices, _ = topk(x, k, sorted, relu, abs, False, smallest)
         return values, indices
     shape = x.shape
-    values = x.new_empty((shape[0], k) if len(shape) == 2 else (*shape[:-1], k))
+    # a tuple takes longer to read
+    values = x.new_empty(shape[0], k) if len(shape) == 2 else x.new_empty(*shape[:-1], k)
     indices = torch.empty_like(values, dtype=torch.int64)
     kernel(
         torch.get_num_threads(),
