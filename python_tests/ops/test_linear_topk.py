@@ -37,6 +37,7 @@ def sliced(request, monkeypatch):
     """Buffers so small that a few dozen latents make several slices, and a few rows several
     parts."""
     monkeypatch.setattr(linear_slices, "SMALL_TERMS", 0)
+    monkeypatch.setattr(linear_slices, "FEW_ROWS", 0)
     if request.param != "one slice":
         elements = 16 if request.param == "slices" else 5 * 8
         monkeypatch.setattr(linear_slices, "SMALLEST_SLICE", 8)

@@ -99,7 +99,8 @@ def linear_topk(
         scores of the others are computed in float32, as `linear_at` computes them. The codes are
         those of all latents' float32 scores in that order of additions, whatever the number of
         threads (see the page "How the encoder is exact"). `screening` turns it off, `keep_rounded`
-        makes it pay for a few rows.
+        makes it pay for a few rows. Up to 32 float32 rows and a row-major weight on a CPU have all
+        their scores computed in that order, by a kernel of their own, if they are not screened.
 
     Example:
         >>> import torch, sparsekern

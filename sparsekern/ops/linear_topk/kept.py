@@ -108,7 +108,7 @@ def keep_rounded(weight: torch.Tensor) -> RoundedWeight:
     `linear_topk` of a float32 layer screens its latents by a product in bfloat16 and computes the
     scores of those that may be selected in float32: results are the same with and without the copy.
     With many rows, rounding the weight anew in each call costs little. With up to some thirty it
-    costs more than it saves, and this is for them: a model that encodes token by token.
+    costs more than it saves, and this is for them, where the weight is too large for the caches.
 
     Args:
         weight: [N, D] float32 on a CPU, as it is given to `linear_topk`; one stride is 1.

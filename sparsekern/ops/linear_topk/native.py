@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ...dispatch.launch import keyword_kernel, launch, matrix, module_for, pointer
@@ -12,12 +14,13 @@ from .rounded import Rounded
 from .slices import Layer
 
 
-def has_few_rows(x: torch.Tensor) -> bool:
-    """Return whether the module of x's device has the kernel of `few_rows`."""
-    return keyword_kernel("linear_topk", x) is not None
+def few_rows_kernel(x: torch.Tensor) -> Callable[..., None] | None:
+    """Return the kernel for `few_rows`; None where the module of x's device has none."""
+    return keyword_kernel("linear_topk", x)
 
 
 def few_rows(
+    kernel: Callable[..., None],
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -25,12 +28,13 @@ def few_rows(
     k: int,
     sorted: bool,
     relu: bool,
-) -> tuple[torch.Tensor, torch.Tensor] | None:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return values and indices int64 [..., k] of the k largest scores of few rows.
 
     Each score's products are added in the order of `gather_dot`, wherever row and latent stand.
 
     Args:
+        kernel: of `few_rows_kernel`.
         x: [rows, d] or contiguous [..., d], float32.
         weight: [n, d] float32, column stride 1.
         bias: [n] float32, contiguous, or None.
@@ -38,13 +42,7 @@ def few_rows(
         k: 1..n.
         sorted: the largest first; else by ascending index.
         relu: selected values <= 0 become 0.
-
-    Returns:
-        None where the module has no such kernel.
     """
-    kernel = keyword_kernel("linear_topk", x)
-    if kernel is None:
-        return None
     shape = x.shape
     # a tuple takes longer to read
     values = x.new_empty(shape[0], k) if len(shape) == 2 else x.new_empty(*shape[:-1], k)

@@ -101,11 +101,13 @@ def _slice_by_slice(
             rows = torch.sub(rows, pre_bias, out=torch.empty_like(rows))
         layer = Layer(weight, bias, scale, latents, rows.dtype)
         selection = Selection(k, groups, relu, sorted, select, running)
-        few = natively and is_few(layer, rows, groups) and native.has_few_rows(rows)
+        few = None
+        if natively and is_few(layer, rows, groups):
+            few = native.few_rows_kernel(rows)
         if not is_small(layer, rows, groups):
             values, indices = _select_in_parts(layer, rows, selection, screening_kernels(), few)
-        elif few:
-            values, indices = _select_few(layer, rows, selection)
+        elif few is not None:
+            values, indices = _select_few(few, layer, rows, selection)
         else:
             values, indices = select_at_once(layer, rows, selection)
         if latents is not None:
@@ -119,25 +121,26 @@ def _slice_by_slice(
 
 
 def _select_few(
-    layer: Layer, rows: torch.Tensor, selection: Selection
+    kernel: Callable[..., None], layer: Layer, rows: torch.Tensor, selection: Selection
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the codes of few rows [count, d], where their kernel serves."""
+    """Return the codes of few rows [count, d], which their kernel serves."""
     bias, scale = (
         None if vector is None else vector.contiguous() for vector in (layer.bias, layer.scale)
     )
-    codes = native.few_rows(
-        rows, layer.weight, bias, scale, selection.k, selection.sorted, selection.relu
-    )
-    assert codes is not None
-    return codes
+    k, _, relu, sorted, *_ = selection
+    return native.few_rows(kernel, rows, layer.weight, bias, scale, k, sorted, relu)
 
 
 def _select_in_parts(
-    layer: Layer, rows: torch.Tensor, selection: Selection, kernels: ModuleType, few: bool
+    layer: Layer,
+    rows: torch.Tensor,
+    selection: Selection,
+    kernels: ModuleType,
+    few: Callable[..., None] | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the codes of rows [count, d], as many at a time as share a buffer.
 
-    few: the kernel of few rows serves all of them.
+    few: the kernel of few rows, where it serves.
     """
     values = rows.new_empty(len(rows), selection.k)
     indices = rows.new_empty(len(rows), selection.k, dtype=torch.int64)
@@ -145,10 +148,10 @@ def _select_in_parts(
     for first in range(0, len(rows), step):
         part = slice(first, first + step)
         codes = rows[part], selection, values[part], indices[part]
-        if screen.select_rows(kernels, layer, *codes, few):
+        if screen.select_rows(kernels, layer, *codes, few is not None):
             continue
-        if few:
-            values[part], indices[part] = _select_few(layer, rows[part], selection)
+        if few is not None:
+            values[part], indices[part] = _select_few(few, layer, rows[part], selection)
         else:
             select_rows(layer, *codes)
     return values, indices
@@ -330,4 +333,7 @@ def quick_linear_topk(
         bias.is_cpu and bias.dtype == torch.float32 and bias.shape == (n,) and bias.is_contiguous()
     ):
         return None
-    return native.few_rows(x, weight, bias, None, k, sorted, relu)
+    kernel = native.few_rows_kernel(x)
+    if kernel is None:
+        return None
+    return native.few_rows(kernel, x, weight, bias, None, k, sorted, relu)
