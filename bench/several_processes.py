@@ -1,7 +1,7 @@
 """Training of one dictionary in several processes of this machine: steps, bytes, and a model.
 
     python bench/several_processes.py            writes results/several-processes.json
-    python bench/several_processes.py --quick --results FOLDER    a tiny size
+    python bench/several_processes.py --quick [--results FOLDER]    a tiny size
 
 A step is loss, gradients and Adam with dictionary rows of norm 1, on the same B rows in all:
 
@@ -269,8 +269,9 @@ def main() -> None:
     """Measure, and write what was measured."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, help="folder; a tiny size is not written without")
     options = parser.parse_args()
+    folder = options.results or (None if options.quick else RESULTS)
     problem, seconds = (QUICK, 0.1) if options.quick else (FULL, 1.5)
     jobs = [Job("one", 1, 2), Job("latents", 2, 1)] if options.quick else JOBS
     every: dict[Job, list[dict[str, Any]]] = {job: [] for job in jobs}
@@ -301,8 +302,9 @@ def main() -> None:
         "sparsekern": sparsekern.__version__, "problem": problem._asdict(), "steps": rows,
         "links": links,
     }  # fmt: skip
-    with replaced(options.results / NAME) as file:
-        file.write(json.dumps(result, indent=1).encode() + b"\n")
+    if folder is not None:
+        with replaced(folder / NAME) as file:
+            file.write(json.dumps(result, indent=1).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -177,6 +177,24 @@ def losses_and_their_gradients(mesh):
             _assert_close(gradients[parameter], grad, f"{name}, {parameter}")
 
 
+def a_process_without_rows(mesh):
+    """All rows are those of the first process along data."""
+    x = _integers(B, D)
+    for options in ({"activation": BatchTopK(2)}, {"k": 3, "auxk": 5}):
+        one, sharded = _pair(mesh, lambda options=options: dict(options))
+        first = "data" not in mesh.mesh_dim_names or mesh.get_local_rank("data") == 0
+        expected, actual = one.loss(x)[1], sharded.loss(x if first else x[:0])[1]
+        expected.total.backward()
+        actual.total.backward()
+        torch.testing.assert_close(actual, expected)
+        gradients = _gradients(sharded)
+        for parameter, grad in _gradients(one).items():
+            _assert_close(gradients[parameter], grad, parameter)
+        gathered = sharded.gather().state_dict()
+        for key, value in one.state_dict().items():
+            assert torch.equal(gathered[key], value), key
+
+
 def one_row_takes_all_of_a_batch(mesh):
     """No cap on the codes of a row, nor on those of a process."""
     one, sharded = _pair(mesh, lambda: {"activation": BatchTopK(2)})
@@ -407,6 +425,7 @@ def compiled_code_calls_it_as_it_is(mesh):
 CHECKS = (
     first_weights_are_those_of_one_process,
     integers_give_equal_bits,
+    a_process_without_rows,
     one_row_takes_all_of_a_batch,
     a_process_without_a_code,
     losses_and_their_gradients,

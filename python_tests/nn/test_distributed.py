@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import traceback
 import warnings
@@ -82,6 +83,17 @@ def a_wrapper_that_comes_late_is_found(rank):
     model.loss(_batches()[rank, 0])[1].total.backward()
     one, other = _all(ddp.module.dictionary.grad)
     assert torch.equal(one, other)
+
+
+def a_wrapper_that_is_gone_is_told(rank):
+    model = DistributedDataParallel(_model()).module
+    gc.collect()
+    with pytest.warns(UserWarning, match="around it is gone, so the gradients .* not averaged"):
+        model.loss(_batches()[rank, 0])[1].total.backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.loss(_batches()[rank, 0])[1].total.backward()
+        copy.deepcopy(model).loss(_batches()[rank, 0])[1].total.backward()
 
 
 class _Around(nn.Module):
@@ -477,6 +489,7 @@ CHECKS = (
     the_loss_is_averaged,
     no_sync_averages_at_its_end,
     a_wrapper_that_comes_late_is_found,
+    a_wrapper_that_is_gone_is_told,
     a_model_around_it_must_call_the_loss,
     nothing_waits_outside_training,
     sharded_parameters_are_gathered,

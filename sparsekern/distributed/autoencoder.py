@@ -235,8 +235,8 @@ class ShardedAutoencoder(SparseAutoencoder):
         counts: list[int] = self.shards.latents.gather_bytes(count)[0].flatten().tolist()
         return counts
 
-    def _count_rows(self, x: Tensor) -> int:
-        rows = super()._count_rows(x)
+    def _rows_of_batch(self, x: Tensor) -> int:
+        rows = super()._rows_of_batch(x)
         if self.shards.data.size == 1:
             return rows
         return int(self.shards.data.sum(torch.tensor(rows, device=x.device)))
@@ -359,7 +359,7 @@ class ShardedAutoencoder(SparseAutoencoder):
         values, indices, data = encoding.values.detach(), encoding.indices, self.shards.data
         if data.size > 1:
             counts = data.sum(count_active(indices, self.shards.layout.own, values))
-            self.counter.update(counts=counts, rows=self._count_rows(x))
+            self.counter.update(counts=counts, rows=self._rows_of_batch(x))
         elif encoding.dense:
             self.counter.update(values)
         else:

@@ -45,6 +45,11 @@ class Shards:
                 f"ShardedAutoencoder: columns must divide {within} (the latents), got {columns}"
             )
         self.layout = Layout(latents, columns, self.latents.size, self.latents.rank)
+        if latents < self.latents.size:
+            raise ValueError(
+                f"ShardedAutoencoder: latents must be at least the {self.latents.size} processes "
+                f"that share them, got {latents}"
+            )
         if self.layout.widest * (self.latents.size - 1) >= columns:
             raise ValueError(
                 f"ShardedAutoencoder: columns must be so many that each of {self.latents.size} "

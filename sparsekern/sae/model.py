@@ -416,9 +416,13 @@ class SparseAutoencoder(nn.Module):
         """Return the number of some latents in each process; given are those of this one."""
         return [len(latents)]
 
-    def _count_rows(self, x: Tensor) -> int:
+    def _rows_of_batch(self, x: Tensor) -> int:
         """Return the rows of the whole batch, of which x [..., D] is what is given here."""
-        return max(1, x.numel() // x.shape[-1])
+        return x.numel() // x.shape[-1]
+
+    def _count_rows(self, x: Tensor) -> int:
+        """Return the rows of the whole batch to divide by: at least 1."""
+        return max(1, self._rows_of_batch(x))
 
     # -- the parts of a forward pass ---------------------------------------------------------------
 
@@ -757,12 +761,13 @@ class SparseAutoencoder(nn.Module):
         self._calibrate(self._rows_of_replicas(x, "calibrate"), l0)
 
     def _calibrate(self, x: Tensor, l0: float | None = None) -> None:
-        layer, rows = self.activation, x.numel() // x.shape[-1]
+        layer, own_rows = self.activation, x.numel() // x.shape[-1]
         step = max(1, CALIBRATED_SCORES // len(self._own(self.dictionary)))
         parts = (
-            self._scores(self._rows(part).values).all() for part in x.reshape(rows, -1).split(step)
+            self._scores(self._rows(part).values).all()
+            for part in x.reshape(own_rows, -1).split(step)
         )
-        rows = self._count_rows(x) if rows else 0
+        rows = self._rows_of_batch(x)
         if isinstance(layer, BatchTopK):
             layer.calibrate_parts(parts, rows, l0, self._value_at_rank)
         elif isinstance(layer, JumpReLU) and (target := l0 or self.target_l0) is not None:

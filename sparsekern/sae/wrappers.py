@@ -6,6 +6,7 @@ Wrappers average only the gradients of what their own forward pass computes.
 from __future__ import annotations
 
 import gc
+import warnings
 import weakref
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -38,7 +39,8 @@ Outputs = TypeVar("Outputs")
 class _Made:
     """How many wrappers of DistributedDataParallel were made since the first search was prepared.
 
-    torch tells of every module that becomes part of another one.
+    torch tells of every module that becomes part of another one. The searches of the parts of a
+    wrapped module know that it was.
     """
 
     count = 0
@@ -51,9 +53,13 @@ class _Made:
             cls._handle = register_module_module_registration_hook(cls._count)
 
     @classmethod
-    def _count(cls, module: nn.Module, *_: object) -> None:
-        if isinstance(module, DistributedDataParallel):
+    def _count(cls, module: nn.Module, _: str, part: nn.Module | None) -> None:
+        if isinstance(module, DistributedDataParallel) and part is not None:
             cls.count += 1
+            for inner in part.modules():
+                search = getattr(inner, "_wrapper", None)
+                if isinstance(search, Wrapper):
+                    search.was_wrapped = True
 
 
 class Wrapper:
@@ -62,13 +68,15 @@ class Wrapper:
     torch leaves no trace of DistributedDataParallel in the wrapped module, nor of fully_shard in
     the parts of one, so the objects of this process are searched: once after any wrapper was made,
     of which torch tells, and where fully_shard was used, of which it does not, at the first calls
-    and then ever more rarely.
+    and then ever more rarely. A wrapper that was made and is gone averages nothing any more: there
+    is a warning, once.
     """
 
     def __init__(self) -> None:
         _Made.notice()
         self._asked = 0
         self._searched_when = 0
+        self.was_wrapped = False
         self._known: weakref.ref[nn.Module] | None = None
 
     def search_again(self) -> None:
@@ -162,6 +170,13 @@ class Wrapper:
         wrapper = self._wrapper_of(module)
         if wrapper is not None and is_fully_sharded(wrapper):
             return None if in_fully_sharded_forward(wrapper) else wrapper
+        if wrapper is None and self.was_wrapped:
+            self.was_wrapped = False
+            warnings.warn(
+                f"{type(module).__name__}: the DistributedDataParallel around it is gone, so the "
+                "gradients of this process are not averaged: keep the wrapper, or train a copy",
+                stacklevel=4,
+            )
         return wrapper
 
     def _wrapper_of(self, module: nn.Module) -> nn.Module | None:

@@ -122,16 +122,23 @@ class JobProcesses(Processes):
         return mesh
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
-        """Raise RunError, naming the first of some facts (JSON types) that differs from others'."""
+        """Raise RunError, naming the first of some facts (JSON types) that differs from others'.
+
+        All processes raise it, that of the first one that differs from process 0.
+        """
         self._store.set(f"facts/{self.rank}", json.dumps(facts))
         theirs = json.loads(self._store.get("facts/0"))
-        for name, value in json.loads(json.dumps(facts)).items():
-            if value != theirs.get(name):
-                raise RunError(
-                    f"all processes must have the same {name}, got {value!r} in process "
-                    f"{self.rank} and {theirs.get(name)!r} in process 0"
-                )
-        self.largest(0)
+        own = json.loads(json.dumps(facts))
+        name = next((name for name, value in own.items() if value != theirs.get(name)), None)
+        if name is not None:
+            self._store.set(
+                f"differs/{self.rank}",
+                f"process {self.rank}: all processes must have the same {name}, got {own[name]!r} "
+                f"in process {self.rank} and {theirs.get(name)!r} in process 0",
+            )
+        (first,) = self.largest(0 if name is None else self.count - self.rank)
+        if first:
+            raise RunError(self._store.get(f"differs/{self.count - first}").decode())
 
     # -- what training asks ------------------------------------------------------------------------
 

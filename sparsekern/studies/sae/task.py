@@ -87,7 +87,6 @@ class SAETask:
             with autocast(self.config, self.device):
                 output, loss = self.model.loss(part, variance=variance, rows=len(batch))
             loss.total.backward()
-            share = len(part) / len(batch)
             terms = {
                 "loss": loss.total,
                 "fvu": loss.fvu,
@@ -95,8 +94,8 @@ class SAETask:
                 "multi": loss.multi,
                 "sparsity": loss.sparsity,
                 "prefixes": loss.prefixes,
-                "l0": share * (output.values != 0).sum(-1).float().mean(),
-                "cosine": share * _mean_cosine(part, output.reconstruction),
+                "l0": (output.values != 0).sum() / len(batch),
+                "cosine": _sum_of_cosines(part, output.reconstruction) / len(batch),
             }
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach()
@@ -246,9 +245,9 @@ def autocast(config: SAEConfig, device: torch.device) -> Any:
     return torch.autocast(device.type, torch.bfloat16, enabled=config.autocast)
 
 
-def _mean_cosine(x: Tensor, reconstruction: Tensor) -> Tensor:
-    """Compute the mean cosine of rows and their reconstructions."""
-    return torch.nn.functional.cosine_similarity(x.float(), reconstruction.float(), dim=-1).mean()
+def _sum_of_cosines(x: Tensor, reconstruction: Tensor) -> Tensor:
+    """Add up the cosines of rows and their reconstructions."""
+    return torch.nn.functional.cosine_similarity(x.float(), reconstruction.float(), dim=-1).sum()
 
 
 @torch.no_grad()
@@ -281,7 +280,7 @@ def evaluate(
         sums = {
             "fvu": squared_error(x, output.reconstruction),
             "fvu_unnormalized": squared_error(part, output.reconstruction / factors),
-            "cosine": _mean_cosine(x, output.reconstruction) * len(x),
+            "cosine": _sum_of_cosines(x, output.reconstruction),
         }
         for size, estimate in zip(model.prefixes, prefixes, strict=True):
             sums[f"fvu_{size}"] = squared_error(x, estimate)
