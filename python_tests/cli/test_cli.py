@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from one_thread import one_thread
 from processes import Forked, run_command, spawn
-from quick_pictures import quick_pictures
 
 import sparsekern
 from sparsekern.cli.command import main
@@ -23,7 +22,7 @@ TINY = [
     "--log-every", "1",
 ]  # fmt: skip
 
-__all__ = ["one_thread", "quick_pictures"]  # fixtures
+__all__ = ["one_thread"]  # fixtures
 
 
 def train(*flags):
