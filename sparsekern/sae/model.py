@@ -761,11 +761,11 @@ class SparseAutoencoder(nn.Module):
         self._calibrate(self._rows_of_replicas(x, "calibrate"), l0)
 
     def _calibrate(self, x: Tensor, l0: float | None = None) -> None:
-        layer, own_rows = self.activation, x.numel() // x.shape[-1]
+        layer = self.activation
         step = max(1, CALIBRATED_SCORES // len(self._own(self.dictionary)))
         parts = (
             self._scores(self._rows(part).values).all()
-            for part in x.reshape(own_rows, -1).split(step)
+            for part in x.reshape(-1, x.shape[-1]).split(step)
         )
         rows = self._rows_of_batch(x)
         if isinstance(layer, BatchTopK):
